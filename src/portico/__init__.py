@@ -1,0 +1,1 @@
+"""Portico: a self-hosted tunnel platform."""
