@@ -1,0 +1,72 @@
+# The door to the project. `make` alone lists what it can do; everything installs itself first.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/sh
+
+# The interpreter for .venv; empty: python3, or the newest known that is at least 3.11.
+PYTHON ?=
+# More arguments for pytest: make test ARGS="tests/wire -x"
+ARGS ?=
+# Seconds that each fuzzer runs.
+FUZZ_SECONDS ?= 60
+
+BIN := .venv/bin
+# One stamp per set. An environment with the dev set has the server set too, so `demo` accepts either.
+SERVER := .venv/.installed-server
+DEV := .venv/.installed-dev
+SETUP_INPUTS := pyproject.toml tools/setup.sh
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(SERVER) ## A whole platform on this machine, a sample app, a tunnel to it and one request through it
+	$(BIN)/portico demo
+
+.PHONY: test
+test: $(DEV) ## Run every test (ARGS="tests/wire -x" for some)
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: check
+check: $(DEV) ## Format, lint, types, layers, contracts, generated documents
+	$(BIN)/python tools/check.py
+
+.PHONY: setup
+setup: $(DEV) ## Make .venv with everything for development
+
+.PHONY: format
+format: $(DEV) ## Rewrite the code in the project's format and regenerate the generated documents
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/python tools/reference.py --write
+
+.PHONY: docs
+docs: $(DEV) ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+.PHONY: fuzz
+fuzz: $(DEV) ## Run the coverage-guided fuzzers (FUZZ_SECONDS=60 each)
+	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS)
+
+.PHONY: lock
+lock: ## Resolve uv.lock anew and export it to requirements/ (needs uv)
+	@command -v uv >/dev/null || { echo "portico: make lock needs uv (pip install uv)" >&2; exit 1; }
+	uv lock $(ARGS)
+	uv export $(EXPORT) --no-dev --group build -o requirements/agent.txt
+	uv export $(EXPORT) --no-dev --group build --extra server -o requirements/server.txt
+	uv export $(EXPORT) --extra server --group dev -o requirements/dev.txt
+EXPORT := --quiet --frozen --no-emit-project --no-annotate --no-header
+
+.PHONY: clean
+clean: ## Remove .venv and everything built
+	rm -rf .venv site dist build .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(DEV): requirements/dev.txt $(SETUP_INPUTS)
+	@tools/setup.sh dev $(PYTHON)
+	@touch $(SERVER) $(DEV)
+
+$(SERVER): requirements/server.txt $(SETUP_INPUTS)
+	@tools/setup.sh server $(PYTHON)
+	@touch $(SERVER)
