@@ -133,3 +133,144 @@ def load(
     if missing:
         raise _refuse(missing[0], f"is required; set PORTICO_{missing[0].upper()}")
     return cls(**values)
+
+
+# --- relay ------------------------------------------------------------------------------------------------------------
+# The comment above a field is its row in docs/reference/limits.md (tools/limits.py writes it): unit and reason, one line.
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RelaySettings:
+    """One relay process. The key has no default: a relay without credentials refuses to start."""
+
+    # == Identity and control plane
+    # The relay's credential at the control plane (`tnl_rly_…`).
+    relay_key: Secret
+    # Name of this relay, unique in the platform; usage batches are counted once per relay name.
+    relay_name: str = "relay-1"
+    # Region that the relay announces, for edge choice.
+    region: str = "local"
+    # Base URL of the control plane's API, without /v1.
+    api_url: str = "http://127.0.0.1:7000"
+    # CA bundle for an https API with a private CA; empty means the public ones.
+    api_ca_file: Path | None = None
+    # Folder for what must outlive a restart: edge state, unsent usage, development certificate; one per relay process.
+    state_dir: Path = Path("portico-relay")
+    # Lowest level of log records that are written.
+    log_level: str = "INFO"
+
+    # == Listeners
+    # Sockets inherited from a supervisor (`public=5,https=6,control=7`); a name that is absent is bound as below.
+    listen_fds: str = ""
+    # Address of the public HTTP listener.
+    public_host: str = "127.0.0.1"
+    # TCP port of the public HTTP listener.
+    public_port: int = 7080
+    # Address of the public HTTPS listener.
+    https_host: str = "127.0.0.1"
+    # TCP port of the public HTTPS listener.
+    https_port: int = 7443
+    # Address of the listener that agents connect to.
+    control_host: str = "127.0.0.1"
+    # TCP port of the listener that agents connect to.
+    control_port: int = 7081
+    # Tunnels without a domain of their own are names directly below this one.
+    base_domain: str = "localhost"
+    # The public HTTP listener as visitors reach it.
+    public_url: str = "http://127.0.0.1:7080"
+    # The control listener as agents reach it; handed out in edge assignments.
+    connect_url: str = "ws://127.0.0.1:7081/v1/connect"
+    # Connections waiting in each listener's accept queue; a burst of new visitors beyond it is reset by the kernel.
+    listen_backlog: int = 4096
+
+    # == Visitors
+    # Bytes of a request head (request line and headers); above it 431. Fits one frame with room for the relay's headers.
+    max_head_bytes: int = 49152
+    # Seconds from a request's first byte to the end of its head, and for a TLS handshake; a slow sender holds no slot.
+    head_timeout_seconds: float = 10.0
+    # Seconds that a keep-alive connection may wait between requests; above the 60 s after which common clients let go.
+    idle_timeout_seconds: float = 75.0
+    # Seconds without a response head after the request was forwarded, then 504; 0 is no limit. Agents have the same limit.
+    first_byte_timeout_seconds: float = 300.0
+    # Open visitor connections of one client address; above it 429 and close.
+    connections_per_address: int = 512
+    # Leave loopback addresses out of connections_per_address: behind `portico up` every visitor is one.
+    exempt_loopback: bool = False
+    # Open visitor connections of the whole process; keeps file descriptors for agents and for the control plane.
+    max_connections: int = 50000
+    # Requests in flight of one tunnel when its grant names no limit; above it 429.
+    default_concurrency: int = 100
+    # Bytes waiting to be written to one visitor before its stream stops giving credit to the agent.
+    visitor_write_buffer_bytes: int = 262144
+
+    # == Agent sessions and the wire
+    # Bytes of credit that a stream starts with; small enough that 200 slow readers cost 13 MB.
+    stream_window_bytes: int = 65536
+    # Bytes of credit that a stream can grow to while its reader keeps up.
+    stream_window_max_bytes: int = 1048576
+    # Bytes in flight of all streams of one session in one direction.
+    session_window_bytes: int = 16777216
+    # Bytes that all windows of the process together may grow beyond their start; bounds memory under many fast readers.
+    window_growth_budget_bytes: int = 16777216
+    # Streams open at once on one session.
+    max_streams_per_session: int = 4096
+    # Tunnels bound at once on one session.
+    max_tunnels_per_session: int = 4096
+    # Sessions connected at once.
+    max_sessions: int = 20000
+    # Seconds for a new agent connection to finish TLS, upgrade and hello.
+    hello_timeout_seconds: float = 10.0
+    # Seconds between pings on an idle session; also how soon a half-open connection is suspected.
+    ping_interval_seconds: float = 5.0
+    # Seconds for a pong, then the session is dead.
+    ping_timeout_seconds: float = 5.0
+    # Seconds for the holder of a tunnel to answer when another instance asks for it; then the other takes over.
+    takeover_probe_seconds: float = 2.0
+    # Seconds that sessions outlive their grants, and reconnects with expired ones are taken, while the API is unreachable.
+    grant_outage_grace_seconds: float = 86400.0
+    # Seconds to refresh an expired grant once the edge stream is back.
+    grant_refresh_grace_seconds: float = 60.0
+    # Seconds of clock difference tolerated in tokens, both ways.
+    token_leeway_seconds: float = 60.0
+    # Seconds for requests in flight to end when the relay stops.
+    drain_seconds: float = 10.0
+
+    # == Link to the control plane
+    # Seconds without a byte on the edge stream (heartbeats come every 5 s), then it is dead and opened anew.
+    edge_silence_seconds: float = 15.0
+    # Seconds to connect to the API.
+    edge_connect_timeout_seconds: float = 2.0
+    # Seconds from an edge request to its response head.
+    edge_answer_timeout_seconds: float = 5.0
+    # Seconds for one line of the edge stream to arrive whole; a large snapshot on a slow link must fit.
+    edge_line_timeout_seconds: float = 60.0
+    # Bytes of one line of the edge stream; a snapshot of 200,000 tunnels fits.
+    edge_line_max_bytes: int = 67108864
+    # Shortest wait in seconds before the link is tried again.
+    edge_backoff_min_seconds: float = 0.1
+    # Longest wait in seconds before the link is tried again (full jitter); revocations apply within 2 s of the API's return.
+    edge_backoff_max_seconds: float = 1.0
+    # Seconds before the link is tried again after the API refused the relay's key.
+    edge_refused_seconds: float = 5.0
+    # Seconds between heartbeats; with the timeout below they stay at most 5 s apart, presence has a lease of 15 s.
+    heartbeat_interval_seconds: float = 2.5
+    # Seconds for one heartbeat to be answered.
+    heartbeat_timeout_seconds: float = 2.0
+    # Seconds that a change of the bound tunnels waits for more of them before a heartbeat reports it.
+    heartbeat_debounce_seconds: float = 0.02
+    # Seconds from a change of the edge state to its copy on disk.
+    snapshot_save_delay_seconds: float = 0.5
+
+    # == Usage
+    # Seconds of usage in one batch; a `kill -9` loses at most this much.
+    usage_interval_seconds: float = 2.0
+    # Bytes of unsent usage on disk; above it waiting batches are merged into one, so that totals are kept.
+    usage_spool_max_bytes: int = 8388608
+    # Batches in one report to the control plane.
+    usage_post_max_batches: int = 20
+    # Bytes of batches in one report to the control plane (a single larger batch goes alone).
+    usage_post_max_bytes: int = 1048576
+    # Seconds for one usage report to be answered.
+    usage_post_timeout_seconds: float = 10.0
+    # Seconds without usage after which a released tunnel's counters are forgotten.
+    usage_forget_seconds: float = 3600.0
