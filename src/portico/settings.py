@@ -1,8 +1,8 @@
 """Settings: frozen values per process, from the command line over the environment over a file over defaults.
 
 A settings class is a frozen dataclass; its field names are the keys of its table in ``portico.toml`` and, upper-cased
-behind ``PORTICO_``, its environment variables. An unknown key in the file, or a value of the wrong type, refuses with the
-key's name. No module but this one reads the environment.
+behind ``PORTICO_``, its environment variables. An unknown key in the file, or a value of the wrong type, refuses
+with the key's name. No module but this one reads the environment.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def load(
 
 
 # --- relay ------------------------------------------------------------------------------------------------------------
-# The comment above a field is its row in docs/reference/limits.md (tools/limits.py writes it): unit and reason, one line.
+# The comment above a field is its row in docs/reference/limits.md (written by tools/limits.py): unit and reason.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -184,13 +184,13 @@ class RelaySettings:
     listen_backlog: int = 4096
 
     # == Visitors
-    # Bytes of a request head (request line and headers); above it 431. Fits one frame with room for the relay's headers.
+    # Bytes of a request head (request line and headers); above it 431. Leaves room in one frame for ours.
     max_head_bytes: int = 49152
     # Seconds from a request's first byte to the end of its head, and for a TLS handshake; a slow sender holds no slot.
     head_timeout_seconds: float = 10.0
-    # Seconds that a keep-alive connection may wait between requests; above the 60 s after which common clients let go.
+    # Seconds that a keep-alive connection may wait between requests; above the 60 s of common clients.
     idle_timeout_seconds: float = 75.0
-    # Seconds without a response head after the request was forwarded, then 504; 0 is no limit. Agents have the same limit.
+    # Seconds without a response head after the request was forwarded, then 504; 0 is no limit. Agents have it too.
     first_byte_timeout_seconds: float = 300.0
     # Open visitor connections of one client address; above it 429 and close.
     connections_per_address: int = 512
@@ -226,7 +226,7 @@ class RelaySettings:
     ping_timeout_seconds: float = 5.0
     # Seconds for the holder of a tunnel to answer when another instance asks for it; then the other takes over.
     takeover_probe_seconds: float = 2.0
-    # Seconds that sessions outlive their grants, and reconnects with expired ones are taken, while the API is unreachable.
+    # Seconds that sessions outlive their grants, and that reconnects with expired ones are taken, without the API.
     grant_outage_grace_seconds: float = 86400.0
     # Seconds to refresh an expired grant once the edge stream is back.
     grant_refresh_grace_seconds: float = 60.0
@@ -248,7 +248,7 @@ class RelaySettings:
     edge_line_max_bytes: int = 67108864
     # Shortest wait in seconds before the link is tried again.
     edge_backoff_min_seconds: float = 0.1
-    # Longest wait in seconds before the link is tried again (full jitter); revocations apply within 2 s of the API's return.
+    # Longest wait in seconds before the link is tried again (full jitter); revocations apply 2 s after the API's return.
     edge_backoff_max_seconds: float = 1.0
     # Seconds before the link is tried again after the API refused the relay's key.
     edge_refused_seconds: float = 5.0
