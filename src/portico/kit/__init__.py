@@ -1,0 +1,1 @@
+"""Small shared parts without business meaning: database, ids, clock, pages, logging."""

@@ -1,0 +1,280 @@
+"""PostgreSQL: one pool, one transaction helper, the only ``commit()`` of the project.
+
+    async with db.transaction() as tx:      # BEGIN … COMMIT; any exception rolls back
+        await tx.execute(insert(table).values(…))
+        tx.after_commit(wake_streams)       # runs once the commit is durable, never on rollback
+
+    async with db.read() as reader:         # autocommit, no BEGIN/COMMIT round trips
+        row = await reader.fetch_one(select(…))
+
+BEGIN is sent when the transaction is opened, so a connection that died while it was idle (PostgreSQL restarted) is
+found before any statement of the caller ran, and one attempt on a fresh connection is safe. Hot queries may use the
+asyncpg connection under a transaction through ``tx.raw``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+from sqlalchemy import Executable, MetaData, event
+from sqlalchemy import exc as sa_exc
+from sqlalchemy.engine import URL, CursorResult, Row, make_url
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from portico.errors import Problem
+
+log = logging.getLogger(__name__)
+
+# Every table of the control plane registers here; names make constraint errors and migrations predictable.
+metadata = MetaData(
+    naming_convention={
+        "ix": "%(table_name)s_%(column_0_N_name)s_ix",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+        "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+        "pk": "%(table_name)s_pkey",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """Named limits of the pool and of every statement; the settings classes fill them."""
+
+    size: int = 10
+    acquire_timeout_seconds: float = 10.0
+    connect_timeout_seconds: float = 5.0
+    statement_timeout_seconds: float = 15.0
+    lock_timeout_seconds: float = 5.0
+    idle_in_transaction_seconds: float = 30.0
+
+
+def async_url(url: str) -> URL:
+    """A plain ``postgresql://`` URL (TCP, or ``?host=/socket/dir``) for asyncpg; anything else is ``config.invalid``."""
+    try:
+        parsed = make_url(url)
+    except sa_exc.ArgumentError:
+        raise Problem("config.invalid", "setting database_url: not a database URL", key="database_url") from None
+    if parsed.drivername.split("+")[0] not in ("postgresql", "postgres"):
+        raise Problem("config.invalid", "setting database_url: only postgresql:// is supported", key="database_url")
+    parsed = parsed.set(drivername="postgresql+asyncpg")
+    if sslmode := parsed.query.get("sslmode"):  # libpq's name for what asyncpg calls ssl
+        parsed = parsed.difference_update_query(["sslmode"]).update_query_dict({"ssl": sslmode})
+    return parsed
+
+
+class Reader:
+    """Queries on one connection. Outside a transaction each statement sees its own snapshot; writes are refused."""
+
+    def __init__(self, connection: AsyncConnection, raw: asyncpg.Connection) -> None:
+        self._connection = connection
+        self.raw = raw  # the asyncpg connection, for hot queries; inside a Tx it is inside the transaction
+
+    async def _run(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
+        if getattr(statement, "is_dml", False) and not isinstance(self, Tx):
+            raise TypeError("a reader does not write; open db.transaction()")
+        return await self._connection.execute(statement, parameters)
+
+    async def fetch_one(self, statement: Executable, parameters: Any = None) -> Row[Any] | None:
+        """The first row, or ``None``."""
+        return (await self._run(statement, parameters)).first()
+
+    async def fetch_all(self, statement: Executable, parameters: Any = None) -> Sequence[Row[Any]]:
+        """Every row."""
+        return (await self._run(statement, parameters)).all()
+
+    async def scalar(self, statement: Executable, parameters: Any = None) -> Any:
+        """The first column of the first row, or ``None``."""
+        return (await self._run(statement, parameters)).scalar()
+
+
+class Tx(Reader):
+    """An open transaction. ``Database.transaction`` ends it: commit on success, rollback on any error."""
+
+    def __init__(self, connection: AsyncConnection, raw: asyncpg.Connection) -> None:
+        super().__init__(connection, raw)
+        self._callbacks: list[Callable[[], Awaitable[None] | None]] = []
+
+    async def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
+        """Run a statement (a list of parameter rows runs it for each)."""
+        return await self._run(statement, parameters)
+
+    @asynccontextmanager
+    async def savepoint(self) -> AsyncIterator[None]:
+        """A part that may fail alone (a unique violation that the caller turns into another attempt)."""
+        async with self._connection.begin_nested():
+            yield
+
+    def after_commit(self, callback: Callable[[], Awaitable[None] | None]) -> None:
+        """Call ``callback`` once the commit is durable. It is a wake-up, not a promise: a crash in between loses it."""
+        self._callbacks.append(callback)
+
+    async def run_callbacks(self) -> None:
+        """Run what ``after_commit`` gathered; a failing callback is logged and cannot undo the commit."""
+        for callback in self._callbacks:
+            try:
+                if (pending := callback()) is not None:
+                    await pending
+            except Exception:
+                log.exception("after-commit callback failed")
+
+
+class Database:
+    """The pool. One per process; ``close()`` at the end."""
+
+    def __init__(self, url: str, limits: PoolLimits | None = None, *, application: str = "portico") -> None:
+        self.url = url
+        self.limits = limits or PoolLimits()
+        self.engine: AsyncEngine = create_async_engine(
+            async_url(url),
+            pool_size=self.limits.size,
+            max_overflow=0,
+            pool_timeout=self.limits.acquire_timeout_seconds,
+            connect_args={
+                "timeout": self.limits.connect_timeout_seconds,
+                "server_settings": {
+                    "application_name": application,
+                    "statement_timeout": str(int(self.limits.statement_timeout_seconds * 1000)),
+                    "lock_timeout": str(int(self.limits.lock_timeout_seconds * 1000)),
+                    "idle_in_transaction_session_timeout": str(int(self.limits.idle_in_transaction_seconds * 1000)),
+                },
+            },
+        )
+        self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        event.listen(self.engine.sync_engine, "checkout", _refuse_dead)
+
+    async def close(self) -> None:
+        """Close every connection of the pool."""
+        await self.engine.dispose()
+
+    async def ping(self) -> None:
+        """One round trip; raises ``service.unavailable`` when the database does not answer."""
+        async with self.read() as reader:
+            await reader.raw.execute("SELECT 1")
+
+    @asynccontextmanager
+    async def transaction(self, *, isolation: str | None = None, read_only: bool = False) -> AsyncIterator[Tx]:
+        """One transaction: commits when the block ends, rolls back when it raises.
+
+        Raises ``service.unavailable`` when no connection can be had; ``isolation`` as PostgreSQL names it.
+        """
+        connection, raw = await self._open(_options(isolation, read_only))
+        try:
+            tx = Tx(connection, raw)
+            try:
+                yield tx
+                await connection.commit()
+            except BaseException:
+                await _rollback(connection)
+                raise
+        finally:
+            # Shielded: a cancelled request must hand its connection back, not leave it half-way out of the pool.
+            await asyncio.shield(connection.close())
+        await tx.run_callbacks()
+
+    @asynccontextmanager
+    async def read(self, *, snapshot: bool = False) -> AsyncIterator[Reader]:
+        """Queries without a transaction; ``snapshot=True`` gives them all one consistent, read-only snapshot."""
+        if snapshot:
+            async with self.transaction(isolation="REPEATABLE READ", read_only=True) as tx:
+                yield Reader(tx._connection, tx.raw)
+            return
+        connection, raw = await self._open(None)
+        try:
+            yield Reader(connection, raw)
+        finally:
+            await asyncio.shield(connection.close())
+
+    async def _open(self, options: dict[str, Any] | None) -> tuple[AsyncConnection, asyncpg.Connection]:
+        """A live connection, its transaction begun unless ``options`` is None; one dead pooled connection is forgiven."""
+        for last in (False, True):
+            try:
+                return await self._begin(options)
+            except sa_exc.TimeoutError:
+                raise Problem("service.unavailable", "every database connection is busy") from None
+            except (sa_exc.DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as err:
+                if last or not _is_connection_loss(err):
+                    raise _unavailable(err) from err
+        raise AssertionError("unreachable")
+
+    async def _begin(self, options: dict[str, Any] | None) -> tuple[AsyncConnection, asyncpg.Connection]:
+        engine = self._autocommit if options is None else self.engine
+        connection = await engine.connect()
+        try:
+            if options:
+                await connection.execution_options(**options)
+            fairy = await connection.get_raw_connection()
+            adapter: Any = fairy.dbapi_connection
+            if options is not None:
+                await connection.begin()
+                # SQLAlchemy sends BEGIN with the first statement only; sent here, it proves the connection alive
+                # and lets raw asyncpg statements join the transaction. (Private name: pinned by tests/kit/test_db.py.)
+                await adapter._start_transaction()
+        except BaseException as err:
+            if _is_connection_loss(err):
+                await connection.invalidate()
+            await connection.close()
+            raise
+        return connection, adapter.driver_connection
+
+
+def _options(isolation: str | None, read_only: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if isolation is not None:
+        options["isolation_level"] = isolation
+    if read_only:
+        options["postgresql_readonly"] = True
+    return options
+
+
+def _refuse_dead(dbapi_connection: Any, record: Any, proxy: Any) -> None:
+    """Pool check-out: a connection whose socket is known to be closed costs no round trip to refuse."""
+    if dbapi_connection.driver_connection.is_closed():
+        raise sa_exc.DisconnectionError("connection was closed by the server")
+
+
+async def _rollback(connection: AsyncConnection) -> None:
+    try:
+        await asyncio.shield(connection.rollback())
+    except (sa_exc.DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as err:
+        log.warning("rollback failed, connection dropped", extra={"f": {"error": type(err).__name__}})
+        await connection.invalidate()
+
+
+# 57P01..03: server shutting down or starting; class 08: connection exceptions; 25P03: idle in transaction timeout.
+_LOSS = (
+    asyncpg.exceptions.PostgresConnectionError,
+    asyncpg.exceptions.AdminShutdownError,
+    asyncpg.exceptions.CrashShutdownError,
+    asyncpg.exceptions.CannotConnectNowError,
+    asyncpg.exceptions.InterfaceError,
+    OSError,
+)
+
+
+def _is_connection_loss(err: BaseException) -> bool:
+    if isinstance(err, sa_exc.DBAPIError):
+        cause = getattr(err.orig, "__cause__", None)
+        return err.connection_invalidated or isinstance(cause, _LOSS) or isinstance(err.orig, OSError)
+    return isinstance(err, _LOSS) or isinstance(err.__cause__, _LOSS)
+
+
+def _unavailable(err: BaseException) -> BaseException:
+    if _is_connection_loss(err) or isinstance(err, sa_exc.OperationalError | asyncpg.TooManyConnectionsError):
+        log.warning("database unavailable", extra={"f": {"error": f"{type(err).__name__}: {err}"[:300]}})
+        return Problem("service.unavailable", "the database does not answer", headers={"Retry-After": "1"})
+    return err
+
+
+def is_unique_violation(err: BaseException, constraint: str | None = None) -> bool:
+    """Whether ``err`` is a unique violation (of the named constraint)."""
+    origin = err.orig.__cause__ if isinstance(err, sa_exc.IntegrityError) and err.orig is not None else err
+    if not isinstance(origin, asyncpg.UniqueViolationError):
+        return False
+    return constraint is None or origin.constraint_name == constraint
