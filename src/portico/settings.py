@@ -248,7 +248,7 @@ class RelaySettings:
     edge_line_max_bytes: int = 67108864
     # Shortest wait in seconds before the link is tried again.
     edge_backoff_min_seconds: float = 0.1
-    # Longest wait in seconds before the link is tried again (full jitter); revocations apply 2 s after the API's return.
+    # Longest wait in seconds before the link is tried again (full jitter); revocations apply ≤ 2 s after the outage.
     edge_backoff_max_seconds: float = 1.0
     # Seconds before the link is tried again after the API refused the relay's key.
     edge_refused_seconds: float = 5.0
