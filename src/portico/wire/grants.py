@@ -1,10 +1,10 @@
-"""What a relay believes: session tokens (who may connect) and grants (what may be bound), as signed by the control plane.
+"""What a relay believes: session tokens (who may connect) and grants (what may be bound), signed by the control plane.
 
 Pure: the caller passes the keys and the time. Every claim is checked for type and size before it is used, also behind a
 valid signature, so that a fault of the control plane is a refusal here and not a crash in the relay.
 
-A token's life is ``[nbf, exp]``. ``leeway`` forgives clocks that differ, on both sides; ``grace`` accepts a token that expired
-for less than that, and is given only while the relay itself cannot reach the control plane.
+A token's life is ``[nbf, exp]``. ``leeway`` forgives clocks that differ, on both sides; ``grace`` accepts a token that
+expired for less than that, and is given only while the relay itself cannot reach the control plane.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Protocol = Literal["http", "tcp", "tls"]
 TlsMode = Literal["terminate", "passthrough"]
 _PROTOCOLS: Final = frozenset(("http", "tcp", "tls"))
 _TLS_MODES: Final = frozenset(("terminate", "passthrough"))
-_HOST = re.compile(r"(?=.{1,253}\Z)[a-z0-9_*]([a-z0-9_-]{0,62})(\.[a-z0-9_]([a-z0-9_-]{0,62}))*\Z")
+_HOST = re.compile(r"(?=.{1,253}\Z)(\*|[a-z0-9_][a-z0-9_-]{0,62})(\.[a-z0-9_]([a-z0-9_-]{0,62}))*\Z")
 
 
 class _Malformed(ValueError):
@@ -237,7 +237,7 @@ def grant_claims(
 def _check_times(
     what: str, codes: tuple[str, str], claims: SessionClaims | GrantClaims, now: float, leeway: float, grace: float
 ) -> None:
-    """Refuses with ``codes`` = (invalid, expired). A token from the future is invalid: waiting is no cure the holder has."""
+    """Refuses with ``codes`` = (invalid, expired). From the future is invalid: waiting is no cure the holder has."""
     invalid, expired = codes
     if claims.exp <= claims.nbf:
         raise Problem(invalid, f"the {what} ends before it begins")
