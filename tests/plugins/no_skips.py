@@ -1,7 +1,7 @@
-"""`PORTICO_REQUIRE_ALL=1` turns every skipped test into a failure, so that a machine that lacks something cannot look green.
+"""`PORTICO_REQUIRE_ALL=1` turns every skipped test into a failure: a machine that lacks something cannot look green.
 
-A skip is for a developer whose machine lacks what one test needs; where everything is installed (`.ci/run`) a skip means that
-the set-up is broken. The names of skipped tests are printed loudly in either case.
+A skip is for a developer whose machine lacks what one test needs; where everything is installed (`.ci/run`) a skip
+means that the set-up is broken. The names of skipped tests are printed loudly in either case.
 """
 
 from __future__ import annotations
