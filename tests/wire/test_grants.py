@@ -155,8 +155,8 @@ class TestMalformedClaims:
             *[("hosts", bad) for bad in (None, {}, "web.localhost", ["web.localhost"], [None])],
             *[("hosts", [{"host": "web.localhost", "tls": "terminate"}] * n) for n in (17,)],
             *[("hosts", [{"host": host, "tls": "terminate"}])
-              for host in (None, 1, "", "Web.localhost", "web.localhost:80", "a..b", "a b", "a/b", "é", "a\n", ".a", "a.",
-                           "x" * 64, "*a.b", ".".join(["a" * 60] * 5))],
+              for host in (None, 1, "", "Web.localhost", "web.localhost:80", "a..b", "a b", "a/b", "é", "a\n", ".a",
+                           "a.", "x" * 64, "*a.b", ".".join(["a" * 60] * 5))],
             *[("hosts", [{"host": "web.localhost", "tls": tls}]) for tls in (None, "", "none", 1, ["terminate"])],
             *[("limits", bad) for bad in (None, [], 1, {"concurrency": "5"}, {"concurrency": -1}, {"concurrency": True},
                                           {"concurrency": None}, {str(n): 1 for n in range(33)})],

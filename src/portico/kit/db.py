@@ -100,6 +100,8 @@ class Tx(Reader):
     def __init__(self, connection: AsyncConnection, raw: asyncpg.Connection) -> None:
         super().__init__(connection, raw)
         self._callbacks: list[Callable[[], Awaitable[None] | None]] = []
+        self._last_steps: list[Callable[[], Awaitable[None]]] = []
+        self.state: dict[object, Any] = {}  # what a last step gathers, by an object of the module that owns it
 
     async def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
         """Run a statement (a list of parameter rows runs it for each)."""
@@ -110,6 +112,18 @@ class Tx(Reader):
         """A part that may fail alone (a unique violation that the caller turns into another attempt)."""
         async with self._connection.begin_nested():
             yield
+
+    def before_commit(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Run ``step`` inside the transaction as its last statements; if it raises, everything rolls back.
+
+        For what must hold a contended lock as briefly as possible (the append to the edge change table).
+        """
+        self._last_steps.append(step)
+
+    async def run_last_steps(self) -> None:
+        """Run what ``before_commit`` gathered, in order."""
+        for step in self._last_steps:
+            await step()
 
     def after_commit(self, callback: Callable[[], Awaitable[None] | None]) -> None:
         """Call ``callback`` once the commit is durable. It is a wake-up, not a promise: a crash in between loses it."""
@@ -169,6 +183,7 @@ class Database:
             tx = Tx(connection, raw)
             try:
                 yield tx
+                await tx.run_last_steps()
                 await connection.commit()
             except BaseException:
                 await _rollback(connection)

@@ -1,9 +1,9 @@
 """Compact JWS with one algorithm: Ed25519 (``alg`` = ``EdDSA``, RFC 8037), chosen here and never by the token.
 
 What makes a token acceptable is fixed: three segments, at most ``MAX_TOKEN_BYTES``, a header of exactly ``alg``,
-``kid`` and ``typ`` (so neither ``crit``, ``b64`` nor an embedded key can mean anything), the expected ``typ``, a ``kid``
-of the given set. There is no algorithm registry to negotiate with, hence ``none`` and HMAC with the public key as
-secret are not special cases. Claims are the caller's business; nothing here knows the time.
+``kid`` and ``typ`` (so neither ``crit``, ``b64`` nor an embedded key can mean anything), the expected ``typ``, a
+``kid`` of the given set. There is no algorithm registry to negotiate with, hence ``none`` and HMAC with the public
+key as secret are not special cases. Claims are the caller's business; nothing here knows the time.
 
 Light on purpose: relays and agents import this. The tests check it against joserfc, both ways.
 """
