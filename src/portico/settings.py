@@ -201,7 +201,7 @@ class RelaySettings:
     # Requests in flight of one tunnel when its grant names no limit; above it 429.
     default_concurrency: int = 100
     # Bytes waiting to be written to one visitor before its stream stops giving credit to the agent.
-    visitor_write_buffer_bytes: int = 262144
+    visitor_write_buffer_bytes: int = 65536
 
     # == Agent sessions and the wire
     # Bytes of credit that a stream starts with; small enough that 200 slow readers cost 13 MB.
@@ -274,3 +274,105 @@ class RelaySettings:
     usage_post_timeout_seconds: float = 10.0
     # Seconds without usage after which a released tunnel's counters are forgotten.
     usage_forget_seconds: float = 3600.0
+
+
+# --- API process (`portico api`) ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ApiSettings:
+    """The control plane's API and console process."""
+
+    # PostgreSQL, as postgresql://user:password@host/database or postgresql://user@/database?host=/socket/dir.
+    database_url: Secret
+    # 32 random bytes in base64url: encrypts signing keys and other stored secrets. Losing it loses them.
+    master_key: Secret
+    # Redis or Valkey for presence; without it every relay counts as present while its heartbeat in PostgreSQL is fresh.
+    redis_url: Secret | None = None
+
+    # == Addresses
+    api_host: str = "127.0.0.1"
+    api_port: int = 7000
+    # The API and console as people and agents reach them.
+    api_url: str = "http://127.0.0.1:7000"
+    # Public tunnel names live under this domain.
+    base_domain: str = "localhost"
+    # How a public URL is written: scheme and port that visitors use (http://web.localhost:7080).
+    public_url: str = "http://localhost:7080"
+    # Listening sockets inherited from the parent, as name=fd,…; set by `portico up`.
+    listen_fds: str = ""
+    # Proxies whose X-Forwarded-For is believed, as addresses or networks; empty: nobody's.
+    trusted_proxies: tuple[str, ...] = ()
+    log_level: str = "INFO"
+
+    # == Database
+    # Connections that one API process holds at most.
+    database_pool_size: int = 16
+    # Seconds that a request waits for a free connection.
+    database_acquire_timeout_seconds: float = 10.0
+    # Seconds for one statement.
+    database_statement_timeout_seconds: float = 15.0
+    # Seconds that a statement waits for a lock.
+    database_lock_timeout_seconds: float = 5.0
+
+    # == Identity
+    # Whether anybody may register; an operator can always make accounts.
+    registration_open: bool = True
+    # Life of an access token in seconds.
+    access_token_seconds: int = 900
+    # Seconds that an unused refresh token lives; each use starts it anew.
+    refresh_token_seconds: int = 2_592_000
+    # Seconds after which a sign-in session ends however often it was refreshed.
+    sign_in_max_seconds: int = 7_776_000
+    # Seconds of clock difference tolerated in tokens, both ways.
+    token_leeway_seconds: float = 60.0
+    # Shortest and longest password.
+    password_min_length: int = 10
+    password_max_length: int = 256
+    # Password hashes computed at once (each takes a core and 19 MiB for a moment), and how many may wait for one.
+    password_hash_concurrency: int = 2
+    password_hash_waiting: int = 64
+    # Failed sign-ins per account and address, per account, and per address, in one window.
+    sign_in_failures_per_pair: int = 10
+    sign_in_failures_per_account: int = 100
+    sign_in_failures_per_address: int = 100
+    sign_in_failure_window_seconds: int = 900
+    # Accounts registered from one address in one window.
+    registrations_per_address: int = 100
+    # Life of a device code, the interval between two polls, and wrong user codes per person in one window.
+    device_code_seconds: int = 600
+    device_poll_seconds: int = 5
+    device_code_guesses: int = 10
+    # Device codes that one address may have open in one window.
+    device_codes_per_address: int = 60
+    # Keys that an organization may have at once.
+    max_keys_per_organization: int = 1000
+    # Shortest time in seconds between two writes of a key's last_used_at.
+    key_last_used_seconds: int = 60
+    # Seconds that a signing key signs before the next takes over, and that a new key is published before it may sign.
+    signing_key_seconds: int = 2_592_000
+    signing_key_publish_seconds: int = 3600
+    # Seconds that a retired key stays published; must exceed the longest token life plus the relays' outage grace.
+    signing_key_retired_seconds: int = 180_000
+    # Seconds that a process trusts its copy of the signing keys.
+    signing_key_cache_seconds: float = 15.0
+
+    # == Tunnels
+    # Life of session tokens and grants in seconds.
+    session_token_seconds: int = 900
+    grant_life_seconds: int = 900
+
+    # == Requests
+    # Bytes of a request body; of one that a relay sends.
+    request_body_max_bytes: int = 1_048_576
+    edge_body_max_bytes: int = 4_194_304
+    # Seconds for a request body to arrive whole.
+    request_body_timeout_seconds: float = 30.0
+    # Seconds that an Idempotency-Key is remembered.
+    idempotency_seconds: int = 86_400
+    # Seconds for requests in flight to end when the process stops; open event streams are ended at once.
+    shutdown_seconds: float = 8.0
+    # Requests served at once; more are answered 503 by the server.
+    max_concurrency: int = 2000
+    # Seconds between two rounds of clearing what has expired.
+    housekeeping_seconds: float = 300.0

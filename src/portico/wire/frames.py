@@ -1,0 +1,196 @@
+"""The codec of ``portico.v1``: frames, heads and JSON payloads, to and from bytes (``contracts/wire.md`` sections 2 and 6).
+
+Everything here is a pure function. Malformed input raises :class:`WireError` and nothing else; no function allocates more
+than a small multiple of its input.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from struct import Struct
+from typing import Any
+
+PROTOCOL = "portico.v1"
+VERSION = 1
+
+MAX_PAYLOAD = 65_536
+MAX_MESSAGE = 1_048_576
+MAX_JSON = 16_384
+MAX_FIELDS = 256
+MAX_RESET_DETAIL = 512
+MAX_CREDIT = 2**31 - 1
+STREAM_WINDOW = 65_536
+SESSION_WINDOW = 16_777_216
+
+HELLO, BIND, BOUND, REFUSED, UNBIND, GOAWAY, ERROR, AUTH, AUTHED = range(0x01, 0x0A)
+REQUEST, RESPONSE, INTERIM, DATA, END, RESET, CREDIT, PING, PONG, OPEN, OPENED = range(0x10, 0x1B)
+
+NAMES = {
+    value: name
+    for name, value in list(globals().items())
+    if name.isupper()
+    and isinstance(value, int)
+    and (0x01 <= value <= 0x09 or 0x10 <= value <= 0x1A)
+    and name != "VERSION"
+}
+
+F_END, F_UPGRADE, F_TRAILERS = 0x01, 0x02, 0x04
+#: The flag bits that each type defines; any other bit is a protocol error.
+FLAGS = {REQUEST: F_END | F_UPGRADE | F_TRAILERS, RESPONSE: F_END, DATA: F_END}
+
+HEADER = Struct("!BBII")
+HEADER_SIZE = HEADER.size
+U16 = Struct("!H")
+U32 = Struct("!I")
+
+# RESET codes
+(
+    NO_ERROR,
+    CANCELLED,
+    TARGET_REFUSED,
+    TARGET_TIMEOUT,
+    TARGET_INVALID,
+    TARGET_RESET,
+    INTERNAL,
+    FLOW_CONTROL,
+    NO_SUCH_BIND,
+    TOO_MANY_STREAMS,
+    IDLE_TIMEOUT,
+    REQUEST_INVALID,
+) = range(12)
+
+Fields = list[bytes]
+"""A flat head: ``[name, value, name, value, …]``, in order, repetitions kept."""
+
+
+class WireError(Exception):
+    """The peer broke the protocol; the session ends with ERROR. ``code`` is a stable code of ``contracts/errors.toml``."""
+
+    def __init__(self, detail: str, code: str = "wire.protocol_error") -> None:
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+
+
+def frame(kind: int, stream: int, payload: bytes = b"", flags: int = 0) -> bytes:
+    """One frame, ready to send. The caller keeps ``payload`` within :data:`MAX_PAYLOAD`."""
+    return HEADER.pack(kind, flags, stream, len(payload)) + payload
+
+
+def json_frame(kind: int, stream: int, body: dict[str, Any]) -> bytes:
+    """One frame with a JSON payload; raises ``ValueError`` when the body is over the limit (a fault of our own)."""
+    payload = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(payload) > MAX_JSON:
+        raise ValueError(f"{NAMES[kind]} payload of {len(payload)} bytes is over {MAX_JSON}")
+    return frame(kind, stream, payload)
+
+
+def decode_json(kind: int, payload: bytes) -> dict[str, Any]:
+    """The JSON object of a control frame; raises :class:`WireError` for anything else."""
+    if len(payload) > MAX_JSON:
+        raise WireError(f"{NAMES[kind]} payload over {MAX_JSON} bytes")
+    try:
+        body = json.loads(payload)
+    except (ValueError, RecursionError):
+        raise WireError(f"{NAMES[kind]} payload is not JSON") from None
+    if not isinstance(body, dict):
+        raise WireError(f"{NAMES[kind]} payload is not an object")
+    return body
+
+
+def member(kind: int, body: dict[str, Any], name: str, of: type | tuple[type, ...]) -> Any:
+    """A required member of a JSON payload with its type checked; raises :class:`WireError`."""
+    value = body.get(name)
+    if not isinstance(value, of) or (isinstance(value, bool) and of is int):
+        raise WireError(f"{NAMES[kind]} lacks a valid {name!r}")
+    return value
+
+
+_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
+_TARGET = re.compile(rb"[\x21-\x7e\x80-\xff]+")
+_KNOWN_NAMES: set[bytes] = set()
+_KNOWN_NAMES_MAX = 4096
+
+
+def _is_token(name: bytes) -> bool:
+    """Whether ``name`` is a token; the names seen so far are remembered (bounded), since heads repeat them."""
+    if name in _KNOWN_NAMES:
+        return True
+    if _TOKEN.fullmatch(name) is None:
+        return False
+    if len(_KNOWN_NAMES) < _KNOWN_NAMES_MAX:
+        _KNOWN_NAMES.add(name)
+    return True
+
+
+def check_fields(fields: Sequence[bytes], start: int) -> None:
+    """Refuse a flat head whose names are not tokens or which has too many or unpaired fields."""
+    if (len(fields) - start) & 1:
+        raise WireError("head has a name without a value")
+    if len(fields) - start > 2 * MAX_FIELDS:
+        raise WireError(f"head has more than {MAX_FIELDS} fields")
+    for name in fields[start::2]:
+        if not _is_token(name):
+            raise WireError("head has a field name that is not a token")
+
+
+def _split(payload: bytes) -> list[bytes]:
+    if b"\n" in payload or b"\r" in payload:
+        raise WireError("head contains CR or LF")
+    return payload.split(b"\0")
+
+
+def encode_request(bind: int, head: Sequence[bytes]) -> bytes:
+    """REQUEST payload; ``head`` is flat: method, target, then names and values."""
+    return U32.pack(bind) + b"\0".join(head)
+
+
+def decode_request(payload: bytes) -> tuple[int, list[bytes]]:
+    """``(bind, [method, target, name, value, …])``; raises :class:`WireError`."""
+    if len(payload) < 7:
+        raise WireError("REQUEST is too short")
+    head = _split(payload[4:])
+    if len(head) < 2 or not _is_token(head[0]) or _TARGET.fullmatch(head[1]) is None:
+        raise WireError("REQUEST has no valid method and target")
+    check_fields(head, 2)
+    return U32.unpack_from(payload)[0], head
+
+
+def encode_response(status: int, head: Sequence[bytes]) -> bytes:
+    """RESPONSE or INTERIM payload; ``head`` is flat: reason, then names and values."""
+    return U16.pack(status) + b"\0".join(head)
+
+
+def decode_response(payload: bytes) -> tuple[int, list[bytes]]:
+    """``(status, [reason, name, value, …])``; raises :class:`WireError`."""
+    if len(payload) < 2:
+        raise WireError("RESPONSE is too short")
+    status = payload[0] << 8 | payload[1]
+    if not 100 <= status <= 599:
+        raise WireError(f"RESPONSE has status {status}")
+    head = _split(payload[2:])
+    check_fields(head, 1)
+    return status, head
+
+
+def decode_trailers(payload: bytes) -> Fields:
+    """The flat trailer fields of an END frame; raises :class:`WireError`."""
+    if not payload:
+        return []
+    fields = _split(payload)
+    check_fields(fields, 0)
+    return fields
+
+
+def encode_reset(code: int, detail: str) -> bytes:
+    """RESET payload; the detail is cut to its limit without breaking a character."""
+    return U16.pack(code) + detail.encode(errors="replace")[:MAX_RESET_DETAIL].decode(errors="ignore").encode()
+
+
+def decode_reset(payload: bytes) -> tuple[int, str]:
+    """``(code, detail)``; an unknown code is kept, broken UTF-8 is replaced; raises :class:`WireError` on a bad length."""
+    if not 2 <= len(payload) <= 2 + MAX_RESET_DETAIL:
+        raise WireError("RESET has a bad length")
+    return payload[0] << 8 | payload[1], payload[2:].decode(errors="replace")

@@ -1,0 +1,611 @@
+"""The state machine of one session (``contracts/wire.md`` sections 3–6): bytes in, calls and bytes out; no I/O and no clock.
+
+    carrier ──receive(message)──►  Session ──►  handler.on_…   (session events)
+       ▲                              │    ──►  stream.sink.on_…   (stream events)
+       └───────take()◄── out ◄────────┘    ◄──  session.bind(), stream.send_data() …
+
+``take()`` returns the frames to send since the last call: small frames as ``bytes``, to be joined into one message; a large
+DATA frame as a ``bytearray`` with :data:`HEADROOM` unused bytes before it, so that a WebSocket header can be put in place
+without another copy. ``wake`` is called when ``out`` turns from empty to not empty.
+
+The hot path (REQUEST, RESPONSE, DATA, END, CREDIT) calls the sink directly and makes no event objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from portico.wire import frames as f
+from portico.wire.frames import WireError
+
+#: Bytes left free before a large DATA frame, enough for any WebSocket header (RFC 6455, 5.2: 2 + 8 + 4).
+HEADROOM = 14
+#: DATA payloads from this size on become a message of their own.
+LARGE = 16_384
+_LARGE_HEADER = HEADROOM + f.HEADER_SIZE
+_SESSION_RETURN = f.SESSION_WINDOW // 4
+
+
+class Sink(Protocol):
+    """What a stream's owner implements. After :meth:`on_reset`, or once both directions ended, nothing more is called."""
+
+    def on_response(self, status: int, head: list[bytes], end: bool) -> None:
+        """Final response head ``[reason, name, value, …]``; ``end``: no body follows. Relay side only."""
+
+    def on_interim(self, status: int, head: list[bytes]) -> None:
+        """A 1xx response. Relay side only."""
+
+    def on_opened(self) -> None:
+        """The target accepted the connection of a TCP stream. Relay side only."""
+
+    def on_data(self, data: bytes, end: bool) -> None:
+        """Body or connection bytes; call ``stream.consumed(len(data))`` once the far writer has taken them."""
+
+    def on_end(self, trailers: list[bytes]) -> None:
+        """The peer's direction ended, with flat trailer fields."""
+
+    def on_reset(self, code: int, detail: str) -> None:
+        """The peer (or the end of the session) ended the stream at once, both ways."""
+
+    def on_credit(self) -> None:
+        """``stream.sendable()`` is above zero again, after :meth:`Stream.wait`."""
+
+
+class Handler(Protocol):
+    """Session events. A relay's handler sees binds and tokens, an agent's handler requests and answers to its binds."""
+
+    def on_hello(self, body: dict[str, Any]) -> None: ...
+    def on_bind(self, bind: int, grant: str) -> None: ...
+    def on_bound(self, bind: int, tunnel: str, name: str, url: str) -> None: ...
+    def on_refused(self, bind: int, code: str, detail: str, retryable: bool) -> None: ...
+    def on_unbind(self, bind: int, code: str, detail: str) -> None: ...
+    def on_auth(self, token: str) -> None: ...
+    def on_authed(self, body: dict[str, Any]) -> None: ...
+    def on_goaway(self, code: str, detail: str, retry_after_ms: int) -> None: ...
+    def on_error(self, code: str, detail: str, retryable: bool) -> None: ...
+    def on_pong(self, payload: bytes) -> None: ...
+    def on_request(self, stream: Stream, bind: int, head: list[bytes], flags: int) -> Sink | None:
+        """A new request for ``bind``; returns its sink, or ``None`` after resetting the stream. Agent side only."""
+
+    def on_open(self, stream: Stream, bind: int, info: dict[str, Any]) -> Sink | None:
+        """A new TCP connection, as :meth:`on_request`. Agent side only."""
+
+
+class _Ignore:
+    """The sink of a stream whose owner let go of it."""
+
+    def on_response(self, status: int, head: list[bytes], end: bool) -> None: ...
+    def on_interim(self, status: int, head: list[bytes]) -> None: ...
+    def on_opened(self) -> None: ...
+    def on_data(self, data: bytes, end: bool) -> None: ...
+    def on_end(self, trailers: list[bytes]) -> None: ...
+    def on_reset(self, code: int, detail: str) -> None: ...
+    def on_credit(self) -> None: ...
+
+
+IGNORE = _Ignore()
+
+
+class Stream:
+    """One request or connection. ``sink`` is the owner; all methods are safe to call from its callbacks."""
+
+    __slots__ = (
+        "answered",
+        "closed",
+        "id",
+        "recv_credit",
+        "recv_ended",
+        "send_credit",
+        "send_ended",
+        "session",
+        "sink",
+        "stalled",
+        "tcp",
+        "unreturned",
+        "window",
+    )
+
+    def __init__(self, session: Session, stream_id: int, sink: Sink, tcp: bool) -> None:
+        self.session = session
+        self.id = stream_id
+        self.sink = sink
+        self.tcp = tcp
+        self.answered = False
+        self.closed = False
+        self.send_ended = False
+        self.recv_ended = False
+        self.stalled = False
+        self.send_credit = f.STREAM_WINDOW
+        self.recv_credit = f.STREAM_WINDOW
+        self.window = f.STREAM_WINDOW
+        self.unreturned = 0
+
+    def sendable(self) -> int:
+        """How many bytes of DATA may be sent now; 0 while the carrier is congested."""
+        session = self.session
+        if session.congested:
+            return 0
+        credit = self.send_credit
+        return credit if credit < session.send_credit else session.send_credit
+
+    def wait(self) -> None:
+        """Ask for one :meth:`Sink.on_credit` when more can be sent."""
+        self.session.waiting[self.id] = self
+
+    def send_response(self, status: int, head: Sequence[bytes], end: bool) -> None:
+        """RESPONSE; raises ``ValueError`` when the head does not fit into a frame."""
+        payload = f.encode_response(status, head)
+        if len(payload) > f.MAX_PAYLOAD:
+            raise ValueError(f"response head of {len(payload)} bytes")
+        self.answered = True
+        self.session.put(f.HEADER.pack(f.RESPONSE, f.F_END if end else 0, self.id, len(payload)) + payload)
+        if end:
+            self._sent_end()
+
+    def send_interim(self, status: int, head: Sequence[bytes]) -> None:
+        """INTERIM; raises ``ValueError`` when the head does not fit into a frame."""
+        payload = f.encode_response(status, head)
+        if len(payload) > f.MAX_PAYLOAD:
+            raise ValueError(f"interim head of {len(payload)} bytes")
+        self.session.put(f.frame(f.INTERIM, self.id, payload))
+
+    def send_opened(self) -> None:
+        self.answered = True
+        self.session.put(f.frame(f.OPENED, self.id))
+
+    def send_data(self, data: bytes | bytearray | memoryview, end: bool = False) -> None:
+        """DATA within the credit that :meth:`sendable` gave; raises ``ValueError`` above it or after the end."""
+        size = len(data)
+        session = self.session
+        if self.send_ended or size > self.send_credit or size > session.send_credit:
+            raise ValueError("DATA after the end or above the credit")
+        self.send_credit -= size
+        session.send_credit -= size
+        if size < LARGE:
+            session.put(f.HEADER.pack(f.DATA, f.F_END if end else 0, self.id, size) + data)
+        else:
+            self._send_large(memoryview(data), end)
+        if end:
+            self._sent_end()
+
+    def _send_large(self, data: memoryview, end: bool) -> None:
+        for start in range(0, len(data), f.MAX_PAYLOAD):
+            chunk = data[start : start + f.MAX_PAYLOAD]
+            last = end and start + f.MAX_PAYLOAD >= len(data)
+            out = bytearray(_LARGE_HEADER + len(chunk))
+            f.HEADER.pack_into(out, HEADROOM, f.DATA, f.F_END if last else 0, self.id, len(chunk))
+            out[_LARGE_HEADER:] = chunk
+            self.session.put(out)
+
+    def send_end(self, trailers: Sequence[bytes] = ()) -> None:
+        """END with flat trailer fields; the other direction stays open. Does nothing when this direction has ended."""
+        if not self.send_ended:
+            self.session.put(f.frame(f.END, self.id, b"\0".join(trailers)))
+            self._sent_end()
+
+    def reset(self, code: int, detail: str = "") -> None:
+        """RESET: both directions end at once and the sink hears no more. Does nothing on an ended stream."""
+        if not self.closed:
+            self.session.put(f.frame(f.RESET, self.id, f.encode_reset(code, detail)))
+            self.close()
+
+    def consumed(self, size: int) -> None:
+        """``size`` bytes of :meth:`Sink.on_data` were taken by the far writer; credit returns in halves of a window."""
+        if self.recv_ended or self.closed:
+            return
+        self.unreturned += size
+        if self.unreturned * 2 >= self.window:
+            self._return_credit()
+
+    def _return_credit(self) -> None:
+        """Return credit; double the window of a reader that keeps up, take growth back from one that stalled."""
+        session, back = self.session, self.unreturned
+        self.unreturned = 0
+        if self.stalled:
+            taken = min(self.window - f.STREAM_WINDOW, back)
+            self.window -= taken
+            session.growth += taken
+            back -= taken
+            self.stalled = False
+        elif self.window < session.max_window and session.growth >= self.window:
+            session.growth -= self.window
+            back += self.window
+            self.window *= 2
+        if back:
+            self.recv_credit += back
+            session.put(f.frame(f.CREDIT, self.id, f.U32.pack(back)))
+
+    def _sent_end(self) -> None:
+        self.send_ended = True
+        if self.recv_ended:
+            self.close()
+
+    def close(self) -> None:
+        """Forget the stream without telling the peer (both directions ended, or RESET passed)."""
+        if self.closed:
+            return
+        self.closed = self.send_ended = self.recv_ended = True
+        session = self.session
+        session.growth += self.window - f.STREAM_WINDOW
+        self.window = f.STREAM_WINDOW
+        session.streams.pop(self.id, None)
+        session.waiting.pop(self.id, None)
+        self.sink = IGNORE
+
+
+class Session:
+    """One side of a session. ``relay`` says which; the other parameters are this side's limits."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        relay: bool,
+        wake: Callable[[], None] = lambda: None,
+        max_streams: int = 4096,
+        max_binds: int = 4096,
+        max_window: int = 1_048_576,
+        growth: int = 16_777_216,
+    ) -> None:
+        self.handler = handler
+        self.relay = relay
+        self.wake = wake
+        self.max_streams = max_streams
+        self.max_binds = max_binds
+        self.max_window = max_window
+        self.growth = growth
+        self.streams: dict[int, Stream] = {}
+        self.waiting: dict[int, Stream] = {}
+        self.out: list[bytes | bytearray] = []
+        self.congested = False
+        self.closed = False
+        self.greeted = False
+        self.last_stream = 0
+        self.send_credit = f.SESSION_WINDOW
+        self.recv_credit = f.SESSION_WINDOW
+        self.recv_unreturned = 0
+
+    # ── output ────────────────────────────────────────────────────────────────────────────────────────────────────
+    def put(self, part: bytes | bytearray) -> None:
+        """Queue one whole frame."""
+        if self.closed:
+            return
+        out = self.out
+        out.append(part)
+        if len(out) == 1:
+            self.wake()
+
+    def take(self) -> list[bytes | bytearray]:
+        """The frames queued since the last call."""
+        out, self.out = self.out, []
+        return out
+
+    def control(self, kind: int, ident: int, **body: Any) -> None:
+        """Queue a JSON control frame (HELLO, BIND, BOUND, REFUSED, UNBIND, GOAWAY, AUTH, AUTHED)."""
+        self.put(f.json_frame(kind, ident, body))
+
+    def fail(self, code: str, detail: str, retryable: bool = False) -> None:
+        """Queue ERROR and end every stream; the carrier flushes and closes the connection."""
+        if not self.closed:
+            self.control(f.ERROR, 0, code=code, detail=detail[:1024], retryable=retryable)
+            self.close(detail)
+
+    def ping(self, payload: bytes) -> None:
+        self.put(f.frame(f.PING, 0, payload))
+
+    def open_request(self, bind: int, head: Sequence[bytes], flags: int, sink: Sink) -> Stream:
+        """Relay: a new stream with REQUEST. ``ValueError``: the head does not fit. ``OverflowError``: a limit is reached."""
+        payload = f.encode_request(bind, head)
+        if len(payload) > f.MAX_PAYLOAD:
+            raise ValueError(f"request head of {len(payload)} bytes")
+        stream = self._new_stream(sink, tcp=False)
+        self.put(f.HEADER.pack(f.REQUEST, flags, stream.id, len(payload)) + payload)
+        if flags & f.F_END:
+            stream.send_ended = True
+        return stream
+
+    def open_tcp(self, bind: int, info: dict[str, Any], sink: Sink) -> Stream:
+        """Relay: a new stream with OPEN; raises ``OverflowError`` at a limit."""
+        stream = self._new_stream(sink, tcp=True)
+        self.put(f.frame(f.OPEN, stream.id, f.U32.pack(bind) + f.json_frame(f.OPEN, 0, info)[f.HEADER_SIZE :]))
+        return stream
+
+    def _new_stream(self, sink: Sink, tcp: bool) -> Stream:
+        if self.closed or len(self.streams) >= self.max_streams or self.last_stream >= 2**32 - 1:
+            raise OverflowError("no more streams on this session")
+        self.last_stream += 1
+        stream = self.streams[self.last_stream] = Stream(self, self.last_stream, sink, tcp)
+        return stream
+
+    # ── the carrier's side ────────────────────────────────────────────────────────────────────────────────────────
+    def pause(self) -> None:
+        """The carrier's write buffer is full: :meth:`Stream.sendable` is 0 until :meth:`resume`."""
+        self.congested = True
+
+    def resume(self) -> None:
+        self.congested = False
+        self._wake_waiting()
+
+    def _wake_waiting(self) -> None:
+        """Tell waiting streams, in the order in which they began to wait, while there is credit."""
+        for stream in list(self.waiting.values()):
+            if self.congested or self.send_credit <= 0:
+                return
+            if stream.send_credit > 0 and self.waiting.pop(stream.id, None) is not None:
+                stream.sink.on_credit()
+
+    def close(self, detail: str = "connection lost") -> None:
+        """The connection ended: every stream is reset (``internal``) towards its own owner. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        for stream in list(self.streams.values()):
+            sink = stream.sink
+            stream.close()
+            sink.on_reset(f.INTERNAL, detail)
+
+    def feed(self, message: bytes | memoryview) -> bool:
+        """As :meth:`receive`, but a protocol error queues ERROR, ends the session and answers ``False``."""
+        try:
+            self.receive(message)
+        except WireError as err:
+            self.fail(err.code, err.detail)
+            return False
+        return not self.closed
+
+    def receive(self, message: bytes | memoryview) -> None:
+        """One WebSocket message of whole frames. Raises :class:`WireError` when the peer broke the protocol."""
+        size = len(message)
+        at = 0
+        unpack = f.HEADER.unpack_from
+        while at < size:
+            if self.closed:
+                return
+            if size - at < f.HEADER_SIZE:
+                raise WireError("message ends within a frame header")
+            kind, flags, ident, length = unpack(message, at)
+            at += f.HEADER_SIZE
+            end = at + length
+            if length > f.MAX_PAYLOAD or end > size:
+                raise WireError("frame is too long or cut short")
+            if flags and flags & ~f.FLAGS.get(kind, 0):
+                raise WireError("undefined flags")
+            self._frame(kind, flags, ident, bytes(message[at:end]))
+            at = end
+
+    # ── frames ────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _frame(self, kind: int, flags: int, ident: int, payload: bytes) -> None:
+        if not self.greeted and kind not in (f.HELLO, f.ERROR):
+            raise WireError("the first frame must be HELLO")
+        if kind == f.DATA:
+            self._on_data(ident, payload, flags & f.F_END != 0)
+        elif kind == f.RESPONSE:
+            self._on_response(ident, payload, flags & f.F_END != 0)
+        elif kind == f.REQUEST:
+            self._on_request(ident, payload, flags)
+        elif kind == f.CREDIT:
+            self._on_credit(ident, payload)
+        elif kind == f.END:
+            self._on_end(ident, payload)
+        elif kind == f.RESET:
+            self._on_reset(ident, payload)
+        elif kind in (f.PING, f.PONG):
+            self._on_ping(kind, ident, payload)
+        elif kind == f.INTERIM:
+            self._on_interim(ident, payload)
+        elif kind == f.OPEN:
+            self._on_open(ident, payload)
+        elif kind == f.OPENED:
+            self._on_opened(ident, payload)
+        else:
+            self._on_control(kind, ident, payload)
+
+    def _stream(self, ident: int) -> Stream | None:
+        """The open stream, or ``None`` for one that ended; raises for one that never was."""
+        stream = self.streams.get(ident)
+        if stream is None and (ident == 0 or ident > self.last_stream):
+            raise WireError("frame for a stream that was never opened")
+        return stream
+
+    def _on_data(self, ident: int, data: bytes, end: bool) -> None:
+        size = len(data)
+        self.recv_credit -= size
+        if self.recv_credit < 0:
+            raise WireError("more DATA than session credit", "wire.flow_control")
+        self.recv_unreturned += size
+        if self.recv_unreturned >= _SESSION_RETURN:
+            self.recv_credit += self.recv_unreturned
+            self.put(f.frame(f.CREDIT, 0, f.U32.pack(self.recv_unreturned)))
+            self.recv_unreturned = 0
+        stream = self._stream(ident)
+        if stream is None:
+            return
+        if stream.recv_ended or (self.relay and not stream.answered):
+            raise WireError("DATA outside of a body")
+        stream.recv_credit -= size
+        if stream.recv_credit < 0:
+            raise WireError("more DATA than stream credit", "wire.flow_control")
+        if end:
+            stream.recv_ended = True
+        stream.sink.on_data(data, end)
+        if end and stream.send_ended:
+            stream.close()
+
+    def _on_response(self, ident: int, payload: bytes, end: bool) -> None:
+        if not self.relay:
+            raise WireError("RESPONSE sent to an agent")
+        status, head = f.decode_response(payload)
+        stream = self._stream(ident)
+        if stream is None:
+            return
+        if stream.tcp or stream.answered or (status < 200 and status != 101) or (status == 101 and end):
+            raise WireError("unexpected RESPONSE")
+        stream.answered = True
+        if end:
+            stream.recv_ended = True
+        stream.sink.on_response(status, head, end)
+        if end and stream.send_ended:
+            stream.close()
+
+    def _on_interim(self, ident: int, payload: bytes) -> None:
+        if not self.relay:
+            raise WireError("INTERIM sent to an agent")
+        status, head = f.decode_response(payload)
+        stream = self._stream(ident)
+        if stream is None:
+            return
+        if stream.tcp or stream.answered or not 100 <= status <= 199 or status == 101:
+            raise WireError("unexpected INTERIM")
+        stream.sink.on_interim(status, head)
+
+    def _on_end(self, ident: int, payload: bytes) -> None:
+        trailers = f.decode_trailers(payload)
+        stream = self._stream(ident)
+        if stream is None:
+            return
+        if stream.recv_ended or (self.relay and not stream.answered):
+            raise WireError("END outside of a body")
+        stream.recv_ended = True
+        stream.sink.on_end(trailers)
+        if stream.send_ended:
+            stream.close()
+
+    def _on_reset(self, ident: int, payload: bytes) -> None:
+        code, detail = f.decode_reset(payload)
+        stream = self._stream(ident)
+        if stream is not None:
+            sink = stream.sink
+            stream.close()
+            sink.on_reset(code, detail)
+
+    def _on_credit(self, ident: int, payload: bytes) -> None:
+        if len(payload) != 4:
+            raise WireError("CREDIT has a bad length")
+        increment = f.U32.unpack(payload)[0]
+        if not increment:
+            raise WireError("CREDIT of zero", "wire.flow_control")
+        if ident == 0:
+            self.send_credit += increment
+            if self.send_credit > f.MAX_CREDIT:
+                raise WireError("session credit over the limit", "wire.flow_control")
+            self._wake_waiting()
+            return
+        stream = self._stream(ident)
+        if stream is None:
+            return
+        stream.send_credit += increment
+        if stream.send_credit > f.MAX_CREDIT:
+            raise WireError("stream credit over the limit", "wire.flow_control")
+        if ident in self.waiting and not self.congested and self.send_credit > 0:
+            del self.waiting[ident]
+            stream.sink.on_credit()
+
+    def _on_ping(self, kind: int, ident: int, payload: bytes) -> None:
+        if ident or len(payload) != 8:
+            raise WireError("PING or PONG has a bad id or length")
+        if kind == f.PING:
+            self.put(f.frame(f.PONG, 0, payload))
+        else:
+            self.handler.on_pong(payload)
+
+    def _accept(self, ident: int, tcp: bool) -> Stream | None:
+        """Agent: the stream that REQUEST or OPEN opens; ``None`` when it was refused at the limit."""
+        if self.relay:
+            raise WireError("streams are opened by the relay")
+        if ident <= self.last_stream:
+            raise WireError("stream ids must grow")
+        self.last_stream = ident
+        if len(self.streams) >= self.max_streams:
+            self.put(f.frame(f.RESET, ident, f.encode_reset(f.TOO_MANY_STREAMS, "stream limit of the agent")))
+            return None
+        stream = self.streams[ident] = Stream(self, ident, IGNORE, tcp)
+        return stream
+
+    def _on_request(self, ident: int, payload: bytes, flags: int) -> None:
+        bind, head = f.decode_request(payload)
+        stream = self._accept(ident, tcp=False)
+        if stream is None:
+            return
+        stream.recv_ended = flags & f.F_END != 0
+        sink = self.handler.on_request(stream, bind, head, flags)
+        if sink is not None and not stream.closed:
+            stream.sink = sink
+
+    def _on_open(self, ident: int, payload: bytes) -> None:
+        if len(payload) < 4:
+            raise WireError("OPEN is too short")
+        info = f.decode_json(f.OPEN, payload[4:])
+        stream = self._accept(ident, tcp=True)
+        if stream is None:
+            return
+        sink = self.handler.on_open(stream, f.U32.unpack_from(payload)[0], info)
+        if sink is not None and not stream.closed:
+            stream.sink = sink
+
+    def _on_opened(self, ident: int, payload: bytes) -> None:
+        if not self.relay or payload:
+            raise WireError("unexpected OPENED")
+        stream = self._stream(ident)
+        if stream is None:
+            return
+        if not stream.tcp or stream.answered:
+            raise WireError("unexpected OPENED")
+        stream.answered = True
+        stream.sink.on_opened()
+
+    def _on_control(self, kind: int, ident: int, payload: bytes) -> None:
+        if kind not in f.NAMES:
+            raise WireError(f"unknown frame type {kind:#04x}")
+        on_bind_id = kind in (f.BIND, f.BOUND, f.REFUSED, f.UNBIND)
+        if on_bind_id != (ident != 0):
+            raise WireError(f"{f.NAMES[kind]} has a bad id")
+        if kind in (_RELAY_HEARS if not self.relay else _AGENT_HEARS):
+            raise WireError(f"{f.NAMES[kind]} sent the wrong way")
+        self._control_event(kind, ident, f.decode_json(kind, payload))
+
+    def _control_event(self, kind: int, ident: int, body: dict[str, Any]) -> None:
+        def text(name: str) -> str:
+            value: str = f.member(kind, body, name, str)
+            return value
+
+        handler = self.handler
+        if kind == f.HELLO:
+            self._hello(body)
+        elif kind == f.BIND:
+            handler.on_bind(ident, text("grant"))
+        elif kind == f.BOUND:
+            handler.on_bound(ident, text("tunnel"), text("name"), text("url"))
+        elif kind == f.REFUSED:
+            handler.on_refused(ident, text("code"), text("detail"), body.get("retryable") is True)
+        elif kind == f.UNBIND:
+            handler.on_unbind(ident, text("code"), text("detail"))
+        elif kind == f.AUTH:
+            handler.on_auth(text("token"))
+        elif kind == f.AUTHED:
+            handler.on_authed(body)
+        elif kind == f.GOAWAY:
+            retry = f.member(kind, body, "retry_after_ms", int)
+            handler.on_goaway(text("code"), text("detail"), min(max(retry, 0), 3_600_000))
+        else:
+            code, detail, retryable = text("code"), text("detail"), body.get("retryable") is True
+            self.close(detail)
+            handler.on_error(code, detail, retryable)
+
+    def _hello(self, body: dict[str, Any]) -> None:
+        if self.greeted:
+            raise WireError("HELLO twice")
+        if self.relay:
+            versions = f.member(f.HELLO, body, "versions", list)
+            f.member(f.HELLO, body, "connect", int)
+            if f.VERSION not in versions:
+                raise WireError(f"this relay speaks version {f.VERSION} only", "wire.version_unsupported")
+        elif f.member(f.HELLO, body, "version", int) != f.VERSION:
+            raise WireError(f"this agent speaks version {f.VERSION} only", "wire.version_unsupported")
+        self.greeted = True
+        self.handler.on_hello(body)
+
+
+#: Frames that only one side may receive.
+_RELAY_HEARS = frozenset((f.BIND, f.AUTH))
+_AGENT_HEARS = frozenset((f.BOUND, f.REFUSED, f.AUTHED))
