@@ -276,7 +276,7 @@ class RelaySettings:
     usage_forget_seconds: float = 3600.0
 
 
-# --- API process (`portico api`) ---------------------------------------------------------------------------------------
+# --- API process (`portico api`) --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class PoolLimits:
 
 
 def async_url(url: str) -> URL:
-    """A plain ``postgresql://`` URL (TCP, or ``?host=/socket/dir``) for asyncpg; anything else is ``config.invalid``."""
+    """A plain ``postgresql://`` URL (TCP, or ``?host=/socket/dir``) for asyncpg; others are ``config.invalid``."""
     try:
         parsed = make_url(url)
     except sa_exc.ArgumentError:
@@ -207,7 +207,7 @@ class Database:
             await asyncio.shield(connection.close())
 
     async def _open(self, options: dict[str, Any] | None) -> tuple[AsyncConnection, asyncpg.Connection]:
-        """A live connection, its transaction begun unless ``options`` is None; one dead pooled connection is forgiven."""
+        """A live connection, its transaction begun unless ``options`` is None; one dead connection is forgiven."""
         for last in (False, True):
             try:
                 return await self._begin(options)

@@ -1,0 +1,1 @@
+"""The control plane: identity, entitlements, policy, grants, audit. Carries no tunnel traffic."""

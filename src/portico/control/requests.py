@@ -1,0 +1,205 @@
+"""One request is one transaction, and a repeated write is carried out once.
+
+    router = APIRouter(route_class=UnitOfWork)
+
+A write route gets an open transaction (``access.InTx``) that is committed *before* the answer leaves; a problem
+rolls it back. A read route gets a connection (``access.Reading``). The body is read before a connection is taken, so a slow
+sender holds none.
+
+``Idempotency-Key``: the key, the request's fingerprint and the answer are written in the same transaction as the
+change, so there is no moment at which one exists without the other. A concurrent duplicate waits on the row of the
+first. Only successes are kept (a refusal changed nothing, repeating it is harmless). Answers are sealed under the
+master key, since one may carry a secret that is shown once; the repeat shows the same secret to the same caller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Awaitable, Callable, Coroutine
+from datetime import datetime, timedelta
+from typing import Any
+
+import asyncpg
+import sqlalchemy as sa
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from sqlalchemy.dialects.postgresql import insert
+
+from portico.control import access
+from portico.errors import Problem
+from portico.kit.db import Database, Tx, metadata
+from portico.kit.sealing import Sealer
+
+WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+idempotency_keys = sa.Table(
+    "idempotency_keys",
+    metadata,
+    sa.Column("caller", sa.Text, primary_key=True),
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("fingerprint", sa.LargeBinary, nullable=False),
+    sa.Column("status", sa.SmallInteger),
+    sa.Column("content_type", sa.Text),
+    sa.Column("location", sa.Text),
+    sa.Column("body", sa.LargeBinary),
+    sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
+    sa.Index(None, "created_at"),
+)
+
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+# What JSON allows and PostgreSQL or UTF-8 does not: NUL, lone surrogates, and Python's own NaN and Infinity.
+_SUSPECT = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])|NaN|Infinity")
+
+
+class JsonRoute(APIRoute):
+    """A route whose body is whole and storable before the handler runs."""
+
+    def get_route_handler(self) -> Handler:
+        inner = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            refuse_unstorable(await request.body())
+            return await inner(request)
+
+        return handle
+
+
+class UnitOfWork(JsonRoute):
+    """A route that runs in one transaction (writes) or on one connection (reads)."""
+
+    def get_route_handler(self) -> Handler:
+        inner = super().get_route_handler()
+        handle = _write(inner) if self.methods and self.methods & WRITES else _read(inner)
+
+        async def run(request: Request) -> Response:
+            await request.body()
+            return await handle(request)
+
+        return run
+
+
+def _read(inner: Handler) -> Handler:
+    async def handle(request: Request) -> Response:
+        db: Database = request.app.state.db
+        async with db.read() as reader:
+            request.state.reader = reader
+            return await inner(request)
+
+    return handle
+
+
+def _write(inner: Handler) -> Handler:
+    async def handle(request: Request) -> Response:
+        db: Database = request.app.state.db
+        async with db.transaction() as tx:
+            request.state.reader = tx
+            if "idempotency-key" in request.headers:
+                return await once(request, tx, lambda: inner(request))
+            return await inner(request)
+
+    return handle
+
+
+def refuse_unstorable(body: bytes) -> None:
+    """Raises ``request.invalid`` for JSON whose strings or numbers cannot be stored; other faults are the parser's."""
+    if not _SUSPECT.search(body):
+        return
+    try:
+        document = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return  # not JSON at all: the parser says so in its own words
+    stack = [document]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            stack.extend(value.keys())
+            stack.extend(value.values())
+        elif isinstance(value, list):
+            stack.extend(value)
+        elif isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+            raise _unstorable("NUL and lone surrogates are not text")
+
+
+def _no_constant(name: str) -> Any:
+    raise _unstorable(f"{name} is not JSON")
+
+
+def _unstorable(message: str) -> RequestValidationError:
+    return RequestValidationError([{"type": "text_invalid", "loc": ("body",), "msg": message, "input": None}])
+
+
+def fingerprint(method: str, path: str, query: str, body: bytes) -> bytes:
+    """What makes two requests the same request."""
+    head = f"{method}\n{path}\n{query}\n".encode()
+    return hashlib.sha256(head + body).digest()
+
+
+async def once(request: Request, tx: Tx, run: Callable[[], Awaitable[Response]]) -> Response:
+    """``run()`` unless this caller already did under the same key; then its stored answer."""
+    key = request.headers["idempotency-key"]
+    if not _KEY.fullmatch(key):
+        raise Problem("idempotency.key_invalid")
+    who = await access.identify(request)
+    mark = fingerprint(request.method, request.url.path, request.url.query, await request.body())
+    sealer: Sealer = request.app.state.sealer
+    life = timedelta(seconds=request.app.state.settings.idempotency_seconds)
+    if not await _claim(tx, who.id, key, mark, life):
+        return await _replay(tx, who.id, key, mark, sealer)
+    response = await run()
+    await _remember(tx, who.id, key, response, sealer)
+    return response
+
+
+async def _claim(tx: Tx, caller: str, key: str, mark: bytes, life: timedelta) -> bool:
+    """Take the key for this transaction; waits while another transaction holds it. An expired row is taken over."""
+    fresh = insert(idempotency_keys).values(caller=caller, key=key, fingerprint=mark)
+    claim = fresh.on_conflict_do_update(
+        index_elements=["caller", "key"],
+        set_={"fingerprint": mark, "status": None, "body": None, "created_at": sa.func.now()},
+        where=idempotency_keys.c.created_at < sa.func.now() - life,
+    ).returning(sa.literal(1))
+    try:
+        return (await tx.execute(claim)).first() is not None
+    except sa.exc.DBAPIError as err:
+        if isinstance(getattr(err.orig, "__cause__", None), asyncpg.LockNotAvailableError):
+            raise Problem("idempotency.in_progress", headers={"Retry-After": "1"}) from None
+        raise
+
+
+async def _replay(tx: Tx, caller: str, key: str, mark: bytes, sealer: Sealer) -> Response:
+    t = idempotency_keys
+    row = await tx.fetch_one(sa.select(t).where(t.c.caller == caller, t.c.key == key))
+    if row is None or row.status is None:  # cleared in this moment
+        raise Problem("idempotency.in_progress", headers={"Retry-After": "1"})
+    if row.fingerprint != mark:
+        raise Problem("idempotency.mismatch")
+    headers = {"Idempotency-Replayed": "true"}
+    if row.location:
+        headers["Location"] = row.location
+    body = sealer.open("idempotent answer", f"{caller} {key}", row.body)
+    return Response(body, row.status, headers, media_type=row.content_type)
+
+
+async def _remember(tx: Tx, caller: str, key: str, response: Response, sealer: Sealer) -> None:
+    t = idempotency_keys
+    await tx.execute(
+        sa.update(t)
+        .where(t.c.caller == caller, t.c.key == key)
+        .values(
+            status=response.status_code,
+            content_type=response.headers.get("content-type"),
+            location=response.headers.get("location"),
+            body=sealer.seal("idempotent answer", f"{caller} {key}", bytes(response.body)),
+        )
+    )
+
+
+async def expire(tx: Tx, now: datetime, life_seconds: int) -> int:
+    """Delete remembered answers past their life; returns how many."""
+    t = idempotency_keys
+    result = await tx.execute(sa.delete(t).where(t.c.created_at < now - timedelta(seconds=life_seconds)))
+    return int(result.rowcount)
