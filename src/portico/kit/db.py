@@ -19,10 +19,10 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import asyncpg
-from sqlalchemy import Executable, MetaData, event
+from sqlalchemy import Connection, Executable, MetaData, event
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine import URL, CursorResult, Row, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -30,6 +30,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from portico.errors import Problem
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Every table of the control plane registers here; names make constraint errors and migrations predictable.
 metadata = MetaData(
@@ -106,6 +108,10 @@ class Tx(Reader):
     async def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
         """Run a statement (a list of parameter rows runs it for each)."""
         return await self._run(statement, parameters)
+
+    async def run_sync(self, function: Callable[[Connection], T]) -> T:
+        """Call ``function`` with the synchronous connection of this transaction (schema migrations)."""
+        return await self._connection.run_sync(function)
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncIterator[None]:

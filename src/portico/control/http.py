@@ -1,0 +1,205 @@
+"""What every HTTP exchange with the API has: a request id, limits on the body, security headers, problem documents.
+
+One pure ASGI middleware (Starlette's BaseHTTPMiddleware would buffer and break streams) and the exception handlers.
+No input is a 500: whatever is not a ``Problem`` is either shaped into one or logged with the request id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import asyncpg
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy import exc as sa_exc
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from portico.errors import Problem
+from portico.kit.ids import new_id
+from portico.settings import ApiSettings
+
+log = logging.getLogger(__name__)
+
+PROBLEM_TYPE = "application/problem+json"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_MAX_ERRORS = 20
+
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+def answer(problem: Problem, request_id: str) -> Response:
+    """The problem as a response."""
+    headers = {**problem.headers}
+    if problem.status == 401:
+        headers.setdefault("WWW-Authenticate", "Bearer")
+    return Response(problem.json(request_id), problem.status, headers, media_type=PROBLEM_TYPE)
+
+
+class Exchange:
+    """The middleware. ``scope["state"]["request_id"]`` is set before anything else runs."""
+
+    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+        self.app = app
+        self.settings = settings
+        self.headers = dict(SECURITY_HEADERS)
+        if settings.api_url.startswith("https://"):
+            self.headers["Strict-Transport-Security"] = "max-age=31536000"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers.get("x-request-id"))
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                self._finish(message, request_id)
+            await send(message)
+
+        try:
+            limit = self._limit(scope, headers)
+            await self.app(scope, self._bounded(receive, limit), send_with_headers)
+        except Problem as problem:
+            if started:
+                raise
+            await answer(problem, request_id)(scope, receive, send_with_headers)
+        except Exception:
+            log.exception("request failed", extra={"f": {"request": request_id, "path": scope["path"]}})
+            if started:
+                raise  # the server cuts the connection: the client must not take a torn answer for a whole one
+            await answer(Problem("internal.error"), request_id)(scope, receive, send_with_headers)
+
+    def _finish(self, message: Message, request_id: str) -> None:
+        headers = MutableHeaders(scope=message)
+        headers["X-Request-Id"] = request_id
+        for name, value in self.headers.items():
+            headers.setdefault(name, value)
+
+    def _limit(self, scope: Scope, headers: Headers) -> int:
+        """The body limit of this request; raises for what its head alone rules out."""
+        if "\0" in scope["path"] or b"%00" in scope["query_string"] or _unprintable(scope["path"]):
+            raise Problem("request.malformed", "the address holds control characters")
+        edge = scope["path"].startswith("/v1/edge/")
+        limit = self.settings.edge_body_max_bytes if edge else self.settings.request_body_max_bytes
+        declared = headers.get("content-length", "0")
+        if len(declared) > 18 or not declared.isdecimal() or int(declared) > limit:
+            raise Problem("request.too_large", f"a body here has at most {limit} bytes", limit=limit)
+        return limit
+
+    def _bounded(self, receive: Receive, limit: int) -> Receive:
+        """``receive`` that counts the body and its time. Once the body is whole it only waits for the disconnect."""
+        received = 0
+        whole = False
+        deadline = asyncio.get_running_loop().time() + self.settings.request_body_timeout_seconds
+
+        async def bounded() -> Message:
+            nonlocal received, whole
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise Problem("request.timeout") from None
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                whole = not message.get("more_body", False)
+                if received > limit:
+                    raise Problem("request.too_large", f"a body here has at most {limit} bytes", limit=limit)
+            return message
+
+        return bounded
+
+
+def _request_id(offered: str | None) -> str:
+    """The client's own id when it is harmless in a log line and a header, else a new one."""
+    return offered if offered and _REQUEST_ID.fullmatch(offered) else new_id("req")
+
+
+def _unprintable(path: str) -> bool:
+    return any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in path)
+
+
+def install(app: FastAPI, settings: ApiSettings) -> None:
+    """Add the middleware and the exception handlers."""
+    app.add_middleware(Exchange, settings=settings)
+    app.add_exception_handler(Problem, _on_problem)
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(sa_exc.DBAPIError, _on_database)
+    app.add_exception_handler(asyncpg.PostgresError, _on_database)
+
+
+def _id(request: Request) -> str:
+    return str(request.scope["state"]["request_id"])
+
+
+async def _on_problem(request: Request, err: Exception) -> Response:
+    assert isinstance(err, Problem)
+    return answer(err, _id(request))
+
+
+async def _on_validation(request: Request, err: Exception) -> Response:
+    """422 for a shape that does not fit; names the fields, never repeats their values (one may be a password)."""
+    assert isinstance(err, RequestValidationError)
+    errors = list(err.errors())
+    if any(e["type"] == "json_invalid" for e in errors):
+        return answer(Problem("request.malformed", "the body is not valid JSON"), _id(request))
+    shown = [_field_error(e) for e in errors[:_MAX_ERRORS]]
+    where = ", ".join(sorted({e["field"] for e in shown}))[:200]
+    return answer(Problem("request.invalid", f"the request does not fit: {where}", errors=shown), _id(request))
+
+
+def _field_error(error: dict[str, Any]) -> dict[str, str]:
+    # A path of the payload can hold a key that the client chose; it is cut, and only names its place.
+    parts: Iterable[str] = (str(part)[:64].encode("utf-8", "replace").decode() for part in error["loc"])
+    return {"field": ".".join(parts), "message": str(error["msg"])[:200], "type": str(error["type"])}
+
+
+async def _on_http(request: Request, err: Exception) -> Response:
+    """Starlette's own refusals: no route, no method, a body that could not be read."""
+    assert isinstance(err, HTTPException)
+    if isinstance(err.__cause__, Problem):  # raised by the bounded body, wrapped by FastAPI
+        return answer(err.__cause__, _id(request))
+    if err.status_code == 404:
+        return answer(Problem("request.not_found", "there is nothing at this address"), _id(request))
+    if err.status_code == 405:
+        return answer(Problem("request.method_not_allowed", headers=dict(err.headers or {})), _id(request))
+    if 400 <= err.status_code < 500:
+        return answer(Problem("request.malformed", "the body could not be read"), _id(request))
+    log.error("request failed", extra={"f": {"request": _id(request), "status": err.status_code}})
+    return answer(Problem("internal.error"), _id(request))
+
+
+_RETRY = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.LockNotAvailableError)
+_LOST = (asyncpg.PostgresConnectionError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError, OSError)
+_SLOW = (asyncpg.QueryCanceledError, asyncpg.TooManyConnectionsError, asyncpg.InterfaceError)
+
+
+async def _on_database(request: Request, err: Exception) -> Response:
+    """A lost race or a lost connection is the client's to retry; anything else is a fault of ours."""
+    origin = err.orig.__cause__ if isinstance(err, sa_exc.DBAPIError) and err.orig is not None else err
+    if isinstance(origin, _RETRY):
+        return answer(Problem("request.conflict", headers={"Retry-After": "1"}), _id(request))
+    if isinstance(origin, _LOST + _SLOW):
+        log.warning("database failed", extra={"f": {"request": _id(request), "error": type(origin).__name__}})
+        return answer(Problem("service.unavailable", headers={"Retry-After": "1"}), _id(request))
+    raise err

@@ -1,0 +1,1 @@
+"""People, organizations, keys, sign-in, and the keys that sign tokens."""

@@ -1,0 +1,147 @@
+"""Identity's tables. Used by identity's own stores alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
+
+from portico.kit.db import metadata
+
+
+def _time(name: str, *, required: bool = False) -> sa.Column[Any]:
+    return sa.Column(name, sa.DateTime(timezone=True), nullable=not required)
+
+
+def _created() -> sa.Column[Any]:
+    return sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now())
+
+
+organizations = sa.Table(
+    "organizations",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("plan", sa.Text, nullable=False, server_default="free"),
+    _created(),
+    _time("suspended_at"),
+)
+
+users = sa.Table(
+    "users",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    # Lower-cased and NFC: one address, one account.
+    sa.Column("email", sa.Text, nullable=False, unique=True),
+    sa.Column("password_hash", sa.Text),
+    # No sign-up sets this; only the installation's first start and other operators do.
+    sa.Column("platform_operator", sa.Boolean, nullable=False, server_default=sa.false()),
+    _created(),
+    _time("disabled_at"),
+)
+
+members = sa.Table(
+    "members",
+    metadata,
+    sa.Column("organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("user_id", sa.Text, sa.ForeignKey("users.id", ondelete="CASCADE"), primary_key=True, index=True),
+    sa.Column("role", sa.Text, nullable=False),
+    _created(),
+)
+
+# A sign-in session is the family of its refresh tokens: it ends as one.
+sign_in_sessions = sa.Table(
+    "sign_in_sessions",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("user_id", sa.Text, sa.ForeignKey("users.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column(
+        "organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), nullable=False, index=True
+    ),
+    sa.Column("user_agent", sa.Text),
+    sa.Column("address", sa.Text),
+    _created(),
+    _time("last_used_at", required=True),
+    _time("expires_at", required=True),
+    _time("ended_at"),
+    sa.Column("end_reason", sa.Text),
+)
+
+refresh_tokens = sa.Table(
+    "refresh_tokens",
+    metadata,
+    sa.Column("digest", sa.LargeBinary, primary_key=True),
+    sa.Column(
+        "session_id", sa.Text, sa.ForeignKey("sign_in_sessions.id", ondelete="CASCADE"), nullable=False, index=True
+    ),
+    _created(),
+    _time("expires_at", required=True),
+    _time("used_at"),
+)
+
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    # Null for the operator key alone.
+    sa.Column("organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), index=True),
+    # Who made it; null once that person is gone.
+    sa.Column("user_id", sa.Text, sa.ForeignKey("users.id", ondelete="SET NULL"), index=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("digest", sa.LargeBinary, nullable=False, unique=True),
+    sa.Column("prefix", sa.Text, nullable=False),
+    sa.Column("scopes", ARRAY(sa.Text), nullable=False),
+    _created(),
+    _time("expires_at"),
+    _time("last_used_at"),
+    _time("revoked_at"),
+    sa.Column("rotated_from", sa.Text),
+    sa.CheckConstraint("kind IN ('agent', 'api', 'operator')", name="kind"),
+    sa.CheckConstraint("(organization_id IS NULL) = (kind = 'operator')", name="organization"),
+)
+
+device_codes = sa.Table(
+    "device_codes",
+    metadata,
+    sa.Column("digest", sa.LargeBinary, primary_key=True),
+    sa.Column("user_code", sa.Text, nullable=False, unique=True),
+    sa.Column("hostname", sa.Text, nullable=False),
+    sa.Column("address", sa.Text),
+    sa.Column("state", sa.Text, nullable=False, server_default="pending"),
+    sa.Column("interval_seconds", sa.Integer, nullable=False),
+    _created(),
+    _time("expires_at", required=True),
+    _time("last_polled_at"),
+    sa.Column("user_id", sa.Text, sa.ForeignKey("users.id", ondelete="CASCADE"), index=True),
+    sa.Column("organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), index=True),
+    sa.CheckConstraint("state IN ('pending', 'approved', 'denied', 'used')", name="state"),
+    sa.Index(None, "expires_at"),
+)
+
+signing_keys = sa.Table(
+    "signing_keys",
+    metadata,
+    sa.Column("kid", sa.Text, primary_key=True),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("public_x", sa.LargeBinary, nullable=False),
+    # Sealed under the master key; erased when the key retires.
+    sa.Column("sealed_seed", sa.LargeBinary),
+    _created(),
+    _time("activated_at"),
+    _time("retired_at"),
+    sa.CheckConstraint("state IN ('next', 'active', 'retired')", name="state"),
+    sa.Index("signing_keys_one_next_key", "state", unique=True, postgresql_where=sa.text("state = 'next'")),
+    sa.Index("signing_keys_one_active_key", "state", unique=True, postgresql_where=sa.text("state = 'active'")),
+)
+
+throttles = sa.Table(
+    "throttles",
+    metadata,
+    # SHA-256 of what is counted: an attempted address or e-mail is not kept in clear.
+    sa.Column("bucket", sa.LargeBinary, primary_key=True),
+    sa.Column("count", sa.Integer, nullable=False),
+    _time("window_ends_at", required=True),
+    sa.Index(None, "window_ends_at"),
+)
