@@ -272,6 +272,8 @@ class RelaySettings:
     usage_post_max_bytes: int = 1048576
     # Seconds for one usage report to be answered.
     usage_post_timeout_seconds: float = 10.0
+    # Longest wait in seconds before an unanswered usage report is sent again (full jitter).
+    usage_backoff_max_seconds: float = 5.0
     # Seconds without usage after which a released tunnel's counters are forgotten.
     usage_forget_seconds: float = 3600.0
 
