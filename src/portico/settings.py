@@ -378,3 +378,119 @@ class ApiSettings:
     max_concurrency: int = 2000
     # Seconds between two rounds of clearing what has expired.
     housekeeping_seconds: float = 300.0
+
+
+# --- everything on one machine (`portico up`, `portico demo`) ---------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlatformSettings:
+    """The supervisor behind `portico up`: what it starts, where, and how patiently."""
+
+    # == Place
+    # Folder of everything that outlives a restart; empty: the user's data folder, or /var/lib/portico as root.
+    data_dir: Path | None = None
+    # Address that the public, control and API listeners open; 0.0.0.0 for all.
+    host: str = "127.0.0.1"
+    # Tunnels without a domain of their own are names directly below this one.
+    base_domain: str = "localhost"
+    # TCP port of the public HTTP listener; 0 takes a free one (here and below).
+    http_port: int = 7080
+    # TCP port of the public HTTPS listener.
+    https_port: int = 7443
+    # TCP port that agents connect to.
+    control_port: int = 7081
+    # TCP port of the API and console.
+    api_port: int = 7000
+    # Relay processes; the first has the ports above.
+    relays: int = 1
+    # Ports of the further relays: public HTTP, HTTPS and control of the second, then of the third, …; empty takes free ones.
+    relay_ports: tuple[int, ...] = ()
+    # Lowest level of log records that are written, by every process.
+    log_level: str = "INFO"
+
+    # == PostgreSQL and Valkey
+    # An external PostgreSQL instead of the embedded one.
+    database_url: Secret | None = None
+    # An external Redis or Valkey instead of the embedded one.
+    redis_url: Secret | None = None
+    # Folder of PostgreSQL's programs (postgres, initdb); empty: the wheel's, then the system's.
+    pg_bin: Path | None = None
+    # The Valkey server program; empty: the wheel's, then the system's.
+    valkey_program: Path | None = None
+    # Connections that the embedded PostgreSQL allows.
+    postgres_max_connections: int = 100
+    # MiB that the embedded Valkey may hold; past it the leases that end soonest go first.
+    valkey_max_memory_mib: int = 256
+
+    # == Times
+    # Seconds for one process to become ready.
+    start_seconds: float = 60.0
+    # Shortest and longest pause in seconds before a process that died is started again; doubles in between.
+    restart_min_seconds: float = 0.2
+    restart_max_seconds: float = 5.0
+    # Seconds after which a process counts as healthy and the pause starts small again.
+    healthy_after_seconds: float = 30.0
+    # Seconds for everything to end on Ctrl-C.
+    stop_seconds: float = 10.0
+    # Seconds for each process to end on a second Ctrl-C.
+    hurry_seconds: float = 1.0
+
+
+# --- workers (`portico worker`) ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """One process of background work."""
+
+    # PostgreSQL, as for the API.
+    database_url: Secret
+    # The API's key for stored secrets: signing keys are rotated by a worker.
+    master_key: Secret
+    # Redis or Valkey, as for the API.
+    redis_url: Secret | None = None
+    # Lowest level of log records that are written.
+    log_level: str = "INFO"
+    # Descriptor on which readiness is reported; set by `portico up`.
+    notify_fd: int | None = None
+    # Connections that one worker process holds at most: its leases, and one for each job at work.
+    database_pool_size: int = 4
+    # Seconds between two looks at which jobs are due.
+    tick_seconds: float = 1.0
+    # Longest pause in seconds after failed runs of a job; doubles up to it.
+    retry_max_seconds: float = 300.0
+    # Seconds for the job at work to end when the process stops; then it is cancelled and its transaction rolls back.
+    shutdown_seconds: float = 5.0
+    # Seconds between two trims of the edge change table.
+    trim_changes_seconds: float = 60.0
+    # Seconds between two removals of expired codes, tokens and idempotency keys.
+    expire_seconds: float = 300.0
+    # Seconds between two looks at whether a signing key is due for rotation.
+    rotate_keys_seconds: float = 60.0
+
+
+# --- where things are -------------------------------------------------------------------------------------------------
+
+
+def _user_folder(variable: str, default: str, name: str, environ: Mapping[str, str] | None) -> Path:
+    environ = os.environ if environ is None else environ
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        return Path("/var/lib") / name
+    base = environ.get(variable, "")
+    return (Path(base) if base.startswith("/") else Path.home() / default) / name
+
+
+def default_data_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """The data folder of `portico up` when none is named."""
+    return _user_folder("XDG_DATA_HOME", ".local/share", "portico", environ)
+
+
+def default_demo_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """The data folder of `portico demo` when none is named."""
+    return _user_folder("XDG_STATE_HOME", ".local/state", "portico-demo", environ)
+
+
+def debug_enabled(environ: Mapping[str, str] | None = None) -> bool:
+    """PORTICO_DEBUG=1: an unexpected error shows its traceback."""
+    return (os.environ if environ is None else environ).get("PORTICO_DEBUG", "") not in ("", "0")

@@ -32,7 +32,7 @@ def make_home(home: Path, account: Account | None) -> Path:
 
     Raises ``up.data_unusable`` with one line that names the folder at fault.
     """
-    mode = 0o700 if account is None else 0o711
+    mode = 0o711 if os.geteuid() == 0 else 0o700
     try:
         home.mkdir(mode=mode, parents=True, exist_ok=True)
         home = home.resolve()

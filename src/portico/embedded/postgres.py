@@ -66,6 +66,10 @@ class EmbeddedPostgres:
     def uri_for(self, database: str) -> str:
         return f"postgresql://postgres@/{database}?host={self._socket.path}"
 
+    def log_to(self, log: int | None) -> None:
+        """Where the next launch sends the server's log."""
+        self._log = log
+
     @property
     def log_path(self) -> Path:
         return self.home / "logs" / "postgres.log"

@@ -80,6 +80,10 @@ class EmbeddedValkey:
         """``unix:///path/valkey.sock``, as redis-py reads it."""
         return f"unix://{self.socket_path}"
 
+    def log_to(self, log: int | None) -> None:
+        """Where the next launch sends the server's log."""
+        self._log = log
+
     @property
     def log_path(self) -> Path:
         return self.home / "logs" / "valkey.log"
