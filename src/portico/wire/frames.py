@@ -87,12 +87,18 @@ def json_frame(kind: int, stream: int, body: dict[str, Any]) -> bytes:
     return frame(kind, stream, payload)
 
 
+def _no_constant(name: str) -> None:
+    """NaN and Infinity are Python's own addition to JSON."""
+    raise ValueError(name)
+
+
 def decode_json(kind: int, payload: bytes) -> dict[str, Any]:
     """The JSON object of a control frame; raises :class:`WireError` for anything else."""
     if len(payload) > MAX_JSON:
         raise WireError(f"{NAMES[kind]} payload over {MAX_JSON} bytes")
     try:
-        body = json.loads(payload)
+        # Decoded first: json.loads would take UTF-16 too, and two encodings are two readings.
+        body = json.loads(payload.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise WireError(f"{NAMES[kind]} payload is not JSON") from None
     if not isinstance(body, dict):
@@ -105,11 +111,26 @@ def member(kind: int, body: dict[str, Any], name: str, of: type | tuple[type, ..
     value = body.get(name)
     if not isinstance(value, of) or (isinstance(value, bool) and of is int):
         raise WireError(f"{NAMES[kind]} lacks a valid {name!r}")
+    if isinstance(value, str) and _SURROGATE.search(value):
+        raise WireError(f"{NAMES[kind]} has half a surrogate pair in {name!r}")
+    return value
+
+
+def count(kind: int, body: dict[str, Any], name: str, least: int = 0, most: int = 2**53 - 1) -> int:
+    """A required integer member within its range; raises :class:`WireError`."""
+    value: int = member(kind, body, name, int)
+    if not least <= value <= most:
+        raise WireError(f"{NAMES[kind]} has {name!r} out of range")
     return value
 
 
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _TARGET = re.compile(rb"[\x21-\x7e\x80-\xff]+")
+#: Octets that no field of a head may contain: control characters other than NUL (the separator) and HTAB.
+_FORBIDDEN = bytes((*range(0x01, 0x09), *range(0x0A, 0x20), 0x7F))
+#: One more part than the fullest valid head has, so that a payload of NULs is not split into 65,536 parts.
+_MAX_SPLIT = 2 + 2 * MAX_FIELDS
 _KNOWN_NAMES: set[bytes] = set()
 _KNOWN_NAMES_MAX = 4096
 
@@ -120,8 +141,10 @@ def _is_token(name: bytes) -> bool:
         return True
     if _TOKEN.fullmatch(name) is None:
         return False
-    if len(_KNOWN_NAMES) < _KNOWN_NAMES_MAX:
-        _KNOWN_NAMES.add(name)
+    if len(_KNOWN_NAMES) >= _KNOWN_NAMES_MAX:
+        # Someone sends made-up names; the usual ones are back after a few heads.
+        _KNOWN_NAMES.clear()
+    _KNOWN_NAMES.add(name)
     return True
 
 
@@ -131,20 +154,42 @@ def check_fields(fields: Sequence[bytes], start: int) -> None:
         raise WireError("head has a name without a value")
     if len(fields) - start > 2 * MAX_FIELDS:
         raise WireError(f"head has more than {MAX_FIELDS} fields")
-    for name in fields[start::2]:
-        if not _is_token(name):
-            raise WireError("head has a field name that is not a token")
+    names = fields[start::2]
+    if not _KNOWN_NAMES.issuperset(names):
+        for name in names:
+            if not _is_token(name):
+                raise WireError("head has a field name that is not a token")
 
 
 def _split(payload: bytes) -> list[bytes]:
-    if b"\n" in payload or b"\r" in payload:
-        raise WireError("head contains CR or LF")
-    return payload.split(b"\0")
+    if len(payload.translate(None, _FORBIDDEN)) != len(payload):
+        raise WireError("head contains a control character")
+    return payload.split(b"\0", _MAX_SPLIT)
+
+
+def _join(head: Sequence[bytes], start: int, room: int) -> bytes:
+    """A flat head as payload; raises ``ValueError`` for one that the other side would have to refuse.
+
+    A head comes from a visitor or a target. Were it sent unchecked, a strange one would end the session for all.
+    """
+    payload = b"\0".join(head)
+    if payload.count(b"\0") != len(head) - 1 or len(payload.translate(None, _FORBIDDEN)) != len(payload):
+        raise ValueError("head has a control character in a field")
+    if len(payload) > MAX_PAYLOAD - room:
+        raise ValueError(f"head of {len(payload)} bytes")
+    try:
+        check_fields(head, start)
+    except WireError as err:
+        raise ValueError(err.detail) from None
+    return payload
 
 
 def encode_request(bind: int, head: Sequence[bytes]) -> bytes:
-    """REQUEST payload; ``head`` is flat: method, target, then names and values."""
-    return U32.pack(bind) + b"\0".join(head)
+    """REQUEST payload; ``head`` is flat: method, target, then names and values. Raises ``ValueError`` as :func:`_join`."""
+    payload = _join(head, 2, U32.size)
+    if not _is_token(head[0]) or _TARGET.fullmatch(head[1]) is None:
+        raise ValueError("head has no valid method and target")
+    return U32.pack(bind) + payload
 
 
 def decode_request(payload: bytes) -> tuple[int, list[bytes]]:
@@ -159,8 +204,10 @@ def decode_request(payload: bytes) -> tuple[int, list[bytes]]:
 
 
 def encode_response(status: int, head: Sequence[bytes]) -> bytes:
-    """RESPONSE or INTERIM payload; ``head`` is flat: reason, then names and values."""
-    return U16.pack(status) + b"\0".join(head)
+    """RESPONSE or INTERIM payload; ``head`` is flat: reason, then names and values. Raises ``ValueError`` as :func:`_join`."""
+    if not 100 <= status <= 599:
+        raise ValueError(f"status {status}")
+    return U16.pack(status) + _join(head, 1, U16.size)
 
 
 def decode_response(payload: bytes) -> tuple[int, list[bytes]]:
@@ -173,6 +220,11 @@ def decode_response(payload: bytes) -> tuple[int, list[bytes]]:
     head = _split(payload[2:])
     check_fields(head, 1)
     return status, head
+
+
+def encode_trailers(fields: Sequence[bytes]) -> bytes:
+    """END payload; ``fields`` is flat: names and values, may be empty. Raises ``ValueError`` as :func:`_join`."""
+    return _join(fields, 0, 0) if fields else b""
 
 
 def decode_trailers(payload: bytes) -> Fields:

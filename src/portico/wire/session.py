@@ -103,6 +103,7 @@ class Stream:
         "stalled",
         "tcp",
         "unreturned",
+        "upgrade",
         "window",
     )
 
@@ -111,6 +112,7 @@ class Stream:
         self.id = stream_id
         self.sink = sink
         self.tcp = tcp
+        self.upgrade = False
         self.answered = False
         self.closed = False
         self.send_ended = False
@@ -134,20 +136,16 @@ class Stream:
         self.session.waiting[self.id] = self
 
     def send_response(self, status: int, head: Sequence[bytes], end: bool) -> None:
-        """RESPONSE; raises ``ValueError`` when the head does not fit into a frame."""
+        """RESPONSE; raises ``ValueError`` when the head does not fit into a frame or is not a valid one."""
         payload = f.encode_response(status, head)
-        if len(payload) > f.MAX_PAYLOAD:
-            raise ValueError(f"response head of {len(payload)} bytes")
         self.answered = True
         self.session.put(f.HEADER.pack(f.RESPONSE, f.F_END if end else 0, self.id, len(payload)) + payload)
         if end:
             self._sent_end()
 
     def send_interim(self, status: int, head: Sequence[bytes]) -> None:
-        """INTERIM; raises ``ValueError`` when the head does not fit into a frame."""
+        """INTERIM; raises ``ValueError`` when the head does not fit into a frame or is not a valid one."""
         payload = f.encode_response(status, head)
-        if len(payload) > f.MAX_PAYLOAD:
-            raise ValueError(f"interim head of {len(payload)} bytes")
         self.session.put(f.frame(f.INTERIM, self.id, payload))
 
     def send_opened(self) -> None:
@@ -179,9 +177,12 @@ class Stream:
             self.session.put(out)
 
     def send_end(self, trailers: Sequence[bytes] = ()) -> None:
-        """END with flat trailer fields; the other direction stays open. Does nothing when this direction has ended."""
+        """END with flat trailer fields; the other direction stays open. Does nothing when this direction has ended.
+
+        Raises ``ValueError`` when the trailers are not valid or do not fit; nothing was sent then.
+        """
         if not self.send_ended:
-            self.session.put(f.frame(f.END, self.id, b"\0".join(trailers)))
+            self.session.put(f.frame(f.END, self.id, f.encode_trailers(trailers)))
             self._sent_end()
 
     def reset(self, code: int, detail: str = "") -> None:
@@ -192,7 +193,10 @@ class Stream:
 
     def consumed(self, size: int) -> None:
         """``size`` bytes of :meth:`Sink.on_data` were taken by the far writer; credit returns in halves of a window."""
-        if self.recv_ended or self.closed:
+        if self.closed:
+            return
+        if self.recv_ended:
+            self._shrink(size)
             return
         self.unreturned += size
         if self.unreturned * 2 >= self.window:
@@ -215,6 +219,18 @@ class Stream:
         if back:
             self.recv_credit += back
             session.put(f.frame(f.CREDIT, self.id, f.U32.pack(back)))
+
+    def _shrink(self, freed: int) -> None:
+        """Give window growth back to the session, as far as ``freed`` bytes of the window hold nothing any more."""
+        taken = min(self.window - f.STREAM_WINDOW, freed)
+        self.window -= taken
+        self.session.growth += taken
+
+    def received_end(self) -> None:
+        """The peer's direction ended: what it did not use of a grown window goes back at once, the rest when consumed."""
+        self.recv_ended = True
+        if self.window > f.STREAM_WINDOW:
+            self._shrink(self.recv_credit + self.unreturned)
 
     def _sent_end(self) -> None:
         self.send_ended = True
@@ -295,11 +311,13 @@ class Session:
         self.put(f.frame(f.PING, 0, payload))
 
     def open_request(self, bind: int, head: Sequence[bytes], flags: int, sink: Sink) -> Stream:
-        """Relay: a new stream with REQUEST. ``ValueError``: the head does not fit. ``OverflowError``: a limit is reached."""
+        """Relay: a new stream with REQUEST.
+
+        Raises ``ValueError`` when the head does not fit or is not a valid one, ``OverflowError`` at a limit.
+        """
         payload = f.encode_request(bind, head)
-        if len(payload) > f.MAX_PAYLOAD:
-            raise ValueError(f"request head of {len(payload)} bytes")
         stream = self._new_stream(sink, tcp=False)
+        stream.upgrade = flags & f.F_UPGRADE != 0
         self.put(f.HEADER.pack(f.REQUEST, flags, stream.id, len(payload)) + payload)
         if flags & f.F_END:
             stream.send_ended = True
@@ -307,8 +325,9 @@ class Session:
 
     def open_tcp(self, bind: int, info: dict[str, Any], sink: Sink) -> Stream:
         """Relay: a new stream with OPEN; raises ``OverflowError`` at a limit."""
+        payload = f.U32.pack(bind) + f.json_frame(f.OPEN, 0, info)[f.HEADER_SIZE :]
         stream = self._new_stream(sink, tcp=True)
-        self.put(f.frame(f.OPEN, stream.id, f.U32.pack(bind) + f.json_frame(f.OPEN, 0, info)[f.HEADER_SIZE :]))
+        self.put(f.frame(f.OPEN, stream.id, payload))
         return stream
 
     def _new_stream(self, sink: Sink, tcp: bool) -> Stream:
@@ -357,6 +376,8 @@ class Session:
     def receive(self, message: bytes | memoryview) -> None:
         """One WebSocket message of whole frames. Raises :class:`WireError` when the peer broke the protocol."""
         size = len(message)
+        if not 0 < size <= f.MAX_MESSAGE:
+            raise WireError("message is empty or too long")
         at = 0
         unpack = f.HEADER.unpack_from
         while at < size:
@@ -427,7 +448,7 @@ class Session:
         if stream.recv_credit < 0:
             raise WireError("more DATA than stream credit", "wire.flow_control")
         if end:
-            stream.recv_ended = True
+            stream.received_end()
         stream.sink.on_data(data, end)
         if end and stream.send_ended:
             stream.close()
@@ -439,7 +460,7 @@ class Session:
         stream = self._stream(ident)
         if stream is None:
             return
-        if stream.tcp or stream.answered or (status < 200 and status != 101) or (status == 101 and end):
+        if stream.tcp or stream.answered or (status < 200 and (status != 101 or end or not stream.upgrade)):
             raise WireError("unexpected RESPONSE")
         stream.answered = True
         if end:
@@ -466,7 +487,7 @@ class Session:
             return
         if stream.recv_ended or (self.relay and not stream.answered):
             raise WireError("END outside of a body")
-        stream.recv_ended = True
+        stream.received_end()
         stream.sink.on_end(trailers)
         if stream.send_ended:
             stream.close()
@@ -528,6 +549,7 @@ class Session:
         if stream is None:
             return
         stream.recv_ended = flags & f.F_END != 0
+        stream.upgrade = flags & f.F_UPGRADE != 0
         sink = self.handler.on_request(stream, bind, head, flags)
         if sink is not None and not stream.closed:
             stream.sink = sink
@@ -536,6 +558,8 @@ class Session:
         if len(payload) < 4:
             raise WireError("OPEN is too short")
         info = f.decode_json(f.OPEN, payload[4:])
+        for name in ("peer", "local"):
+            f.member(f.OPEN, info, name, str)
         stream = self._accept(ident, tcp=True)
         if stream is None:
             return
@@ -583,6 +607,7 @@ class Session:
         elif kind == f.AUTH:
             handler.on_auth(text("token"))
         elif kind == f.AUTHED:
+            text("expires_at")
             handler.on_authed(body)
         elif kind == f.GOAWAY:
             retry = f.member(kind, body, "retry_after_ms", int)
@@ -597,11 +622,17 @@ class Session:
             raise WireError("HELLO twice")
         if self.relay:
             versions = f.member(f.HELLO, body, "versions", list)
-            f.member(f.HELLO, body, "connect", int)
+            f.member(f.HELLO, body, "agent", str)
+            f.count(f.HELLO, body, "connect")
             if f.VERSION not in versions:
                 raise WireError(f"this relay speaks version {f.VERSION} only", "wire.version_unsupported")
         elif f.member(f.HELLO, body, "version", int) != f.VERSION:
             raise WireError(f"this agent speaks version {f.VERSION} only", "wire.version_unsupported")
+        else:
+            for name in ("relay", "session"):
+                f.member(f.HELLO, body, name, str)
+            for name in ("ping_interval_ms", "ping_timeout_ms"):
+                f.count(f.HELLO, body, name, least=1, most=3_600_000)
         self.greeted = True
         self.handler.on_hello(body)
 
