@@ -21,6 +21,7 @@ import httpx
 from portico.relay.control_link import Backoff, LinkLost, LinkRefused, post, why
 from portico.relay.snapshot import SnapshotInvalid, parse_json
 from portico.relay.spool import FIELDS, SUFFIX, Batch, Spool, batch, merged_rows
+from portico.relay.statefiles import in_thread
 from portico.settings import RelaySettings
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class Meter:
         self.boot = secrets.token_hex(8)
         self._counters: dict[tuple[str, str], Counters] = {}
         self._own = Spool(self._folder / (self.boot + SUFFIX))
+        self._fresh: list[Batch] = []  # collected, not yet in the spool
         self._left: list[Spool] = []
         self._seq = 0
         self._since = int(wall())
@@ -110,7 +112,7 @@ class Meter:
 
     async def run(self) -> None:
         """Adopts what earlier processes left, then collects and sends until cancelled."""
-        self._left = await asyncio.to_thread(Spool.adopt_all, self._folder)
+        self._left = await in_thread(Spool.adopt_all, self._folder)
         if self._left:
             waiting = sum(len(spool.live) for spool in self._left)
             log.info("sending usage that an earlier process left", extra={"f": {"batches": waiting}})
@@ -169,9 +171,9 @@ class Meter:
         now = int(self._wall())
         rows = self._take(self._monotonic())
         for start in range(0, len(rows), BATCH_MAX_ROWS):
-            self._own.live.append(self._number(self._since, now, rows[start : start + BATCH_MAX_ROWS]))
+            self._fresh.append(self._number(self._since, now, rows[start : start + BATCH_MAX_ROWS]))
         self._since = now
-        if any(not item.saved for item in self._own.live):
+        if self._fresh or any(not item.saved for item in self._own.live):
             await self._store()
             self._wake.set()
 
@@ -194,11 +196,13 @@ class Meter:
 
     async def _store(self) -> None:
         async with self._lock:
+            self._own.live += self._fresh
+            self._fresh = []
             try:
                 if self._too_large(self._own.mergeable()):
                     await self._merge()
                 else:
-                    await asyncio.to_thread(self._own.append_unsaved)
+                    await in_thread(self._own.append_unsaved)
                 self._said.pop("disk", None)
             except OSError as err:
                 self._say("disk", "usage cannot be saved; it waits in memory", why(err))
@@ -211,7 +215,7 @@ class Meter:
     async def _merge(self) -> None:
         """Batches never sent become as few as possible, in the file and then in memory."""
         fewer = self._merged(self._own.mergeable())
-        await asyncio.to_thread(self._own.rewrite, [item for item in self._own.live if item.exposed] + fewer)
+        await in_thread(self._own.rewrite, [item for item in self._own.live if item.exposed] + fewer)
         log.warning("unsent usage was merged to make room", extra={"f": {"bytes": self._own.size()}})
 
     def _merge_in_memory(self) -> None:
@@ -266,10 +270,10 @@ class Meter:
             spool.acknowledge(min(seq, group[-1].seq))
             try:
                 if spool is self._own:
-                    await asyncio.to_thread(spool.tidy, self._settings.usage_spool_max_bytes)
+                    await in_thread(spool.tidy, self._settings.usage_spool_max_bytes)
                 elif not spool.live:
                     self._left.remove(spool)
-                    await asyncio.to_thread(spool.discard)
+                    await in_thread(spool.discard)
             except OSError as err:  # the lines stay; sent again after a restart, they are counted already
                 self._say("disk", "acknowledged usage cannot be removed from disk", why(err))
 

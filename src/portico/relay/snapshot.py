@@ -429,7 +429,7 @@ class SnapshotStore:
         if (frozen := self._snapshot.frozen()) is None:
             return True
         try:
-            await asyncio.to_thread(self._write, frozen)
+            await statefiles.in_thread(self._write, frozen)
         except OSError as err:
             self._dirty.set()
             if not self._failing:

@@ -1,0 +1,354 @@
+"""What a visitor sees when the relay refuses: a page for browsers, a problem document for programs.
+
+Everything but the request id, the host and an optional detail is rendered once per code, so a refusal under attack costs
+microseconds. A page is self-contained: no script, no external resource, styles allowed by their hash alone. Interpolated
+text is escaped; header values are cleaned of what could end a header.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import html as markup
+import json
+from dataclasses import dataclass
+
+from portico.errors import ErrorSpec, catalogue
+
+Headers = list[tuple[bytes, bytes]]
+Reply = tuple[int, Headers, bytes]
+
+MAX_DETAIL_CHARS = 500
+RETRY_AFTER_SECONDS = {429: 1}
+
+NODES = ("Visitor", "Relay", "Agent", "Local app")
+NODE_NOTES = ("your browser", "the public edge", "on the owner’s machine", "the service itself")
+
+# `hop` in contracts/errors.toml → what the chain marks: an even number is a node, an odd one the link after it.
+_MARKS = {
+    "visitor": 0,
+    "visitor → relay": 1,
+    "relay": 2,
+    "relay → agent": 3,
+    "agent": 4,
+    "agent → local target": 5,
+    "local target": 6,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What happened, in words for everyone; then what to do, for each of the two people who may read the page."""
+
+    what: str
+    visitor: str
+    owner: str
+
+
+_ADVICE = {
+    "edge.bad_request": Advice(
+        "the request was not valid HTTP, so the relay did not pass it on.",
+        "Reload the page. If that does not help, the program that sent the request needs a correction.",
+        "The relay forwards only what can be read in exactly one way.",
+    ),
+    "edge.head_too_large": Advice(
+        "the request carries more headers than the relay accepts.",
+        "Delete the cookies of this site, then reload.",
+        "Keep cookies and other headers small; the relay’s limit is max_head_bytes.",
+    ),
+    "edge.head_timeout": Advice(
+        "the request did not arrive whole in time.",
+        "Check your connection, then reload.",
+        "There is nothing to do: the request never reached you.",
+    ),
+    "edge.host_unassigned": Advice(
+        "no tunnel has this name.",
+        "Check the address for a typing error, or ask whoever gave it to you.",
+        "Start a tunnel with this name: portico http PORT --subdomain NAME",
+    ),
+    "edge.tunnel_offline": Advice(
+        "the address is right, but nobody is serving it at the moment.",
+        "Try again later, or tell the owner.",
+        "Start the tunnel again on the machine that owns it. After a lost network the agent reconnects by itself.",
+    ),
+    "edge.concurrency_exceeded": Advice(
+        "too many requests are under way at the same time.",
+        "Wait a moment, then reload.",
+        "The tunnel has as many requests in flight as its plan allows. Look for slow responses in the local app.",
+    ),
+    "edge.too_many_connections": Advice(
+        "your network address holds too many connections to this relay.",
+        "Close other tabs of this site, wait a moment, then reload.",
+        "The limit for one client address is the relay’s connections_per_address.",
+    ),
+    "edge.agent_unreachable": Advice(
+        "the connection to the owner’s machine was lost while it worked on your request.",
+        "Reload in a few seconds; the connection comes back by itself.",
+        "The agent lost its relay. Its terminal shows why, and when it is back.",
+    ),
+    "edge.target_refused": Advice(
+        "the tunnel is up, but the app behind it is not running.",
+        "Try again later, or tell the owner.",
+        "Nothing answers at the local target. Start the app, or correct the port of the tunnel.",
+    ),
+    "edge.target_invalid": Advice(
+        "the app behind the tunnel sent an answer that is not valid HTTP.",
+        "Try again. If it happens again, tell the owner.",
+        "The local app closed the connection or does not speak HTTP. Check whether it expects https.",
+    ),
+    "edge.target_timeout": Advice(
+        "the app behind the tunnel took too long to answer.",
+        "Try again later, or tell the owner.",
+        "The local app took the request but did not answer within first_byte_timeout_seconds.",
+    ),
+    "edge.internal": Advice(
+        "the relay met a fault of its own.",
+        "Try again in a moment.",
+        "Give the request id below to the operator of this relay; the reason is in its log.",
+    ),
+}
+
+_STYLE = """
+:root{color-scheme:light dark;--bg:#f6f5f2;--card:#fff;--ink:#1c1b19;--soft:#6b6862;--line:#dedbd4;--ok:#2f7d5b;
+--bad:#c2402a;--badbg:#fdf0ed;--code:#f1efea}
+@media (prefers-color-scheme:dark){:root{--bg:#151618;--card:#1d1f22;--ink:#ecebe8;--soft:#a19e98;--line:#34373c;
+--ok:#5cc296;--bad:#ff8a70;--badbg:#33211e;--code:#282b2f}}
+*{box-sizing:border-box}
+body{margin:0;min-height:100vh;display:flex;align-items:center;justify-content:center;padding:24px 16px;
+background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{width:100%;max-width:680px;background:var(--card);border:1px solid var(--line);border-radius:16px;
+padding:36px 40px 28px}
+h1{font-size:27px;line-height:1.2;margin:6px 0 12px;letter-spacing:-.01em}
+h2{font-size:14px;margin:0 0 4px}
+p{margin:0 0 10px}
+.status{margin:0;color:var(--bad);font-weight:600;font-size:15px;font-variant-numeric:tabular-nums}
+.host{overflow-wrap:anywhere;font-weight:600}
+.soft{color:var(--soft)}
+.chain{list-style:none;display:flex;margin:28px 0 30px;padding:0}
+.chain li{flex:1;position:relative;text-align:center;font-size:14px;font-weight:600;min-width:0}
+.chain small{display:block;font-weight:400;font-size:12.5px;line-height:1.35;color:var(--soft)}
+.dot{display:block;position:relative;z-index:1;width:18px;height:18px;margin:0 auto 10px;border-radius:50%;
+background:var(--card);border:2px solid var(--line)}
+.ok .dot{background:var(--ok);border-color:var(--ok)}
+.bad .dot{background:var(--bad);border-color:var(--bad);box-shadow:0 0 0 5px var(--badbg)}
+.link{position:absolute;top:8px;left:calc(50% + 14px);right:calc(-50% + 14px);height:2px;background:var(--line)}
+.link.ok{background:var(--ok)}
+.link.bad{background:repeating-linear-gradient(90deg,var(--bad) 0 6px,transparent 6px 11px)}
+.link.bad::after{content:"\\00d7";position:absolute;left:50%;top:50%;width:22px;height:22px;margin:-11px;
+border-radius:50%;background:var(--bad);color:var(--card);font:700 16px/21px system-ui,sans-serif}
+.do{display:grid;grid-template-columns:1fr 1fr;gap:20px 28px;border-top:1px solid var(--line);padding-top:20px}
+.do p{font-size:15px;color:var(--soft);margin:0}
+footer{margin-top:24px;padding-top:16px;border-top:1px solid var(--line);font-size:13px;color:var(--soft);
+display:flex;flex-wrap:wrap;gap:6px 20px}
+code{font:13px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,monospace;background:var(--code);border-radius:5px;
+padding:1px 6px;overflow-wrap:anywhere;color:var(--ink)}
+pre{margin:0 0 18px;background:var(--code);border-radius:10px;padding:14px 16px;overflow-x:auto}
+pre code{padding:0;background:none;font-size:14px}
+@media (max-width:540px){main{padding:26px 20px 22px;border-radius:12px}h1{font-size:23px}
+.do{grid-template-columns:1fr}
+.chain{flex-direction:column;gap:18px;margin:22px 0 24px}
+.chain li{display:grid;grid-template-columns:18px 1fr;column-gap:14px;text-align:left;align-items:center}
+.dot{margin:0;grid-row:1/3}.chain small{grid-column:2}
+.link{left:8px;right:auto;top:calc(50% + 14px);width:2px;height:calc(100% - 10px)}
+.link.bad{background:repeating-linear-gradient(180deg,var(--bad) 0 5px,transparent 5px 9px)}
+.link.bad::after{text-align:center}}
+""".replace("\n", "")
+
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest())
+_CSP = (
+    b"default-src 'none'; style-src 'sha256-%b'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    % _STYLE_HASH
+)
+_HTML_HEADERS: Headers = [
+    (b"Content-Type", b"text/html; charset=utf-8"),
+    (b"Content-Security-Policy", _CSP),
+    (b"Referrer-Policy", b"no-referrer"),
+    (b"X-Robots-Tag", b"noindex"),
+]
+_JSON_HEADERS: Headers = [(b"Content-Type", b"application/problem+json")]
+_EVERY_HEADERS: Headers = [(b"X-Content-Type-Options", b"nosniff"), (b"Cache-Control", b"no-store")]
+
+
+def refusal(
+    code: str,
+    *,
+    request_id: str,
+    html: bool,
+    detail: str | None = None,
+    host: str | None = None,
+) -> Reply:
+    """Status, headers (``Content-Length`` among them) and body of a refusal with a code of the catalogue.
+
+    ``detail`` is one sentence about this occurrence and ``host`` the name that was asked for; both may come from outside.
+    For ``HEAD`` the caller leaves the body out and keeps the headers.
+    """
+    page = _page(code, html)
+    fill = _fill_html if html else _fill_json
+    body = fill(page, request_id, host, None if detail is None else detail[:MAX_DETAIL_CHARS])
+    headers = [
+        *page.headers,
+        (b"X-Request-Id", _header_value(request_id)),
+        (b"Content-Length", str(len(body)).encode()),
+    ]
+    return page.status, headers, body
+
+
+def landing(base_domain: str, *, html: bool) -> Reply:
+    """What the base domain itself answers: that this is a relay, and how to get a tunnel. Says nothing of its inside."""
+    body = _landing_html(base_domain) if html else _landing_text(base_domain)
+    kind: Headers = _HTML_HEADERS if html else [(b"Content-Type", b"text/plain; charset=utf-8")]
+    headers = [*kind, *_EVERY_HEADERS, (b"Content-Length", str(len(body)).encode())]
+    return 200, headers, body
+
+
+@functools.lru_cache(maxsize=512)
+def prefers_html(accept: bytes) -> bool:
+    """Whether an ``Accept`` value names HTML at least as eagerly as JSON. ``*/*`` alone is a program: JSON."""
+    best = {"html": 0.0, "json": 0.0}
+    for part in accept.decode("latin-1").lower().split(",")[:32]:
+        name, *parameters = (piece.strip() for piece in part.split(";"))
+        kind = {
+            "text/html": "html",
+            "application/xhtml+xml": "html",
+            "application/json": "json",
+            "application/problem+json": "json",
+        }.get(name)
+        if kind is not None:
+            best[kind] = max(best[kind], _quality(parameters))
+    return best["html"] > 0 and best["html"] >= best["json"]
+
+
+def _quality(parameters: list[str]) -> float:
+    for parameter in parameters:
+        if parameter.startswith("q="):
+            try:
+                return min(1.0, max(0.0, float(parameter[2:])))
+            except ValueError:
+                return 0.0
+    return 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """One code, rendered up to the places that differ: ``parts`` stand around what is filled in."""
+
+    status: int
+    headers: Headers
+    parts: tuple[bytes, ...]
+    title: bytes  # JSON, for a problem without detail
+    what: str
+
+
+@functools.cache
+def _page(code: str, html: bool) -> _Page:
+    spec = catalogue()[code]
+    headers = [*(_HTML_HEADERS if html else _JSON_HEADERS), *_EVERY_HEADERS, (b"Portico-Error", code.encode())]
+    if spec.status in RETRY_AFTER_SECONDS:
+        headers.append((b"Retry-After", str(RETRY_AFTER_SECONDS[spec.status]).encode()))
+    advice = _ADVICE.get(code) or Advice(spec.title + ".", "Try again in a moment.", spec.hint)
+    parts = _html_parts(spec, advice) if html else _json_parts(spec)
+    return _Page(spec.status, headers, parts, json.dumps(spec.title).encode(), advice.what)
+
+
+def _json_parts(spec: ErrorSpec) -> tuple[bytes, ...]:
+    """Around detail and request id, each of which is filled in as JSON."""
+    members = {
+        "type": f"urn:portico:error:{spec.code}",
+        "title": spec.title,
+        "status": spec.status,
+        "code": spec.code,
+        "hint": spec.hint,
+        "retryable": spec.retryable,
+    }
+    if spec.hop is not None:
+        members["hop"] = spec.hop
+    return json.dumps(members, separators=(",", ":"))[:-1].encode() + b',"detail":', b',"request_id":'
+
+
+def _fill_json(page: _Page, request_id: str, host: str | None, detail: str | None) -> bytes:
+    before, middle = page.parts
+    said = json.dumps(detail).encode() if detail else page.title
+    tail = b"}" if host is None else b',"host":' + json.dumps(host).encode() + b"}"
+    return b"".join((before, said, middle, json.dumps(request_id).encode(), tail))
+
+
+def _fill_html(page: _Page, request_id: str, host: str | None, detail: str | None) -> bytes:
+    before, middle, after = page.parts
+    if host is None:
+        about = _escape(page.what[:1].upper() + page.what[1:])
+    else:
+        about = b'<span class="host">' + _escape(host) + b"</span>: " + _escape(page.what)
+    if detail:
+        about += b'</p><p class="soft">' + _escape(detail)
+    return b"".join((before, about, middle, _escape(request_id), after))
+
+
+def _escape(text: str) -> bytes:
+    return markup.escape("".join(c if c.isprintable() else "�" for c in text)).encode("utf-8", "replace")
+
+
+def _header_value(text: str) -> bytes:
+    return "".join(c for c in text if c.isascii() and c.isprintable()).encode()
+
+
+_SLOT = "\x00"  # cannot occur in catalogue text; stands where something is filled in
+
+
+def _html_parts(spec: ErrorSpec, advice: Advice) -> tuple[bytes, ...]:
+    """Around the sentence on what happened and the request id."""
+    text = (
+        f"{_head(f'{spec.status} {spec.title}')}"
+        f'<p class="status">{spec.status}</p><h1>{markup.escape(spec.title)}</h1>'
+        f"<p>{_SLOT}</p>{_chain(spec.hop)}"
+        f'<div class="do"><section><h2>If you are visiting</h2><p>{markup.escape(advice.visitor)}</p></section>'
+        f"<section><h2>If this is your tunnel</h2><p>{markup.escape(advice.owner)}</p></section></div>"
+        f"<footer><span>Code <code>{spec.code}</code></span><span>Request <code>{_SLOT}</code></span></footer>"
+        "</main></body></html>"
+    )
+    return tuple(part.encode() for part in text.split(_SLOT))
+
+
+def _head(title: str) -> str:
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{markup.escape(title)}</title><style>{_STYLE}</style></head><body><main>"
+    )
+
+
+def _chain(hop: str | None) -> str:
+    """Visitor → relay → agent → local app: what was reached in green, where it failed in red, the rest open."""
+    mark = _MARKS.get(hop or "")
+    if mark is None:
+        return ""
+    items = [_node(index, mark) for index in range(len(NODES))]
+    return f'<ol class="chain" aria-label="Failed at: {markup.escape(hop or "")}">{"".join(items)}</ol>'
+
+
+def _node(index: int, mark: int) -> str:
+    state = _state(2 * index, mark)
+    link = f'<span class="link {_state(2 * index + 1, mark)}"></span>' if index < len(NODES) - 1 else ""
+    note = "it failed here" if state == "bad" else NODE_NOTES[index]
+    return f'<li class="{state}">{link}<span class="dot"></span>{NODES[index]}<small>{note}</small></li>'
+
+
+def _state(position: int, mark: int) -> str:
+    return "ok" if position < mark else "bad" if position == mark else "open"
+
+
+def _landing_html(base_domain: str) -> bytes:
+    domain = markup.escape(base_domain)
+    return (
+        f"{_head('Portico')}<h1>This is a Portico relay</h1>"
+        f"<p>It gives local apps a public address below <code>{domain}</code>. "
+        "No app answers at this address itself.</p>"
+        "<pre><code>portico login\nportico http 8000</code></pre>"
+        '<p class="soft">The second command prints the address of your tunnel. '
+        "If someone gave you an address here, check that its name is complete.</p>"
+        "</main></body></html>"
+    ).encode()
+
+
+def _landing_text(base_domain: str) -> bytes:
+    return f"This is a Portico relay for names below {base_domain}. Start a tunnel with: portico http 8000\n".encode()
