@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
@@ -16,17 +18,19 @@ from pwdlib.hashers.argon2 import Argon2Hasher
 from portico.errors import Problem
 from portico.settings import ApiSettings
 
+T = TypeVar("T")
+
 MEMORY_KIB = 19_456
 PASSES = 2
 LANES = 1
 
 # Long enough for the length rule and still tried first by everybody. (Shorter ones fall to the length.)
-_WELL_KNOWN = frozenset(
-    """1234567890 0123456789 0987654321 12345678910 1111111111 0000000000 123456789a qwertyuiop qwerty12345
+_WELL_KNOWN = """
+    1234567890 0123456789 0987654321 12345678910 1111111111 0000000000 123456789a qwertyuiop qwerty12345
     qwerty1234 1q2w3e4r5t 1qaz2wsx3edc password12 password123 password1234 passw0rd123 p@ssw0rd123 letmein123
     iloveyou123 welcome123 welcome1234 changeme123 administrator superman123 football123 princess123 asdfghjkl1
-    abcdefghij abcd123456 abc123456789 q1w2e3r4t5 q1w2e3r4t5y6 zaq12wsxcde3 correcthorsebatterystaple""".split()
-)
+    abcdefghij abcd123456 abc123456789 q1w2e3r4t5 q1w2e3r4t5y6 zaq12wsxcde3 correcthorsebatterystaple
+"""
 
 
 class Passwords:
@@ -34,6 +38,7 @@ class Passwords:
 
     def __init__(self, settings: ApiSettings) -> None:
         self._settings = settings
+        self._well_known = frozenset(_WELL_KNOWN.split())
         self._hasher = PasswordHash((Argon2Hasher(time_cost=PASSES, memory_cost=MEMORY_KIB, parallelism=LANES),))
         self._threads = ThreadPoolExecutor(settings.password_hash_concurrency, thread_name_prefix="argon2")
         self._waiting = 0
@@ -50,7 +55,7 @@ class Passwords:
         if not lowest <= len(password) <= highest:
             raise Problem("auth.password_weak", f"a password has {lowest} to {highest} characters")
         plain = password.lower()
-        if plain in _WELL_KNOWN or plain in (email, email.partition("@")[0]) or len(set(plain)) < 4:
+        if plain in self._well_known or plain in (email, email.partition("@")[0]) or len(set(plain)) < 4:
             raise Problem("auth.password_weak", "this password is among the first that anybody would try")
 
     async def hash(self, password: str) -> str:
@@ -65,7 +70,7 @@ class Passwords:
         fits, better = await self._run(self._hasher.verify_and_update, password, stored or self._decoy)
         return (fits, better) if stored else (False, None)
 
-    async def _run(self, function, *arguments):  # type: ignore[no-untyped-def]
+    async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
         if self._waiting >= self._settings.password_hash_waiting:
             raise Problem("auth.throttled", "too many sign-ins at once", headers={"Retry-After": "2"})
         self._waiting += 1

@@ -1,0 +1,199 @@
+"""Agent keys and API keys: made, listed, rotated, revoked.
+
+A key is shown once and stored as its SHA-256. Nobody can mint, or obtain by rotation, a key that may do more than the
+credential that asks for it. Revocation runs ``on_revoked`` in the same transaction, so that whoever holds state made
+with the key (tunnels: agent sessions) ends it together with the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, Caller
+from portico.control.audit import service as audit
+from portico.control.identity import store
+from portico.errors import Problem
+from portico.kit import pages
+from portico.kit.clock import Clock
+from portico.kit.db import Reader, Tx
+from portico.kit.ids import digest, display_prefix, new_id, new_token
+from portico.settings import ApiSettings
+
+KeyRevoked = Callable[[Tx, str], Awaitable[None]]
+KeyKind = Literal["agent", "api"]
+
+# What each kind of key starts with.
+TOKEN_KIND = {"agent": "agt", "api": "sk", "operator": "opr"}
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key just made; ``key`` is the only time that its text exists."""
+
+    id: str
+    key: str
+    kind: str
+    name: str
+    prefix: str
+    scopes: list[str]
+    created_at: datetime
+    expires_at: datetime | None
+
+
+def permissions(kind: str, scopes: list[str]) -> frozenset[str]:
+    """What a key of this kind with these scopes may do."""
+    if kind == "agent":
+        return AGENT_KEY_PERMISSIONS
+    return frozenset(scopes) & PERMISSIONS if kind == "api" else frozenset()
+
+
+class Keys:
+    """The verbs on keys of one organization."""
+
+    def __init__(self, settings: ApiSettings, clock: Clock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self.on_revoked: list[KeyRevoked] = []
+
+    async def create(
+        self,
+        tx: Tx,
+        caller: Caller,
+        kind: KeyKind,
+        name: str,
+        scopes: list[str] | None = None,
+        expires_at: datetime | None = None,
+        *,
+        details: dict[str, Any] | None = None,
+    ) -> NewKey:
+        """Make a key in the caller's organization.
+
+        Raises ``auth.scope_invalid``, ``auth.forbidden``, ``auth.expiry_invalid``, ``key.limit_reached``.
+        """
+        chosen = self._scopes(caller, kind, scopes)
+        now = self._clock.wall()
+        if expires_at is not None and expires_at <= now:
+            raise Problem("auth.expiry_invalid")
+        await store.lock_organization(tx, caller.org)
+        if await store.count_keys(tx, caller.org, now) >= self._settings.max_keys_per_organization:
+            limit = self._settings.max_keys_per_organization
+            raise Problem("key.limit_reached", f"an organization has at most {limit} keys", limit=limit)
+        made = await issue(tx, now, caller.org, caller.user_id, kind, name, chosen, expires_at)
+        facts = {"kind": kind, "name": name, "scopes": chosen, "prefix": made.prefix, **(details or {})}
+        await audit.record(tx, caller, "key.create", made.id, details=facts)
+        return made
+
+    def _scopes(self, caller: Caller, kind: KeyKind, scopes: list[str] | None) -> list[str]:
+        if kind == "agent":
+            if scopes:
+                raise Problem("auth.scope_invalid", "an agent key has fixed permissions; leave scopes out")
+            chosen: list[str] = []
+        else:
+            chosen = sorted(set(scopes)) if scopes is not None else sorted(caller.permissions)
+            if unknown := [s for s in chosen if s not in PERMISSIONS]:
+                raise Problem("auth.scope_invalid", f"there is no permission {unknown[0]}", scopes=sorted(PERMISSIONS))
+        self._not_above(caller, permissions(kind, chosen))
+        return chosen
+
+    @staticmethod
+    def _not_above(caller: Caller, wanted: frozenset[str]) -> None:
+        """A credential cannot obtain a key that may do more than itself."""
+        if beyond := sorted(wanted - caller.permissions):
+            raise Problem("auth.forbidden", f"this credential lacks {beyond[0]} itself", permission=beyond[0])
+
+    async def listing(self, reader: Reader, caller: Caller, page: pages.PageRequest) -> dict[str, Any]:
+        """A page of the organization's live keys, newest first."""
+        before = page.after[0] if page.after else None
+        rows = await store.keys(reader, caller.org, page.limit + 1, before, self._clock.wall())
+        document: dict[str, Any] = pages.listing(rows, page.limit, lambda row: (row.id,), _render)
+        return document
+
+    async def revoke(self, tx: Tx, caller: Caller, key_id: str) -> None:
+        """End a key and everything that was made with it. Raises ``request.not_found``."""
+        row = await self._lock(tx, caller, key_id)
+        await self._end(tx, row.id)
+        await audit.record(tx, caller, "key.revoke", row.id, details={"kind": row.kind, "name": row.name})
+
+    async def rotate(self, tx: Tx, caller: Caller, key_id: str, overlap_seconds: int = 0) -> NewKey:
+        """A new key with the rights and expiry of ``key_id``, which ends now, or after ``overlap_seconds``."""
+        row = await self._lock(tx, caller, key_id)
+        self._not_above(caller, permissions(row.kind, row.scopes))
+        now = self._clock.wall()
+        made = await issue(
+            tx,
+            now,
+            row.organization_id,
+            row.user_id,
+            row.kind,
+            row.name,
+            row.scopes,
+            row.expires_at,
+            rotated_from=row.id,
+        )
+        if overlap_seconds:
+            end = now + timedelta(seconds=overlap_seconds)
+            await store.update_key(tx, row.id, expires_at=min(end, row.expires_at or end))
+        else:
+            await self._end(tx, row.id)
+        facts = {"replacement": made.id, "overlap_seconds": overlap_seconds}
+        await audit.record(tx, caller, "key.rotate", row.id, details=facts)
+        return made
+
+    async def _lock(self, tx: Tx, caller: Caller, key_id: str) -> Any:
+        row = await store.lock_live_key(tx, caller.org, key_id, self._clock.wall())
+        if row is None:
+            raise Problem("request.not_found", "there is no such key")
+        return row
+
+    async def _end(self, tx: Tx, key_id: str) -> None:
+        await store.update_key(tx, key_id, revoked_at=self._clock.wall())
+        for tell in self.on_revoked:
+            await tell(tx, key_id)
+
+
+async def issue(
+    tx: Tx,
+    now: datetime,
+    organization: str | None,
+    user_id: str | None,
+    kind: str,
+    name: str,
+    scopes: list[str],
+    expires_at: datetime | None = None,
+    *,
+    rotated_from: str | None = None,
+) -> NewKey:
+    """Insert a key row and return its text. No checks: callers are ``Keys`` and the installation's first start."""
+    text = new_token(TOKEN_KIND[kind])
+    made = NewKey(new_id("key"), text, kind, name, display_prefix(text), list(scopes), now, expires_at)
+    row = {
+        "id": made.id,
+        "organization_id": organization,
+        "user_id": user_id,
+        "kind": kind,
+        "name": name,
+        "digest": digest(text),
+        "prefix": made.prefix,
+        "scopes": made.scopes,
+        "created_at": now,
+        "expires_at": expires_at,
+        "rotated_from": rotated_from,
+    }
+    await store.insert_key(tx, row)
+    return made
+
+
+def _render(row: Any) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "kind": row.kind,
+        "name": row.name,
+        "prefix": row.prefix,
+        "scopes": row.scopes,
+        "created_at": row.created_at,
+        "expires_at": row.expires_at,
+        "last_used_at": row.last_used_at,
+    }

@@ -1,0 +1,237 @@
+"""Queries over people, organizations, keys and sign-in sessions. Identity's own; other domains ask its service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+import sqlalchemy as sa
+
+from portico.control.identity.tables import api_keys, members, organizations, refresh_tokens, sign_in_sessions, users
+from portico.kit.db import Reader, Tx
+
+Row = sa.Row[Any]
+
+# Raw SQL for the two look-ups that every request makes; asyncpg keeps them prepared on each connection.
+_KEY_BY_DIGEST = """
+SELECT k.id, k.kind, k.organization_id, k.user_id, k.scopes, k.expires_at, k.revoked_at, u.disabled_at
+FROM api_keys k LEFT JOIN users u ON u.id = k.user_id
+WHERE k.digest = $1
+"""
+_SESSION_BY_ID = """
+SELECT s.user_id, s.organization_id, s.ended_at, s.expires_at, u.disabled_at, u.platform_operator, m.role
+FROM sign_in_sessions s
+JOIN users u ON u.id = s.user_id
+LEFT JOIN members m ON m.user_id = s.user_id AND m.organization_id = s.organization_id
+WHERE s.id = $1
+"""
+
+
+async def key_by_digest(reader: Reader, digest: bytes) -> asyncpg.Record | None:
+    """The key with its maker's standing, live or not."""
+    return await reader.raw.fetchrow(_KEY_BY_DIGEST, digest)
+
+
+async def session_by_id(reader: Reader, session: str) -> asyncpg.Record | None:
+    """The sign-in session with its person's standing and role, live or not."""
+    return await reader.raw.fetchrow(_SESSION_BY_ID, session)
+
+
+# --- people and organizations
+
+
+async def insert_account(tx: Tx, user: dict[str, Any], organization: dict[str, Any], role: str) -> None:
+    """A person, an organization and the membership that joins them."""
+    await tx.execute(sa.insert(users).values(**user))
+    await tx.execute(sa.insert(organizations).values(**organization))
+    membership = {"organization_id": organization["id"], "user_id": user["id"], "role": role}
+    await tx.execute(sa.insert(members).values(**membership))
+
+
+async def user_by_email(reader: Reader, email: str) -> Row | None:
+    """The person with this address, with the oldest membership."""
+    query = (
+        sa.select(
+            users.c.id,
+            users.c.email,
+            users.c.password_hash,
+            users.c.disabled_at,
+            organizations.c.id.label("organization_id"),
+            organizations.c.name.label("organization_name"),
+        )
+        .select_from(users)
+        .outerjoin(members, members.c.user_id == users.c.id)
+        .outerjoin(organizations, organizations.c.id == members.c.organization_id)
+        .where(users.c.email == email)
+        .order_by(members.c.created_at, members.c.organization_id)
+        .limit(1)
+    )
+    return await reader.fetch_one(query)
+
+
+async def user(reader: Reader, user_id: str) -> Row | None:
+    """One person."""
+    return await reader.fetch_one(sa.select(users.c.id, users.c.email).where(users.c.id == user_id))
+
+
+async def set_password_hash(tx: Tx, user_id: str, hashed: str) -> None:
+    """Replace a stored hash."""
+    await tx.execute(sa.update(users).where(users.c.id == user_id).values(password_hash=hashed))
+
+
+async def organization(reader: Reader, organization_id: str) -> Row | None:
+    """One organization."""
+    return await reader.fetch_one(sa.select(organizations).where(organizations.c.id == organization_id))
+
+
+async def lock_organization(tx: Tx, organization_id: str) -> None:
+    """Hold the organization's row, so that counts under it cannot race. Foreign keys to it do not wait."""
+    query = sa.select(organizations.c.id).where(organizations.c.id == organization_id)
+    await tx.execute(query.with_for_update(key_share=True))
+
+
+async def first_organization(reader: Reader) -> Row | None:
+    """The oldest organization that has a platform operator among its members, with that person."""
+    query = (
+        sa.select(organizations.c.id, organizations.c.name, users.c.id.label("user_id"), users.c.email)
+        .join(members, members.c.organization_id == organizations.c.id)
+        .join(users, users.c.id == members.c.user_id)
+        .where(users.c.platform_operator)
+        .order_by(organizations.c.created_at, organizations.c.id)
+        .limit(1)
+    )
+    return await reader.fetch_one(query)
+
+
+# --- keys
+
+
+def _live(now: datetime) -> sa.ColumnElement[bool]:
+    return sa.and_(
+        api_keys.c.revoked_at.is_(None), sa.or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now)
+    )
+
+
+async def insert_key(tx: Tx, row: dict[str, Any]) -> None:
+    """Add a key."""
+    await tx.execute(sa.insert(api_keys).values(**row))
+
+
+async def count_keys(reader: Reader, organization_id: str, now: datetime) -> int:
+    """How many live keys the organization has."""
+    query = sa.select(sa.func.count()).where(api_keys.c.organization_id == organization_id, _live(now))
+    return int(await reader.scalar(query))
+
+
+async def keys(reader: Reader, organization_id: str, limit: int, before: str | None, now: datetime) -> Sequence[Row]:
+    """Live keys of the organization, newest first."""
+    query = sa.select(api_keys).where(api_keys.c.organization_id == organization_id, _live(now))
+    if before is not None:
+        query = query.where(api_keys.c.id < before)
+    return await reader.fetch_all(query.order_by(api_keys.c.id.desc()).limit(limit))
+
+
+async def key(reader: Reader, key_id: str) -> Row | None:
+    """One key whatever its state, for its own bearer."""
+    return await reader.fetch_one(sa.select(api_keys).where(api_keys.c.id == key_id))
+
+
+async def lock_live_key(tx: Tx, organization_id: str, key_id: str, now: datetime) -> Row | None:
+    """A live key of the organization, held until the transaction ends."""
+    query = sa.select(api_keys).where(
+        api_keys.c.organization_id == organization_id, api_keys.c.id == key_id, _live(now)
+    )
+    return await tx.fetch_one(query.with_for_update())
+
+
+async def update_key(tx: Tx, key_id: str, **values: Any) -> None:
+    """Change a key that the caller holds."""
+    await tx.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(**values))
+
+
+async def revoke_operator_keys(tx: Tx, now: datetime) -> None:
+    """End every operator key."""
+    live = sa.and_(api_keys.c.kind == "operator", api_keys.c.revoked_at.is_(None))
+    await tx.execute(sa.update(api_keys).where(live).values(revoked_at=now))
+
+
+async def has_operator_key(reader: Reader) -> bool:
+    """Whether a live operator key exists."""
+    query = sa.select(api_keys.c.id).where(api_keys.c.kind == "operator", api_keys.c.revoked_at.is_(None)).limit(1)
+    return await reader.fetch_one(query) is not None
+
+
+async def touch_keys(tx: Tx, used: Iterable[tuple[str, datetime]]) -> None:
+    """Write when keys were last used; never moves a time back."""
+    sql = """UPDATE api_keys k SET last_used_at = greatest(k.last_used_at, v.at)
+             FROM unnest($1::text[], $2::timestamptz[]) AS v (id, at) WHERE k.id = v.id"""
+    pairs = sorted(used)
+    await tx.raw.execute(sql, [key for key, _ in pairs], [at for _, at in pairs])
+
+
+# --- sign-in sessions
+
+
+async def insert_session(tx: Tx, row: dict[str, Any]) -> None:
+    """Add a sign-in session."""
+    await tx.execute(sa.insert(sign_in_sessions).values(**row))
+
+
+async def insert_refresh_token(tx: Tx, row: dict[str, Any]) -> None:
+    """Add a refresh token to a session."""
+    await tx.execute(sa.insert(refresh_tokens).values(**row))
+
+
+async def lock_refresh_token(tx: Tx, digest: bytes) -> Row | None:
+    """The token with its session and person; the session's row is held, so uses of one family take turns."""
+    r, s = refresh_tokens, sign_in_sessions
+    query = (
+        sa.select(
+            r.c.used_at,
+            r.c.expires_at,
+            s.c.id.label("session_id"),
+            s.c.user_id,
+            s.c.organization_id,
+            s.c.expires_at.label("session_expires_at"),
+            s.c.ended_at,
+            users.c.disabled_at,
+        )
+        .join(s, s.c.id == r.c.session_id)
+        .join(users, users.c.id == s.c.user_id)
+        .where(r.c.digest == digest)
+        .with_for_update(of=[s, r])
+    )
+    return await tx.fetch_one(query)
+
+
+async def use_refresh_token(tx: Tx, digest: bytes, session: str, now: datetime) -> None:
+    """Mark the token used and its session alive."""
+    await tx.execute(sa.update(refresh_tokens).where(refresh_tokens.c.digest == digest).values(used_at=now))
+    await tx.execute(sa.update(sign_in_sessions).where(sign_in_sessions.c.id == session).values(last_used_at=now))
+
+
+async def sessions(reader: Reader, user_id: str, limit: int, before: str | None, now: datetime) -> Sequence[Row]:
+    """A person's live sign-in sessions, newest first."""
+    t = sign_in_sessions
+    query = sa.select(t).where(t.c.user_id == user_id, t.c.ended_at.is_(None), t.c.expires_at > now)
+    if before is not None:
+        query = query.where(t.c.id < before)
+    return await reader.fetch_all(query.order_by(t.c.id.desc()).limit(limit))
+
+
+async def end_sessions(tx: Tx, user_id: str, session: str | None, reason: str, now: datetime) -> Sequence[str]:
+    """End one or all live sessions of a person; returns their ids."""
+    t = sign_in_sessions
+    update = sa.update(t).where(t.c.user_id == user_id, t.c.ended_at.is_(None), t.c.expires_at > now)
+    if session is not None:
+        update = update.where(t.c.id == session)
+    result = await tx.execute(update.values(ended_at=now, end_reason=reason).returning(t.c.id))
+    return [str(row.id) for row in result]
+
+
+async def expire_sessions(tx: Tx, before: datetime) -> None:
+    """Delete sessions (and with them their tokens) that ended or expired before ``before``."""
+    t = sign_in_sessions
+    await tx.execute(sa.delete(t).where(sa.or_(t.c.ended_at < before, t.c.expires_at < before)))
