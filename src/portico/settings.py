@@ -363,6 +363,43 @@ class ApiSettings:
     # Life of session tokens and grants in seconds.
     session_token_seconds: int = 900
     grant_life_seconds: int = 900
+    # Seconds that relays may go on with expired grants while they cannot reach the control plane.
+    grant_outage_grace_seconds: int = 86_400
+    # Tunnels that an organization may have, and that one agent session may name.
+    tunnels_per_organization: int = 1000
+    session_max_tunnels: int = 1000
+    # Requests in flight that one tunnel may have; its policy can lower it.
+    tunnel_concurrency: int = 100
+    # Seconds that events of a tunnel, and the numbers of counted usage batches, are kept.
+    tunnel_history_seconds: int = 2_592_000
+
+    # == Edge
+    # Seconds after its last heartbeat for which a relay counts as live, and for which a process trusts its list of them.
+    relay_lease_seconds: float = 15.0
+    relay_cache_seconds: float = 1.0
+    # Relays in one edge assignment at most.
+    edge_assignment_size: int = 3
+    # Seconds between two heartbeats of an edge stream (at most 5), and between two hashes of the state.
+    edge_heartbeat_seconds: float = 3.0
+    edge_hash_seconds: float = 60.0
+    # Seconds between two looks at the change table when no notification came.
+    edge_poll_seconds: float = 1.0
+    # Seconds without the database after which streams are ended, so that relays know that nobody tells them of changes.
+    edge_outage_seconds: float = 4.0
+    # Changes read at once.
+    edge_batch_rows: int = 500
+    # Streams of one process; lines and bytes that may wait in one; seconds for a relay to take some of what waits.
+    edge_max_streams: int = 200
+    edge_queue_lines: int = 1000
+    edge_queue_bytes: int = 16_777_216
+    edge_send_seconds: float = 10.0
+    # Changes are kept this long, and this many of them; a relay that was away for longer gets a snapshot.
+    edge_changes_keep_seconds: int = 86_400
+    edge_changes_keep_rows: int = 100_000
+    # Seconds that a request waits for Redis, that a heartbeat does, and that Redis is left alone after a failure.
+    redis_timeout_seconds: float = 0.05
+    redis_heartbeat_timeout_seconds: float = 0.5
+    redis_pause_seconds: float = 1.0
 
     # == Requests
     # Bytes of a request body; of one that a relay sends.
@@ -437,6 +474,19 @@ class PlatformSettings:
     hurry_seconds: float = 1.0
 
 
+# --- migrations (`portico migrate`) -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MigrateSettings:
+    """Bringing the database's schema up to date."""
+
+    # PostgreSQL, as for the API.
+    database_url: Secret
+    # Lowest level of log records that are written.
+    log_level: str = "INFO"
+
+
 # --- workers (`portico worker`) ---------------------------------------------------------------------------------------
 
 
@@ -489,6 +539,18 @@ def default_data_dir(environ: Mapping[str, str] | None = None) -> Path:
 def default_demo_dir(environ: Mapping[str, str] | None = None) -> Path:
     """The data folder of `portico demo` when none is named."""
     return _user_folder("XDG_STATE_HOME", ".local/state", "portico-demo", environ)
+
+
+def default_state_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Where the command line keeps what it writes about its own faults."""
+    base = (os.environ if environ is None else environ).get("XDG_STATE_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".local" / "state") / "portico"
+
+
+def color_wanted(stream: typing.IO[str], environ: Mapping[str, str] | None = None) -> bool:
+    """Colours only on a terminal that can, for people who have not said no (https://no-color.org)."""
+    environ = os.environ if environ is None else environ
+    return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
 
 
 def debug_enabled(environ: Mapping[str, str] | None = None) -> bool:
