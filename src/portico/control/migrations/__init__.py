@@ -36,6 +36,12 @@ def head() -> str:
     return revision
 
 
+def is_behind(revision: str | None) -> bool:
+    """Whether a database at ``revision`` lacks a step that this code knows. A revision from newer code is not behind."""
+    known = [step.revision for step in ScriptDirectory.from_config(config()).walk_revisions()]  # newest first
+    return revision is None or (revision in known and revision != known[0])
+
+
 async def upgrade(database_url: str, revision: str = "head") -> str:
     """Bring the database to ``revision`` and return the revision it is at. Raises ``service.unavailable``."""
     limits = PoolLimits(

@@ -1,0 +1,147 @@
+"""The control plane's composition root: an ASGI app from settings.
+
+    app = create_app(settings)
+
+Everything that lives as long as the process hangs on ``app.state``: ``settings``, ``db``, ``clock``, ``sealer``,
+``signing_keys``, ``identity``, ``authenticate``, ``trusted_proxies`` and ``stopping`` (an event set at the first
+SIGTERM; streams watch it and end themselves).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version
+from typing import Any
+
+import sqlalchemy as sa
+from fastapi import APIRouter, FastAPI, Request
+
+from portico.control import http, migrations, openapi, requests
+from portico.control.audit import api as audit_api
+from portico.control.identity import api as identity_api
+from portico.control.identity import jobs as identity_jobs
+from portico.control.identity import signing_keys
+from portico.control.identity.passwords import Passwords
+from portico.control.identity.service import Identity
+from portico.errors import Problem
+from portico.kit.clock import Clock, SystemClock
+from portico.kit.db import Database, PoolLimits
+from portico.kit.sealing import Sealer
+from portico.settings import ApiSettings
+
+log = logging.getLogger(__name__)
+
+# Seconds between attempts to make the first signing keys while the database is away.
+_FIRST_RETRY_SECONDS = 1.0
+
+health = APIRouter(tags=["health"])
+
+
+def create_app(settings: ApiSettings, *, clock: Clock | None = None, db: Database | None = None) -> FastAPI:
+    """The control plane as an ASGI app. ``db`` and ``clock`` are given by tests; the app closes only what it made."""
+    app = FastAPI(
+        title="Portico",
+        version=version("portico"),
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+    )
+    _compose(app, settings, clock or SystemClock(), db)
+    _route(app)
+    http.install(app, settings)
+    return app
+
+
+def _compose(app: FastAPI, settings: ApiSettings, clock: Clock, db: Database | None) -> None:
+    state = app.state
+    state.settings = settings
+    state.clock = clock
+    state.owns_db = db is None
+    state.db = db or Database(settings.database_url.reveal(), _pool(settings), application="portico api")
+    state.sealer = Sealer(settings.master_key)
+    state.stopping = asyncio.Event()
+    state.trusted_proxies = tuple(ipaddress.ip_network(p, strict=False) for p in settings.trusted_proxies)
+    state.passwords = Passwords(settings)
+    state.signing_keys = signing_keys.SigningKeys(settings, state.sealer, clock)
+    state.identity = Identity(settings, state.db, clock, state.signing_keys, state.passwords)
+    state.authenticate = state.identity.authenticate
+
+
+def _route(app: FastAPI) -> None:
+    for router in (identity_api.auth, identity_api.sessions, identity_api.keys, audit_api.router):
+        app.include_router(router, prefix="/v1")
+    app.include_router(identity_api.well_known)
+    app.include_router(health)
+    openapi.install(app)
+
+
+def _pool(settings: ApiSettings) -> PoolLimits:
+    return PoolLimits(
+        size=settings.database_pool_size,
+        acquire_timeout_seconds=settings.database_acquire_timeout_seconds,
+        statement_timeout_seconds=settings.database_statement_timeout_seconds,
+        lock_timeout_seconds=settings.database_lock_timeout_seconds,
+    )
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Start housekeeping, and close what the app made. A database that is away delays readiness, not the start."""
+    task = asyncio.create_task(_housekeeping(app))
+    try:
+        with suppress(Problem):
+            await signing_keys.ensure(app.state.db, app.state.signing_keys)
+        yield
+    finally:
+        app.state.stopping.set()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        with suppress(Exception):
+            await app.state.identity.write_last_used()
+        app.state.passwords.close()
+        if app.state.owns_db:
+            await app.state.db.close()
+
+
+async def _housekeeping(app: FastAPI) -> None:
+    settings: ApiSettings = app.state.settings
+    while True:
+        wait = settings.housekeeping_seconds
+        try:
+            await identity_jobs.housekeeping(app.state.identity)
+            async with app.state.db.transaction() as tx:
+                await requests.expire(tx, app.state.clock.wall(), settings.idempotency_seconds)
+        except Exception as err:
+            wait = _FIRST_RETRY_SECONDS
+            log.warning("housekeeping failed", extra={"f": {"error": f"{type(err).__name__}: {err}"[:200]}})
+        await asyncio.sleep(wait)
+
+
+@health.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The process runs."""
+    return {"status": "ok"}
+
+
+@health.get("/readyz")
+async def readyz(request: Request) -> dict[str, str]:
+    """The process can serve: the database answers, its schema fits, and there is a key to sign with."""
+    state: Any = request.app.state
+    async with state.db.read() as reader:
+        try:
+            revision = await reader.scalar(sa.text("SELECT version_num FROM alembic_version"))
+        except sa.exc.ProgrammingError:
+            revision = None
+        if migrations.is_behind(revision):
+            raise Problem(
+                "service.unavailable", "the database schema is older than this version", hint="Run: portico migrate"
+            )
+        await state.signing_keys.current_signer(reader)
+    return {"status": "ready"}

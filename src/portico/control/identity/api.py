@@ -1,0 +1,372 @@
+"""Routes of identity: /auth/…, /whoami, /api-keys and the JWKS.
+
+Sign-in routes (``auth``) open their own transactions: they hash passwords, and their refusals write counters that must
+outlive the refusal. They take no Idempotency-Key: a repeated sign-in is a new session, and a repeated registration is
+refused as taken. Everything else is a unit of work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+
+from portico.control.access import Caller, InTx, Paging, Reading, anonymous, caller, client_address, require
+from portico.control.identity.service import Client, Identity, SignedIn
+from portico.control.requests import JsonRoute, UnitOfWork
+from portico.kit.pages import Page
+
+auth = APIRouter(prefix="/auth", tags=["auth"], route_class=JsonRoute)
+sessions = APIRouter(tags=["auth"], route_class=UnitOfWork)
+keys = APIRouter(prefix="/api-keys", tags=["keys"], route_class=UnitOfWork)
+well_known = APIRouter(tags=["auth"], route_class=UnitOfWork)
+
+
+async def identity(request: Request) -> Identity:
+    """Dependency: the process's identity service."""
+    found: Identity = request.app.state.identity
+    return found
+
+
+Service = Annotated[Identity, Depends(identity)]
+Anybody = Annotated[Caller, Depends(anonymous)]
+Known = Annotated[Caller, Depends(caller)]
+
+# Shape alone; whether an address exists is for a mail to find out.
+Email = Annotated[
+    str,
+    StringConstraints(
+        strip_whitespace=True, max_length=254, pattern=r"^[^@\s\x00-\x1f\x7f]{1,64}@[^@\s\x00-\x1f\x7f]{1,189}$"
+    ),
+]
+Name = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$")
+]
+Password = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+TokenText = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+
+
+class Body(BaseModel):
+    """A request body: a member that nobody reads is a mistake of the caller's, and said so."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class RegisterBody(Body):
+    """A new account and its organization."""
+
+    email: Email
+    password: Password
+    organization: Name
+
+
+class LoginBody(Body):
+    """Sign-in by password."""
+
+    email: Email
+    password: Password
+
+
+class RefreshBody(Body):
+    """One unused refresh token."""
+
+    refresh_token: TokenText
+
+
+class DeviceBody(Body):
+    """A terminal that wants a key."""
+
+    hostname: Name = "unnamed device"
+
+
+class DeviceTokenBody(Body):
+    """A terminal that asks whether its code was approved."""
+
+    device_code: TokenText
+
+
+class ApproveBody(Body):
+    """A person's answer to a code."""
+
+    user_code: Annotated[str, StringConstraints(min_length=1, max_length=32)]
+    approve: bool = True
+
+
+class KeyBody(Body):
+    """A new key; `scopes` are for API keys alone and default to everything the caller may do."""
+
+    kind: Literal["agent", "api"]
+    name: Name
+    scopes: Annotated[list[Annotated[str, StringConstraints(max_length=64)]], Field(max_length=64)] | None = None
+    expires_at: AwareDatetime | None = None
+
+
+class RotateBody(Body):
+    """How long the old key still works."""
+
+    overlap_seconds: Annotated[int, Field(ge=0, le=604_800)] = 0
+
+
+class UserRef(BaseModel):
+    """A person."""
+
+    id: str
+    email: str
+
+
+class OrganizationRef(BaseModel):
+    """An organization."""
+
+    id: str
+    name: str
+
+
+class Tokens(BaseModel):
+    """A signed-in session."""
+
+    user: UserRef
+    organization: OrganizationRef
+    session: str
+    access_token: str
+    refresh_token: str
+    token_type: Literal["Bearer"] = "Bearer"  # noqa: S105 - the scheme, not a secret
+    expires_in: int
+
+
+class DeviceStarted(BaseModel):
+    """What to show, and what to poll with."""
+
+    device_code: str
+    user_code: str
+    verification_uri: str
+    verification_uri_complete: str
+    interval: int
+    expires_in: int
+
+
+class DeviceKey(BaseModel):
+    """The key of an approved device, once."""
+
+    agent_key: str
+    key_id: str
+    name: str
+    organization: OrganizationRef
+    user: UserRef
+
+
+class DeviceDecided(BaseModel):
+    """The device that was approved or denied."""
+
+    user_code: str
+    hostname: str
+    state: Literal["approved", "denied"]
+
+
+class Session(BaseModel):
+    """A live sign-in session."""
+
+    id: str
+    user_agent: str | None
+    address: str | None
+    created_at: datetime
+    last_used_at: datetime
+    expires_at: datetime
+    current: bool
+
+
+class Key(BaseModel):
+    """A live key, without its text."""
+
+    id: str
+    kind: Literal["agent", "api"]
+    name: str
+    prefix: str
+    scopes: list[str]
+    created_at: datetime
+    expires_at: datetime | None
+    last_used_at: datetime | None = None
+
+
+class CreatedKey(Key):
+    """A key just made; `key` is shown this once."""
+
+    key: str
+
+
+class OrganizationFacts(OrganizationRef):
+    """An organization with its plan."""
+
+    plan: str
+
+
+class KeyRef(BaseModel):
+    """The key that a request was made with."""
+
+    id: str
+    name: str
+    prefix: str
+
+
+class WhoAmI(BaseModel):
+    """The bearer of a credential."""
+
+    kind: Literal["person", "agent_key", "api_key", "operator"]
+    user: UserRef | None
+    organization: OrganizationFacts | None
+    key: KeyRef | None
+    session: str | None
+    permissions: list[str]
+    platform_operator: bool
+
+
+class Jwk(BaseModel):
+    """A public Ed25519 key (RFC 8037)."""
+
+    kty: Literal["OKP"]
+    crv: Literal["Ed25519"]
+    x: str
+    kid: str
+    use: Literal["sig"]
+    alg: Literal["EdDSA"]
+
+
+class Jwks(BaseModel):
+    """Every key that a token may be signed with now or soon."""
+
+    keys: list[Jwk]
+
+
+def _client(request: Request) -> Client:
+    agent = "".join(c for c in request.headers.get("user-agent", "") if c.isprintable())
+    return Client(client_address(request), agent)
+
+
+def _tokens(signed_in: SignedIn) -> dict[str, Any]:
+    return {
+        "user": {"id": signed_in.user_id, "email": signed_in.email},
+        "organization": {"id": signed_in.organization_id, "name": signed_in.organization_name},
+        "session": signed_in.session_id,
+        "access_token": signed_in.access_token,
+        "refresh_token": signed_in.refresh_token,
+        "expires_in": signed_in.expires_in,
+    }
+
+
+@auth.post("/register", status_code=201, response_model=Tokens)
+async def register(request: Request, body: RegisterBody, service: Service, who: Anybody) -> Any:
+    """Make an account and the organization that it owns, and sign in."""
+    return _tokens(await service.register(who, body.email, body.password, body.organization, _client(request)))
+
+
+@auth.post("/login", response_model=Tokens)
+async def login(request: Request, body: LoginBody, service: Service, who: Anybody) -> Any:
+    """Sign in by password. An unknown address and a wrong password answer alike."""
+    return _tokens(await service.login(who, body.email, body.password, _client(request)))
+
+
+@auth.post("/refresh", response_model=Tokens)
+async def refresh(body: RefreshBody, service: Service, who: Anybody) -> Any:
+    """Trade an unused refresh token for new tokens. A token that comes back a second time ends its session."""
+    return _tokens(await service.refresh(who, body.refresh_token))
+
+
+@auth.post("/device", status_code=201, response_model=DeviceStarted)
+async def device(body: DeviceBody, service: Service, who: Anybody) -> Any:
+    """Start a device sign-in (RFC 8628)."""
+    return asdict(await service.device.start(who, body.hostname))
+
+
+@auth.post("/device/token", response_model=DeviceKey)
+async def device_token(body: DeviceTokenBody, service: Service, who: Anybody) -> Any:
+    """The agent key of an approved device, once; a `device.…` problem until then."""
+    made, person, organization = await service.device_key(who, body.device_code)
+    return {"agent_key": made.key, "key_id": made.id, "name": made.name, "organization": organization, "user": person}
+
+
+@auth.post("/device/approve", response_model=DeviceDecided)
+async def device_approve(body: ApproveBody, service: Service, who: Known) -> Any:
+    """Approve or deny a device's code as the signed-in person."""
+    done = await service.device.decide(who, body.user_code, approve=body.approve)
+    state = "approved" if body.approve else "denied"
+    return {"user_code": done.user_code, "hostname": done.hostname, "state": state}
+
+
+@sessions.post("/auth/logout", status_code=204)
+async def logout(tx: InTx, service: Service, who: Known) -> Response:
+    """End the credential of this request: the sign-in session, or the agent key of this machine."""
+    await service.logout(tx, who)
+    return Response(status_code=204)
+
+
+@sessions.get("/auth/sessions", response_model=Page[Session])
+async def list_sessions(reader: Reading, service: Service, who: Known, page: Paging) -> Any:
+    """The person's own live sign-in sessions."""
+    return await service.sessions(reader, who, page)
+
+
+@sessions.delete("/auth/sessions", status_code=204)
+async def end_all_sessions(tx: InTx, service: Service, who: Known) -> Response:
+    """End every sign-in session of the person, this one included."""
+    await service.end_all_sessions(tx, who)
+    return Response(status_code=204)
+
+
+@sessions.delete("/auth/sessions/{session}", status_code=204)
+async def end_session(session: str, tx: InTx, service: Service, who: Known) -> Response:
+    """End one of the person's own sign-in sessions."""
+    await service.end_session(tx, who, session)
+    return Response(status_code=204)
+
+
+@sessions.get("/whoami", response_model=WhoAmI)
+async def whoami(reader: Reading, service: Service, who: Known) -> Any:
+    """Who the credential of this request belongs to, and what it may do."""
+    return await service.whoami(reader, who)
+
+
+@keys.get("", response_model=Page[Key])
+async def list_keys(
+    reader: Reading, service: Service, who: Annotated[Caller, Depends(require("keys:read"))], page: Paging
+) -> Any:
+    """The organization's live keys, newest first."""
+    return await service.keys.listing(reader, who, page)
+
+
+@keys.post("", status_code=201, response_model=CreatedKey)
+async def create_key(
+    body: KeyBody, tx: InTx, service: Service, who: Annotated[Caller, Depends(require("keys:write"))]
+) -> Any:
+    """Make an agent key or a scoped API key. Its text is in this answer and nowhere else."""
+    return asdict(await service.keys.create(tx, who, body.kind, body.name, body.scopes, body.expires_at))
+
+
+@keys.delete("/{key}", status_code=204)
+async def revoke_key(
+    key: str, tx: InTx, service: Service, who: Annotated[Caller, Depends(require("keys:write"))]
+) -> Response:
+    """Revoke a key; live tunnels that it opened end within two seconds."""
+    await service.keys.revoke(tx, who, key)
+    return Response(status_code=204)
+
+
+@keys.post("/{key}/rotate", status_code=201, response_model=CreatedKey)
+async def rotate_key(
+    key: str,
+    tx: InTx,
+    service: Service,
+    who: Annotated[Caller, Depends(require("keys:write"))],
+    body: RotateBody | None = None,
+) -> Any:
+    """A new key with the same rights; the old one ends now, or after `overlap_seconds`."""
+    return asdict(await service.keys.rotate(tx, who, key, body.overlap_seconds if body else 0))
+
+
+@well_known.get("/.well-known/jwks.json", response_model=Jwks)
+async def jwks(reader: Reading, service: Service, response: Response) -> Any:
+    """The public keys of access tokens, session tokens and grants."""
+    # Far shorter than the time that a key is published before it signs.
+    response.headers["Cache-Control"] = "public, max-age=300"
+    return {"keys": await service.signing_keys.public_jwks(reader)}

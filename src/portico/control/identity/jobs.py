@@ -1,0 +1,22 @@
+"""Housekeeping: rotate signing keys when it is time, write key uses, delete what has expired."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from portico.control.identity import device, signing_keys, store, throttle
+from portico.control.identity.service import Identity
+
+# Ended sessions and expired codes are kept this long, so that a late use is still answered with its own code.
+KEEP = timedelta(days=1)
+
+
+async def housekeeping(identity: Identity) -> None:
+    """One round. Safe to run in several processes at once: rotation takes a lock, deletes are idempotent."""
+    await signing_keys.ensure(identity.db, identity.signing_keys)
+    await identity.write_last_used()
+    now = identity.clock.wall()
+    async with identity.db.transaction() as tx:
+        await throttle.expire(tx, now)
+        await device.expire(tx, now - KEEP)
+        await store.expire_sessions(tx, now - KEEP)

@@ -1,0 +1,416 @@
+"""Sign-in: accounts, sessions, and who stands behind a credential.
+
+A sign-in session is a family of refresh tokens, each good for one use. A token that comes back a second time means that
+two parties hold it, so the whole family ends. There is no grace for concurrent uses: a thief could use it too.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import exc as sa_exc
+
+from portico.control.access import ROLES, Caller
+from portico.control.audit import service as audit
+from portico.control.identity import keys as key_rules
+from portico.control.identity import store, throttle, tokens
+from portico.control.identity.device import DeviceFlow
+from portico.control.identity.keys import Keys, NewKey
+from portico.control.identity.passwords import Passwords
+from portico.control.identity.signing_keys import SigningKeys
+from portico.control.identity.throttle import Bucket
+from portico.errors import Problem
+from portico.kit import pages
+from portico.kit.clock import Clock
+from portico.kit.db import Database, Reader, Tx, is_unique_violation
+from portico.kit.ids import check_token, digest, new_id, new_token
+from portico.settings import ApiSettings
+
+
+@dataclass(frozen=True, slots=True)
+class SignedIn:
+    """What a successful sign-in gives."""
+
+    user_id: str
+    email: str
+    organization_id: str
+    organization_name: str
+    session_id: str
+    access_token: str
+    refresh_token: str | None
+    expires_in: int
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """What a sign-in session remembers of the program that opened it."""
+
+    address: str | None
+    user_agent: str | None = None
+
+
+@dataclass(slots=True)
+class _LastUsed:
+    """Key uses since they were last written: one statement a minute instead of one a request."""
+
+    at: dict[str, datetime] = field(default_factory=dict)
+
+    def take(self) -> list[tuple[str, datetime]]:
+        taken, self.at = list(self.at.items()), {}
+        return taken
+
+
+def normal_email(email: str) -> str:
+    """The form in which addresses are compared and stored."""
+    return unicodedata.normalize("NFC", email.strip()).lower()
+
+
+class Identity:
+    """Identity's verbs. One per process; wired in ``app.py``."""
+
+    def __init__(
+        self, settings: ApiSettings, db: Database, clock: Clock, signing_keys: SigningKeys, passwords: Passwords
+    ) -> None:
+        self.settings = settings
+        self.db = db
+        self.clock = clock
+        self.signing_keys = signing_keys
+        self.passwords = passwords
+        self.keys = Keys(settings, clock)
+        self.device = DeviceFlow(settings, db, clock, self.keys)
+        self._last_used = _LastUsed()
+
+    # --- accounts
+
+    async def register(self, caller: Caller, email: str, password: str, organization: str, client: Client) -> SignedIn:
+        """An account, its organization, and a first session.
+
+        Raises ``auth.registration_closed``, ``auth.password_weak``, ``auth.email_taken``, ``auth.throttled``.
+        """
+        if not self.settings.registration_open:
+            raise Problem("auth.registration_closed")
+        email = normal_email(email)
+        self.passwords.accept(password, email)
+        window = self.settings.sign_in_failure_window_seconds
+        address = Bucket(f"register {caller.address}", self.settings.registrations_per_address, window)
+        await throttle.count(self.db, [address])
+        hashed = await self.passwords.hash(password)
+        try:
+            async with self.db.transaction() as tx:
+                user_id, organization_id = await self.create_account(tx, caller, email, hashed, organization)
+                return await self._open(tx, user_id, email, organization_id, organization, client)
+        except sa_exc.IntegrityError as err:
+            if is_unique_violation(err, "users_email_key"):
+                raise Problem("auth.email_taken") from None
+            raise
+
+    async def create_account(
+        self,
+        tx: Tx,
+        caller: Caller,
+        email: str,
+        password_hash: str,
+        organization: str,
+        *,
+        platform_operator: bool = False,
+    ) -> tuple[str, str]:
+        """Insert a person who owns a new organization; returns both ids."""
+        user_id, organization_id = new_id("usr"), new_id("org")
+        user = {"id": user_id, "email": email, "password_hash": password_hash, "platform_operator": platform_operator}
+        await store.insert_account(tx, user, {"id": organization_id, "name": organization}, "owner")
+        facts = {"email": email, "platform_operator": platform_operator}
+        await audit.record(tx, caller, "user.register", user_id, details=facts, organization=organization_id)
+        facts = {"name": organization, "owner": user_id}
+        await audit.record(
+            tx, caller, "organization.create", organization_id, details=facts, organization=organization_id
+        )
+        return user_id, organization_id
+
+    async def login(
+        self, caller: Caller, email: str, password: str, client: Client, *, cookie: bool = False
+    ) -> SignedIn:
+        """A session for the right password. Raises ``auth.credentials_invalid`` or ``auth.throttled``.
+
+        An unknown address costs the same work and answers the same. ``cookie`` sessions get no refresh token and live
+        as long as their access token.
+        """
+        email = normal_email(email)
+        buckets = self._sign_in_buckets(email, caller.address)
+        await throttle.count(self.db, buckets)
+        async with self.db.read() as reader:
+            row = await store.user_by_email(reader, email)
+        fits, better = await self.passwords.verify(password, row.password_hash if row else None)
+        if row is None or not fits or row.disabled_at is not None or row.organization_id is None:
+            # The same write for a known and an unknown account; the address itself is not kept for unknown ones.
+            await audit.refused(
+                self.db,
+                caller,
+                "user.login",
+                row.id if row else None,
+                organization=row.organization_id if row else None,
+            )
+            raise Problem("auth.credentials_invalid")
+        async with self.db.transaction() as tx:
+            await throttle.forgive(tx, buckets)
+            if better:
+                await store.set_password_hash(tx, row.id, better)
+            return await self._open(
+                tx, row.id, row.email, row.organization_id, row.organization_name, client, caller=caller, cookie=cookie
+            )
+
+    def _sign_in_buckets(self, email: str, address: str | None) -> list[Bucket]:
+        s = self.settings
+        window = s.sign_in_failure_window_seconds
+        return [
+            Bucket(f"login {email} {address}", s.sign_in_failures_per_pair, window),
+            Bucket(f"login {email}", s.sign_in_failures_per_account, window),
+            Bucket(f"login from {address}", s.sign_in_failures_per_address, window),
+        ]
+
+    async def _open(
+        self,
+        tx: Tx,
+        user_id: str,
+        email: str,
+        organization_id: str,
+        organization_name: str,
+        client: Client,
+        *,
+        caller: Caller | None = None,
+        cookie: bool = False,
+    ) -> SignedIn:
+        """Start a sign-in session. ``caller`` is given when the sign-in is an act of its own, to be audited."""
+        now = self.clock.wall()
+        session = new_id("ses")
+        life = self.settings.access_token_seconds if cookie else self.settings.sign_in_max_seconds
+        expires = now + timedelta(seconds=life)
+        row = {
+            "id": session,
+            "user_id": user_id,
+            "organization_id": organization_id,
+            "user_agent": (client.user_agent or "")[:200] or None,
+            "address": client.address,
+            "created_at": now,
+            "last_used_at": now,
+            "expires_at": expires,
+        }
+        await store.insert_session(tx, row)
+        refresh = None if cookie else await self._refresh_token(tx, session, now, expires)
+        if caller is not None:
+            await audit.record(
+                tx, caller, "user.login", user_id, details={"session": session}, organization=organization_id
+            )
+        access = await self._access_token(tx, user_id, session, organization_id, now)
+        return SignedIn(
+            user_id,
+            email,
+            organization_id,
+            organization_name,
+            session,
+            access,
+            refresh,
+            self.settings.access_token_seconds,
+        )
+
+    async def _access_token(self, reader: Reader, user: str, session: str, organization: str, now: datetime) -> str:
+        signer = await self.signing_keys.current_signer(reader)
+        claims = tokens.AccessClaims(user, session, organization)
+        return tokens.issue(signer, claims, now.timestamp(), self.settings.access_token_seconds)
+
+    async def _refresh_token(self, tx: Tx, session: str, now: datetime, latest: datetime) -> str:
+        token = new_token("rt")
+        expires = min(now + timedelta(seconds=self.settings.refresh_token_seconds), latest)
+        row = {"digest": digest(token), "session_id": session, "created_at": now, "expires_at": expires}
+        await store.insert_refresh_token(tx, row)
+        return token
+
+    # --- sessions
+
+    async def refresh(self, caller: Caller, token: str) -> SignedIn:
+        """A new access and refresh token for one unused refresh token.
+
+        Raises ``auth.token_invalid``, ``auth.token_expired``, ``auth.session_ended``; ``auth.refresh_reused`` ends the
+        session with it.
+        """
+        if check_token(token) != "rt":
+            raise Problem("auth.token_invalid", "this is not a refresh token")
+        now = self.clock.wall()
+        async with self.db.transaction() as tx:
+            row = await store.lock_refresh_token(tx, digest(token))
+            refusal = _refresh_refusal(row, now)
+            if refusal is None:
+                assert row is not None
+                return await self._rotate(tx, row, digest(token), now)
+            if refusal == "auth.refresh_reused" and row is not None:
+                await store.end_sessions(tx, row.user_id, row.session_id, "refresh token reused", now)
+                await audit.record(
+                    tx,
+                    caller,
+                    "session.refresh",
+                    row.session_id,
+                    "refused",
+                    {"reason": "reused", "user": row.user_id},
+                    organization=row.organization_id,
+                )
+        raise Problem(refusal)
+
+    async def _rotate(self, tx: Tx, row: Any, used: bytes, now: datetime) -> SignedIn:
+        await store.use_refresh_token(tx, used, row.session_id, now)
+        refresh = await self._refresh_token(tx, row.session_id, now, row.session_expires_at)
+        access = await self._access_token(tx, row.user_id, row.session_id, row.organization_id, now)
+        person, organization = await self._names(tx, row.user_id, row.organization_id)
+        return SignedIn(
+            row.user_id,
+            person,
+            row.organization_id,
+            organization,
+            row.session_id,
+            access,
+            refresh,
+            self.settings.access_token_seconds,
+        )
+
+    async def _names(self, reader: Reader, user_id: str, organization_id: str) -> tuple[str, str]:
+        person, organization = await store.user(reader, user_id), await store.organization(reader, organization_id)
+        assert person is not None and organization is not None  # foreign keys
+        return person.email, organization.name
+
+    async def logout(self, tx: Tx, caller: Caller) -> None:
+        """End the credential that was presented: a person's session, or the agent key of one machine."""
+        if caller.kind == "person":
+            await self.end_session(tx, caller, caller.session_id or "")
+        elif caller.kind == "agent_key":
+            await self.keys.revoke(tx, caller, caller.id)
+        else:
+            raise Problem("auth.forbidden", "revoke this key where it was made", permission="keys:write")
+
+    async def sessions(self, reader: Reader, caller: Caller, page: pages.PageRequest) -> dict[str, Any]:
+        """A page of the person's own live sessions."""
+        before = page.after[0] if page.after else None
+        rows = await store.sessions(reader, _person(caller), page.limit + 1, before, self.clock.wall())
+
+        def render(row: Any) -> dict[str, Any]:
+            names = ("id", "user_agent", "address", "created_at", "last_used_at", "expires_at")
+            return {**{name: getattr(row, name) for name in names}, "current": row.id == caller.session_id}
+
+        document: dict[str, Any] = pages.listing(rows, page.limit, lambda row: (row.id,), render)
+        return document
+
+    async def end_session(self, tx: Tx, caller: Caller, session: str) -> None:
+        """End one of the person's own sessions. Raises ``request.not_found``."""
+        if not await store.end_sessions(tx, _person(caller), session, "ended by its person", self.clock.wall()):
+            raise Problem("request.not_found", "there is no such session")
+        await audit.record(tx, caller, "session.end", session)
+
+    async def end_all_sessions(self, tx: Tx, caller: Caller) -> None:
+        """End every session of the person, this one included."""
+        ended = await store.end_sessions(tx, _person(caller), None, "ended by its person", self.clock.wall())
+        await audit.record(tx, caller, "session.end_all", caller.user_id, details={"sessions": len(ended)})
+
+    async def device_key(self, caller: Caller, device_code: str) -> tuple[NewKey, dict[str, str], dict[str, str]]:
+        """The agent key of an approved device, once, with its person and organization; else a ``device.…`` problem."""
+        made, organization_id, user_id = await self.device.poll(caller, device_code)
+        async with self.db.read() as reader:
+            email, organization = await self._names(reader, user_id, organization_id)
+        return made, {"id": user_id, "email": email}, {"id": organization_id, "name": organization}
+
+    # --- who is calling
+
+    async def authenticate(self, reader: Reader, credential: str) -> Caller:
+        """The caller behind a bearer credential (``access.Authenticator``); a revoked one is refused at once."""
+        if credential.startswith("tnl_"):
+            return await self._key_caller(reader, credential)
+        keys = await self.signing_keys.key_set(reader)
+        now = self.clock.wall()
+        claims = tokens.verify(credential, keys, now.timestamp(), self.settings.token_leeway_seconds)
+        row = await store.session_by_id(reader, claims.session)
+        if row is None or row["ended_at"] is not None or row["disabled_at"] is not None or row["role"] is None:
+            raise Problem("auth.session_ended")
+        if (row["user_id"], row["organization_id"]) != (claims.user, claims.organization):
+            raise Problem("auth.token_invalid")
+        return Caller(
+            "person",
+            row["user_id"],
+            row["organization_id"],
+            ROLES.get(row["role"], frozenset()),
+            user_id=row["user_id"],
+            session_id=claims.session,
+            platform_operator=row["platform_operator"],
+        )
+
+    async def _key_caller(self, reader: Reader, text: str) -> Caller:
+        kind = check_token(text)
+        row = await store.key_by_digest(reader, digest(text)) if kind in ("agt", "sk", "opr") else None
+        if row is None or key_rules.TOKEN_KIND[row["kind"]] != kind:
+            raise Problem("auth.key_invalid")
+        if row["revoked_at"] is not None or row["disabled_at"] is not None:
+            raise Problem("auth.key_revoked")
+        now = self.clock.wall()
+        if row["expires_at"] is not None and row["expires_at"] <= now:
+            raise Problem("auth.key_invalid", "the key has expired")
+        self._last_used.at[row["id"]] = now
+        operator = row["kind"] == "operator"
+        return Caller(
+            "operator" if operator else "agent_key" if row["kind"] == "agent" else "api_key",
+            row["id"],
+            row["organization_id"],
+            key_rules.permissions(row["kind"], row["scopes"]),
+            user_id=row["user_id"],
+            platform_operator=operator,
+        )
+
+    async def whoami(self, reader: Reader, caller: Caller) -> dict[str, Any]:
+        """What the bearer of a credential may know about itself."""
+        person = await store.user(reader, caller.user_id) if caller.user_id else None
+        organization = await store.organization(reader, caller.organization) if caller.organization else None
+        key = await store.key(reader, caller.id) if caller.kind in ("agent_key", "api_key", "operator") else None
+        return {
+            "kind": caller.kind,
+            "user": {"id": person.id, "email": person.email} if person else None,
+            "organization": {"id": organization.id, "name": organization.name, "plan": organization.plan}
+            if organization
+            else None,
+            "key": {"id": key.id, "name": key.name, "prefix": key.prefix} if key else None,
+            "session": caller.session_id,
+            "permissions": sorted(caller.permissions),
+            "platform_operator": caller.platform_operator,
+        }
+
+    async def account(self, reader: Reader, caller: Caller) -> dict[str, Any]:
+        """The caller's organization and person as agent sessions report them: ``{organization, user, plan}``."""
+        organization = await store.organization(reader, caller.org)
+        assert organization is not None  # foreign key
+        person = await store.user(reader, caller.user_id) if caller.user_id else None
+        return {
+            "organization": {"id": organization.id, "name": organization.name},
+            "user": person.email if person else None,
+            "plan": organization.plan,
+        }
+
+    async def write_last_used(self) -> None:
+        """Write when keys were last used. Called by housekeeping and at the end of the process."""
+        if taken := self._last_used.take():
+            async with self.db.transaction() as tx:
+                await store.touch_keys(tx, taken)
+
+
+def _person(caller: Caller) -> str:
+    if caller.kind != "person" or caller.user_id is None:
+        raise Problem("auth.forbidden", "sign-in sessions belong to people; a key has none", permission="session")
+    return caller.user_id
+
+
+def _refresh_refusal(row: Any, now: datetime) -> str | None:
+    """Why a refresh token is refused, as a code; ``None`` when it is good. Reuse is told from mere expiry first."""
+    if row is None:
+        return "auth.token_invalid"
+    if row.ended_at is not None or row.disabled_at is not None:
+        return "auth.session_ended"
+    if row.used_at is not None:
+        return "auth.refresh_reused"
+    if row.expires_at <= now or row.session_expires_at <= now:
+        return "auth.token_expired"
+    return None
