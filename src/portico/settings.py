@@ -162,6 +162,8 @@ class RelaySettings:
     # == Listeners
     # Sockets inherited from a supervisor (`public=5,https=6,control=7`); a name that is absent is bound as below.
     listen_fds: str = ""
+    # Descriptor on which readiness is reported to a supervisor; none when started by hand.
+    notify_fd: int | None = None
     # Address of the public HTTP listener.
     public_host: str = "127.0.0.1"
     # TCP port of the public HTTP listener.

@@ -1,0 +1,404 @@
+"""One public request and its answer: the facts that are decided on, the stream to the agent, and the answer's framing.
+
+    visitor bytes ─► http1.Visitor ─► Exchange ─► wire.Stream ─► agent
+                          ◄── answer, re-serialised ◄── on_response, on_data, on_end, on_reset
+
+An exchange is made when a request head is complete. While an earlier request of the connection is being answered it
+only collects its body (reading is paused then, so that is one buffer at most); ``start`` decides and forwards it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from typing import TYPE_CHECKING
+
+from portico.relay import heads
+from portico.relay.decide import decide
+from portico.wire import frames as f
+from portico.wire.session import Stream
+
+if TYPE_CHECKING:
+    from portico.relay.http1 import Visitor
+    from portico.relay.sessions import LiveTunnel
+
+# How an answer's body is framed towards the visitor.
+NO_BODY, COUNTED, CHUNKED, UNTIL_CLOSE, RAW = range(5)
+
+#: RESET code → what the visitor is told.
+RESET_CODES = {
+    f.TARGET_REFUSED: "edge.target_refused",
+    f.TARGET_TIMEOUT: "edge.target_timeout",
+    f.IDLE_TIMEOUT: "edge.target_timeout",
+    f.TARGET_INVALID: "edge.target_invalid",
+    f.TARGET_RESET: "edge.target_invalid",
+    f.REQUEST_INVALID: "edge.bad_request",
+    f.TOO_MANY_STREAMS: "edge.concurrency_exceeded",
+}
+
+_serial = itertools.count(1)
+_prefix = b"req_" + secrets.token_hex(6).encode()
+
+
+def request_id() -> bytes:
+    """Unique over processes and restarts; also what ties log lines of visitor, relay, agent and target together."""
+    return b"%b%010x" % (_prefix, next(_serial))
+
+
+class Exchange:
+    """See the module. ``head`` is flat and ready for the wire but for the forwarding fields."""
+
+    __slots__ = (
+        "blocked", "conn", "counted", "done", "framing", "head", "head_only", "host", "http10", "id", "keep_alive",
+        "known", "left", "method", "pending", "received", "responded", "sending", "started", "stream", "trailers",
+        "tunnel", "unconsumed", "upgrade", "with_body",
+    )  # fmt: skip
+
+    def __init__(self, conn: Visitor, host: bytes, method: bytes, head: list[bytes]) -> None:
+        self.conn = conn
+        self.host = host
+        self.method = method
+        self.head = head
+        self.id = b""
+        self.tunnel: LiveTunnel | None = None
+        self.known = False
+        self.stream: Stream | None = None
+        self.head_only = method == b"HEAD"
+        self.with_body = False
+        self.upgrade = False
+        self.http10 = False
+        self.keep_alive = True
+        self.started = False
+        self.counted = False  # holds a place in the tunnel's concurrency
+        self.received = False  # the request is here, whole
+        self.blocked = False  # waits for credit: nothing more is read from the visitor
+        self.sending = False  # its body is still being sent to the agent
+        self.responded = False
+        self.done = False
+        self.framing = NO_BODY
+        self.left = 0
+        self.unconsumed = 0
+        self.pending: list[bytes] = []
+        self.trailers: list[bytes] = []
+
+    # ── the request ───────────────────────────────────────────────────────────────────────────────────────────────
+    def start(self) -> None:
+        """Decide, and forward or refuse."""
+        self.started = True
+        self.id = request_id()
+        conn = self.conn
+        tunnel, self.known = conn.server.find(self.host)
+        self.tunnel = tunnel
+        code = decide(self)
+        if code is not None:
+            self.refuse(code)
+            return
+        assert tunnel is not None
+        tunnel.inflight += 1
+        self.counted = True
+        tunnel.counters.requests += 1
+        head = self.head
+        head.append(conn.forwarding(self.host))
+        head.append(b"X-Request-Id")
+        head.append(self.id)
+        flags = 0 if self.with_body or self.upgrade else f.F_END
+        if self.upgrade:
+            flags |= f.F_UPGRADE
+        try:
+            self.stream = tunnel.open(head, flags, self)
+        except (ValueError, OverflowError) as err:
+            self.refuse("edge.head_too_large" if isinstance(err, ValueError) else "edge.agent_unreachable")
+            return
+        self.sending = not flags & f.F_END
+        if self.pending:
+            self.pump()
+        elif self.received:
+            self._maybe_end()
+
+    def body(self, data: bytes) -> None:
+        """A piece of the request body; kept only while there is no credit for it."""
+        stream = self.stream
+        if stream is None:
+            if not self.started:
+                self.pending.append(data)
+            return
+        if self.pending or stream.sendable() < len(data):
+            self.pending.append(data)
+            self.pump()
+        elif self.sending:
+            self._count_in(len(data))
+            stream.send_data(data)
+            if not stream.sendable():
+                self._wait(stream)
+
+    def _wait(self, stream: Stream) -> None:
+        self.blocked = True
+        stream.wait()
+        self.conn.update_reading()
+
+    def end(self) -> None:
+        """The visitor's direction is complete (with trailers in ``trailers``), or half-closed on an upgraded connection."""
+        self.received = True
+        self._maybe_end()
+
+    def _maybe_end(self) -> None:
+        stream = self.stream
+        if stream is None or not self.sending or self.pending or (self.upgrade and self.framing != RAW):
+            return
+        self.sending = False
+        stream.send_end(heads.trailers(self.trailers))
+        if self.done:
+            self.conn.finished(self)
+
+    def pump(self) -> None:
+        """Send what waits, as far as there is credit; hold the visitor back for the rest."""
+        stream = self.stream
+        if stream is None or not self.sending:
+            self.pending.clear()
+            return
+        pending = self.pending
+        while pending and (room := stream.sendable()):
+            data = pending[0]
+            if len(data) > room:
+                pending[0] = data[room:]
+                data = data[:room]
+            else:
+                pending.pop(0)
+            self._count_in(len(data))
+            stream.send_data(data)
+        if pending:
+            self._wait(stream)
+            return
+        self.blocked = False
+        self.conn.update_reading()
+        if self.received:
+            self._maybe_end()
+
+    def _count_in(self, size: int) -> None:
+        assert self.tunnel is not None
+        self.tunnel.counters.bytes_in += size
+
+    def credit_room(self) -> int:
+        """How many bytes may be read from the visitor for this request now."""
+        return self.stream.sendable() if self.stream is not None else 0
+
+    # ── the answer ────────────────────────────────────────────────────────────────────────────────────────────────
+    def on_interim(self, status: int, head: list[bytes]) -> None:
+        if self.http10 or self.responded:
+            return
+        out = [heads.STATUS_LINES[status, head[0]]]
+        self._fields(out, head)
+        out.append(b"\r\n")
+        self._write(b"".join(out))
+
+    def on_response(self, status: int, head: list[bytes], end: bool) -> None:
+        self.responded = True
+        conn = self.conn
+        conn.deadline = conn.NEVER
+        out = [heads.STATUS_LINES[status, head[0]]]
+        length, upgrade = self._fields(out, head)
+        if length == -2:
+            self._target_invalid("its answer has two lengths or one that is not a number")
+            return
+        if status == 101:
+            if not self.upgrade or not upgrade:
+                self._target_invalid("it switched protocols without being asked")
+                return
+            out.append(b"Connection: Upgrade\r\n\r\n")
+            self.framing = RAW
+            self._write(b"".join(out))
+            conn.become_raw()
+            return
+        self._frame(out, status, length, end)
+        if conn.draining:
+            self.keep_alive = False
+        if not self.keep_alive:
+            out.append(b"Connection: close\r\n")
+        elif self.http10:
+            out.append(b"Connection: keep-alive\r\n")
+        out.append(b"\r\n")
+        self._write(b"".join(out))
+        if self.upgrade:
+            self._upgrade_declined()
+        if end:
+            self._answered()
+
+    def _fields(self, out: list[bytes], head: list[bytes]) -> tuple[int, bool]:
+        """Append the fields that pass; ``(content length or -1 for none or -2 for a bad one, whether Upgrade was there)``."""
+        kinds = heads.RESPONSE_KINDS
+        length, upgrade = -1, False
+        for at in range(1, len(head), 2):
+            name = head[at]
+            value = head[at + 1]
+            kind = kinds[name]
+            if kind == heads.PASS:
+                out.append(b"%b: %b\r\n" % (name, value))
+            elif kind == heads.LENGTH:
+                number = int(value) if value.isdigit() and len(value) < 19 else -2
+                length = number if length in (-1, number) else -2
+            elif kind == heads.UPGRADE:
+                upgrade = True
+                out.append(b"Upgrade: %b\r\n" % value)
+        return length, upgrade
+
+    def _frame(self, out: list[bytes], status: int, length: int, end: bool) -> None:
+        """Choose the body's framing (RFC 9112, 6.3) and append the field that says so."""
+        if self.head_only or status in (204, 304):
+            self.framing = NO_BODY
+            if length >= 0 and status != 204:
+                out.append(b"Content-Length: %d\r\n" % length)
+        elif length >= 0:
+            self.framing, self.left = COUNTED, length
+            out.append(b"Content-Length: %d\r\n" % length)
+        elif end:
+            self.framing = NO_BODY
+            out.append(b"Content-Length: 0\r\n")
+        elif self.http10:
+            self.framing = UNTIL_CLOSE
+            self.keep_alive = False
+        else:
+            self.framing = CHUNKED
+            out.append(b"Transfer-Encoding: chunked\r\n")
+
+    def _upgrade_declined(self) -> None:
+        """An ordinary answer to an upgrade request: what the visitor sends next is HTTP again."""
+        self.upgrade = False
+        if self.sending and self.stream is not None:
+            self.sending = False
+            self.stream.send_end()
+        self.received = True
+
+    def on_opened(self) -> None:
+        """Only TCP streams are opened."""
+
+    def on_data(self, data: bytes, end: bool) -> None:
+        conn = self.conn
+        framing = self.framing
+        if framing == COUNTED:
+            self.left -= len(data)
+            if self.left < 0:
+                self._break_off("the target sent more than it announced")
+                return
+            conn.write(data)
+        elif framing == CHUNKED:
+            if data:
+                conn.write_chunk(data)
+        elif framing == NO_BODY:
+            if data:
+                self._break_off("the target sent a body where none may be")
+                return
+        else:
+            conn.write(data)
+        assert self.tunnel is not None
+        self.tunnel.counters.bytes_out += len(data)
+        stream = self.stream
+        assert stream is not None
+        if conn.paused:
+            stream.stalled = True
+            self.unconsumed += len(data)
+        else:
+            stream.consumed(len(data))
+        if end:
+            self.on_end([])
+
+    def drained(self) -> None:
+        """The visitor took what was waiting: the agent may send as much again."""
+        if self.unconsumed and self.stream is not None:
+            size, self.unconsumed = self.unconsumed, 0
+            self.stream.consumed(size)
+
+    def on_end(self, trailers: list[bytes]) -> None:
+        framing = self.framing
+        if framing == COUNTED and self.left:
+            self._break_off("the target sent less than it announced")
+            return
+        if framing == CHUNKED:
+            fields = heads.trailers(trailers)
+            lines = b"".join(b"%b: %b\r\n" % (fields[at], fields[at + 1]) for at in range(0, len(fields), 2))
+            self.conn.write(b"0\r\n%b\r\n" % lines)
+        elif framing == RAW:
+            self.conn.end_writing()
+        self._answered()
+
+    def on_reset(self, code: int, detail: str) -> None:
+        stream, self.stream = self.stream, None
+        if self.done:  # the answer is complete; the agent wants no more of the request
+            self.sending = False
+            self.pending.clear()
+            self.keep_alive = self.keep_alive and self.received
+            self.conn.finished(self)
+        elif stream is None or self.conn.closed:
+            self.release_place()
+        elif not self.responded:
+            self._count_error()
+            self.refuse(RESET_CODES.get(code, "edge.agent_unreachable"), detail or None)
+        else:
+            self._count_error()
+            self._abort_answer()
+
+    def on_credit(self) -> None:
+        self.pump()
+
+    # ── endings ───────────────────────────────────────────────────────────────────────────────────────────────────
+    def _answered(self) -> None:
+        """The answer is complete. An early one leaves the exchange open until the request is, or is not wanted."""
+        self.done = True
+        if not self.sending:
+            self.conn.finished(self)
+
+    def abandon(self) -> None:
+        """The visitor is gone: tell the agent, so that the target hears of it."""
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            stream.reset(f.CANCELLED, "the visitor closed the connection")
+        self.release_place()
+
+    def time_out(self) -> None:
+        """No answer within ``first_byte_timeout_seconds``."""
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            stream.reset(f.CANCELLED, "no answer in time")
+        self._count_error()
+        self.refuse("edge.target_timeout")
+
+    def refuse(self, code: str, detail: str | None = None) -> None:
+        """Answer with a refusal page; the stream, if any, is over."""
+        self.responded = self.done = True
+        self.sending = False
+        self.pending.clear()
+        self.conn.refuse(self, code, detail)
+
+    def _target_invalid(self, detail: str) -> None:
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            stream.reset(f.CANCELLED, detail)
+        self._count_error()
+        self.refuse("edge.target_invalid", f"The local app's answer was not usable: {detail}.")
+
+    def _break_off(self, detail: str) -> None:
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            stream.reset(f.CANCELLED, detail)
+        self._count_error()
+        self._abort_answer()
+
+    def _abort_answer(self) -> None:
+        """The visitor must see that the answer is not whole: no last chunk, fewer bytes than announced, or a reset."""
+        self.release_place()
+        self.done = True
+        self.conn.break_off(reset=self.framing in (UNTIL_CLOSE, RAW))
+
+    def _count_error(self) -> None:
+        if self.tunnel is not None:
+            self.tunnel.counters.errors += 1
+
+    def release_place(self) -> None:
+        """Give the place in the tunnel back, once; called when the exchange has left its connection, however it ended."""
+        if self.counted and self.tunnel is not None:
+            self.counted = False
+            self.tunnel.inflight -= 1
+
+    def _write(self, data: bytes) -> None:
+        if self.tunnel is not None:
+            self.tunnel.counters.bytes_out += len(data)
+        self.conn.write(data)

@@ -1,0 +1,159 @@
+"""Request and response heads between HTTP/1 and the wire: which fields pass, which are ours (RFC 9110, 7.6.1; RFC 7239).
+
+Heads repeat their field names, so each spelling is classified once and looked up afterwards (a bounded table).
+"""
+
+from __future__ import annotations
+
+import re
+
+PASS, DROP, CONNECTION, HOST, LENGTH, ENCODING, UPGRADE, TE, EXPECT = range(9)
+
+_HOP_BY_HOP = (b"keep-alive", b"proxy-connection", b"proxy-authorization", b"proxy-authenticate", b"http2-settings")
+#: Fields that only the relay may tell the target; a visitor's own values are not believed.
+_OURS_IN_REQUEST = (
+    b"forwarded",
+    b"x-forwarded-for",
+    b"x-forwarded-proto",
+    b"x-forwarded-host",
+    b"x-forwarded-port",
+    b"x-forwarded-scheme",
+    b"x-request-id",
+)
+
+_REQUEST_KINDS = {
+    **dict.fromkeys((*_HOP_BY_HOP, *_OURS_IN_REQUEST, b"trailer"), DROP),
+    b"connection": CONNECTION,
+    b"host": HOST,
+    b"content-length": LENGTH,
+    b"transfer-encoding": ENCODING,
+    b"upgrade": UPGRADE,
+    b"te": TE,
+}
+_RESPONSE_KINDS = {
+    **dict.fromkeys((*_HOP_BY_HOP, b"te", b"portico-error", b"transfer-encoding", b"connection"), DROP),
+    b"content-length": LENGTH,
+    b"upgrade": UPGRADE,
+}
+#: Trailer fields that could change what the message means (RFC 9110, 6.5.1).
+_NOT_IN_TRAILERS = frozenset(
+    {
+        *_HOP_BY_HOP,
+        *_OURS_IN_REQUEST,
+        *(
+            b"portico-error",
+            b"connection",
+            b"host",
+            b"content-length",
+            b"transfer-encoding",
+            b"upgrade",
+            b"te",
+            b"trailer",
+        ),
+        *(
+            b"authorization",
+            b"cookie",
+            b"set-cookie",
+            b"content-type",
+            b"content-encoding",
+            b"content-range",
+            b"expect",
+        ),
+        *(b"cache-control", b"location"),
+    }
+)
+
+_TABLE_MAX = 4096
+
+
+class FieldKinds(dict[bytes, int]):
+    """Field name in any spelling → kind; learns the spellings that it meets, up to a bound."""
+
+    def __init__(self, kinds: dict[bytes, int]) -> None:
+        super().__init__(kinds)
+        self._kinds = dict(kinds)
+
+    def __missing__(self, name: bytes) -> int:
+        kind = self._kinds.get(name.lower(), PASS)
+        if len(self) < _TABLE_MAX:
+            self[name] = kind
+        return kind
+
+
+REQUEST_KINDS = FieldKinds(_REQUEST_KINDS)
+RESPONSE_KINDS = FieldKinds(_RESPONSE_KINDS)
+
+_HOST = re.compile(
+    rb"([A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,252}[A-Za-z0-9_])?)\.?(?::([0-9]{1,5}))?|\[[0-9A-Fa-f:.]{2,45}\](?::[0-9]{1,5})?"
+)
+_ABSOLUTE = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?#@]+)([^#]*)")
+
+
+def normal_host(value: bytes) -> bytes | None:
+    """The host of a ``Host`` value, lower-case and without port and trailing dot; ``None`` when it is not one."""
+    match = _HOST.fullmatch(value)
+    if match is None:
+        return None
+    return (match.group(1) or value[: value.index(b"]") + 1]).lower()
+
+
+def origin_form(target: bytes, method: bytes, host: bytes) -> bytes | None:
+    """The origin-form of a request target (RFC 9112, 3.2), or ``None`` when it has no meaning here.
+
+    An absolute-form target is accepted only for the host that ``Host`` names: routing by one and forwarding the other
+    is how requests are smuggled past a check.
+    """
+    if target[:1] == b"/":
+        return target
+    if target == b"*":
+        return target if method == b"OPTIONS" else None
+    match = _ABSOLUTE.fullmatch(target)
+    if match is None or match.group(1).lower() != host.lower():
+        return None
+    rest = match.group(2)
+    return rest if rest[:1] == b"/" else b"/" + rest
+
+
+def tokens(value: bytes) -> list[bytes]:
+    """The comma-separated members of a field value, lower-case, without parameters' white space."""
+    return [part.strip().lower() for part in value.split(b",") if part.strip()]
+
+
+def without(fields: list[bytes], names: set[bytes]) -> list[bytes]:
+    """A flat head without the fields of these lower-case names (those that ``Connection`` named)."""
+    kept: list[bytes] = []
+    for at in range(0, len(fields), 2):
+        if fields[at].lower() not in names:
+            kept += fields[at : at + 2]
+    return kept
+
+
+def trailers(fields: list[bytes]) -> list[bytes]:
+    """The flat trailer fields that may be passed on."""
+    return without(fields, _NOT_IN_TRAILERS) if fields else fields  # type: ignore[arg-type]
+
+
+def forwarding(client: str, scheme: bytes, host: bytes, port: int) -> bytes:
+    """The forwarding fields of one connection and host, joined as in a REQUEST payload."""
+    address = client.encode()
+    node = b'"[%b]"' % address if b":" in address else address
+    named = host if b":" not in host else b'"%b"' % host
+    return b"\0".join(
+        (
+            *(b"X-Forwarded-For", address, b"X-Forwarded-Proto", scheme, b"X-Forwarded-Host", host),
+            *(b"X-Forwarded-Port", b"%d" % port, b"Forwarded", b"for=%b;host=%b;proto=%b" % (node, named, scheme)),
+        )
+    )
+
+
+class StatusLines(dict[tuple[int, bytes], bytes]):
+    """``(status, reason)`` → status line; bounded, since a target chooses the reason."""
+
+    def __missing__(self, key: tuple[int, bytes]) -> bytes:
+        line = b"HTTP/1.1 %d %b\r\n" % key
+        if len(self) < _TABLE_MAX:
+            self[key] = line
+        return line
+
+
+STATUS_LINES = StatusLines()

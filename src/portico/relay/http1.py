@@ -1,0 +1,518 @@
+"""A visitor's HTTP/1.1 connection: strict parsing, pipelining in order, backpressure, half-close, and its time limits.
+
+The parser (llhttp, strict) refuses malformed framing; this file refuses what is well-formed but could be read in two
+ways by someone behind us: two ``Host`` fields, a target for another host, a transfer coding that is not exactly
+``chunked``, a length together with a coding, HTTP/1.0 with a coding. Heads are always re-serialised from the parsed fields.
+
+Time limits cost nothing per request: every connection has a ``deadline``, and the server sweeps all of them twice a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import httptools
+
+from portico.relay import heads
+from portico.relay.exchange import Exchange, request_id
+
+if TYPE_CHECKING:
+    from portico.relay.listeners import PublicServer
+
+#: Bytes that one read may take, and the most that a request's pipelined successors can wait in.
+READ_SIZE: Final = 65_536
+#: Bytes of a request body that are read and thrown away after a refusal, before the connection is cut.
+LINGER_BYTES: Final = 262_144
+LINGER_SECONDS: Final = 2.0
+#: Seconds after a visitor's half-close in which something must be sent to it, or it is taken to be gone.
+HALF_CLOSE_SECONDS: Final = 1.0
+#: Header fields of one head; a frame's head carries 256, and ours are added.
+MAX_FIELDS: Final = 200
+
+_METHODS_REFUSED = frozenset((b"CONNECT", b"PRI"))
+
+
+class Visitor(asyncio.BufferedProtocol):
+    """One connection. ``current`` is the exchange being answered, ``queue`` the pipelined ones behind it."""
+
+    NEVER: Final = math.inf
+    __slots__ = (
+        "address", "closed", "current", "deadline", "draining", "eof", "expect_close", "fault",
+        "fields", "forwarded", "head_bytes", "in_head", "leftover", "lingered", "lingering", "parser",
+        "parsing", "paused", "port", "queue", "raw", "reading", "scheme", "server", "target", "transport", "written",
+        "written_at_eof",
+    )  # fmt: skip
+
+    def __init__(self, server: PublicServer, scheme: bytes) -> None:
+        self.server = server
+        self.scheme = scheme
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self.address = ""
+        self.port = 0
+        self.parser: Any = httptools.HttpRequestParser(self)
+        self.current: Exchange | None = None
+        self.parsing: Exchange | None = None
+        self.queue: deque[Exchange] = deque()
+        self.deadline = 0.0
+        self.closed = self.draining = self.eof = self.paused = self.raw = False
+        self.reading = True
+        self.in_head = False
+        self.head_bytes = 0
+        self.fields: list[bytes] = []
+        self.target = b""
+        self.fault: str | None = None
+        self.leftover = b""
+        self.lingering = False
+        self.lingered = 0
+        self.expect_close = False
+        self.written = self.written_at_eof = 0
+        self.forwarded: tuple[bytes, bytes] = (b"", b"")
+
+    # ── transport events ──────────────────────────────────────────────────────────────────────────────────────────
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.address = plain_address(transport.get_extra_info("peername"))
+        name = transport.get_extra_info("sockname")
+        self.port = name[1] if isinstance(name, tuple) else 0
+        settings = self.server.settings
+        self.transport.set_write_buffer_limits(high=settings.visitor_write_buffer_bytes)
+        self.deadline = self.server.now + settings.head_timeout_seconds
+        if not self.server.admit(self):
+            self._respond("edge.too_many_connections", request_id(), html=False, keep_alive=False)
+            self._linger()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        self.server.leave(self)
+        current, self.current, self.parsing = self.current, None, None
+        self.queue.clear()
+        if current is not None:
+            current.abandon()
+        self.parser = None
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        current = self.current
+        if current is not None and current.sending and (self.raw or self.parsing is current):
+            room = current.credit_room()
+            if 0 < room < READ_SIZE:
+                return self.server.buffer[:room]
+        return self.server.buffer_view
+
+    def buffer_updated(self, nbytes: int) -> None:
+        data = self.server.buffer[:nbytes]
+        if self.raw:
+            if self.current is not None:
+                self.current.body(bytes(data))
+        elif self.lingering:
+            self.lingered += nbytes
+            if self.lingered > LINGER_BYTES:
+                self.transport.abort()
+        else:
+            self._parse(data)
+
+    def eof_received(self) -> bool:
+        """A half-close. On an upgraded connection it is passed on; an HTTP visitor may still be waiting for its answer."""
+        self.eof = True
+        current = self.current
+        if current is None or self.closed or self.lingering:
+            return False
+        if self.raw:
+            current.end()
+            return not self.closed
+        if not current.received:
+            return False  # the request can never be complete
+        self.written_at_eof = self.written
+        self.deadline = min(self.deadline, self.server.now + HALF_CLOSE_SECONDS)
+        return self.scheme == b"http"
+
+    def pause_writing(self) -> None:
+        self.paused = True
+        if self.current is not None and self.current.stream is not None:
+            self.current.stream.stalled = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        if self.current is not None:
+            self.current.drained()
+
+    # ── reading on and off ────────────────────────────────────────────────────────────────────────────────────────
+    def update_reading(self) -> None:
+        """Read while there is something to do with what comes: not while a body waits for credit, a pipelined request
+        for its turn, or a connection for its end."""
+        if self.closed:
+            return
+        current = self.current
+        want = self.lingering or not (
+            self.queue or self.leftover or self.expect_close or (current is not None and current.blocked)
+        )
+        if want is not self.reading:
+            self.reading = want
+            if want:
+                self.transport.resume_reading()
+            else:
+                self.transport.pause_reading()
+
+    # ── parsing ───────────────────────────────────────────────────────────────────────────────────────────────────
+    def _parse(self, data: memoryview) -> None:
+        was_in_head = self.in_head
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._keep_leftover(bytes(data[upgrade.args[0] :]))
+        except httptools.HttpParserError:
+            self.fault = self.fault or "edge.bad_request"
+        if self.in_head:
+            if was_in_head:
+                self.head_bytes += len(data)
+            if self.head_bytes > self.server.settings.max_head_bytes:
+                self.fault = "edge.head_too_large"
+        if self.fault is not None:
+            self._refuse_parse(self.fault)
+        elif self.queue or self.leftover:
+            self.update_reading()
+
+    def _keep_leftover(self, rest: bytes) -> None:
+        """What follows an upgrade request: raw bytes if the target agrees, else HTTP again. Nothing is read until then."""
+        self.leftover = rest
+        self.expect_close = self.parsing is None  # nothing to wait for: the request was refused while parsing
+        self.update_reading()
+
+    def _refuse_parse(self, code: str) -> None:
+        """Malformed input ends the connection; requests before it are answered first."""
+        if self.lingering or self.expect_close:
+            return
+        self.expect_close = True
+        if self.current is None:
+            self._respond(code, request_id(), html=False, keep_alive=False)
+            self._linger()
+        elif self.parsing is self.current and not self.current.received:
+            # The body itself is broken: the target has half of a request, which must not look whole.
+            current, self.current = self.current, None
+            responded = current.responded
+            current.abandon()
+            if responded:
+                self.transport.abort()
+            else:
+                self._respond(code, current.id or request_id(), html=False, keep_alive=False)
+                self._linger()
+        else:
+            self.update_reading()
+
+    def on_message_begin(self) -> None:
+        self.in_head = True
+        self.head_bytes = 0
+        self.fields = []
+        self.target = b""
+        self.parsing = None
+        if self.current is None:
+            self.deadline = self.server.now + self.server.settings.head_timeout_seconds
+
+    def on_url(self, url: bytes) -> None:
+        self.target += url
+        self.head_bytes += len(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.in_head:
+            if self.parsing is not None and len(self.parsing.trailers) < 2 * MAX_FIELDS:
+                self.parsing.trailers += (name, value)
+            return
+        self.fields += (name, value)
+        self.head_bytes += len(name) + len(value) + 4
+
+    def on_headers_complete(self) -> None:
+        self.in_head = False
+        if self.fault is not None or self.expect_close:
+            return
+        if self.head_bytes > self.server.settings.max_head_bytes or len(self.fields) > 2 * MAX_FIELDS:
+            self.fault = "edge.head_too_large"
+            return
+        exchange = self._exchange()
+        if exchange is None:
+            self.fault = "edge.bad_request"
+            return
+        self.parsing = exchange
+        self.deadline = self.NEVER
+        if self.current is None and not self.queue:
+            self.current = exchange
+            exchange.start()
+        else:
+            self.queue.append(exchange)
+
+    def on_body(self, body: bytes) -> None:
+        if self.parsing is not None:
+            self.parsing.body(body)
+
+    def on_message_complete(self) -> None:
+        exchange = self.parsing
+        if exchange is None:
+            return
+        if exchange.upgrade:
+            return  # its direction goes on, as bytes or as the body of nothing
+        exchange.end()
+        if exchange is self.current and not exchange.responded:
+            limit = self.server.settings.first_byte_timeout_seconds
+            if limit:
+                self.deadline = self.server.now + limit
+
+    def _exchange(self) -> Exchange | None:
+        """The exchange of a complete head, or ``None`` when the head is not acceptable."""
+        parser, kinds, fields = self.parser, heads.REQUEST_KINDS, self.fields
+        method = parser.get_method()
+        head: list[bytes] = [method, b""]
+        host = length = coding = upgrade = None
+        named: list[bytes] = []
+        te_trailers = False
+        for at in range(0, len(fields), 2):
+            name = fields[at]
+            value = fields[at + 1]
+            kind = kinds[name]
+            if kind == heads.PASS:
+                head += (name, value)
+            elif kind == heads.HOST:
+                if host is not None:
+                    return None
+                host = value
+                head += (name, value)
+            elif kind == heads.LENGTH:
+                if length is not None or not value.isdigit() or len(value) > 18:
+                    return None
+                length = int(value)
+                head += (name, value)
+            elif kind == heads.ENCODING:
+                if coding is not None or value.lower() != b"chunked":
+                    return None
+                coding = value
+            elif kind == heads.CONNECTION:
+                named += heads.tokens(value)
+            elif kind == heads.UPGRADE:
+                upgrade = value if upgrade is None else upgrade + b", " + value
+            elif kind == heads.TE:
+                te_trailers = te_trailers or b"trailers" in heads.tokens(value)
+        version = parser.get_http_version()
+        http10 = version == "1.0"
+        if version not in ("1.1", "1.0") or method in _METHODS_REFUSED or host is None:
+            return None
+        if coding is not None and (length is not None or http10):
+            return None
+        normal = heads.normal_host(host)
+        target = heads.origin_form(self.target, method, host)
+        if normal is None or target is None:
+            return None
+        head[1] = target
+        if len(named) > 1 or (named and named[0] not in (b"keep-alive", b"close", b"upgrade")):
+            # Connection may not name what the message needs to be understood (RFC 9110, 7.6.1).
+            head[2:] = heads.without(head[2:], set(named) - {b"host", b"content-length", b"connection", b"cookie"})
+        exchange = Exchange(self, normal, method, head)
+        exchange.http10 = http10
+        exchange.keep_alive = parser.should_keep_alive()
+        exchange.with_body = coding is not None or bool(length)
+        if upgrade is not None and b"upgrade" in named and not exchange.with_body and not http10:
+            self._ask_upgrade(exchange, upgrade)
+        if te_trailers:
+            exchange.head += (b"TE", b"trailers")
+        return exchange
+
+    @staticmethod
+    def _ask_upgrade(exchange: Exchange, protocols: bytes) -> None:
+        """Pass an upgrade on, but for h2c: HTTP/2 in clear text is not asked for this way (RFC 9113, 3.1)."""
+        wanted = [p.strip() for p in protocols.split(b",") if p.strip().lower() not in (b"h2c", b"")]
+        if wanted:
+            exchange.upgrade = True
+            exchange.head += (b"Upgrade", b", ".join(wanted))
+
+    # ── answering ─────────────────────────────────────────────────────────────────────────────────────────────────
+    def forwarding(self, host: bytes) -> bytes:
+        """The forwarding fields, computed once for a connection and host."""
+        if self.forwarded[0] != host:
+            self.forwarded = (host, heads.forwarding(self.address, self.scheme, host, self.port))
+        return self.forwarded[1]
+
+    def write(self, data: bytes) -> None:
+        self.written += len(data)
+        if not self.closed:
+            self.transport.write(data)
+
+    def write_chunk(self, data: bytes) -> None:
+        size = b"%x\r\n" % len(data)
+        self.written += len(data)
+        if self.closed:
+            return
+        if len(data) < 4096:
+            self.transport.write(b"%b%b\r\n" % (size, data))
+        else:
+            self.transport.writelines((size, data, b"\r\n"))
+
+    def refuse(self, exchange: Exchange, code: str, detail: str | None) -> None:
+        """Answer an exchange with a refusal and go on, or close when its request is not whole yet."""
+        exchange.release_place()
+        whole = exchange.received or not (exchange.with_body or exchange.upgrade)
+        keep = exchange.keep_alive and whole and not self.draining
+        html = self.server.wants_html(exchange)
+        self._respond(
+            code,
+            exchange.id,
+            html=html,
+            keep_alive=keep,
+            head_only=exchange.head_only,
+            host=exchange.host,
+            detail=detail,
+        )
+        exchange.keep_alive = keep
+        self.finished(exchange)
+
+    def _respond(
+        self,
+        code: str,
+        ident: bytes,
+        *,
+        html: bool,
+        keep_alive: bool,
+        head_only: bool = False,
+        host: bytes = b"",
+        detail: str | None = None,
+    ) -> None:
+        self.server.refused(code)
+        self.write(
+            self.server.page(
+                code, ident, html=html, keep_alive=keep_alive, head_only=head_only, host=host, detail=detail
+            )
+        )
+
+    def finished(self, exchange: Exchange) -> None:
+        """The exchange is over in both directions: the next one, or the end of the connection."""
+        exchange.release_place()
+        if self.current is not exchange:
+            return
+        self.current = None
+        if self.closed:
+            return
+        if self.raw:
+            self.transport.close()
+        elif not exchange.keep_alive or (self.draining and not self.queue):
+            self._close_after(exchange)
+        elif self.queue:
+            self.server.loop.call_soon(self._next)  # not from here: a chain of refusals would nest
+        elif self.leftover:
+            self._reparse()
+        elif self.fault is not None:
+            self._respond(self.fault, request_id(), html=False, keep_alive=False)
+            self._linger()
+        elif self.eof:
+            self.transport.close()
+        else:
+            self.deadline = self.server.now + self.server.settings.idle_timeout_seconds
+            self.update_reading()
+
+    def _next(self) -> None:
+        """The turn of the first pipelined request."""
+        if self.closed or self.current is not None or not self.queue:
+            return
+        self.current = current = self.queue.popleft()
+        current.start()
+        if self.current is current and current.received and not current.responded:
+            limit = self.server.settings.first_byte_timeout_seconds
+            self.deadline = self.server.now + limit if limit else self.NEVER
+        self.update_reading()
+
+    def _reparse(self) -> None:
+        """An upgrade request was answered without upgrading: what followed it is HTTP."""
+        rest, self.leftover = self.leftover, b""
+        self.parser = httptools.HttpRequestParser(self)
+        self.parsing = None
+        self._parse(memoryview(rest))
+        self.update_reading()
+
+    def _close_after(self, exchange: Exchange) -> None:
+        if exchange.received or not (exchange.with_body or exchange.upgrade):
+            self.queue.clear()
+            self.transport.close()
+        else:
+            self._linger()
+
+    def _linger(self) -> None:
+        """Close so that the answer arrives: a close with unread input would reset the connection under it (RFC 9112, 9.6)."""
+        if self.closed:
+            return
+        self.expect_close = True
+        self.lingering = True
+        self.current = None
+        self.queue.clear()
+        self.deadline = self.server.now + LINGER_SECONDS
+        if self.eof or self.scheme != b"http" or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        self.transport.write_eof()
+        self.update_reading()
+
+    def become_raw(self) -> None:
+        """The target switched protocols: both directions are bytes from here on."""
+        self.raw = True
+        self.deadline = self.NEVER
+        rest, self.leftover = self.leftover, b""
+        if rest and self.current is not None:
+            self.current.body(rest)
+        if self.eof and self.current is not None:
+            self.current.end()
+        self.update_reading()
+
+    def end_writing(self) -> None:
+        """Half-close towards the visitor of an upgraded connection."""
+        if not self.closed and not self.eof and self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def break_off(self, *, reset: bool) -> None:
+        """End the connection so that an incomplete answer shows; ``reset`` where a plain close would look complete."""
+        self.current = None
+        if reset:
+            reset_transport(self.transport)
+        else:
+            self.transport.close()
+
+    # ── time ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    def expire(self) -> None:
+        """The deadline passed (called by the server's sweep)."""
+        current = self.current
+        if self.lingering or self.closed:
+            self.transport.abort()
+        elif current is None:
+            if self.in_head:
+                self._respond("edge.head_timeout", request_id(), html=False, keep_alive=False)
+                self._linger()
+            else:
+                self.transport.close()
+        elif self.eof and not self.raw and self.written != self.written_at_eof:
+            # It reads what is sent: only its own direction is closed.
+            self.written_at_eof = self.written
+            self.deadline = self.server.now + HALF_CLOSE_SECONDS
+        elif self.eof and not self.raw:
+            self.transport.abort()
+        elif not current.responded:
+            current.time_out()
+
+    def drain(self) -> None:
+        """Finish what is under way, then close; an idle connection closes now."""
+        self.draining = True
+        if self.current is None and not self.lingering:
+            self.transport.close()
+
+
+def plain_address(peer: Any) -> str:
+    """The client address as text, IPv4-mapped IPv6 as IPv4; empty for a Unix socket."""
+    if not isinstance(peer, tuple):
+        return ""
+    address = str(peer[0]).split("%", 1)[0]
+    return address[7:] if address.startswith("::ffff:") and "." in address else address
+
+
+def reset_transport(transport: asyncio.Transport) -> None:
+    """Close with RST instead of FIN, so that the peer sees an abort (SO_LINGER 0)."""
+    import socket
+    import struct
+
+    sock = transport.get_extra_info("socket")
+    if sock is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()

@@ -1,0 +1,222 @@
+"""The relay's listeners: visitors on the public ports, agents on the control port. Exposure is visible here and nowhere else.
+
+The public ports answer visitors only: nothing of the relay's own (health, metrics) is served under a tenant's host name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+from collections import Counter
+from typing import Any
+
+import picows
+
+from portico.errors import Problem
+from portico.kit.carrier import MAX_MESSAGE
+from portico.relay import pages
+from portico.relay.exchange import Exchange
+from portico.relay.heads import STATUS_LINES
+from portico.relay.http1 import READ_SIZE, Visitor
+from portico.relay.sessions import Agents, LiveTunnel
+from portico.relay.snapshot import Snapshot
+from portico.settings import RelaySettings
+from portico.wire.frames import PROTOCOL
+
+log = logging.getLogger("portico.relay.listeners")
+
+SWEEP_SECONDS = 0.5
+_LOOPBACK = ("127.", "::1", "")
+_REASONS = {
+    408: b"Request Timeout",
+    421: b"Misdirected Request",
+    429: b"Too Many Requests",
+    431: b"Request Header Fields Too Large",
+}
+
+
+class PublicServer:
+    """What all visitor connections of a process share: the read buffer, the clock of deadlines, look-ups, counts."""
+
+    def __init__(self, settings: RelaySettings, snapshot: Snapshot, agents: Agents) -> None:
+        self.settings = settings
+        self.snapshot = snapshot
+        self.agents = agents
+        self.loop = asyncio.get_running_loop()
+        self.now = self.loop.time()
+        self.buffer = memoryview(bytearray(READ_SIZE))
+        self.buffer_view = self.buffer[:]
+        self.connections: set[Visitor] = set()
+        self.refusals: Counter[str] = Counter()
+        self._by_address: Counter[str] = Counter()
+        self._by_host = agents.by_host
+        self._base = settings.base_domain.encode().lower()
+        self._draining = False
+        self._empty = asyncio.Event()
+        self._sweeper = self.loop.call_later(SWEEP_SECONDS, self._sweep)
+
+    # ── connections ───────────────────────────────────────────────────────────────────────────────────────────────
+    def admit(self, visitor: Visitor) -> bool:
+        """Count a connection in; ``False`` when its address or the process holds too many."""
+        limits = self.settings
+        address = visitor.address
+        if len(self.connections) >= limits.max_connections:
+            return False
+        exempt = limits.exempt_loopback and address.startswith(_LOOPBACK)
+        if self._by_address[address] >= limits.connections_per_address and not exempt:
+            return False
+        self._by_address[address] += 1
+        self.connections.add(visitor)
+        visitor.draining = self._draining
+        return True
+
+    def leave(self, visitor: Visitor) -> None:
+        if visitor in self.connections:
+            self.connections.remove(visitor)
+            self._by_address[visitor.address] -= 1
+            if self._by_address[visitor.address] <= 0:
+                del self._by_address[visitor.address]
+            if self._draining and not self.connections:
+                self._empty.set()
+
+    def _sweep(self) -> None:
+        self.now = self.loop.time()
+        for visitor in [v for v in self.connections if v.deadline < self.now]:
+            visitor.expire()
+        self._sweeper = self.loop.call_later(SWEEP_SECONDS, self._sweep)
+
+    async def drain(self, seconds: float) -> int:
+        """Let requests in flight finish, up to ``seconds``; the number that was cut off."""
+        self._draining = True
+        for visitor in list(self.connections):
+            visitor.drain()
+        if self.connections:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), seconds)
+        left = list(self.connections)
+        for visitor in left:
+            visitor.transport.abort()
+        self._sweeper.cancel()
+        return len(left)
+
+    # ── look-ups and answers ──────────────────────────────────────────────────────────────────────────────────────
+    def find(self, host: bytes) -> tuple[LiveTunnel | None, bool]:
+        """The live tunnel of a normalised host, and whether the platform knows the host at all."""
+        live = self._by_host.get(host)
+        if live is not None:
+            return live, True
+        return None, self.snapshot.tunnel_for_host(host.decode("ascii", "replace")) is not None
+
+    def wants_html(self, exchange: Exchange) -> bool:
+        head = exchange.head
+        for at in range(2, len(head) - 1, 2):
+            if head[at].lower() == b"accept":
+                return pages.prefers_html(head[at + 1])
+        return False
+
+    def refused(self, code: str) -> None:
+        self.refusals[code] += 1
+
+    def page(
+        self,
+        code: str,
+        ident: bytes,
+        *,
+        html: bool,
+        keep_alive: bool,
+        head_only: bool = False,
+        host: bytes = b"",
+        detail: str | None = None,
+    ) -> bytes:
+        """A whole refusal, or the landing page of the base domain where nothing else is there."""
+        if code == "edge.host_unassigned" and host == self._base:
+            status, fields, body = pages.landing(self.settings.base_domain, html=html)
+        else:
+            name = host.decode("ascii", "replace") or None
+            status, fields, body = pages.refusal(code, request_id=ident.decode(), html=html, detail=detail, host=name)
+        out = [STATUS_LINES[status, _REASONS.get(status) or _reason(status)]]
+        out += [b"%b: %b\r\n" % field for field in fields]
+        if not keep_alive:
+            out.append(b"Connection: close\r\n")
+        out.append(b"\r\n")
+        if not head_only:
+            out.append(body)
+        return b"".join(out)
+
+
+def _reason(status: int) -> bytes:
+    from http import HTTPStatus
+
+    return HTTPStatus(status).phrase.encode()
+
+
+async def serve_public(
+    public: PublicServer, sock: socket.socket, context: ssl.SSLContext | None, backlog: int
+) -> asyncio.Server:
+    """Visitors on ``sock``, in clear text or with TLS."""
+    scheme = b"https" if context is not None else b"http"
+    timeout = public.settings.head_timeout_seconds if context is not None else None
+    return await public.loop.create_server(
+        lambda: Visitor(public, scheme), sock=sock, ssl=context, backlog=backlog, ssl_handshake_timeout=timeout
+    )
+
+
+def _answer(status: int, body: bytes, kind: str) -> picows.WSUpgradeResponseWithListener:
+    headers = {"Content-Type": kind, "Cache-Control": "no-store"}
+    if status == 200:
+        return picows.WSUpgradeResponseWithListener(picows.WSUpgradeResponse.create_ok_response(body, headers), None)
+    response = picows.WSUpgradeResponse.create_error_response(status, body, headers)
+    return picows.WSUpgradeResponseWithListener(response, None)
+
+
+def _refusal(problem: Problem) -> picows.WSUpgradeResponseWithListener:
+    return _answer(problem.status, problem.json(), "application/problem+json")
+
+
+class ControlListener:
+    """Answers the control port: ``/v1/connect`` upgrades an agent, ``/healthz`` and ``/readyz`` say how the relay is."""
+
+    def __init__(self, agents: Agents) -> None:
+        self.agents = agents
+        self.refusals: Counter[str] = Counter()
+
+    def __call__(self, request: Any) -> Any:
+        path = request.path.split(b"?", 1)[0]
+        if path == b"/healthz":
+            return _answer(200, b"ok\n", "text/plain")
+        if path == b"/readyz":
+            ready = self.agents.snapshot.version is not None and not self.agents.draining
+            return _answer(200 if ready else 503, b"ready\n" if ready else b"not ready\n", "text/plain")
+        if path != b"/v1/connect":
+            return None
+        try:
+            return self._connect(request)
+        except Problem as problem:
+            self.refusals[problem.code] += 1
+            log.info("agent refused", extra={"f": {"code": problem.code, "detail": problem.detail}})
+            return _refusal(problem)
+
+    def _connect(self, request: Any) -> Any:
+        offered = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
+        if PROTOCOL not in offered:
+            raise Problem("wire.version_unsupported", f"the agent offers no WebSocket subprotocol {PROTOCOL}")
+        connection = self.agents.connect(request.headers.get("Authorization"))
+        response = picows.WSUpgradeResponse.create_101_response({"Sec-WebSocket-Protocol": PROTOCOL})
+        return picows.WSUpgradeResponseWithListener(response, connection.carrier)
+
+
+async def serve_control(
+    agents: Agents, sock: socket.socket, context: ssl.SSLContext | None, backlog: int
+) -> asyncio.Server:
+    """Agents on ``sock``."""
+    return await picows.ws_create_server(
+        ControlListener(agents),
+        sock=sock,
+        ssl=context,
+        backlog=backlog,
+        websocket_handshake_timeout=agents.settings.hello_timeout_seconds,
+        max_frame_size=MAX_MESSAGE,
+    )

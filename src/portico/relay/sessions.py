@@ -1,0 +1,469 @@
+"""Agent sessions and the tunnels bound on them: who may bind, who takes over from whom, when a grant is too old.
+
+    Agents (the table) ── by host, by tunnel ──► LiveTunnel ──► AgentConnection ──► wire.Session ──► kit.Carrier
+
+Order of two connections of one session is (generation from the API, connect counter of the agent): a late packet of
+the old one cannot take a name back. Another instance is refused while the holder answers pings (``contracts/wire.md`` 3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from picows import WSCloseCode
+
+from portico.errors import Problem
+from portico.kit.carrier import Carrier
+from portico.relay.control_link import ControlLink
+from portico.relay.meter import Counters, Meter
+from portico.relay.snapshot import Change, Snapshot
+from portico.settings import RelaySettings
+from portico.wire import frames as f
+from portico.wire.grants import GrantClaims, SessionClaims, verify_grant, verify_session
+from portico.wire.session import Session, Sink, Stream
+
+log = logging.getLogger("portico.relay.sessions")
+
+#: A grant older than this whose tunnel the (current) edge state does not know belongs to a deleted tunnel; a younger one
+#: may have overtaken its own row on the edge stream.
+ROW_DELAY_SECONDS = 15.0
+
+
+class LiveTunnel:
+    """A tunnel bound on a connection of this relay. ``inflight`` and ``concurrency`` are what the decision looks at."""
+
+    __slots__ = ("bind", "concurrency", "connection", "counters", "grant", "hosts", "inflight")
+
+    def __init__(self, connection: AgentConnection, bind: int, grant: GrantClaims, counters: Counters) -> None:
+        self.connection = connection
+        self.bind = bind
+        self.counters = counters
+        self.inflight = 0
+        self.concurrency = 0
+        self.hosts: tuple[bytes, ...] = ()
+        self.grant = grant
+
+    def adopt(self, grant: GrantClaims, default_concurrency: int) -> None:
+        self.grant = grant
+        self.hosts = tuple(host.host.encode() for host in grant.hosts)
+        self.concurrency = grant.limits.get("concurrency") or default_concurrency
+
+    @property
+    def reachable(self) -> bool:
+        session = self.connection.session
+        return not session.closed and len(session.streams) < session.max_streams
+
+    def open(self, head: Sequence[bytes], flags: int, sink: Sink) -> Stream:
+        """A new request stream; raises as :meth:`wire.session.Session.open_request`."""
+        return self.connection.session.open_request(self.bind, head, flags, sink)
+
+
+class AgentConnection:
+    """One WebSocket of an agent: the relay's side of the session protocol."""
+
+    def __init__(self, agents: Agents, claims: SessionClaims) -> None:
+        limits = agents.settings
+        self.agents = agents
+        self.claims = claims
+        self.connect = 0
+        self.version = ""
+        self.binds: dict[int, LiveTunnel] = {}
+        self.pending: dict[int, asyncio.TimerHandle] = {}
+        self.alive: list[Callable[[], None]] = []
+        self.session = Session(
+            self,
+            relay=True,
+            max_streams=limits.max_streams_per_session,
+            max_binds=limits.max_tunnels_per_session,
+            max_window=limits.stream_window_max_bytes,
+            growth=limits.window_growth_budget_bytes,
+        )
+        self.carrier = Carrier(
+            self.session,
+            ping_interval=limits.ping_interval_seconds,
+            ping_timeout=limits.ping_timeout_seconds,
+            on_lost=self._lost,
+        )
+        self._hello = asyncio.get_running_loop().call_later(limits.hello_timeout_seconds, self._no_hello)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return (self.claims.gen, self.connect)
+
+    def end(self, code: str, detail: str, *, retryable: bool = False) -> None:
+        """ERROR with a code, then the connection closes; its tunnels go offline at once."""
+        self.session.fail(code, detail, retryable)
+        self.carrier.end(WSCloseCode.POLICY_VIOLATION, code)
+
+    def _lost(self, detail: str) -> None:
+        self._hello.cancel()
+        for timer in self.pending.values():
+            timer.cancel()
+        self.agents.connection_lost(self, detail)
+
+    def _no_hello(self) -> None:
+        if not self.session.greeted:
+            self.end("wire.protocol_error", "no HELLO in time")
+
+    # ── session events ────────────────────────────────────────────────────────────────────────────────────────────
+    def on_hello(self, body: dict[str, Any]) -> None:
+        self._hello.cancel()
+        self.connect = body["connect"]
+        self.version = str(body.get("agent", ""))[:64]
+        if not self.agents.greet(self):
+            self.end("session.superseded", "a later connection of this session is here already")
+            return
+        limits = self.agents.settings
+        self.session.control(
+            f.HELLO,
+            0,
+            version=f.VERSION,
+            relay=limits.relay_name,
+            region=limits.region,
+            session=self.claims.sid,
+            ping_interval_ms=int(limits.ping_interval_seconds * 1000),
+            ping_timeout_ms=int(limits.ping_timeout_seconds * 1000),
+            first_byte_timeout_ms=int(limits.first_byte_timeout_seconds * 1000),
+        )
+
+    def on_bind(self, bind: int, grant: str) -> None:
+        try:
+            self.agents.bind(self, bind, grant)
+        except Problem as problem:
+            self.refuse(bind, problem)
+
+    def refuse(self, bind: int, problem: Problem) -> None:
+        self.session.control(
+            f.REFUSED, bind, code=problem.code, detail=problem.detail[:1024], retryable=problem.retryable
+        )
+
+    def on_unbind(self, bind: int, code: str, detail: str) -> None:
+        timer = self.pending.pop(bind, None)
+        if timer is not None:
+            timer.cancel()
+        live = self.binds.get(bind)
+        if live is not None:
+            self.agents.drop(live)
+
+    def unbind(self, live: LiveTunnel, code: str, detail: str) -> None:
+        """Tell the agent that a tunnel is over; streams in flight finish."""
+        self.session.control(f.UNBIND, live.bind, code=code, detail=detail)
+        self.agents.drop(live)
+
+    def on_auth(self, token: str) -> None:
+        try:
+            claims = self.agents.verify(token)
+            if claims.sid != self.claims.sid or claims.agent != self.claims.agent:
+                raise Problem("session.token_invalid", "the token is for another session")
+        except Problem as problem:
+            self.end(problem.code, problem.detail, retryable=problem.retryable)
+            return
+        self.claims = claims
+        self.session.control(f.AUTHED, 0, expires_at=claims.exp)
+
+    def on_pong(self, payload: bytes) -> None:
+        self.carrier.note_pong(payload)
+        waiting, self.alive = self.alive, []
+        for callback in waiting:
+            callback()
+
+    def on_goaway(self, code: str, detail: str, retry_after_ms: int) -> None:
+        """The agent leaves: it takes no new requests, those in flight finish."""
+        for live in list(self.binds.values()):
+            self.agents.drop(live)
+
+    def on_error(self, code: str, detail: str, retryable: bool) -> None:
+        log.warning(
+            "agent ended the session", extra={"f": {"session": self.claims.sid, "code": code, "detail": detail}}
+        )
+        self.carrier.end(WSCloseCode.OK, "")
+
+    def on_bound(self, bind: int, tunnel: str, name: str, url: str) -> None:
+        """Not sent to relays (the session refuses it)."""
+
+    def on_refused(self, bind: int, code: str, detail: str, retryable: bool) -> None:
+        """Not sent to relays (the session refuses it)."""
+
+    def on_authed(self, body: dict[str, Any]) -> None:
+        """Not sent to relays (the session refuses it)."""
+
+    def on_request(self, stream: Stream, bind: int, head: list[bytes], flags: int) -> None:
+        """Not sent to relays (the session refuses it)."""
+
+    def on_open(self, stream: Stream, bind: int, info: dict[str, Any]) -> None:
+        """Not sent to relays (the session refuses it)."""
+
+
+class Agents:
+    """The table of connections and live tunnels. All methods run on the loop; nothing here waits."""
+
+    def __init__(
+        self, settings: RelaySettings, snapshot: Snapshot, meter: Meter, *, wall: Callable[[], float] = time.time
+    ) -> None:
+        self.settings = settings
+        self.snapshot = snapshot
+        self.meter = meter
+        self.link: ControlLink | None = None
+        self.draining = False
+        self.connections: set[AgentConnection] = set()
+        self.by_host: dict[bytes, LiveTunnel] = {}
+        self.by_tunnel: dict[str, LiveTunnel] = {}
+        self.by_session: dict[str, AgentConnection] = {}
+        self._connected_since = math.inf
+        self._wall = wall
+        snapshot.on_change(self._on_change)
+
+    # ── the control plane's reach ─────────────────────────────────────────────────────────────────────────────────
+    @property
+    def online(self) -> bool:
+        """Whether the edge stream is up; while it is not, tokens are believed for the outage grace longer."""
+        return self.link is not None and self.link.connected
+
+    @property
+    def _grace(self) -> float:
+        limits = self.settings
+        return limits.grant_refresh_grace_seconds if self.online else limits.grant_outage_grace_seconds
+
+    def stream_connected(self) -> None:
+        """The edge stream is back: expired grants have ``grant_refresh_grace_seconds`` from now."""
+        self._connected_since = self._wall()
+
+    def poke(self) -> None:
+        if self.link is not None:
+            self.link.poke()
+
+    # ── connecting ────────────────────────────────────────────────────────────────────────────────────────────────
+    def verify(self, token: str) -> SessionClaims:
+        """The claims of a session token that may connect now; raises a ``session.*`` problem."""
+        if self.snapshot.version is None:
+            raise Problem("session.relay_not_ready", "this relay has not heard from its control plane yet")
+        claims = verify_session(
+            token,
+            self.snapshot.keys,
+            self._wall(),
+            leeway=self.settings.token_leeway_seconds,
+            grace=self._token_grace(),
+        )
+        ended = self.snapshot.ended(claims.sid)
+        if ended is not None:
+            raise Problem(ended.code, "the platform ended this session")
+        return claims
+
+    def _token_grace(self) -> float:
+        """Reconnects with an expired token are taken during an outage, and for a moment after it."""
+        limits = self.settings
+        if not self.online:
+            return limits.grant_outage_grace_seconds
+        since_back = self._wall() - self._connected_since
+        return limits.grant_outage_grace_seconds if 0 <= since_back < limits.grant_refresh_grace_seconds else 0.0
+
+    def connect(self, authorization: str | None) -> AgentConnection:
+        """A new connection for an ``Authorization`` header; raises a problem that refuses the upgrade."""
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise Problem("session.token_invalid", "the Authorization header carries no session token")
+        if self.draining:
+            raise Problem("session.relay_draining", "this relay is shutting down")
+        if len(self.connections) >= self.settings.max_sessions:
+            raise Problem("session.relay_full", "this relay holds as many sessions as it may")
+        connection = AgentConnection(self, self.verify(token.strip()))
+        self.connections.add(connection)
+        return connection
+
+    def greet(self, connection: AgentConnection) -> bool:
+        """Put a connection in its order; ``False`` when a later one of the same session is here."""
+        sid = connection.claims.sid
+        holder = self.by_session.get(sid)
+        if holder is not None and not holder.session.closed and holder.order > connection.order:
+            return False
+        self.by_session[sid] = connection
+        return True
+
+    def connection_lost(self, connection: AgentConnection, detail: str) -> None:
+        self.connections.discard(connection)
+        if self.by_session.get(connection.claims.sid) is connection:
+            del self.by_session[connection.claims.sid]
+        for live in list(connection.binds.values()):
+            self.drop(live)
+        log.info(
+            "session disconnected",
+            extra={"f": {"session": connection.claims.sid, "agent": connection.claims.agent, "reason": detail}},
+        )
+
+    # ── binding ───────────────────────────────────────────────────────────────────────────────────────────────────
+    def bind(self, connection: AgentConnection, bind: int, token: str) -> None:
+        """Answer a BIND: bound, refused, or after the holder was asked for a sign of life. Raises the refusal."""
+        grant = self._check_grant(connection, token)
+        bound = connection.binds.get(bind)
+        if bound is not None and bound.grant.tun != grant.tun:
+            raise Problem("tunnel.grant_invalid", "this bind id holds another tunnel")
+        if bound is None and len(connection.binds) >= self.settings.max_tunnels_per_session:
+            raise Problem("tunnel.too_many_binds", "this session has as many tunnels as a relay takes")
+        holder = self.by_tunnel.get(grant.tun)
+        if holder is None or holder.connection is connection or holder.connection.session.closed:
+            self._install(connection, bind, grant)
+        elif holder.connection.claims.sid == connection.claims.sid:
+            self._succeed(connection, bind, grant, holder)
+        else:
+            self._contend(connection, bind, grant, holder)
+
+    def _check_grant(self, connection: AgentConnection, token: str) -> GrantClaims:
+        limits, now = self.settings, self._wall()
+        grant = verify_grant(
+            token, self.snapshot.keys, now, leeway=limits.token_leeway_seconds, grace=self._token_grace()
+        )
+        if grant.sid != connection.claims.sid or grant.org != connection.claims.org:
+            raise Problem("tunnel.grant_invalid", "the grant is for another session")
+        row = self.snapshot.tunnel(grant.tun)
+        if row is None:
+            if self.online and now - grant.iat > ROW_DELAY_SECONDS + limits.token_leeway_seconds:
+                raise Problem("tunnel.deleted", f"tunnel {grant.name} was deleted")
+        elif row.generation > grant.gen:
+            if not row.active:
+                raise Problem(_STATE_CODES.get(row.state, "tunnel.stopped"), f"tunnel {grant.name} is {row.state}")
+            raise Problem("tunnel.grant_stale", f"tunnel {grant.name} changed after this grant was made")
+        return grant
+
+    def _install(self, connection: AgentConnection, bind: int, grant: GrantClaims) -> None:
+        """Bind, or renew the grant of what is bound."""
+        live = self.by_tunnel.get(grant.tun)
+        if live is None or live.connection is not connection or live.bind != bind:
+            if live is not None:
+                self.drop(live)
+            live = LiveTunnel(connection, bind, grant, self.meter.counters(grant.tun, grant.org))
+            self.by_tunnel[grant.tun] = connection.binds[bind] = live
+            self.poke()
+        self._unmap(live)
+        live.adopt(grant, self.settings.default_concurrency)
+        for host in live.hosts:
+            self.by_host[host] = live
+        connection.session.control(f.BOUND, bind, tunnel=grant.tun, name=grant.name, url=grant.url)
+        log.info("tunnel bound", extra={"f": {"tunnel": grant.tun, "name": grant.name, "session": grant.sid}})
+
+    def _succeed(self, connection: AgentConnection, bind: int, grant: GrantClaims, holder: LiveTunnel) -> None:
+        """The same instance on a newer connection takes over at once; what is in flight on the old one finishes there."""
+        if holder.connection.order > connection.order:
+            raise Problem("session.superseded", "a later connection of this session holds the tunnel")
+        old = holder.connection
+        old.unbind(holder, "tunnel.moved", "the tunnel moved to a newer connection of this session")
+        self._install(connection, bind, grant)
+        if not old.binds:
+            self._retire(old)
+
+    def _retire(self, old: AgentConnection) -> None:
+        """An old connection that answers no ping is cut, so that what is in flight on it fails now and not at the deadline."""
+        asked = old.carrier.heard
+        old.carrier.probe()
+
+        def judge() -> None:
+            if old.carrier.heard <= asked:
+                old.carrier.abort("superseded by a newer connection")
+
+        asyncio.get_running_loop().call_later(self.settings.takeover_probe_seconds, judge)
+
+    def _contend(self, connection: AgentConnection, bind: int, grant: GrantClaims, holder: LiveTunnel) -> None:
+        """Another instance asks for a held tunnel: the holder keeps it if it answers a ping within the deadline."""
+        if bind in connection.pending:
+            return
+        old = holder.connection
+
+        def alive() -> None:
+            timer = connection.pending.pop(bind, None)
+            if timer is None:
+                return
+            timer.cancel()
+            problem = Problem(
+                "tunnel.in_use",
+                f"tunnel {grant.name} is online from another agent ({old.claims.agent})",
+            )
+            if not connection.session.closed:
+                connection.refuse(bind, problem)
+
+        def dead() -> None:
+            connection.pending.pop(bind, None)
+            if connection.session.closed:
+                return
+            old.carrier.abort("took no part in a take-over within the deadline")
+            self._install(connection, bind, grant)
+
+        loop = asyncio.get_running_loop()
+        connection.pending[bind] = loop.call_later(self.settings.takeover_probe_seconds, dead)
+        old.alive.append(alive)
+        old.carrier.probe()
+
+    def drop(self, live: LiveTunnel) -> None:
+        """The tunnel is not live here any more."""
+        live.connection.binds.pop(live.bind, None)
+        if self.by_tunnel.get(live.grant.tun) is live:
+            del self.by_tunnel[live.grant.tun]
+        self._unmap(live)
+        self.meter.release(live.counters)
+        self.poke()
+
+    def _unmap(self, live: LiveTunnel) -> None:
+        for host in live.hosts:
+            if self.by_host.get(host) is live:
+                del self.by_host[host]
+
+    # ── the platform's word ───────────────────────────────────────────────────────────────────────────────────────
+    def _on_change(self, change: Change) -> None:
+        """A change of the edge state reaches what is live at once."""
+        if change.kind == "session_ended":
+            for connection in [c for c in self.connections if c.claims.sid == change.id]:
+                connection.end(change.code, "the platform ended this session")
+            return
+        live = self.by_tunnel.get(change.id)
+        if live is None:
+            return
+        if change.kind == "tunnel_removed":
+            live.connection.unbind(live, change.code, "the tunnel was deleted")
+        elif change.row is not None and change.row.generation > live.grant.gen:
+            if change.row.active:
+                live.connection.unbind(live, "tunnel.grant_stale", "the tunnel changed; ask for a new grant")
+            else:
+                code = _STATE_CODES.get(change.row.state, "tunnel.stopped")
+                live.connection.unbind(live, code, f"the tunnel is {change.row.state}")
+
+    def sweep(self) -> None:
+        """End what is too old: grants and tokens past their time and the grace that holds now."""
+        now, grace = self._wall(), self._grace
+        since = self._connected_since if self.online else 0.0
+        for live in list(self.by_tunnel.values()):
+            if now > max(live.grant.exp, since) + grace:
+                live.connection.unbind(live, "tunnel.grant_expired", "the grant was not renewed in time")
+        for connection in list(self.connections):
+            if now > max(connection.claims.exp, since) + grace:
+                connection.end("session.token_expired", "the session token was not renewed in time", retryable=True)
+
+    # ── figures and ending ────────────────────────────────────────────────────────────────────────────────────────
+    def bound(self) -> list[dict[str, Any]]:
+        """The live tunnels, for heartbeats."""
+        return [
+            {"tunnel": live.grant.tun, "session": live.grant.sid, "generation": live.grant.gen}
+            for live in self.by_tunnel.values()
+        ]
+
+    def streams(self) -> int:
+        return sum(len(connection.session.streams) for connection in self.connections)
+
+    def go_away(self) -> None:
+        """Ask every agent to open its replacement elsewhere; nothing new connects here from now on."""
+        self.draining = True
+        for connection in self.connections:
+            connection.session.control(
+                f.GOAWAY, 0, code="session.relay_draining", detail="the relay is shutting down", retry_after_ms=0
+            )
+
+    async def close(self) -> None:
+        """Close every connection (with what is queued sent) and wait a moment for the close frames to leave."""
+        for connection in list(self.connections):
+            connection.carrier.end(WSCloseCode.GOING_AWAY, "relay shut down")
+        await asyncio.sleep(0)
+
+
+_STATE_CODES = {"stopped": "tunnel.stopped", "suspended": "edge.account_suspended"}
