@@ -558,3 +558,92 @@ def color_wanted(stream: typing.IO[str], environ: Mapping[str, str] | None = Non
 def debug_enabled(environ: Mapping[str, str] | None = None) -> bool:
     """PORTICO_DEBUG=1: an unexpected error shows its traceback."""
     return (os.environ if environ is None else environ).get("PORTICO_DEBUG", "") not in ("", "0")
+
+
+# --- agent (`portico http` and the other developer commands) ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """The developer's machine: account, connection to the platform, forwarding to the local target."""
+
+    # == Account
+    # Base URL of the API, without /v1; empty: the one of `portico login`, else http://127.0.0.1:7000.
+    server: str = ""
+    # Agent key (`tnl_agt_…`); stands in for `portico login`.
+    agent_key: Secret | None = None
+    # Folder of the CLI's own files: credentials.json and portico.toml.
+    config_dir: Path = Path("~/.config/portico")
+    # CA bundle for an https API or wss relay with a private CA; empty means the public ones.
+    ca_file: Path | None = None
+    # Preferred region; empty lets the platform choose.
+    region: str = ""
+
+    # == Connection to the platform
+    # Seconds for one API call to be answered; the API answers in milliseconds, a proxy in front may queue.
+    api_timeout_seconds: float = 10.0
+    # Seconds to connect to a relay: TCP, TLS, upgrade and hello together.
+    connect_timeout_seconds: float = 10.0
+    # Seconds for a relay to answer a BIND; longer than its take-over probe.
+    bind_timeout_seconds: float = 15.0
+    # Longest first wait in seconds before a lost connection is tried again (the wait is random below it).
+    reconnect_first_seconds: float = 0.2
+    # Longest wait in seconds before a lost connection is tried again; it doubles from the first one up to this.
+    reconnect_max_seconds: float = 30.0
+    # Seconds between pings until the relay's HELLO says its own.
+    ping_interval_seconds: float = 5.0
+    # Seconds for a pong until the relay's HELLO says its own, then the connection is dead.
+    ping_timeout_seconds: float = 5.0
+    # Bytes of one WebSocket message from a relay; twice what the protocol allows, so that its own check answers.
+    websocket_message_max_bytes: int = 2097152
+    # Seconds for requests in flight to end when the agent stops, or when a relay asked to be left.
+    drain_seconds: float = 10.0
+    # Seconds for the last call to the API (the session's end) when the agent stops.
+    goodbye_timeout_seconds: float = 2.0
+
+    # == Streams
+    # Streams open at once on one session; above it new ones are reset.
+    max_streams: int = 4096
+    # Bytes of credit that a request body's window can grow to while the target keeps up.
+    stream_window_max_bytes: int = 1048576
+    # Bytes that all windows of the session together may grow.
+    window_growth_budget_bytes: int = 16777216
+
+    # == Local target
+    # Seconds to connect to the target (TLS included).
+    target_connect_timeout_seconds: float = 10.0
+    # Seconds of silence of the target after a request was sent whole, then 504; 0 is no limit.
+    first_byte_timeout_seconds: float = 300.0
+    # Open connections to one target; requests above it wait for a free one. Upgraded connections do not count.
+    target_connections_max: int = 512
+    # Idle keep-alive connections kept to one target.
+    target_idle_max: int = 64
+    # Seconds that a keep-alive connection to the target may be idle; many servers close theirs after 5 s.
+    target_idle_seconds: float = 4.0
+    # Bytes of a target's response head; with names and values it must fit into one frame of 64 KiB.
+    target_head_max_bytes: int = 61440
+    # Bytes waiting to be written to the target before a request body's sender is held.
+    target_write_buffer_bytes: int = 262144
+    # Bytes of a request that are kept so that it can be sent again when a pooled connection turns out to be dead.
+    retry_body_max_bytes: int = 65536
+    # Entries of a folder that its listing shows.
+    listing_max_entries: int = 10000
+
+    # == Screen and log
+    # Lowest level of log records that are written.
+    log_level: str = "INFO"
+    # Requests that the screen shows.
+    screen_requests: int = 10
+    # Times a second that the screen is drawn at most.
+    screen_redraws: float = 4.0
+    # Requests a second that are written as lines (plain and --json); the rest are counted in one line.
+    request_lines_per_second: int = 100
+
+
+def agent_settings(overrides: Mapping[str, Any] | None = None) -> AgentSettings:
+    """The agent's settings; its file is `portico.toml` in the config folder, table `[agent]`, when there is one."""
+    folder = load(AgentSettings, overrides=overrides).config_dir.expanduser()
+    file = folder / "portico.toml"
+    if not file.is_file():
+        return load(AgentSettings, overrides={**(overrides or {}), "config_dir": folder})
+    return load(AgentSettings, table="agent", file=file, overrides={**(overrides or {}), "config_dir": folder})

@@ -160,6 +160,13 @@ class LogStream:
             with contextlib.suppress(OSError):  # the terminal is gone: the platform goes on
                 while view:
                     view = view[os.write(self._fd, view) :]
+            self._waiting.task_done()
+
+    def flush(self) -> None:
+        """Wait, a second at most, until what was written before is out: what follows elsewhere comes after it."""
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while self._waiting.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     def close(self) -> None:
         """Write what waits, within a second."""

@@ -44,6 +44,8 @@ def spawn(
     env: dict[str, str] | None = None,
     cwd: str | Path = "/",
     output: int = subprocess.DEVNULL,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int | None = None,
     death_signal: int = signal.SIGTERM,
     pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
@@ -55,8 +57,8 @@ def spawn(
         raise RuntimeError("start servers from the main thread: their death signal follows the thread that forked them")
     return subprocess.Popen(  # noqa: S603 - fixed programs, no shell
         [os.fspath(part) for part in argv],
-        stdin=subprocess.DEVNULL,
-        stdout=output,
+        stdin=stdin,
+        stdout=output if stdout is None else stdout,
         stderr=output,
         cwd=cwd,
         env=SERVER_ENV if env is None else env,

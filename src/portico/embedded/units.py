@@ -12,8 +12,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+from portico.embedded.logs import LogStream
 from portico.embedded.postgres import EmbeddedPostgres
-from portico.embedded.spawn import spawn
+from portico.embedded.spawn import describe_exit, spawn
+from portico.embedded.supervisor import wait_exit
 from portico.embedded.valkey import EmbeddedValkey
 from portico.errors import Problem
 from portico.kit import notify, sockets
@@ -63,8 +65,8 @@ def valkey_unit(server: EmbeddedValkey) -> ServerUnit:
 class ProcessUnit:
     """A process of Portico: ``portico ARGS…`` with an environment, inherited sockets and a readiness check.
 
-    Ready is: ``health`` (host, port, path) answers 200; or, without it, the process wrote READY=1 to the descriptor in
-    PORTICO_NOTIFY_FD (:mod:`portico.kit.notify`).
+    Ready is: ``health`` (host, port, path; asked for ``authority``) answers 200; or, without it, the process wrote
+    READY=1 to the descriptor in PORTICO_NOTIFY_FD (:mod:`portico.kit.notify`).
     """
 
     signals: Sequence[int] = (signal.SIGTERM, signal.SIGKILL)
@@ -77,9 +79,11 @@ class ProcessUnit:
         *,
         listeners: Mapping[str, socket.socket] | None = None,
         health: tuple[str, int, str] | None = None,
+        authority: str = "localhost",
     ) -> None:
         self.name, self._args, self._environment = name, list(args), dict(environment)
         self._listeners, self._health = dict(listeners or {}), health
+        self._authority = authority
         self._notify: int | None = None
 
     async def launch(self, output: int) -> subprocess.Popen[bytes]:
@@ -104,7 +108,7 @@ class ProcessUnit:
 
     async def ready(self) -> bool:
         if self._health is not None:
-            return await answers(*self._health)
+            return await answers(*self._health, self._authority)
         if self._notify is None:
             return False
         try:
@@ -126,19 +130,46 @@ class ProcessUnit:
             self._notify = None
 
 
+async def run_to_end(
+    name: str, args: Sequence[str], environment: Mapping[str, str], logs: LogStream, data: bytes
+) -> bytes:
+    """Run ``portico ARGS…`` with ``data`` on standard input; what it wrote to standard output. Errors go to the log.
+
+    Raises ``up.child_failed`` with its last line when it fails; ends it when cancelled.
+    """
+    output = logs.pipe(name)
+    try:
+        process = spawn(
+            portico_argv(*args), env=dict(environment), output=output, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+    finally:
+        os.close(output)
+    try:
+        said, _ = await asyncio.to_thread(process.communicate, data)
+    except asyncio.CancelledError:
+        process.kill()
+        await wait_exit(process)
+        raise
+    if process.returncode != 0:
+        await asyncio.sleep(0.05)  # its last words may still be in the pipe
+        last = next(iter(logs.tail(name)[-1:]), describe_exit(process.returncode))
+        raise Problem("up.child_failed", f"{name} failed: {last[:400]}")
+    return said
+
+
 def portico_argv(*args: str) -> list[str]:
     """The command line of a Portico process, by the interpreter that runs us. ``-P``: the working directory of whoever
     started us must not shadow a module."""
     return [sys.executable, "-P", "-m", "portico.cli", *args]
 
 
-async def answers(host: str, port: int, path: str) -> bool:
+async def answers(host: str, port: int, path: str, authority: str = "localhost") -> bool:
     """Whether an HTTP server answers GET ``path`` with 200 (a connection waits in its queue until it is up)."""
     writer = None
     try:
         async with asyncio.timeout(HEALTH_TIMEOUT_SECONDS):
             reader, writer = await asyncio.open_connection(host, port)
-            writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n".encode())
             status = await reader.readline()
     except (OSError, TimeoutError):
         return False

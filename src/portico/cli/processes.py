@@ -1,0 +1,94 @@
+"""`portico api`, `relay`, `worker`, `migrate`: one process of Portico each, for production and for `portico up`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from portico import settings
+from portico.errors import Problem
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="Settings file (portico.toml).", show_default=False)
+]
+#: Modules that `portico[server]` brings and the bare package does not.
+SERVER_PARTS = ("alembic", "asyncpg", "fastapi", "redis", "sqlalchemy", "uvicorn")
+
+
+def require_server_parts() -> None:
+    """Raise ``up.server_parts_missing`` unless everything that the control plane needs is installed."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in SERVER_PARTS if find_spec(name) is None]:
+        raise Problem(
+            "up.server_parts_missing", f"this command needs the server parts of Portico ({', '.join(missing)})"
+        )
+
+
+def _run(process: str, log_level: str, main: Coroutine[Any, Any, object]) -> None:
+    """Run a process's main coroutine with logging; a fault goes into the log, with its traceback, and exits 1."""
+    import logging
+
+    from portico.kit import loop, telemetry
+
+    telemetry.configure(process, log_level)
+    try:
+        loop.run(main)
+    except Problem as problem:
+        logging.getLogger("portico").error(problem.line())
+        sys.exit(1)
+    except Exception:
+        logging.getLogger("portico").exception("the process ends on a fault")
+        sys.exit(1)
+
+
+def api(config: ConfigOption = None) -> None:
+    """The API and console."""
+    require_server_parts()
+    chosen = settings.load(settings.ApiSettings, table="api", file=config)
+    from portico.control import server
+    from portico.kit import sockets
+
+    sock = sockets.inherited(chosen.listen_fds).get("api")
+    _run("api", chosen.log_level, server.serve(chosen, sock))
+
+
+def relay(config: ConfigOption = None) -> None:
+    """A relay: the public edge."""
+    chosen = settings.load(settings.RelaySettings, table="relay", file=config)
+    from portico.kit import sockets
+    from portico.relay import server
+
+    _run(chosen.relay_name, chosen.log_level, server.serve(chosen, sockets.inherited(chosen.listen_fds)))
+
+
+def worker(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Which workers to run; all of them when none is named.")
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Background work: maintenance."""
+    require_server_parts()
+    chosen = settings.load(settings.WorkerSettings, table="worker", file=config)
+    from portico.worker import runner
+
+    _run("worker", chosen.log_level, runner.serve(chosen, tuple(names or ())))
+
+
+def migrate(config: ConfigOption = None) -> None:
+    """Bring the database's schema up to date (under a lock; safe to run twice)."""
+    require_server_parts()
+    chosen = settings.load(settings.MigrateSettings, table="migrate", file=config)
+    from portico.control import migrations
+
+    _run("migrate", chosen.log_level, migrations.upgrade(chosen.database_url.reveal()))
+
+
+def register(app: typer.Typer) -> None:
+    for command in (api, relay, worker, migrate):
+        app.command()(command)

@@ -1,0 +1,296 @@
+"""Portico on one machine: what `portico up` starts, in which order, with which settings.
+
+    home and lock → leftovers of a killed run → listening sockets → PostgreSQL, Valkey → migrations and first accounts
+    → api → relays, worker → credentials.json → ready
+
+The supervisor owns the listening sockets for its whole life and passes them to the api and the relays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from portico.embedded import ports, secretfiles
+from portico.embedded.accounts import server_account
+from portico.embedded.folders import make_home, own_folder
+from portico.embedded.lock import OwnerLock
+from portico.embedded.logs import LogStream
+from portico.embedded.postgres import EmbeddedPostgres
+from portico.embedded.roster import Roster
+from portico.embedded.supervisor import Supervisor, SupervisorLimits
+from portico.embedded.units import ProcessUnit, postgres_unit, run_to_end, valkey_unit
+from portico.embedded.valkey import EmbeddedValkey
+from portico.errors import Problem
+from portico.kit.sockets import port_of
+from portico.settings import PlatformSettings
+
+#: Of our own environment, what would mislead a child: it belongs to commands that people type.
+_NOT_FOR_CHILDREN = (
+    "PORTICO_AGENT_KEY",
+    "PORTICO_SERVER",
+    "PORTICO_CONFIG_DIR",
+    "PORTICO_LISTEN_FDS",
+    "PORTICO_NOTIFY_FD",
+)
+#: Seconds for a relay's visitors and a worker's job when everything ends: the rest of the ten is for what comes after.
+_RELAY_DRAIN_SECONDS = 5
+_API_DRAIN_SECONDS = 2
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104 - where to reach a wildcard listener
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RelayPorts:
+    """The addresses of one relay."""
+
+    name: str
+    http: int
+    https: int
+    control: int
+
+
+class Platform:
+    """One run of everything. :meth:`start`, then :meth:`stop`, also after a failed start."""
+
+    def __init__(self, settings: PlatformSettings, data: Path, logs: LogStream) -> None:
+        self.settings, self.logs = settings, logs
+        self.home = data
+        self.credentials: dict[str, Any] = {}
+        #: E-mail and password of the first operator, when this run made it: the only time they can be shown.
+        self.first_admin: dict[str, str] = {}
+        self._lock: OwnerLock | None = None
+        self._listeners: dict[str, socket.socket] = {}
+        self._supervisor: Supervisor | None = None
+        self._database_url = self._redis_url = ""
+
+    # -- addresses ---------------------------------------------------------------------------------------------------
+
+    @property
+    def supervisor(self) -> Supervisor:
+        assert self._supervisor is not None, "not started"
+        return self._supervisor
+
+    @property
+    def host(self) -> str:
+        """Where our own listeners are reached from this machine."""
+        return _WILDCARDS.get(self.settings.host, self.settings.host)
+
+    def _at(self, scheme: str, port: int, path: str = "") -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{scheme}://{host}:{port}{path}"
+
+    @property
+    def api_url(self) -> str:
+        return self._at("http", port_of(self._listeners["api"]))
+
+    def relay(self, number: int) -> RelayPorts:
+        """The addresses of relay ``number`` (1 is the main one)."""
+        of = {name: port_of(self._listeners[f"{name}-{number}"]) for name in ("public", "https", "control")}
+        return RelayPorts(f"relay-{number}", of["public"], of["https"], of["control"])
+
+    # -- start -------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start everything; returns when every listener accepts and ``credentials.json`` is written."""
+        embedded = self.settings.database_url is None or self.settings.redis_url is None
+        self._take_home(embedded)
+        roster = Roster(self.home / "run" / "children")
+        for name in await asyncio.to_thread(roster.end_leftovers):
+            self.logs.say(f"ended {name}, left behind by a run that was killed", "WARN")
+        self._listeners = self._open_ports()
+        self._supervisor = Supervisor(self.logs, roster, self._limits())
+        await self._start_servers()
+        given = await self._prepare()
+        await self.supervisor.start(self._api_unit())
+        relays = [self._relay_unit(n, given["relay_keys"]) for n in range(1, self.settings.relays + 1)]
+        await self.supervisor.start(*relays, self._worker_unit())
+        self._write_credentials(given)
+
+    def _take_home(self, embedded: bool) -> None:
+        account = server_account(self.home / "pg" / "data") if embedded else None
+        self.home = make_home(self.home, account)
+        lock = OwnerLock(self.home / "run" / "up.lock")
+        try:
+            taken = lock.acquire()
+        except OSError as err:
+            raise Problem("up.data_unusable", f"cannot lock {lock.path}: {err.strerror}") from None
+        if not taken:
+            pid = lock.holder()
+            by = f" (pid {pid})" if pid else ""
+            raise Problem("up.already_running", f"portico up already runs on {self.home}{by}", pid=pid)
+        self._lock = lock
+
+    def _open_ports(self) -> dict[str, socket.socket]:
+        s = self.settings
+        wanted = [
+            ("api", s.api_port, "API", "--api-port"),
+            ("public-1", s.http_port, "public HTTP", "--http-port"),
+            ("https-1", s.https_port, "public HTTPS", "--https-port"),
+            ("control-1", s.control_port, "agents", "--control-port"),
+        ]
+        further = [0] * 3 * (s.relays - 1) if not s.relay_ports else list(s.relay_ports)
+        if s.relays < 1 or len(further) != 3 * (s.relays - 1):
+            raise Problem("config.invalid", "setting relay_ports: needs three ports for each relay after the first")
+        for index, port in enumerate(further):
+            name = ("public", "https", "control")[index % 3]
+            wanted.append((f"{name}-{index // 3 + 2}", port, f"relay-{index // 3 + 2} {name}", "PORTICO_RELAY_PORTS"))
+        return ports.open_all(s.host, wanted)
+
+    def _limits(self) -> SupervisorLimits:
+        names = {field.name for field in dataclasses.fields(SupervisorLimits)}
+        return SupervisorLimits(**{name: getattr(self.settings, name) for name in names})
+
+    async def _start_servers(self) -> None:
+        s = self.settings
+        postgres = valkey = None
+        if s.database_url is None:
+            postgres = EmbeddedPostgres(self.home, pg_bin=s.pg_bin, max_connections=s.postgres_max_connections)
+        if s.redis_url is None:
+            valkey = EmbeddedValkey(self.home, program=s.valkey_program, max_memory_mib=s.valkey_max_memory_mib)
+        units = [*([postgres_unit(postgres)] if postgres else []), *([valkey_unit(valkey)] if valkey else [])]
+        if units:
+            await self.supervisor.start(*units)
+        # Their socket folders are known only once they run.
+        self._database_url = s.database_url.reveal() if s.database_url else postgres.uri if postgres else ""
+        self._redis_url = s.redis_url.reveal() if s.redis_url else valkey.url if valkey else ""
+
+    async def _prepare(self) -> dict[str, Any]:
+        """Migrations (under a lock) and the first accounts, by a process of its own: the supervisor stays small."""
+        request = {
+            "relays": [f"relay-{n}" for n in range(1, self.settings.relays + 1)],
+            "known": {
+                key: secretfiles.read_credentials(self.home).get(key)
+                for key in ("operator_key", "organization_id", "agent_key")
+            },
+        }
+        answer = await run_to_end("migrate", ["prepare"], self.environment(), self.logs, json.dumps(request).encode())
+        given: dict[str, Any] = json.loads(answer)
+        self.first_admin = given.get("first_admin") or {}
+        return given
+
+    # -- children ----------------------------------------------------------------------------------------------------
+
+    def environment(self, **more: str | int) -> dict[str, str]:
+        """The environment of a child: ours without what belongs to typed commands, then what all share, then ``more``."""
+        env = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_CHILDREN}
+        main = self.relay(1)
+        env |= {
+            "PORTICO_DATABASE_URL": self._database_url,
+            "PORTICO_REDIS_URL": self._redis_url,
+            "PORTICO_MASTER_KEY": secretfiles.master_key(self.home),
+            "PORTICO_API_URL": self.api_url,
+            "PORTICO_BASE_DOMAIN": self.settings.base_domain,
+            "PORTICO_PUBLIC_URL": f"http://{self.settings.base_domain}:{main.http}",
+            "PORTICO_LOG_LEVEL": self.settings.log_level,
+            "PYTHONUNBUFFERED": "1",
+        }
+        return env | {f"PORTICO_{key.upper()}": str(value) for key, value in more.items()}
+
+    def _api_unit(self) -> ProcessUnit:
+        sock = self._listeners["api"]
+        return ProcessUnit(
+            "api",
+            ["api"],
+            self.environment(api_host=self.settings.host, api_port=port_of(sock), shutdown_seconds=_API_DRAIN_SECONDS),
+            listeners={"api": sock},
+            health=(self.host, port_of(sock), "/readyz"),
+        )
+
+    def _relay_unit(self, number: int, keys: dict[str, str]) -> ProcessUnit:
+        at = self.relay(number)
+        state = own_folder(own_folder(self.home / "relays", 0o700) / at.name, 0o700)
+        names = ("public", "https", "control")
+        return ProcessUnit(
+            at.name,
+            ["relay"],
+            self.environment(
+                relay_name=at.name,
+                relay_key=keys[at.name],
+                state_dir=str(state),
+                public_url=self._at("http", at.http),
+                connect_url=self._at("ws", at.control, "/v1/connect"),
+                public_host=self.settings.host,
+                public_port=at.http,
+                https_host=self.settings.host,
+                https_port=at.https,
+                control_host=self.settings.host,
+                control_port=at.control,
+                exempt_loopback=1,
+                drain_seconds=_RELAY_DRAIN_SECONDS,
+            ),
+            listeners={name: self._listeners[f"{name}-{number}"] for name in names},
+            health=(self.host, at.control, "/healthz"),
+        )
+
+    def _worker_unit(self) -> ProcessUnit:
+        return ProcessUnit("worker", ["worker"], self.environment(shutdown_seconds=_RELAY_DRAIN_SECONDS))
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _write_credentials(self, given: dict[str, Any]) -> None:
+        main = self.relay(1)
+        self.credentials = {
+            "api_url": self.api_url,
+            "relay_url": self._at("http", main.http),
+            "https_url": self._at("https", main.https),
+            "control_url": self._at("ws", main.control),
+            "console_url": self.api_url,
+            "base_domain": self.settings.base_domain,
+            **{key: given[key] for key in ("operator_key", "organization_id", "agent_key")},
+        }
+        secretfiles.write_credentials(self.home, self.credentials)
+
+    async def stop(self) -> None:
+        """Drain and end everything that was started; leaves no process, socket file or lock."""
+        if self._supervisor is not None:
+            await self._supervisor.stop()
+        ports.close_all(self._listeners)
+        if self._lock is not None:
+            self._lock.release()
+
+
+async def run(platform: Platform, body: Callable[[Platform], Awaitable[int]]) -> int:
+    """Start ``platform``, run ``body``, stop; the exit code. SIGINT, SIGTERM and SIGHUP end it, a second one quicker.
+
+    ``body`` is cancelled by a signal. An end by signal is 0 once ``body`` ran (that is how a server ends), else 130.
+    """
+    loop = asyncio.get_running_loop()
+    began_body = stopping = False
+
+    async def whole() -> int:
+        nonlocal began_body
+        await platform.start()
+        began_body = True
+        return await body(platform)
+
+    task = asyncio.create_task(whole())
+
+    def on_signal() -> None:
+        nonlocal stopping
+        if stopping:
+            platform.logs.say("ending now")
+            if platform._supervisor is not None:
+                platform._supervisor.hurry()
+            return
+        stopping = True
+        platform.logs.say("stopping (again for at once)")
+        task.cancel()
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(signum, on_signal)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        return 0 if began_body else 130
+    finally:
+        began = loop.time()
+        await platform.stop()
+        if stopping:
+            platform.logs.say(f"stopped in {loop.time() - began:.1f} s")

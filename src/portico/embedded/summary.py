@@ -1,0 +1,70 @@
+"""What `portico up` tells a person once it is ready."""
+
+from __future__ import annotations
+
+from portico.embedded import secretfiles
+from portico.embedded.platform import Platform
+
+
+class Paint:
+    """Terminal styles, or nothing at all."""
+
+    def __init__(self, on: bool) -> None:
+        self._on = on
+
+    def _wrap(self, code: str, text: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self._on else text
+
+    def bold(self, text: str) -> str:
+        return self._wrap("1", text)
+
+    def dim(self, text: str) -> str:
+        return self._wrap("2", text)
+
+    def good(self, text: str) -> str:
+        return self._wrap("32", text)
+
+    def warn(self, text: str) -> str:
+        return self._wrap("33", text)
+
+    def bad(self, text: str) -> str:
+        return self._wrap("31", text)
+
+    def link(self, text: str) -> str:
+        return self._wrap("36", text)
+
+
+def summary(platform: Platform, paint: Paint) -> str:
+    """Addresses, the first admin (once), where the credentials are, what to try next."""
+    c = platform.credentials
+    domain = platform.settings.base_domain
+    rows = [("Public URLs", paint.link(f"http://NAME.{domain}:{platform.relay(n).http}")) for n in _relays(platform)]
+    rows += [("", paint.link(f"https://NAME.{domain}:{platform.relay(n).https}")) for n in _relays(platform)]
+    rows = [("Public URLs" if i == 0 else "", url) for i, (_, url) in enumerate(rows)]
+    rows += [
+        ("API, console", paint.link(c["api_url"])),
+        ("Agents", c["control_url"]),
+        ("Data", str(platform.home)),
+        ("Credentials", f"{platform.home / secretfiles.CREDENTIALS} {paint.dim('(only you can read it)')}"),
+    ]
+    lines = ["", paint.bold("Portico is ready."), "", *(f"  {name:<13} {value}" for name, value in rows), ""]
+    if platform.first_admin:
+        lines += [
+            paint.bold("  First admin (shown only now)"),
+            *(f"    {key:<11} {value}" for key, value in platform.first_admin.items()),
+            "",
+        ]
+    token = f'$(sed -n \'s/.*"agent_key": "\\(.*\\)".*/\\1/p\' {platform.home / secretfiles.CREDENTIALS})'
+    lines += [
+        paint.bold("  Try next, in another terminal"),
+        f'    portico login --server {c["api_url"]} --token "{token}"',
+        f"    portico http 8000 --name web     {paint.dim(f'# your app on port 8000, at http://web.{domain}:{platform.relay(1).http}')}",
+        "",
+        paint.dim("  Ctrl-C ends everything."),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _relays(platform: Platform) -> range:
+    return range(1, platform.settings.relays + 1)
