@@ -23,7 +23,7 @@ MAX_DETAIL_CHARS = 500
 RETRY_AFTER_SECONDS = {429: 1}
 
 NODES = ("Visitor", "Relay", "Agent", "Local app")
-NODE_NOTES = ("your browser", "the public edge", "on the owner’s machine", "the service itself")
+NODE_NOTES = ("your browser", "the public edge", "the owner’s machine", "the service itself")
 
 # `hop` in contracts/errors.toml → what the chain marks: an even number is a node, an odd one the link after it.
 _MARKS = {
@@ -147,10 +147,10 @@ pre{margin:0 0 18px;background:var(--code);border-radius:10px;padding:14px 16px;
 pre code{padding:0;background:none;font-size:14px}
 @media (max-width:540px){main{padding:26px 20px 22px;border-radius:12px}h1{font-size:23px}
 .do{grid-template-columns:1fr}
-.chain{flex-direction:column;gap:18px;margin:22px 0 24px}
+.chain{flex-direction:column;gap:26px;margin:22px 0 24px}
 .chain li{display:grid;grid-template-columns:18px 1fr;column-gap:14px;text-align:left;align-items:center}
 .dot{margin:0;grid-row:1/3}.chain small{grid-column:2}
-.link{left:8px;right:auto;top:calc(50% + 14px);width:2px;height:calc(100% - 10px)}
+.link{left:8px;right:auto;top:calc(50% + 14px);width:2px;height:calc(100% - 2px)}
 .link.bad{background:repeating-linear-gradient(180deg,var(--bad) 0 5px,transparent 5px 9px)}
 .link.bad::after{text-align:center}}
 """.replace("\n", "")
