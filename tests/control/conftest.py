@@ -1,0 +1,138 @@
+"""The control plane as an ASGI app on a real database, and people and keys to call it with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+
+from portico.control.app import create_app
+from portico.kit.db import Database
+from portico.kit.sealing import new_master_key
+from portico.settings import ApiSettings, Secret
+
+PASSWORD = "tall-Giraffe-42"
+_numbers = itertools.count(1)
+_MASTER_KEY = new_master_key()
+
+
+class MovableClock:
+    """A clock that tests set forward."""
+
+    def __init__(self) -> None:
+        self.shift = timedelta()
+        self._start = datetime.now(UTC)
+
+    def wall(self) -> datetime:
+        return datetime.now(UTC) + self.shift
+
+    def monotonic(self) -> float:
+        return (self.wall() - self._start).total_seconds()
+
+    def advance(self, seconds: float) -> None:
+        self.shift += timedelta(seconds=seconds)
+
+
+@dataclass(frozen=True)
+class Account:
+    """A registered person with a client that is signed in."""
+
+    email: str
+    user: str
+    organization: str
+    access: str
+    refresh: str
+    session: str
+    client: httpx.AsyncClient
+
+    async def key(self, kind: str = "agent", **more: Any) -> dict[str, Any]:
+        answer = await self.client.post("/v1/api-keys", json={"kind": kind, "name": "test", **more})
+        assert answer.status_code == 201, answer.text
+        return dict(answer.json())
+
+
+@pytest.fixture
+def clock() -> MovableClock:
+    return MovableClock()
+
+
+@pytest.fixture
+def settings(database_url: str) -> ApiSettings:
+    """Settings of the app under test; a module overrides this fixture for its own limits."""
+    return ApiSettings(
+        database_url=Secret(database_url),
+        master_key=Secret(_MASTER_KEY),
+        sign_in_failures_per_address=100_000,
+        registrations_per_address=100_000,
+        device_codes_per_address=100_000,
+    )
+
+
+@pytest.fixture
+async def app(settings: ApiSettings, db: Database, clock: MovableClock) -> AsyncIterator[Any]:
+    """The app, started."""
+    made = create_app(settings, clock=clock, db=db)
+    async with made.router.lifespan_context(made):
+        yield made
+
+
+@pytest.fixture
+async def connect(app: Any) -> AsyncIterator[Callable[..., httpx.AsyncClient]]:
+    """Clients of the app: ``connect("credential")``, ``connect(None, address="198.51.100.7")``."""
+    opened: list[httpx.AsyncClient] = []
+
+    def make(credential: str | None = None, address: str = "127.0.0.1") -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(address, 4711))
+        headers = {"Authorization": f"Bearer {credential}"} if credential else {}
+        opened.append(httpx.AsyncClient(transport=transport, base_url="http://api.test", headers=headers))
+        return opened[-1]
+
+    yield make
+    for client in opened:
+        await client.aclose()
+
+
+@pytest.fixture
+def client(connect: Callable[..., httpx.AsyncClient]) -> httpx.AsyncClient:
+    """A client without credentials."""
+    return connect()
+
+
+@pytest.fixture
+def register(client: httpx.AsyncClient, connect: Callable[..., httpx.AsyncClient]) -> Callable[[], Awaitable[Account]]:
+    """Make another account."""
+
+    async def make() -> Account:
+        email = f"person{next(_numbers)}@example.com"
+        body = {"email": email, "password": PASSWORD, "organization": "Acme"}
+        answer = await client.post("/v1/auth/register", json=body)
+        assert answer.status_code == 201, answer.text
+        made = answer.json()
+        return Account(
+            email,
+            made["user"]["id"],
+            made["organization"]["id"],
+            made["access_token"],
+            made["refresh_token"],
+            made["session"],
+            connect(made["access_token"]),
+        )
+
+    return make
+
+
+@pytest.fixture
+async def owner(register: Callable[[], Awaitable[Account]]) -> Account:
+    """A person who owns an organization."""
+    return await register()
+
+
+@pytest.fixture
+async def stranger(register: Callable[[], Awaitable[Account]]) -> Account:
+    """The owner of another organization."""
+    return await register()
