@@ -498,10 +498,6 @@ class WorkerSettings:
 
     # PostgreSQL, as for the API.
     database_url: Secret
-    # The API's key for stored secrets: signing keys are rotated by a worker.
-    master_key: Secret
-    # Redis or Valkey, as for the API.
-    redis_url: Secret | None = None
     # Lowest level of log records that are written.
     log_level: str = "INFO"
     # Descriptor on which readiness is reported; set by `portico up`.
@@ -516,10 +512,8 @@ class WorkerSettings:
     shutdown_seconds: float = 5.0
     # Seconds between two trims of the edge change table.
     trim_changes_seconds: float = 60.0
-    # Seconds between two removals of expired codes, tokens and idempotency keys.
+    # Seconds between two removals of what has expired.
     expire_seconds: float = 300.0
-    # Seconds between two looks at whether a signing key is due for rotation.
-    rotate_keys_seconds: float = 60.0
 
 
 # --- where things are -------------------------------------------------------------------------------------------------

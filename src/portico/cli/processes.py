@@ -75,9 +75,10 @@ def worker(
     """Background work: maintenance."""
     require_server_parts()
     chosen = settings.load(settings.WorkerSettings, table="worker", file=config)
+    control = settings.load(settings.ApiSettings, table="api", file=config)
     from portico.worker import runner
 
-    _run("worker", chosen.log_level, runner.serve(chosen, tuple(names or ())))
+    _run("worker", chosen.log_level, runner.serve(chosen, control, tuple(names or ())))
 
 
 def migrate(config: ConfigOption = None) -> None:

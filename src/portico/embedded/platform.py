@@ -226,7 +226,6 @@ class Platform:
                 drain_seconds=_RELAY_DRAIN_SECONDS,
             ),
             listeners={name: self._listeners[f"{name}-{number}"] for name in names},
-            health=(self.host, at.control, "/healthz"),
         )
 
     def _worker_unit(self) -> ProcessUnit:
