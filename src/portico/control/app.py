@@ -22,6 +22,7 @@ from fastapi import APIRouter, FastAPI, Request
 
 from portico.control import http, migrations, openapi, requests
 from portico.control.audit import api as audit_api
+from portico.control.console import pages as console_pages
 from portico.control.identity import api as identity_api
 from portico.control.identity import jobs as identity_jobs
 from portico.control.identity import signing_keys
@@ -77,6 +78,7 @@ def _route(app: FastAPI) -> None:
     for router in (identity_api.auth, identity_api.sessions, identity_api.keys, audit_api.router):
         app.include_router(router, prefix="/v1")
     app.include_router(identity_api.well_known)
+    app.include_router(console_pages.router)
     app.include_router(health)
     openapi.install(app)
 

@@ -329,6 +329,8 @@ class Identity:
         row = await store.session_by_id(reader, claims.session)
         if row is None or row["ended_at"] is not None or row["disabled_at"] is not None or row["role"] is None:
             raise Problem("auth.session_ended")
+        if row["expires_at"] <= now:
+            raise Problem("auth.session_ended", "the sign-in session has reached its end")
         if (row["user_id"], row["organization_id"]) != (claims.user, claims.organization):
             raise Problem("auth.token_invalid")
         return Caller(
