@@ -136,7 +136,7 @@ def load(
 
 
 # --- relay ------------------------------------------------------------------------------------------------------------
-# The comment above a field is its row in docs/reference/limits.md (written by tools/limits.py): unit and reason.
+# The comment above a field is its row in docs/reference/limits.md (written by tools/reference.py): unit and reason.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

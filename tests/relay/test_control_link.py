@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -223,7 +223,7 @@ class TestStream:
 
 
 class TestHostileLines:
-    GARBAGE: list[Any] = [
+    GARBAGE: ClassVar[list[Any]] = [
         b"not json\n",
         b"\x00\xff\xfe\n",
         b"[" * 50_000 + b"\n",

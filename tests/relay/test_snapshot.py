@@ -5,7 +5,7 @@ import hashlib
 import json
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -132,7 +132,7 @@ class TestDeltas:
 
 
 class TestHostile:
-    BAD_ROWS: list[Any] = [
+    BAD_ROWS: ClassVar[list[Any]] = [
         None,
         {},
         {**row("t"), "hosts": "a.localhost"},
@@ -146,7 +146,7 @@ class TestHostile:
         {**row("t"), "id": "x" * 129},
         {**row("t"), "state": 3},
     ]
-    BAD: list[Any] = [
+    BAD: ClassVar[list[Any]] = [
         None,
         [],
         7,
@@ -175,9 +175,7 @@ class TestHostile:
     ]
 
     @pytest.mark.parametrize("message", BAD, ids=lambda m: json.dumps(m)[:60])
-    def test_a_malformed_message_changes_nothing(
-        self, snapshot: Snapshot, seen: list[Change], message: Any
-    ) -> None:
+    def test_a_malformed_message_changes_nothing(self, snapshot: Snapshot, seen: list[Change], message: Any) -> None:
         snapshot.apply(whole(3, row("tun_a", "a.localhost")))
         before = snapshot.digest()
         seen.clear()
@@ -285,7 +283,9 @@ class TestStore:
         assert not self.store(Snapshot(), tmp_path).load()
 
     @pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "garbage"])
-    async def test_a_damaged_file_is_left_out(self, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_a_damaged_file_is_left_out(
+        self, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
         await self.saved(tmp_path)
         path = tmp_path / SnapshotStore.FILE
         good = path.read_bytes()

@@ -102,6 +102,11 @@ _ADVICE = {
         "Try again later, or tell the owner.",
         "The local app took the request but did not answer within first_byte_timeout_seconds.",
     ),
+    "edge.account_suspended": Advice(
+        "the account behind this address is suspended.",
+        "Tell the owner, if you know them.",
+        "The console says why the account is suspended, and how to appeal.",
+    ),
     "edge.internal": Advice(
         "the relay met a fault of its own.",
         "Try again in a moment.",
