@@ -3,7 +3,8 @@
     app = create_app(settings)
 
 Everything that lives as long as the process hangs on ``app.state``: ``settings``, ``db``, ``clock``, ``sealer``,
-``signing_keys``, ``identity``, ``authenticate``, ``trusted_proxies`` and ``stopping`` (an event set at the first
+``signing_keys``, ``identity``, ``authenticate``, ``relays``, ``tunnels``, ``agent_sessions``, ``edge_states``,
+``edge_hub``, ``redis`` (None without one), ``trusted_proxies`` and ``stopping`` (an event set at the first
 SIGTERM; streams watch it and end themselves).
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import Any
@@ -20,17 +21,26 @@ from typing import Any
 import sqlalchemy as sa
 from fastapi import APIRouter, FastAPI, Request
 
-from portico.control import http, migrations, openapi, requests
+from portico.control import changes, http, migrations, openapi, requests
 from portico.control.audit import api as audit_api
 from portico.control.console import pages as console_pages
+from portico.control.edge import api as edge_api
+from portico.control.edge.hub import Hub
+from portico.control.edge.state import StateReader
 from portico.control.identity import api as identity_api
 from portico.control.identity import jobs as identity_jobs
 from portico.control.identity import signing_keys
 from portico.control.identity.passwords import Passwords
 from portico.control.identity.service import Identity
+from portico.control.tunnels import api as tunnels_api
+from portico.control.tunnels import jobs as tunnels_jobs
+from portico.control.tunnels.relays import RelayDirectory
+from portico.control.tunnels.service import Tunnels
+from portico.control.tunnels.sessions import Sessions
 from portico.errors import Problem
 from portico.kit.clock import Clock, SystemClock
-from portico.kit.db import Database, PoolLimits
+from portico.kit.db import Database, PoolLimits, Tx
+from portico.kit.redis import Redis
 from portico.kit.sealing import Sealer
 from portico.settings import ApiSettings
 
@@ -38,6 +48,8 @@ log = logging.getLogger(__name__)
 
 # Seconds between attempts to make the first signing keys while the database is away.
 _FIRST_RETRY_SECONDS = 1.0
+
+_TUNNELS = (tunnels_api.tunnels, tunnels_api.agent, edge_api.router)
 
 health = APIRouter(tags=["health"])
 
@@ -72,10 +84,33 @@ def _compose(app: FastAPI, settings: ApiSettings, clock: Clock, db: Database | N
     state.signing_keys = signing_keys.SigningKeys(settings, state.sealer, clock)
     state.identity = Identity(settings, state.db, clock, state.signing_keys, state.passwords)
     state.authenticate = state.identity.authenticate
+    _compose_tunnels(state, settings, clock)
+
+
+def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
+    """Tunnels and the edge; identity, below them, reaches them by its callbacks alone."""
+    state.redis = None
+    if settings.redis_url is not None:
+        state.redis = Redis(
+            settings.redis_url.reveal(),
+            timeout_seconds=settings.redis_timeout_seconds,
+            pause_seconds=settings.redis_pause_seconds,
+        )
+    state.relays = RelayDirectory(settings)
+    state.tunnels = Tunnels(settings, state.relays, state.redis)
+    state.agent_sessions = Sessions(settings, state.tunnels, state.relays, state.signing_keys, clock)
+    state.edge_states = StateReader(state.db, state.tunnels, state.signing_keys)
+    state.edge_hub = Hub(settings, state.db, state.edge_states, state.stopping)
+    state.identity.keys.on_revoked.append(state.agent_sessions.on_key_revoked)
+    state.signing_keys.on_changed.append(_announce_keys)
+
+
+async def _announce_keys(tx: Tx, jwks: Sequence[dict[str, str]]) -> None:
+    changes.append(tx, changes.keys(jwks))
 
 
 def _route(app: FastAPI) -> None:
-    for router in (identity_api.auth, identity_api.sessions, identity_api.keys, audit_api.router):
+    for router in (identity_api.auth, identity_api.sessions, identity_api.keys, audit_api.router, *_TUNNELS):
         app.include_router(router, prefix="/v1")
     app.include_router(identity_api.well_known)
     app.include_router(console_pages.router)
@@ -107,6 +142,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await task
         with suppress(Exception):
             await app.state.identity.write_last_used()
+        await app.state.edge_hub.close()
+        if app.state.redis is not None:
+            await app.state.redis.close()
         app.state.passwords.close()
         if app.state.owns_db:
             await app.state.db.close()
@@ -118,6 +156,7 @@ async def _housekeeping(app: FastAPI) -> None:
         wait = settings.housekeeping_seconds
         try:
             await identity_jobs.housekeeping(app.state.identity)
+            await tunnels_jobs.housekeeping(app.state.db, settings)
             async with app.state.db.transaction() as tx:
                 await requests.expire(tx, app.state.clock.wall(), settings.idempotency_seconds)
         except Exception as err:

@@ -19,7 +19,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import asyncpg
 from sqlalchemy import Connection, Executable, MetaData, event
@@ -69,6 +69,13 @@ def async_url(url: str) -> URL:
     if sslmode := parsed.query.get("sslmode"):  # libpq's name for what asyncpg calls ssl
         parsed = parsed.difference_update_query(["sslmode"]).update_query_dict({"ssl": sslmode})
     return parsed
+
+
+class HasConnection(Protocol):
+    """Whatever raw queries can run on: a ``Reader``, a ``Tx``, or the holder of a connection of its own."""
+
+    @property
+    def raw(self) -> asyncpg.Connection: ...
 
 
 class Reader:
@@ -169,6 +176,16 @@ class Database:
         self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         event.listen(self.engine.sync_engine, "checkout", _refuse_dead)
 
+    async def connect(self, application: str, *, timeout_seconds: float) -> asyncpg.Connection:
+        """A connection outside the pool, for LISTEN; the caller closes it. ``timeout_seconds`` limits every statement."""
+        scheme, rest = self.url.split("://", 1)
+        return await asyncpg.connect(
+            f"{scheme.split('+')[0]}://{rest}",
+            timeout=min(timeout_seconds, self.limits.connect_timeout_seconds),
+            command_timeout=timeout_seconds,
+            server_settings={"application_name": application},
+        )
+
     async def close(self) -> None:
         """Close every connection of the pool."""
         await self.engine.dispose()
@@ -182,7 +199,8 @@ class Database:
     async def transaction(self, *, isolation: str | None = None, read_only: bool = False) -> AsyncIterator[Tx]:
         """One transaction: commits when the block ends, rolls back when it raises.
 
-        Raises ``service.unavailable`` when no connection can be had; ``isolation`` as PostgreSQL names it.
+        Raises ``service.unavailable`` when no connection can be had or it is lost on the way (when it is lost during
+        COMMIT itself, nobody knows the outcome); ``isolation`` as PostgreSQL names it.
         """
         connection, raw = await self._open(_options(isolation, read_only))
         try:
@@ -191,8 +209,10 @@ class Database:
                 yield tx
                 await tx.run_last_steps()
                 await connection.commit()
-            except BaseException:
+            except BaseException as err:
                 await _rollback(connection)
+                if (lost := _loss(err, raw)) is not None:
+                    raise lost from err
                 raise
         finally:
             # Shielded: a cancelled request must hand its connection back, not leave it half-way out of the pool.
@@ -209,6 +229,10 @@ class Database:
         connection, raw = await self._open(None)
         try:
             yield Reader(connection, raw)
+        except BaseException as err:
+            if (lost := _loss(err, raw)) is not None:
+                raise lost from err
+            raise
         finally:
             await asyncio.shield(connection.close())
 
@@ -284,6 +308,12 @@ def _is_connection_loss(err: BaseException) -> bool:
         cause = getattr(err.orig, "__cause__", None)
         return err.connection_invalidated or isinstance(cause, _LOSS) or isinstance(err.orig, OSError)
     return isinstance(err, _LOSS) or isinstance(err.__cause__, _LOSS)
+
+
+def _loss(err: BaseException, raw: asyncpg.Connection) -> BaseException | None:
+    """``service.unavailable`` when ``err`` left a block because the connection was lost, else ``None``."""
+    ours = isinstance(err, sa_exc.DBAPIError | asyncpg.PostgresError | asyncpg.InterfaceError)
+    return _unavailable(err) if ours and raw.is_closed() else None
 
 
 def _unavailable(err: BaseException) -> BaseException:

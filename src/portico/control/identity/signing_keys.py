@@ -59,6 +59,10 @@ class SigningKeys:
         """Every published key (next, active, retired and not yet gone) as JWKs, in order of ``kid``."""
         return list((await self._load(reader)).jwks)
 
+    async def published(self, reader: Reader) -> list[dict[str, str]]:
+        """The same as ``public_jwks``, as this reader's snapshot has it and never from memory."""
+        return [_jwk(row) for row in await reader.fetch_all(sa.select(t).order_by(t.c.kid))]
+
     async def key_set(self, reader: Reader) -> KeySet:
         """The published keys, for verification."""
         return (await self._load(reader)).keys

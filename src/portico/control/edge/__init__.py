@@ -1,0 +1,1 @@
+"""What relays talk to: the edge stream, heartbeats, acknowledgements and usage reports."""

@@ -1,0 +1,193 @@
+"""Routes for relays: /edge/stream, /edge/heartbeat, /edge/acks, /edge/usage. The credential is a relay key, nothing else."""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.security import HTTPBearer
+from pydantic import AwareDatetime, BaseModel, Field, StringConstraints
+
+from portico.control.access import Db, credential_of
+from portico.control.edge.stream import EdgeStream
+from portico.control.requests import JsonRoute
+from portico.control.tunnels import relays, usage
+from portico.control.tunnels.presence import Bound
+from portico.control.tunnels.relays import RelayKey
+
+log = logging.getLogger(__name__)
+
+router = APIRouter(prefix="/edge", tags=["edge"], route_class=JsonRoute)
+
+_bearer = HTTPBearer(auto_error=False, bearerFormat="relay key", scheme_name="relay key")
+
+
+async def relay_key(request: Request, db: Db, _: Annotated[Any, Depends(_bearer)] = None) -> RelayKey:
+    """Dependency: the authenticated relay key. Raises ``auth.required``, ``edge.relay_key_invalid`` or ``…_revoked``."""
+    token = credential_of(request)
+    async with db.read() as reader:
+        return await relays.authenticate(reader, token)
+
+
+Key = Annotated[RelayKey, Depends(relay_key)]
+
+_MAX: int = 2**53 - 1
+Whole = Annotated[int, Field(ge=0, le=_MAX, strict=True)]
+RelayName = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9._-]*[a-z0-9])?$")]
+Region = Annotated[str, StringConstraints(min_length=1, max_length=32, pattern=r"^[a-z0-9-]+$")]
+ObjectId = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
+ConnectUrl = Annotated[str, StringConstraints(max_length=300, pattern=r"^wss?://[^\s\x00-\x1f\x7f]+$")]
+PublicUrl = Annotated[str, StringConstraints(max_length=300, pattern=r"^https?://[^\s\x00-\x1f\x7f]+$")]
+
+
+class LoadBody(BaseModel):
+    """How busy a relay is."""
+
+    sessions: Whole = 0
+    tunnels: Whole = 0
+    streams: Whole = 0
+    cpu: Annotated[float, Field(ge=0, le=100_000, allow_inf_nan=False)] = 0.0
+
+
+class BoundBody(BaseModel):
+    """A tunnel that is bound at the relay now."""
+
+    tunnel: ObjectId
+    session: ObjectId
+    generation: Whole
+
+
+class HeartbeatBody(BaseModel):
+    """What a relay says of itself, at most 5 s apart. The first one registers it."""
+
+    relay: RelayName
+    region: Region = "local"
+    connect_url: ConnectUrl
+    public_url: PublicUrl
+    version: Annotated[Whole, Field(description="edge change version that the relay has applied")] = 0
+    load: LoadBody = LoadBody()
+    draining: bool = False
+    bound: Annotated[list[BoundBody], Field(max_length=100_000)] = []
+
+
+class HeartbeatAnswer(BaseModel):
+    """The relay is registered. `presence`: whether Redis was told, too."""
+
+    ok: Literal[True] = True
+    time: float
+    presence: bool
+
+
+class UsageRowBody(BaseModel):
+    """What one tunnel used in a batch."""
+
+    tunnel: ObjectId
+    organization: ObjectId
+    requests: Whole = 0
+    connections: Whole = 0
+    bytes_in: Whole = 0
+    bytes_out: Whole = 0
+    errors: Whole = 0
+
+
+class UsageBatchBody(BaseModel):
+    """A numbered batch; its number is never used again for other counts."""
+
+    seq: Annotated[Whole, Field(ge=1)]
+    since: Annotated[AwareDatetime | Annotated[float, Field(ge=0, le=2**40)], Field(alias="from")]
+    until: Annotated[AwareDatetime | Annotated[float, Field(ge=0, le=2**40)], Field(alias="to")]
+    rows: Annotated[list[UsageRowBody], Field(max_length=100_000)]
+
+
+class UsageBody(BaseModel):
+    """Batches of one spool (`boot`) of one relay."""
+
+    relay: RelayName
+    boot: ObjectId
+    batches: Annotated[list[UsageBatchBody], Field(min_length=1, max_length=1000)]
+
+
+class UsageAnswer(BaseModel):
+    """Every batch of the report up to this number is counted for good."""
+
+    acknowledged: int
+
+
+class AckBody(BaseModel):
+    """The version that a relay has applied."""
+
+    relay: RelayName
+    version: Whole
+
+
+class AckAnswer(BaseModel):
+    """The acknowledgement is kept."""
+
+    ok: Literal[True] = True
+
+
+@router.get(
+    "/stream",
+    response_class=EdgeStream,
+    responses={200: {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}}},
+)
+async def stream(request: Request, key: Key, version: Annotated[int | None, Query(ge=0, le=_MAX)] = None) -> EdgeStream:
+    """Snapshot, then deltas, one JSON object a line (contracts/edge-stream.schema.json). `version` resumes after it."""
+    state = request.app.state
+    return EdgeStream(state.settings, state.db, state.edge_hub, state.edge_states, key.id, version)
+
+
+@router.post("/heartbeat", response_model=HeartbeatAnswer)
+async def heartbeat(request: Request, db: Db, key: Key, body: HeartbeatBody) -> Any:
+    """Register the relay, or renew it for 15 s, with what it has bound."""
+    state = request.app.state
+    beat = relays.Heartbeat(
+        relay=body.relay,
+        region=body.region,
+        connect_url=body.connect_url,
+        public_url=body.public_url,
+        version=body.version,
+        load=body.load.model_dump(),
+        draining=body.draining,
+        bound=[Bound(b.tunnel, b.session, b.generation) for b in body.bound],
+    )
+    async with db.transaction() as tx:
+        new = await relays.heartbeat(tx, key, beat)
+    if new or beat.draining:
+        state.relays.forget()
+    told = await relays.report_presence(state.redis, state.settings, beat)
+    return {"ok": True, "time": state.clock.wall().timestamp(), "presence": told}
+
+
+@router.post("/acks", response_model=AckAnswer)
+async def acknowledge(db: Db, key: Key, body: AckBody) -> Any:
+    """Note the version that the relay has applied. The heartbeat carries it too."""
+    async with db.transaction() as tx:
+        await relays.acknowledge(tx, key, body.relay, body.version)
+    return {"ok": True}
+
+
+@router.post("/usage", response_model=UsageAnswer)
+async def report_usage(request: Request, db: Db, key: Key, body: UsageBody) -> Any:
+    """Count numbered batches, each once per (relay, boot, seq) however often it is sent."""
+    now: datetime = request.app.state.clock.wall()
+    batches = [usage.Batch(b.seq, _moment(b.since, now), [_row(row) for row in b.rows]) for b in body.batches]
+    async with db.transaction() as tx:
+        relays.check_name(key, body.relay)
+        return {"acknowledged": await usage.count(tx, body.relay, body.boot, batches, now)}
+
+
+def _moment(value: datetime | float, now: datetime) -> datetime:
+    if isinstance(value, datetime):
+        return value
+    try:
+        return datetime.fromtimestamp(value, now.tzinfo)
+    except (OverflowError, ValueError, OSError):
+        return now
+
+
+def _row(row: UsageRowBody) -> usage.Row:
+    counts = (row.requests, row.connections, row.bytes_in, row.bytes_out, row.errors)
+    return usage.Row(row.tunnel, row.organization, counts)

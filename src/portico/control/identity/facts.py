@@ -1,0 +1,54 @@
+"""What the domains above identity ask of it: whose key this is, in what standing, and which organizations exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from portico.errors import Problem
+from portico.kit.db import Reader, Tx
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What an agent's status screen shows of the account behind its key."""
+
+    organization: str
+    organization_name: str
+    plan: str
+    email: str | None
+
+
+_ACCOUNT = """
+SELECT o.id, o.name, o.plan, u.email, k.revoked_at
+FROM api_keys k JOIN organizations o ON o.id = k.organization_id LEFT JOIN users u ON u.id = k.user_id
+WHERE k.id = $1
+"""
+
+
+async def account(reader: Reader, key_id: str) -> Account:
+    """The account behind a key. Raises ``auth.key_invalid`` or ``auth.key_revoked``."""
+    return _account(await reader.raw.fetchrow(_ACCOUNT, key_id))
+
+
+async def hold_key(tx: Tx, key_id: str) -> Account:
+    """The account behind a live key, which cannot be revoked before the transaction ends.
+
+    Without the lock, a revocation that commits between authentication and the end of this transaction would miss what the
+    transaction makes.
+    """
+    return _account(await tx.raw.fetchrow(_ACCOUNT + " FOR SHARE OF k", key_id))
+
+
+def _account(row: Any) -> Account:
+    if row is None:
+        raise Problem("auth.key_invalid")
+    if row["revoked_at"] is not None:
+        raise Problem("auth.key_revoked")
+    return Account(row["id"], row["name"], row["plan"], row["email"])
+
+
+async def known_organizations(reader: Reader, ids: list[str]) -> set[str]:
+    """Those of ``ids`` that exist."""
+    rows = await reader.raw.fetch("SELECT id FROM organizations WHERE id = ANY($1)", ids)
+    return {row["id"] for row in rows}

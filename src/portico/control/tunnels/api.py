@@ -1,0 +1,279 @@
+"""Routes of tunnels and agent sessions: /tunnels and /agent/sessions."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Path, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from portico.control.access import Caller, InTx, Paging, Reading, require
+from portico.control.requests import UnitOfWork
+from portico.control.tunnels.service import Tunnels
+from portico.control.tunnels.sessions import AgentFacts, Sessions, TunnelSpec
+from portico.errors import Problem
+from portico.kit.pages import Page
+
+tunnels = APIRouter(prefix="/tunnels", tags=["tunnels"], route_class=UnitOfWork)
+agent = APIRouter(prefix="/agent/sessions", tags=["tunnels"], route_class=UnitOfWork)
+
+
+async def service(request: Request) -> Tunnels:
+    """Dependency: the process's tunnels service."""
+    found: Tunnels = request.app.state.tunnels
+    return found
+
+
+async def session_service(request: Request) -> Sessions:
+    """Dependency: the process's agent session service."""
+    found: Sessions = request.app.state.agent_sessions
+    return found
+
+
+Service = Annotated[Tunnels, Depends(service)]
+SessionService = Annotated[Sessions, Depends(session_service)]
+Reads = Annotated[Caller, Depends(require("tunnels:read"))]
+Writes = Annotated[Caller, Depends(require("tunnels:write"))]
+Connects = Annotated[Caller, Depends(require("agent:connect"))]
+Id = Annotated[str, Path(max_length=64)]
+
+Label = Annotated[str, StringConstraints(min_length=1, max_length=63)]
+# Display only. No control characters: it is printed in terminals.
+Shown = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+AgentId = Annotated[str, StringConstraints(min_length=8, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
+Region = Annotated[str, StringConstraints(min_length=1, max_length=32, pattern=r"^[a-z0-9-]+$")]
+Protocol = Literal["http", "tcp", "tls"]
+Document = Annotated[dict[str, Any], Field(description="Policy of the tunnel; unknown keys are refused")]
+
+
+class Body(BaseModel):
+    """A request body: a member that nobody reads is a mistake of the caller's, and said so."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class TunnelBody(Body):
+    """A new tunnel. Without `name` or `subdomain` they are derived from each other, or made up."""
+
+    protocol: Protocol = "http"
+    name: Label | None = None
+    subdomain: Label | None = None
+    target: Shown | None = None
+    policy: Document | None = None
+
+
+class TunnelPatch(Body):
+    """What to change; members left out stay."""
+
+    name: Label | None = None
+    subdomain: Label | None = None
+    target: Shown | None = None
+    policy: Document | None = None
+
+
+class TunnelAgent(BaseModel):
+    """Who serves an online tunnel."""
+
+    hostname: str
+    relay: str
+
+
+class Tunnel(BaseModel):
+    """One tunnel."""
+
+    id: str
+    name: str
+    protocol: Protocol
+    subdomain: str | None
+    url: str
+    state: Literal["offline", "online", "stopped", "suspended"]
+    target: str | None
+    policy: dict[str, Any]
+    agent: TunnelAgent | None
+    created_at: datetime
+    updated_at: datetime
+
+
+class TunnelEvent(BaseModel):
+    """One thing that happened to a tunnel."""
+
+    id: str
+    at: datetime
+    kind: str
+    details: dict[str, Any]
+
+
+@tunnels.get("", response_model=Page[Tunnel])
+async def list_tunnels(reader: Reading, who: Reads, tunnels: Service, page: Paging) -> Any:
+    """The organization's tunnels, oldest first."""
+    return await tunnels.listing(reader, who, page)
+
+
+@tunnels.post("", response_model=Tunnel, status_code=201)
+async def create_tunnel(tx: InTx, who: Writes, tunnels: Service, body: TunnelBody) -> Any:
+    """Make a tunnel, and so reserve its name and subdomain. It goes online when an agent session names it."""
+    return await tunnels.create(
+        tx,
+        who,
+        protocol=body.protocol,
+        name=body.name,
+        subdomain=body.subdomain,
+        target=body.target,
+        policy_document=body.policy,
+    )
+
+
+@tunnels.get("/{tunnel_id}", response_model=Tunnel)
+async def get_tunnel(reader: Reading, who: Reads, tunnels: Service, tunnel_id: Id) -> Any:
+    """One tunnel."""
+    return await tunnels.get(reader, who, tunnel_id)
+
+
+@tunnels.patch("/{tunnel_id}", response_model=Tunnel)
+async def change_tunnel(tx: InTx, who: Writes, tunnels: Service, tunnel_id: Id, body: TunnelPatch) -> Any:
+    """Change a tunnel. A new subdomain or policy fences the grants given before; agents get new ones by themselves."""
+    wanted = body.model_dump(exclude_unset=True)
+    if any(wanted.get(key, "") is None for key in ("name", "subdomain")):
+        raise Problem("tunnel.name_invalid", "a tunnel has a name and a subdomain; give one or leave the member out")
+    return await tunnels.update(tx, who, tunnel_id, wanted)
+
+
+@tunnels.delete("/{tunnel_id}", status_code=204)
+async def delete_tunnel(tx: InTx, who: Writes, tunnels: Service, tunnel_id: Id) -> Response:
+    """Delete a tunnel and free its names; a live session is told within 2 s."""
+    await tunnels.delete(tx, who, tunnel_id)
+    return Response(status_code=204)
+
+
+@tunnels.post("/{tunnel_id}/stop", response_model=Tunnel)
+async def stop_tunnel(tx: InTx, who: Writes, tunnels: Service, tunnel_id: Id) -> Any:
+    """Take a tunnel off line; a live session is told within 2 s. Starting its agent again makes it active."""
+    return await tunnels.stop(tx, who, tunnel_id)
+
+
+@tunnels.get("/{tunnel_id}/events", response_model=Page[TunnelEvent])
+async def list_events(reader: Reading, who: Reads, tunnels: Service, tunnel_id: Id, page: Paging) -> Any:
+    """What happened to a tunnel, newest first."""
+    return await tunnels.events(reader, who, tunnel_id, page)
+
+
+# -- agent sessions -----------------------------------------------------------------------------------------------------
+
+
+class SpecBody(BaseModel):
+    """One tunnel that an agent serves. Members of later versions are passed over: agents are upgraded before servers."""
+
+    protocol: Protocol = "http"
+    name: Label | None = None
+    subdomain: Label | None = None
+    target: Shown | None = None
+    policy: Document | None = None
+
+    def spec(self) -> TunnelSpec:
+        return TunnelSpec(self.protocol, self.name, self.subdomain, self.target, self.policy)
+
+
+class SessionBody(BaseModel):
+    """An agent instance and the tunnels that it serves."""
+
+    agent_id: AgentId
+    hostname: Shown = "unknown"
+    version: Shown = "unknown"
+    region: Region | None = None
+    tunnels: Annotated[list[SpecBody], Field(max_length=10_000)] = []
+
+
+class RefreshBody(BaseModel):
+    """The instance that the session belongs to."""
+
+    agent_id: AgentId
+
+
+class GrantDocument(BaseModel):
+    """A tunnel of the session and the JWT by which a relay binds it."""
+
+    tunnel: str
+    name: str
+    url: str
+    grant: str
+    expires_at: datetime
+
+
+class SessionOrganization(BaseModel):
+    """The organization behind the agent key."""
+
+    id: str
+    name: str
+
+
+class SessionAccount(BaseModel):
+    """What an agent shows of the account behind its key."""
+
+    organization: SessionOrganization
+    plan: str
+    user: str | None = None
+
+
+class SessionDocument(BaseModel):
+    """A session: its JWT, the relays to connect to in order, and a grant per tunnel."""
+
+    session: str
+    token: str
+    expires_at: datetime
+    refresh_after: int
+    edges: list[str]
+    account: SessionAccount
+    grants: list[GrantDocument]
+
+
+class GrantsDocument(BaseModel):
+    """Grants of tunnels just added."""
+
+    grants: list[GrantDocument]
+
+
+def _json(document: dict[str, Any], status: int) -> Response:
+    """The answer as the service shaped it: this is the hottest route, and its shape is tested, not validated per call."""
+    return Response(json.dumps(document, separators=(",", ":")), status, media_type="application/json")
+
+
+@agent.post("", response_model=SessionDocument, status_code=201)
+async def open_session(
+    request: Request, tx: InTx, who: Connects, sessions: SessionService, body: SessionBody
+) -> Response:
+    """Start the session of an agent instance, or continue it under its next generation."""
+    limit = request.app.state.settings.session_max_tunnels
+    if len(body.tunnels) > limit:
+        raise Problem("tunnel.limit_reached", f"a session has at most {limit} tunnels", limit=limit)
+    facts = AgentFacts(body.agent_id, body.hostname, body.version, body.region)
+    return _json(await sessions.open(tx, who, facts, [spec.spec() for spec in body.tunnels]), 201)
+
+
+@agent.post("/{session_id}/refresh", response_model=SessionDocument)
+async def refresh_session(
+    tx: InTx, who: Connects, sessions: SessionService, session_id: Id, body: RefreshBody
+) -> Response:
+    """New tokens for a live session, before the old ones expire."""
+    return _json(await sessions.refresh(tx, who, session_id, body.agent_id), 200)
+
+
+@agent.delete("/{session_id}", status_code=204)
+async def end_session(tx: InTx, who: Connects, sessions: SessionService, session_id: Id) -> Response:
+    """End a session; its relay closes it within 2 s."""
+    await sessions.end(tx, who, session_id)
+    return Response(status_code=204)
+
+
+@agent.post("/{session_id}/tunnels", response_model=GrantsDocument, status_code=201)
+async def add_tunnel(tx: InTx, who: Connects, sessions: SessionService, session_id: Id, body: SpecBody) -> Response:
+    """One more tunnel in a live session."""
+    return _json(await sessions.add(tx, who, session_id, body.spec()), 201)
+
+
+@agent.delete("/{session_id}/tunnels/{tunnel_id}", status_code=204)
+async def remove_tunnel(tx: InTx, who: Connects, sessions: SessionService, session_id: Id, tunnel_id: Id) -> Response:
+    """Take a tunnel out of a live session. The tunnel itself stays."""
+    await sessions.remove(tx, who, session_id, tunnel_id)
+    return Response(status_code=204)

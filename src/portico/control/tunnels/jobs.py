@@ -1,0 +1,20 @@
+"""Housekeeping: delete what is over."""
+
+from __future__ import annotations
+
+from portico.control import changes
+from portico.control.tunnels import store
+from portico.kit.db import Database
+from portico.settings import ApiSettings
+
+
+async def housekeeping(db: Database, settings: ApiSettings) -> None:
+    """One round. Safe to run in several processes at once: every step is an idempotent delete."""
+    async with db.transaction() as tx:
+        await store.clear(
+            tx, grace_seconds=settings.grant_outage_grace_seconds, history_seconds=settings.tunnel_history_seconds
+        )
+    async with db.transaction() as tx:
+        await changes.trim(
+            tx, keep_seconds=settings.edge_changes_keep_seconds, keep_rows=settings.edge_changes_keep_rows
+        )

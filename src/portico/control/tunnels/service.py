@@ -1,0 +1,294 @@
+"""Tunnels: make, change, stop, delete, list.
+
+    state        offline | online   an active tunnel, by whether a relay has it bound
+                 stopped            by its owner; naming it in a new agent session makes it active again
+                 suspended          by the operator
+    generation   rises with every change that must fence grants issued before it: stop, start, new host, new policy
+
+Names and subdomains are unique by constraints, never by looking first: of any number of simultaneous creations of one
+subdomain, one succeeds. Every write appends its audit row, its event and its edge change in the caller's transaction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sqlalchemy.exc import IntegrityError
+
+from portico.control import changes
+from portico.control.access import Caller
+from portico.control.audit import service as audit
+from portico.control.tunnels import names, policy, presence, store
+from portico.control.tunnels.addresses import Addresses
+from portico.control.tunnels.relays import RelayDirectory
+from portico.errors import Problem
+from portico.kit import pages
+from portico.kit.db import Reader, Tx, is_unique_violation
+from portico.kit.ids import new_id
+from portico.kit.redis import Redis
+from portico.settings import ApiSettings
+
+_RANDOM_ATTEMPTS = 8
+PROTOCOLS = ("http",)
+
+
+class Tunnels:
+    """The verbs on tunnels of one organization."""
+
+    def __init__(self, settings: ApiSettings, directory: RelayDirectory, redis: Redis | None) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._redis = redis
+        self.addresses = Addresses(settings)
+
+    # -- reading
+
+    async def listing(self, reader: Reader, caller: Caller, page: pages.PageRequest) -> dict[str, Any]:
+        """A page of the organization's tunnels, oldest first."""
+        rows = await store.list_tunnels(reader, caller.org, page.limit + 1, page.after[0] if page.after else None)
+        kept, cursor = pages.page(rows, page.limit, lambda row: (row.id,))
+        return {"data": await self._render(reader, caller.org, kept, self._redis), "next_cursor": cursor}
+
+    async def get(self, reader: Reader, caller: Caller, tunnel_id: str) -> dict[str, Any]:
+        """One tunnel. Raises ``tunnel.not_found``, for another organization's too."""
+        row = await store.tunnel(reader, caller.org, tunnel_id)
+        if row is None:
+            raise Problem("tunnel.not_found")
+        return (await self._render(reader, caller.org, [row], self._redis))[0]
+
+    async def events(self, reader: Reader, caller: Caller, tunnel_id: str, page: pages.PageRequest) -> dict[str, Any]:
+        """A page of what happened to a tunnel, newest first. Raises ``tunnel.not_found``."""
+        if await store.tunnel(reader, caller.org, tunnel_id) is None:
+            raise Problem("tunnel.not_found")
+        rows = await store.list_events(reader, tunnel_id, page.limit + 1, page.after[0] if page.after else None)
+        document: dict[str, Any] = pages.listing(rows, page.limit, lambda row: (row.id,), _render_event)
+        return document
+
+    async def _render(
+        self, reader: Reader, organization: str, rows: Sequence[Any], redis: Redis | None = None
+    ) -> list[dict[str, Any]]:
+        """``redis`` is given by reads alone: inside a transaction nobody waits for another server."""
+        active = [row.id for row in rows if row.state == "active"]
+        places = await presence.places(
+            reader,
+            redis,
+            await self._directory.live_names(reader),
+            active,
+            lease=self._settings.relay_lease_seconds,
+        )
+        sessions = list({place.session for place in places.values()})
+        machines = await store.hostnames(reader, organization, sessions) if sessions else {}
+        return [self._document(row, places.get(row.id), machines) for row in rows]
+
+    def _document(self, row: Any, place: presence.Place | None, machines: dict[str, str]) -> dict[str, Any]:
+        state = row.state if row.state != "active" else "online" if place else "offline"
+        agent = None
+        if place is not None:
+            agent = {"hostname": machines.get(place.session, ""), "relay": place.relay}
+        return {
+            "id": row.id,
+            "name": row.name,
+            "protocol": row.protocol,
+            "subdomain": row.subdomain,
+            "url": self.addresses.url(row.subdomain),
+            "state": state,
+            "target": row.target,
+            "policy": row.policy,
+            "agent": agent,
+            "created_at": row.created_at,
+            "updated_at": row.updated_at,
+        }
+
+    # -- writing
+
+    async def create(
+        self,
+        tx: Tx,
+        caller: Caller,
+        *,
+        protocol: str,
+        name: str | None = None,
+        subdomain: str | None = None,
+        target: str | None = None,
+        policy_document: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """A new tunnel.
+
+        Raises ``tunnel.name_taken``, ``tunnel.subdomain_taken``, ``tunnel.name_invalid``, ``tunnel.name_reserved``,
+        ``tunnel.limit_reached``, ``tunnel.policy_invalid``, ``tunnel.protocol_unavailable``.
+        """
+        row = await self.insert(
+            tx, caller, protocol=protocol, name=name, subdomain=subdomain, target=target, document=policy_document
+        )
+        if row is None:
+            raise Problem("tunnel.name_taken", f"there is already a tunnel named {name}")
+        return (await self._render(tx, caller.org, [row]))[0]
+
+    async def insert(
+        self,
+        tx: Tx,
+        caller: Caller,
+        *,
+        protocol: str,
+        name: str | None,
+        subdomain: str | None,
+        target: str | None,
+        document: dict[str, Any] | None,
+        origin: str | None = None,
+    ) -> Any:
+        """The row of a new tunnel with its audit row, event and edge change; ``None`` when ``name`` is taken."""
+        check_protocol(protocol)
+        checked = policy.check(document or {})
+        if name is not None:
+            names.check_name(name)
+        if subdomain is not None:
+            names.check_subdomain(subdomain)
+        limit = self._settings.tunnels_per_organization
+        if await store.lock_tunnel_count(tx, caller.org) >= limit:
+            # A name that exists is the truer answer: the agent is about to use that tunnel.
+            if name is not None and await store.tunnel_by_name(tx, caller.org, name) is not None:
+                return None
+            raise Problem("tunnel.limit_reached", f"your organization has {limit} tunnels already", limit=limit)
+        for chosen, public in _candidates(name, subdomain):
+            row = await store.insert_tunnel(
+                tx,
+                {
+                    "id": new_id("tun"),
+                    "organization_id": caller.org,
+                    "name": chosen,
+                    "protocol": protocol,
+                    "subdomain": public,
+                    "target": target,
+                    "policy": checked,
+                    "policy_hash": policy.digest(checked),
+                    "origin": origin,
+                },
+            )
+            if row is not None:
+                await self._created(tx, caller, row)
+                return row
+            if name is not None and await store.tunnel_by_name(tx, caller.org, name) is not None:
+                return None
+        raise Problem("tunnel.subdomain_taken", f"the subdomain {subdomain or name} is taken")
+
+    async def _created(self, tx: Tx, caller: Caller, row: Any) -> None:
+        facts = {"name": row.name, "subdomain": row.subdomain}
+        await audit.record(tx, caller, "tunnel.create", row.id, details=facts)
+        await store.add_events(tx, [event(row.id, "created", facts)])
+        changes.append(tx, changes.tunnel(self.addresses.edge_row(row)))
+
+    async def update(self, tx: Tx, caller: Caller, tunnel_id: str, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Change ``name``, ``subdomain``, ``target`` or ``policy``; raises as ``create`` does, and ``tunnel.not_found``."""
+        row = await self._lock(tx, caller, tunnel_id)
+        changed = await self.apply(tx, caller, row._mapping, wanted)
+        if changed is None:
+            return (await self._render(tx, caller.org, [row]))[0]
+        return (await self._render(tx, caller.org, [changed]))[0]
+
+    async def apply(self, tx: Tx, caller: Caller, row: Any, wanted: dict[str, Any]) -> Any:
+        """Make the tunnel ``row`` what ``wanted`` says; the new row, or ``None`` when it is so already."""
+        values = _differences(row, wanted)
+        if not values:
+            return None
+        if fences := values.keys() & {"subdomain", "policy", "state"}:
+            values["generation"] = store.tunnels.c.generation + 1
+        try:
+            async with tx.savepoint():
+                changed = await store.update_tunnel(tx, caller.org, row["id"], values)
+        except IntegrityError as err:
+            raise _taken(err, values) from err
+        if changed is None:
+            raise Problem("tunnel.not_found")
+        shown = ("name", "subdomain", "target", "policy", "state")
+        facts: dict[str, Any] = {key: values[key] for key in shown if key in values}
+        kind = {"stopped": "stopped", "active": "started"}.get(values.get("state", ""), "changed")
+        action = {"stopped": "tunnel.stop", "started": "tunnel.start"}.get(kind, "tunnel.update")
+        await audit.record(tx, caller, action, row["id"], details=facts)
+        await store.add_events(tx, [event(row["id"], kind, facts)])
+        if fences:
+            changes.append(tx, changes.tunnel(self.addresses.edge_row(changed)))
+        return changed
+
+    async def stop(self, tx: Tx, caller: Caller, tunnel_id: str) -> dict[str, Any]:
+        """Take an active tunnel off line; its live session is told within 2 s. Stopping it twice is no error."""
+        row = await self._lock(tx, caller, tunnel_id)
+        if row.state == "active":
+            row = await self.apply(tx, caller, row._mapping, {"state": "stopped"})
+        return (await self._render(tx, caller.org, [row]))[0]
+
+    async def delete(self, tx: Tx, caller: Caller, tunnel_id: str) -> None:
+        """Delete the tunnel and free its name and subdomain; its live session is told within 2 s."""
+        row = await self._lock(tx, caller, tunnel_id)
+        await store.delete_tunnel(tx, caller.org, tunnel_id)
+        facts = {"name": row.name, "subdomain": row.subdomain}
+        await audit.record(tx, caller, "tunnel.delete", tunnel_id, details=facts)
+        changes.append(tx, changes.tunnel_removed(tunnel_id, "tunnel.deleted"))
+
+    async def _lock(self, tx: Tx, caller: Caller, tunnel_id: str) -> Any:
+        row = await store.lock_tunnel(tx, caller.org, tunnel_id)
+        if row is None:
+            raise Problem("tunnel.not_found")
+        return row
+
+    # -- what relays hold
+
+    async def edge_rows(self, reader: Reader) -> list[dict[str, Any]]:
+        """Every tunnel as relays hold it, in the reader's snapshot."""
+        return [self.addresses.edge_row(row) for row in await store.edge_tunnels(reader)]
+
+
+def check_protocol(protocol: str) -> None:
+    """Raises ``tunnel.protocol_unavailable`` for what no relay of this version serves."""
+    if protocol not in PROTOCOLS:
+        raise Problem("tunnel.protocol_unavailable", f"{protocol} tunnels are not available")
+
+
+def event(tunnel_id: str, kind: str, details: dict[str, Any]) -> dict[str, Any]:
+    """A row of a tunnel's history."""
+    return {"id": new_id("evt"), "tunnel_id": tunnel_id, "kind": kind, "details": details}
+
+
+def _candidates(name: str | None, subdomain: str | None) -> Iterator[tuple[str, str]]:
+    """(name, subdomain) to try in turn; what the caller named is never changed."""
+    if name is not None and subdomain is not None:
+        yield name, subdomain
+        return
+    if subdomain is not None:
+        yield subdomain, subdomain
+        yield names.with_suffix(subdomain), subdomain  # another of our tunnels has this as its name
+        return
+    if name is not None and names.usable(name):
+        yield name, name
+    for _ in range(_RANDOM_ATTEMPTS):
+        free = names.with_suffix(name) if name is not None else names.random_name()
+        yield name or free, free
+
+
+def _differences(row: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The columns to write, checked; empty when the tunnel is as wanted."""
+    plain = ("name", "subdomain", "target", "state")
+    values: dict[str, Any] = {key: wanted[key] for key in plain if key in wanted and wanted[key] != row[key]}
+    if "name" in values:
+        names.check_name(values["name"])
+    if "subdomain" in values:
+        names.check_subdomain(values["subdomain"])
+    if wanted.get("policy") is not None:
+        checked = policy.check(wanted["policy"])
+        if policy.digest(checked) != row["policy_hash"]:
+            values |= {"policy": checked, "policy_hash": policy.digest(checked)}
+    return values
+
+
+def _taken(err: IntegrityError, values: dict[str, Any]) -> Exception:
+    if is_unique_violation(err, "tunnels_organization_id_name_key"):
+        return Problem("tunnel.name_taken", f"there is already a tunnel named {values['name']}")
+    if is_unique_violation(err, "tunnels_subdomain_key"):
+        return Problem("tunnel.subdomain_taken", f"the subdomain {values['subdomain']} is taken")
+    return err
+
+
+def _render_event(row: Any) -> dict[str, Any]:
+    details = json.loads(row.details) if isinstance(row.details, str) else row.details
+    return {"id": row.id, "kind": row.kind, "details": details, "at": row.at}

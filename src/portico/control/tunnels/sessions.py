@@ -1,0 +1,392 @@
+"""Agent sessions: a session token, a grant per tunnel, and the relays to connect to.
+
+An agent *instance* is an agent key and the random ``agent_id`` that the process made at its start. It has at most one live
+session; asking again continues it under the next generation, by which a relay tells the newer connection from a late
+packet of the older. A session ends by its agent, or with its key; relays are told in the same transaction and refuse its
+tokens for as long as any of them could be accepted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from portico.control import changes
+from portico.control.access import Caller
+from portico.control.audit import service as audit
+from portico.control.identity import facts
+from portico.control.identity.facts import Account
+from portico.control.identity.signing_keys import SigningKeys
+from portico.control.tunnels import policy, store
+from portico.control.tunnels.relays import RelayDirectory
+from portico.control.tunnels.service import Tunnels, check_protocol, event
+from portico.errors import Problem
+from portico.kit.clock import Clock
+from portico.kit.db import Reader, Tx
+from portico.kit.ids import new_id
+from portico.kit.jwt import InvalidToken, SigningKey
+from portico.settings import ApiSettings
+from portico.wire import grants
+
+# Relays accept a token this much past its expiry for the sake of clocks; a refusal must last longer.
+_LEEWAY_SECONDS: Final = 2 * grants.DEFAULT_LEEWAY_SECONDS
+_INSERT_ATTEMPTS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelSpec:
+    """One tunnel as an agent asks for it. ``policy`` None keeps what the tunnel has."""
+
+    protocol: str
+    name: str | None = None
+    subdomain: str | None = None
+    target: str | None = None
+    policy: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentFacts:
+    """What an agent says of itself."""
+
+    agent_id: str
+    hostname: str
+    version: str
+    region: str | None
+
+
+class Sessions:
+    """The verbs on agent sessions. One per process."""
+
+    def __init__(
+        self,
+        settings: ApiSettings,
+        tunnels: Tunnels,
+        directory: RelayDirectory,
+        keys: SigningKeys,
+        clock: Clock,
+    ) -> None:
+        self._settings = settings
+        self._tunnels = tunnels
+        self._directory = directory
+        self._keys = keys
+        self._clock = clock
+        self._life = max(settings.session_token_seconds, settings.grant_life_seconds)
+        self._refusal_seconds = settings.grant_outage_grace_seconds + _LEEWAY_SECONDS
+
+    # -- verbs
+
+    async def open(self, tx: Tx, caller: Caller, agent: AgentFacts, specs: Sequence[TunnelSpec]) -> dict[str, Any]:
+        """Start or continue the instance's session with exactly these tunnels, made where they do not exist.
+
+        Raises what ``Tunnels.create`` raises, ``edge.no_relay``, ``auth.key_revoked``, ``tunnel.suspended``.
+        """
+        key_id = _key_of(caller)
+        edges = await self._directory.edges(tx, agent.region)
+        account = await facts.hold_key(tx, key_id)
+        session = await store.open_session(
+            tx,
+            new_id("ses"),
+            caller.org,
+            key_id,
+            agent.agent_id,
+            (agent.hostname, agent.version, agent.region),
+            self._life,
+        )
+        if session["generation"] == 1:
+            about = {"agent_id": agent.agent_id, "hostname": agent.hostname}
+            await audit.record(tx, caller, "agent_session.open", session["id"], details=about)
+        rows, others = await self._resolve(tx, caller, session["id"], agent.hostname, specs)
+        await self._bind_exactly(tx, session["id"], rows, others)
+        signer = await self._keys.current_signer(tx)
+        return self._answer(signer, key_id, caller.org, agent, session, rows, account, edges)
+
+    async def refresh(self, tx: Tx, caller: Caller, session_id: str, agent_id: str) -> dict[str, Any]:
+        """New tokens for a live session and its active tunnels. Raises ``session.not_found`` or why the session ended."""
+        key_id = _key_of(caller)
+        rows = await store.refresh_session(tx, session_id, key_id, agent_id, self._life)
+        if not rows:
+            raise await self._gone(tx, session_id, key_id)
+        edges = await self._directory.edges(tx, rows[0]["region"])
+        account = await facts.account(tx, key_id)
+        session = {"id": session_id, "generation": rows[0]["session_generation"]}
+        agent = AgentFacts(agent_id, "", "", rows[0]["region"])
+        active = [_parsed(row) for row in rows if row["state"] == "active"]
+        signer = await self._keys.current_signer(tx)
+        return self._answer(signer, key_id, caller.org, agent, session, active, account, edges)
+
+    async def add(self, tx: Tx, caller: Caller, session_id: str, spec: TunnelSpec) -> dict[str, Any]:
+        """One more tunnel in a live session: ``{"grants": [one]}``. Raises as ``open`` does, and ``session.not_found``."""
+        key_id = _key_of(caller)
+        await facts.hold_key(tx, key_id)
+        session = await store.lock_session(tx, session_id, key_id)
+        if session is None:
+            raise await self._gone(tx, session_id, key_id)
+        size, position = await store.session_size(tx, session_id)
+        if size >= self._settings.session_max_tunnels:
+            limit = self._settings.session_max_tunnels
+            raise Problem("tunnel.limit_reached", f"a session has at most {limit} tunnels", limit=limit)
+        (row,), _ = await self._resolve(tx, caller, session_id, session["hostname"], [spec])
+        if row["position"] is None:
+            await store.bind(tx, session_id, [row["id"]], [position])
+            await store.add_events(tx, [event(row["id"], "session", {"session": session_id})])
+        now = int(self._clock.wall().timestamp())
+        signer = await self._keys.current_signer(tx)
+        return {"grants": [self._grant(signer, session_id, caller.org, row, now)]}
+
+    async def remove(self, tx: Tx, caller: Caller, session_id: str, tunnel_id: str) -> None:
+        """Take a tunnel out of a live session: the next refresh has no grant for it. Twice is no error."""
+        key_id = _key_of(caller)
+        if await store.lock_session(tx, session_id, key_id) is None:
+            raise await self._gone(tx, session_id, key_id)
+        await store.unbind(tx, session_id, [tunnel_id])
+
+    async def end(self, tx: Tx, caller: Caller, session_id: str) -> None:
+        """End a live session; relays are told within 2 s. Raises ``session.not_found``."""
+        key_id = _key_of(caller)
+        ended = await store.end_session(tx, session_id, "session.ended", self._refusal_seconds, key_id, caller.org)
+        if not ended:
+            raise Problem("session.not_found")
+        await audit.record(tx, caller, "agent_session.end", session_id)
+        _announce(tx, ended, "session.ended")
+
+    async def on_key_revoked(self, tx: Tx, key_id: str) -> None:
+        """Identity's callback: the sessions of a revoked key end with it."""
+        ended = await store.end_sessions_of_key(tx, key_id, "session.revoked", self._refusal_seconds)
+        _announce(tx, ended, "session.revoked")
+
+    async def _gone(self, tx: Tx, session_id: str, key_id: str) -> Problem:
+        code = await store.session_end_code(tx, session_id, key_id)
+        return Problem(code if code == "session.revoked" else "session.not_found")
+
+    # -- which tunnels the specs mean
+
+    async def _resolve(
+        self, tx: Tx, caller: Caller, session_id: str, hostname: str, specs: Sequence[TunnelSpec]
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """One tunnel per spec, in order, an existing one made to fit or a new one; and what else the session has."""
+        for spec in specs:
+            check_protocol(spec.protocol)
+        origins = _origins(_key_of(caller), hostname, specs)
+        found = await store.session_candidates(
+            tx,
+            caller.org,
+            session_id,
+            [spec.name for spec in specs if spec.name],
+            [spec.subdomain for spec in specs if spec.subdomain],
+            [origin for origin in origins if origin],
+        )
+        choice = _Choice([_parsed(row) for row in found])
+        if any(origins):
+            taken = [row["id"] for row in choice.by_id.values() if row["origin"] and row["position"] is None]
+            choice.busy = await store.busy_tunnels(tx, taken, session_id, self._settings.relay_lease_seconds)
+        rows: dict[int, dict[str, Any]] = {}
+        # New subdomains are taken in one order by everybody, so that two sessions wait for each other and never deadlock.
+        for index in sorted(range(len(specs)), key=lambda i: (specs[i].subdomain or specs[i].name or "", i)):
+            row = choice.take(specs[index], origins[index])
+            if row is None:
+                row = await self._make(tx, caller, specs[index], origins[index])
+            rows[index] = await self._fit(tx, caller, row, specs[index])
+        ordered = [rows[index] for index in range(len(specs))]
+        name, times = Counter(row["name"] for row in ordered).most_common(1)[0] if ordered else ("", 0)
+        if times > 1:
+            raise Problem("tunnel.name_taken", f"the session names the tunnel {name} twice")
+        used = {row["id"] for row in ordered}
+        return ordered, [
+            row["id"] for row in choice.by_id.values() if row["position"] is not None and row["id"] not in used
+        ]
+
+    async def _make(self, tx: Tx, caller: Caller, spec: TunnelSpec, origin: str | None) -> dict[str, Any]:
+        for _ in range(_INSERT_ATTEMPTS):
+            row = await self._tunnels.insert(
+                tx,
+                caller,
+                protocol=spec.protocol,
+                name=spec.name,
+                subdomain=spec.subdomain,
+                target=spec.target,
+                document=spec.policy,
+                origin=origin,
+            )
+            if row is None and spec.name is not None:  # made by another session a moment ago
+                row = await store.tunnel_by_name(tx, caller.org, spec.name)
+            if row is not None:
+                return {**row._mapping, "position": None}
+        raise Problem("tunnel.name_taken", f"the tunnel {spec.name} comes and goes; try again")
+
+    async def _fit(self, tx: Tx, caller: Caller, row: dict[str, Any], spec: TunnelSpec) -> dict[str, Any]:
+        """Start a stopped tunnel, and give it the subdomain, target and policy that its agent declares."""
+        if row["state"] == "suspended":
+            raise Problem("tunnel.suspended", f"the tunnel {row['name']} is suspended")
+        wanted: dict[str, Any] = {"state": "active"}
+        if spec.subdomain is not None:
+            wanted["subdomain"] = spec.subdomain
+        if spec.target is not None:
+            wanted["target"] = spec.target
+        if spec.policy is not None:
+            wanted["policy"] = spec.policy
+        changed = await self._tunnels.apply(tx, caller, row, wanted)
+        return row if changed is None else {**changed._mapping, "position": row["position"]}
+
+    async def _bind_exactly(self, tx: Tx, session_id: str, rows: list[dict[str, Any]], others: list[str]) -> None:
+        """Make the session's tunnels these, writing nothing when they are so already (every reconnect)."""
+        wanted = {row["id"]: index for index, row in enumerate(rows)}
+        current = {row["id"]: row["position"] for row in rows if row["position"] is not None}
+        if others:
+            await store.unbind(tx, session_id, others)
+        if current != wanted:
+            await store.bind(tx, session_id, list(wanted), list(wanted.values()))
+        fresh = [tunnel for tunnel in wanted if tunnel not in current]
+        await store.add_events(tx, [event(tunnel, "session", {"session": session_id}) for tunnel in fresh])
+
+    # -- what the agent gets
+
+    def _answer(
+        self,
+        signer: SigningKey,
+        key_id: str,
+        organization: str,
+        agent: AgentFacts,
+        session: Any,
+        rows: Sequence[dict[str, Any]],
+        account: Account,
+        edges: list[str],
+    ) -> dict[str, Any]:
+        settings = self._settings
+        now = int(self._clock.wall().timestamp())
+        claims = grants.session_claims(
+            key=key_id,
+            session=session["id"],
+            organization=organization,
+            agent=agent.agent_id,
+            region=agent.region,
+            generation=session["generation"],
+            now=now,
+            life=settings.session_token_seconds,
+        )
+        shortest = min(settings.session_token_seconds, settings.grant_life_seconds)
+        who: dict[str, Any] = {
+            "organization": {"id": account.organization, "name": account.organization_name},
+            "plan": account.plan,
+        }
+        if account.email is not None:
+            who["user"] = account.email
+        return {
+            "session": session["id"],
+            "token": signer.sign(grants.SESSION_TYP, claims),
+            "expires_at": _rfc3339(claims["exp"]),
+            "refresh_after": max(1, shortest * 2 // 3),
+            "edges": edges,
+            "account": who,
+            "grants": [self._grant(signer, session["id"], organization, row, now) for row in rows],
+        }
+
+    def _grant(
+        self, signer: SigningKey, session_id: str, organization: str, row: dict[str, Any], now: int
+    ) -> dict[str, Any]:
+        addresses = self._tunnels.addresses
+        url = addresses.url(row["subdomain"])
+        claims = grants.grant_claims(
+            session=session_id,
+            organization=organization,
+            tunnel=row["id"],
+            name=row["name"],
+            protocol=row["protocol"],
+            hosts=[{"host": addresses.host(row["subdomain"]), "tls": "terminate"}],
+            limits=policy.limits(row["policy"], concurrency=self._settings.tunnel_concurrency),
+            generation=row["generation"],
+            policy_hash=row["policy_hash"],
+            policy=row["policy"],
+            url=url,
+            now=now,
+            life=self._settings.grant_life_seconds,
+        )
+        try:
+            token = signer.sign(grants.GRANT_TYP, claims)
+        except InvalidToken as err:
+            raise Problem(
+                "tunnel.policy_invalid", f"the policy is too large for a grant: {err}", path="policy"
+            ) from None
+        return {
+            "tunnel": row["id"],
+            "name": row["name"],
+            "url": url,
+            "grant": token,
+            "expires_at": _rfc3339(claims["exp"]),
+        }
+
+
+class _Choice:
+    """Existing tunnels that specs may mean, each used once."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.by_id = {row["id"]: row for row in rows}
+        self.busy: set[str] = set()
+        self._by_name = {row["name"]: row for row in rows}
+        self._by_subdomain = {row["subdomain"]: row for row in rows}
+        self._used: set[str] = set()
+
+    def take(self, spec: TunnelSpec, origin: str | None) -> dict[str, Any] | None:
+        """The tunnel that ``spec`` means, or ``None`` when it has to be made."""
+        if spec.name is not None:
+            row = self._by_name.get(spec.name)
+        elif spec.subdomain is not None:
+            row = self._by_subdomain.get(spec.subdomain)
+        else:
+            row = self._of_origin(origin)
+        if row is not None:
+            self._used.add(row["id"])
+        return row
+
+    def _of_origin(self, origin: str | None) -> dict[str, Any] | None:
+        """The session's own first, then one that no running agent uses."""
+        free = [
+            row
+            for row in self.by_id.values()
+            if row["origin"] == origin and row["state"] != "suspended" and row["id"] not in self._used | self.busy
+        ]
+        return min(free, key=lambda row: (row["position"] is None, row["id"]), default=None)
+
+
+def _origins(key_id: str, hostname: str, specs: Sequence[TunnelSpec]) -> list[str | None]:
+    """What unnamed tunnels are found again by when their agent restarts: key, machine, target, and which of its kind."""
+    seen: Counter[str] = Counter()
+    origins: list[str | None] = []
+    for spec in specs:
+        if spec.name is not None or spec.subdomain is not None:
+            origins.append(None)
+            continue
+        base = f"{key_id}\0{hostname}\0{spec.target or ''}"
+        origins.append(hashlib.sha256(f"{base}\0{seen[base]}".encode()).hexdigest()[:32])
+        seen[base] += 1
+    return origins
+
+
+def _parsed(row: Any) -> dict[str, Any]:
+    """A raw row as a dict; raw queries give JSON as text."""
+    return {**row, "policy": json.loads(row["policy"])}
+
+
+def _key_of(caller: Caller) -> str:
+    """The key that a session belongs to. A person signs in by making an agent key (``portico login``)."""
+    if caller.kind not in ("agent_key", "api_key"):
+        raise Problem("auth.forbidden", "agent sessions need an agent key", permission="agent:connect")
+    return caller.id
+
+
+def _announce(tx: Tx, ended: list[Any], code: str) -> None:
+    changes.append(tx, *(changes.session_ended(row["id"], code, row["until"]) for row in ended))
+
+
+def _rfc3339(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+async def ended_sessions(reader: Reader, now: float) -> list[dict[str, Any]]:
+    """Ended sessions whose tokens could still be accepted after ``now`` (unix seconds), as relays hold them."""
+    rows = await store.edge_ended(reader, now)
+    return [{"session": row["id"], "code": row["ended_code"], "until": row["until"]} for row in rows]

@@ -1,0 +1,538 @@
+"""The tables of tunnels, agent sessions, relays and usage, and every query on them.
+
+Calls that happen per grant, heartbeat or usage batch are raw asyncpg in one statement; the rest is SQLAlchemy Core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB, insert
+
+from portico.kit.db import HasConnection, Reader, Tx, metadata
+
+
+def _time(name: str, *, required: bool = False, default: bool = False) -> sa.Column[Any]:
+    kind = sa.DateTime(timezone=True)
+    return sa.Column(name, kind, nullable=not (required or default), server_default=sa.func.now() if default else None)
+
+
+def _organization() -> sa.Column[Any]:
+    return sa.Column("organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), nullable=False)
+
+
+def _counts() -> list[sa.Column[Any]]:
+    names = ("requests", "connections", "bytes_in", "bytes_out", "errors")
+    return [sa.Column(name, sa.BigInteger, nullable=False, server_default="0") for name in names]
+
+
+tunnels = sa.Table(
+    "tunnels",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    _organization(),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("protocol", sa.Text, nullable=False),
+    sa.Column("subdomain", sa.Text, unique=True),
+    sa.Column("target", sa.Text),
+    sa.Column("policy", JSONB, nullable=False),
+    sa.Column("policy_hash", sa.Text, nullable=False),
+    # Rises with every change that must fence grants issued before it (stop, new host, new policy).
+    sa.Column("generation", sa.BigInteger, nullable=False, server_default="1"),
+    sa.Column("state", sa.Text, nullable=False, server_default="active"),
+    # Null, or what an unnamed tunnel is found again by: a digest of agent key, machine and target.
+    sa.Column("origin", sa.Text),
+    _time("created_at", default=True),
+    _time("updated_at", default=True),
+    sa.UniqueConstraint("organization_id", "name"),
+    sa.CheckConstraint("protocol IN ('http', 'tcp', 'tls')", name="protocol"),
+    sa.CheckConstraint("state IN ('active', 'stopped', 'suspended')", name="state"),
+    sa.Index("tunnels_organization_id_id_ix", "organization_id", "id"),
+    sa.Index("tunnels_origin_ix", "origin", postgresql_where=sa.text("origin IS NOT NULL")),
+)
+
+tunnel_events = sa.Table(
+    "tunnel_events",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("tunnel_id", sa.Text, sa.ForeignKey("tunnels.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("details", JSONB, nullable=False),
+    _time("at", default=True),
+    sa.Index("tunnel_events_tunnel_id_id_ix", "tunnel_id", "id"),
+    sa.Index("tunnel_events_at_ix", "at"),
+)
+
+agent_sessions = sa.Table(
+    "agent_sessions",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    _organization(),
+    sa.Column("key_id", sa.Text, nullable=False),
+    sa.Column("agent_id", sa.Text, nullable=False),
+    sa.Column("hostname", sa.Text, nullable=False),
+    sa.Column("version", sa.Text, nullable=False),
+    sa.Column("region", sa.Text),
+    sa.Column("generation", sa.BigInteger, nullable=False, server_default="1"),
+    _time("created_at", default=True),
+    _time("updated_at", default=True),
+    # When the newest token expires. Past it and the outage grace, nothing of the session can be alive.
+    _time("expires_at", required=True),
+    _time("ended_at"),
+    sa.Column("ended_code", sa.Text),
+    # Until when relays must refuse its tokens.
+    _time("refused_until"),
+    sa.Index(
+        "agent_sessions_one_live_key", "key_id", "agent_id", unique=True, postgresql_where=sa.text("ended_at IS NULL")
+    ),
+    sa.Index("agent_sessions_refused_until_ix", "refused_until", postgresql_where=sa.text("refused_until IS NOT NULL")),
+    sa.Index("agent_sessions_organization_id_ix", "organization_id"),
+    sa.Index("agent_sessions_expires_at_ix", "expires_at"),
+)
+
+agent_session_tunnels = sa.Table(
+    "agent_session_tunnels",
+    metadata,
+    sa.Column("session_id", sa.Text, sa.ForeignKey("agent_sessions.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("tunnel_id", sa.Text, sa.ForeignKey("tunnels.id", ondelete="CASCADE"), primary_key=True, index=True),
+    sa.Column("position", sa.Integer, nullable=False),
+)
+
+relays = sa.Table(
+    "relays",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("key_id", sa.Text, nullable=False),
+    sa.Column("region", sa.Text, nullable=False),
+    sa.Column("connect_url", sa.Text, nullable=False),
+    sa.Column("public_url", sa.Text, nullable=False),
+    # The edge change version that it has applied.
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("load", JSONB, nullable=False),
+    sa.Column("draining", sa.Boolean, nullable=False),
+    # Digest of the bound set in relay_bindings: an unchanged heartbeat writes one row.
+    sa.Column("bound_digest", sa.LargeBinary),
+    _time("created_at", default=True),
+    _time("seen_at", default=True),
+)
+
+relay_bindings = sa.Table(
+    "relay_bindings",
+    metadata,
+    sa.Column("relay", sa.Text, sa.ForeignKey("relays.name", ondelete="CASCADE"), primary_key=True),
+    sa.Column("tunnel_id", sa.Text, primary_key=True, index=True),
+    sa.Column("session_id", sa.Text, nullable=False),
+    sa.Column("generation", sa.BigInteger, nullable=False),
+)
+
+relay_keys = sa.Table(
+    "relay_keys",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    # Null: for any relay. Else only the relay of this name may use it.
+    sa.Column("relay", sa.Text),
+    sa.Column("digest", sa.LargeBinary, nullable=False, unique=True),
+    sa.Column("prefix", sa.Text, nullable=False),
+    _time("created_at", default=True),
+    _time("revoked_at"),
+)
+
+edge_usage_batches = sa.Table(
+    "edge_usage_batches",
+    metadata,
+    sa.Column("relay", sa.Text, primary_key=True),
+    sa.Column("boot", sa.Text, primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True),
+    _time("received_at", default=True),
+    sa.Index("edge_usage_batches_received_at_ix", "received_at"),
+)
+
+# Totals per hour. No foreign key to tunnels: what a deleted tunnel used stays counted.
+tunnel_usage = sa.Table(
+    "tunnel_usage",
+    metadata,
+    sa.Column("tunnel_id", sa.Text, primary_key=True),
+    sa.Column("hour", sa.DateTime(timezone=True), primary_key=True),
+    sa.Column("organization_id", sa.Text, nullable=False),
+    *_counts(),
+    sa.Index("tunnel_usage_organization_id_hour_ix", "organization_id", "hour"),
+)
+
+organization_usage = sa.Table(
+    "organization_usage",
+    metadata,
+    sa.Column("organization_id", sa.Text, primary_key=True),
+    sa.Column("hour", sa.DateTime(timezone=True), primary_key=True),
+    *_counts(),
+)
+
+# -- tunnels ------------------------------------------------------------------------------------------------------------
+
+_T = tunnels.c
+
+
+async def lock_tunnel_count(tx: Tx, organization: str) -> int:
+    """The number of tunnels of the organization; until the transaction ends nobody else may add one."""
+    await tx.raw.execute("SELECT pg_advisory_xact_lock(hashtextextended('tunnels of ' || $1, 0))", organization)
+    return int(await tx.raw.fetchval("SELECT count(*) FROM tunnels WHERE organization_id = $1", organization))
+
+
+async def insert_tunnel(tx: Tx, row: dict[str, Any]) -> sa.Row[Any] | None:
+    """The new row, or ``None`` when its name or its subdomain is taken."""
+    statement = insert(tunnels).values(**row).on_conflict_do_nothing().returning(tunnels)
+    return (await tx.execute(statement)).first()
+
+
+async def tunnel(reader: Reader, organization: str, tunnel_id: str) -> sa.Row[Any] | None:
+    return await reader.fetch_one(sa.select(tunnels).where(_T.organization_id == organization, _T.id == tunnel_id))
+
+
+async def lock_tunnel(tx: Tx, organization: str, tunnel_id: str) -> sa.Row[Any] | None:
+    """The row, held against other writers until the transaction ends."""
+    query = sa.select(tunnels).where(_T.organization_id == organization, _T.id == tunnel_id).with_for_update()
+    return await tx.fetch_one(query)
+
+
+async def tunnel_by_name(reader: Reader, organization: str, name: str) -> sa.Row[Any] | None:
+    return await reader.fetch_one(sa.select(tunnels).where(_T.organization_id == organization, _T.name == name))
+
+
+async def list_tunnels(reader: Reader, organization: str, limit: int, after: str | None) -> Sequence[sa.Row[Any]]:
+    query = sa.select(tunnels).where(_T.organization_id == organization)
+    if after is not None:
+        query = query.where(_T.id > after)
+    return await reader.fetch_all(query.order_by(_T.id).limit(limit))
+
+
+async def update_tunnel(tx: Tx, organization: str, tunnel_id: str, values: dict[str, Any]) -> sa.Row[Any] | None:
+    """The changed row. A unique violation is the caller's to name; it leaves the transaction usable by a savepoint."""
+    statement = sa.update(tunnels).where(_T.organization_id == organization, _T.id == tunnel_id)
+    return (await tx.execute(statement.values(**values, updated_at=sa.func.now()).returning(tunnels))).first()
+
+
+async def delete_tunnel(tx: Tx, organization: str, tunnel_id: str) -> None:
+    await tx.execute(sa.delete(tunnels).where(_T.organization_id == organization, _T.id == tunnel_id))
+
+
+async def add_events(tx: Tx, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        await tx.execute(sa.insert(tunnel_events), rows)
+
+
+async def list_events(reader: Reader, tunnel_id: str, limit: int, before: str | None) -> Sequence[sa.Row[Any]]:
+    """Newest first. The caller has checked whose tunnel it is."""
+    query = sa.select(tunnel_events).where(tunnel_events.c.tunnel_id == tunnel_id)
+    if before is not None:
+        query = query.where(tunnel_events.c.id < before)
+    return await reader.fetch_all(query.order_by(tunnel_events.c.id.desc()).limit(limit))
+
+
+# -- agent sessions -----------------------------------------------------------------------------------------------------
+
+_OPEN_SESSION = """
+INSERT INTO agent_sessions
+    (id, organization_id, key_id, agent_id, hostname, version, region, expires_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, now() + make_interval(secs => $8))
+ON CONFLICT (key_id, agent_id) WHERE ended_at IS NULL DO UPDATE
+SET generation = agent_sessions.generation + 1, hostname = excluded.hostname, version = excluded.version,
+    region = excluded.region, expires_at = excluded.expires_at, updated_at = now()
+RETURNING id, generation
+"""
+# FOR KEY SHARE: none of them can be deleted before the session that names it is committed.
+_CANDIDATES = """
+SELECT t.id, t.name, t.protocol, t.subdomain, t.target, t.policy, t.policy_hash, t.generation, t.state, t.origin,
+       b.position,
+       t.organization_id
+FROM tunnels t LEFT JOIN agent_session_tunnels b ON b.session_id = $2 AND b.tunnel_id = t.id
+WHERE t.organization_id = $1
+  AND (t.name = ANY($3) OR t.subdomain = ANY($4) OR t.origin = ANY($5)
+       OR t.id IN (SELECT tunnel_id FROM agent_session_tunnels WHERE session_id = $2))
+ORDER BY t.id
+FOR KEY SHARE OF t
+"""
+_BIND = """
+INSERT INTO agent_session_tunnels (session_id, tunnel_id, position)
+SELECT $1, tunnel_id, position FROM unnest($2::text[], $3::int[]) AS wanted (tunnel_id, position)
+ON CONFLICT (session_id, tunnel_id) DO UPDATE SET position = excluded.position
+"""
+_REFRESH_SESSION = """
+WITH session AS (
+    UPDATE agent_sessions
+    SET expires_at = now() + make_interval(secs => $4), updated_at = now()
+    WHERE id = $1 AND key_id = $2 AND agent_id = $3 AND ended_at IS NULL
+    RETURNING id, generation, region
+)
+SELECT session.generation AS session_generation, session.region, t.id, t.name, t.protocol, t.subdomain, t.policy,
+       t.policy_hash, t.generation, t.state
+FROM session
+LEFT JOIN agent_session_tunnels b ON b.session_id = session.id
+LEFT JOIN tunnels t ON t.id = b.tunnel_id
+ORDER BY b.position
+"""
+_END_SESSIONS = """
+UPDATE agent_sessions
+SET ended_at = now(), ended_code = $2, refused_until = expires_at + make_interval(secs => $3), updated_at = now()
+WHERE ended_at IS NULL AND {where}
+RETURNING id, organization_id, ceil(extract(epoch FROM refused_until))::bigint AS until
+"""
+_END_BY_KEY = _END_SESSIONS.format(where="key_id = $1")
+_END_ONE = _END_SESSIONS.format(where="id = $1 AND key_id = $4 AND organization_id = $5")
+
+
+async def open_session(
+    tx: Tx,
+    session_id: str,
+    organization: str,
+    key_id: str,
+    agent_id: str,
+    facts: tuple[str, str, str | None],
+    life_seconds: int,
+) -> Any:
+    """Start the session of (key, agent), or take over the live one: the row ``(id, generation)``."""
+    return await tx.raw.fetchrow(_OPEN_SESSION, session_id, organization, key_id, agent_id, *facts, float(life_seconds))
+
+
+async def session_candidates(
+    tx: Tx, organization: str, session_id: str, names: list[str], subdomains: list[str], origins: list[str]
+) -> list[Any]:
+    """Tunnels that a session's specs may mean: by name, subdomain or origin, or bound to the session already."""
+    return list(await tx.raw.fetch(_CANDIDATES, organization, session_id, names, subdomains, origins))
+
+
+async def busy_tunnels(tx: Tx, tunnel_ids: list[str], session_id: str, lease_seconds: float) -> set[str]:
+    """Those that another live session uses: bound at a live relay, or named so recently that it may be about to bind."""
+    query = """
+        SELECT DISTINCT n.tunnel_id
+        FROM agent_session_tunnels n JOIN agent_sessions s ON s.id = n.session_id
+        WHERE n.tunnel_id = ANY($1) AND s.id <> $2 AND s.ended_at IS NULL AND s.expires_at > now()
+          AND (s.updated_at > now() - make_interval(secs => $3) OR EXISTS (
+              SELECT 1 FROM relay_bindings b JOIN relays r ON r.name = b.relay
+              WHERE b.tunnel_id = n.tunnel_id AND b.session_id = s.id AND r.seen_at > now() - make_interval(secs => $3)))
+    """
+    return {row["tunnel_id"] for row in await tx.raw.fetch(query, tunnel_ids, session_id, float(lease_seconds))}
+
+
+async def bind(tx: Tx, session_id: str, tunnel_ids: list[str], positions: list[int]) -> None:
+    await tx.raw.execute(_BIND, session_id, tunnel_ids, positions)
+
+
+async def unbind(tx: Tx, session_id: str, tunnel_ids: list[str]) -> None:
+    await tx.raw.execute(
+        "DELETE FROM agent_session_tunnels WHERE session_id = $1 AND tunnel_id = ANY($2)", session_id, tunnel_ids
+    )
+
+
+async def session_size(tx: Tx, session_id: str) -> tuple[int, int]:
+    """How many tunnels the session has and the next free position. The session's row must be held."""
+    row = await tx.raw.fetchrow(
+        "SELECT count(*) AS size, coalesce(max(position) + 1, 0) AS next FROM agent_session_tunnels WHERE session_id = $1",
+        session_id,
+    )
+    return row["size"], row["next"]
+
+
+async def refresh_session(tx: Tx, session_id: str, key_id: str, agent_id: str, life_seconds: int) -> list[Any]:
+    """Extend a live session: one row per tunnel (one with null tunnel columns when it has none), empty if not live."""
+    return list(await tx.raw.fetch(_REFRESH_SESSION, session_id, key_id, agent_id, float(life_seconds)))
+
+
+async def lock_session(tx: Tx, session_id: str, key_id: str) -> Any:
+    """The live session of that key, held until the transaction ends; ``None`` if there is none."""
+    return await tx.raw.fetchrow(
+        "SELECT id, organization_id, hostname, generation FROM agent_sessions"
+        " WHERE id = $1 AND key_id = $2 AND ended_at IS NULL FOR UPDATE",
+        session_id,
+        key_id,
+    )
+
+
+async def session_end_code(tx: Tx, session_id: str, key_id: str) -> str | None:
+    """Why a session of that key ended; ``None`` when there never was one."""
+    code: str | None = await tx.raw.fetchval(
+        "SELECT ended_code FROM agent_sessions WHERE id = $1 AND key_id = $2", session_id, key_id
+    )
+    return code
+
+
+async def end_session(
+    tx: Tx, session_id: str, code: str, grace_seconds: float, key_id: str, organization: str
+) -> list[Any]:
+    """End one live session; its ``(id, organization_id, until)``."""
+    return list(await tx.raw.fetch(_END_ONE, session_id, code, float(grace_seconds), key_id, organization))
+
+
+async def end_sessions_of_key(tx: Tx, key_id: str, code: str, grace_seconds: float) -> list[Any]:
+    """End every live session of a key; ``(id, organization_id, until)`` of each."""
+    return list(await tx.raw.fetch(_END_BY_KEY, key_id, code, float(grace_seconds)))
+
+
+# -- what relays hold ---------------------------------------------------------------------------------------------------
+
+_EDGE_TUNNELS = "SELECT id, organization_id, subdomain, state, generation FROM tunnels"
+_EDGE_ENDED = """
+SELECT id, ended_code, ceil(extract(epoch FROM refused_until))::bigint AS until
+FROM agent_sessions WHERE refused_until > to_timestamp($1)
+"""
+
+
+async def edge_tunnels(reader: Reader) -> list[Any]:
+    return list(await reader.raw.fetch(_EDGE_TUNNELS))
+
+
+async def edge_ended(reader: Reader, now: float) -> list[Any]:
+    return list(await reader.raw.fetch(_EDGE_ENDED, now))
+
+
+# -- relays -------------------------------------------------------------------------------------------------------------
+
+_HEARTBEAT = """
+INSERT INTO relays (name, key_id, region, connect_url, public_url, version, load, draining)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+ON CONFLICT (name) DO UPDATE
+SET key_id = excluded.key_id, region = excluded.region, connect_url = excluded.connect_url,
+    public_url = excluded.public_url, version = excluded.version, load = excluded.load, draining = excluded.draining,
+    seen_at = now()
+RETURNING bound_digest, xmax = 0 AS registered
+"""
+_BOUND_GONE = "DELETE FROM relay_bindings WHERE relay = $1 AND NOT tunnel_id = ANY($2)"
+_BOUND_NOW = """
+INSERT INTO relay_bindings (relay, tunnel_id, session_id, generation)
+SELECT $1, * FROM unnest($2::text[], $3::text[], $4::bigint[])
+ON CONFLICT (relay, tunnel_id) DO UPDATE SET session_id = excluded.session_id, generation = excluded.generation
+WHERE (relay_bindings.session_id, relay_bindings.generation) <> (excluded.session_id, excluded.generation)
+"""
+_LIVE_RELAYS = """
+SELECT name, region, connect_url, load, draining, extract(epoch FROM now() - seen_at)::float8 AS age
+FROM relays WHERE seen_at > now() - make_interval(secs => $1)
+"""
+_BOUND_LIVE = """
+SELECT b.tunnel_id, b.relay, b.session_id FROM relay_bindings b JOIN relays r ON r.name = b.relay
+WHERE b.tunnel_id = ANY($1) AND r.seen_at > now() - make_interval(secs => $2)
+"""
+
+
+async def heartbeat(tx: Tx, row: tuple[Any, ...]) -> Any:
+    """Register or renew a relay; ``(bound_digest, registered)``. Holds its row until the transaction ends."""
+    return await tx.raw.fetchrow(_HEARTBEAT, *row)
+
+
+async def replace_bindings(
+    tx: Tx, relay: str, digest: bytes, tunnel_ids: list[str], sessions: list[str], generations: list[int]
+) -> None:
+    """Make the relay's bindings exactly these, writing only what differs. The relay's row is held by ``heartbeat``."""
+    await tx.raw.execute(_BOUND_GONE, relay, tunnel_ids)
+    await tx.raw.execute(_BOUND_NOW, relay, tunnel_ids, sessions, generations)
+    await tx.raw.execute("UPDATE relays SET bound_digest = $2 WHERE name = $1", relay, digest)
+
+
+async def live_relays(reader: Reader, lease_seconds: float) -> list[Any]:
+    return list(await reader.raw.fetch(_LIVE_RELAYS, float(lease_seconds)))
+
+
+async def live_bindings(reader: Reader, tunnel_ids: list[str], lease_seconds: float) -> list[Any]:
+    """``(tunnel_id, relay, session_id)`` for those that a live relay has bound."""
+    return list(await reader.raw.fetch(_BOUND_LIVE, tunnel_ids, float(lease_seconds)))
+
+
+async def hostnames(reader: Reader, organization: str, session_ids: list[str]) -> dict[str, str]:
+    """The machine of each session of the organization."""
+    rows = await reader.raw.fetch(
+        "SELECT id, hostname FROM agent_sessions WHERE organization_id = $1 AND id = ANY($2)", organization, session_ids
+    )
+    return {row["id"]: row["hostname"] for row in rows}
+
+
+async def insert_relay_key(tx: Tx, row: dict[str, Any]) -> None:
+    await tx.execute(sa.insert(relay_keys).values(**row))
+
+
+async def relay_key(reader: Reader, digest: bytes) -> Any:
+    return await reader.raw.fetchrow("SELECT id, relay, revoked_at FROM relay_keys WHERE digest = $1", digest)
+
+
+async def revoke_relay_key(tx: Tx, key_id: str) -> bool:
+    status: str = await tx.raw.execute(
+        "UPDATE relay_keys SET revoked_at = now() WHERE id = $1 AND revoked_at IS NULL", key_id
+    )
+    return status != "UPDATE 0"
+
+
+async def acknowledge(tx: Tx, relay: str, version: int) -> None:
+    await tx.raw.execute("UPDATE relays SET version = greatest(version, $2) WHERE name = $1", relay, version)
+
+
+async def live_relay_keys(reader: HasConnection, key_ids: list[str]) -> set[str]:
+    rows = await reader.raw.fetch("SELECT id FROM relay_keys WHERE id = ANY($1) AND revoked_at IS NULL", key_ids)
+    return {row["id"] for row in rows}
+
+
+# -- usage --------------------------------------------------------------------------------------------------------------
+
+_CLAIM_BATCHES = """
+INSERT INTO edge_usage_batches (relay, boot, seq) SELECT $1, $2, unnest($3::bigint[])
+ON CONFLICT DO NOTHING RETURNING seq
+"""
+_ADD_TUNNEL_USAGE = """
+INSERT INTO tunnel_usage (tunnel_id, hour, organization_id, requests, connections, bytes_in, bytes_out, errors)
+SELECT * FROM unnest($1::text[], $2::timestamptz[], $3::text[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[],
+                     $8::bigint[])
+ON CONFLICT (tunnel_id, hour) DO UPDATE SET
+    requests = tunnel_usage.requests + excluded.requests, connections = tunnel_usage.connections + excluded.connections,
+    bytes_in = tunnel_usage.bytes_in + excluded.bytes_in, bytes_out = tunnel_usage.bytes_out + excluded.bytes_out,
+    errors = tunnel_usage.errors + excluded.errors
+"""
+_ADD_ORGANIZATION_USAGE = """
+INSERT INTO organization_usage (organization_id, hour, requests, connections, bytes_in, bytes_out, errors)
+SELECT * FROM unnest($1::text[], $2::timestamptz[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[])
+ON CONFLICT (organization_id, hour) DO UPDATE SET
+    requests = organization_usage.requests + excluded.requests, connections = organization_usage.connections + excluded.connections,
+    bytes_in = organization_usage.bytes_in + excluded.bytes_in, bytes_out = organization_usage.bytes_out + excluded.bytes_out,
+    errors = organization_usage.errors + excluded.errors
+"""
+
+
+async def claim_batches(tx: Tx, relay: str, boot: str, seqs: list[int]) -> set[int]:
+    """The batches that nobody counted before; a concurrent duplicate waits for this transaction."""
+    return {row["seq"] for row in await tx.raw.fetch(_CLAIM_BATCHES, relay, boot, seqs)}
+
+
+async def tunnel_owners(reader: Reader, tunnel_ids: list[str]) -> dict[str, str]:
+    """The organization of each tunnel that exists, or that usage was counted for before it was deleted."""
+    rows = await reader.raw.fetch(
+        "SELECT id, organization_id FROM tunnels WHERE id = ANY($1) UNION"
+        " SELECT tunnel_id, organization_id FROM tunnel_usage WHERE tunnel_id = ANY($1)",
+        tunnel_ids,
+    )
+    return {row["id"]: row["organization_id"] for row in rows}
+
+
+async def add_tunnel_usage(tx: Tx, columns: list[list[Any]]) -> None:
+    await tx.raw.execute(_ADD_TUNNEL_USAGE, *columns)
+
+
+async def add_organization_usage(tx: Tx, columns: list[list[Any]]) -> None:
+    await tx.raw.execute(_ADD_ORGANIZATION_USAGE, *columns)
+
+
+# -- clearing -----------------------------------------------------------------------------------------------------------
+
+_CLEAR = (
+    # A session whose last token and its grace are over can never come back: its agent starts a new one.
+    "DELETE FROM agent_sessions WHERE coalesce(refused_until, expires_at + make_interval(secs => $1)) < now()",
+    "DELETE FROM relays WHERE seen_at < now() - make_interval(secs => $1)",
+    "DELETE FROM edge_usage_batches WHERE received_at < now() - make_interval(secs => $2)",
+    "DELETE FROM tunnel_events WHERE at < now() - make_interval(secs => $2)",
+)
+
+
+async def clear(tx: Tx, *, grace_seconds: float, history_seconds: float) -> int:
+    """Delete what is over; returns how many rows."""
+    gone = 0
+    for statement in _CLEAR:
+        seconds = grace_seconds if "$1" in statement else history_seconds
+        status: str = await tx.raw.execute(statement.replace("$2", "$1"), float(seconds))
+        gone += int(status.rpartition(" ")[2])
+    return gone

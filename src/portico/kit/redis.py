@@ -1,0 +1,88 @@
+"""Redis or Valkey as something that may be missing: short deadlines, and a pause after a failure.
+
+    found = await redis.pipeline(lambda p: p.hmget(key, fields))      # None: not reachable just now
+
+What it holds can be rebuilt, so no caller waits for it: a server that hangs costs one call ``timeout_seconds``; for the
+next ``pause_seconds`` every call is skipped; then a single call tries again while the others still skip.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import redis.asyncio as client
+from redis.asyncio.client import Pipeline
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as LostError
+from redis.exceptions import RedisError
+
+log = logging.getLogger(__name__)
+
+
+class Redis:
+    """One pool per process. ``close()`` at the end."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_seconds: float = 0.05,
+        pause_seconds: float = 1.0,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._timeout, self._pause, self._monotonic = timeout_seconds, pause_seconds, monotonic
+        self._skip_until = 0.0
+        self._failing = False
+        # One retry, on a lost connection only: a pooled connection to a server that was restarted costs nothing.
+        self._client: client.Redis = client.Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_connect_timeout=timeout_seconds,
+            retry=Retry(NoBackoff(), 1, supported_errors=(LostError,)),
+            max_connections=64,
+        )
+
+    @property
+    def available(self) -> bool:
+        """Whether the last call succeeded (or none was made yet)."""
+        return not self._failing
+
+    async def pipeline(
+        self, fill: Callable[[Pipeline], Any], *, atomic: bool = False, timeout_seconds: float | None = None
+    ) -> list[Any] | None:
+        """The answers to the commands that ``fill`` queues, sent together (``atomic``: as one transaction).
+
+        ``None`` when the server is not reachable in time, or was not a moment ago.
+        """
+        now = self._monotonic()
+        if self._failing:
+            if now < self._skip_until:
+                return None
+            self._skip_until = now + self._pause  # this call probes; the others go on skipping
+        try:
+            async with asyncio.timeout(timeout_seconds or self._timeout):
+                async with self._client.pipeline(transaction=atomic) as commands:
+                    fill(commands)
+                    answers: list[Any] = await commands.execute()
+        except (RedisError, OSError, TimeoutError) as err:
+            self._failed(err)
+            return None
+        if self._failing:
+            log.info("redis is back")
+        self._failing = False
+        return answers
+
+    def _failed(self, err: BaseException) -> None:
+        if not self._failing:
+            log.warning("redis is not reachable, going on without", extra={"f": {"error": type(err).__name__}})
+        self._failing = True
+        self._skip_until = self._monotonic() + self._pause
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._client.aclose()
