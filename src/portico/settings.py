@@ -510,10 +510,10 @@ class WorkerSettings:
     retry_max_seconds: float = 300.0
     # Seconds for the job at work to end when the process stops; then it is cancelled and its transaction rolls back.
     shutdown_seconds: float = 5.0
-    # Seconds between two trims of the edge change table.
-    trim_changes_seconds: float = 60.0
-    # Seconds between two removals of what has expired.
-    expire_seconds: float = 300.0
+    # Seconds between two removals of ended sessions, old history and old rows of the edge change table.
+    clear_tunnels_seconds: float = 60.0
+    # Seconds between two removals of remembered answers of idempotent requests.
+    expire_requests_seconds: float = 300.0
 
 
 # --- where things are -------------------------------------------------------------------------------------------------

@@ -90,6 +90,24 @@ def migrate(config: ConfigOption = None) -> None:
     _run("migrate", chosen.log_level, migrations.upgrade(chosen.database_url.reveal()))
 
 
+def prepare() -> None:
+    """For `portico up`: migrate, make the first accounts; JSON in on standard input, credentials out on standard output."""
+    import json
+
+    chosen = settings.load(settings.ApiSettings)
+    from portico.control import bootstrap, migrations
+
+    request = json.load(sys.stdin)
+
+    async def both() -> None:
+        await migrations.upgrade(chosen.database_url.reveal())
+        credentials = await bootstrap.ensure_first(chosen, relays=request["relays"], known=request["known"])
+        sys.stdout.write(json.dumps(bootstrap.document(credentials)))
+
+    _run("migrate", chosen.log_level, both())
+
+
 def register(app: typer.Typer) -> None:
     for command in (api, relay, worker, migrate):
         app.command()(command)
+    app.command(hidden=True)(prepare)

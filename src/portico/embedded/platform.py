@@ -165,10 +165,7 @@ class Platform:
         """Migrations (under a lock) and the first accounts, by a process of its own: the supervisor stays small."""
         request = {
             "relays": [f"relay-{n}" for n in range(1, self.settings.relays + 1)],
-            "known": {
-                key: secretfiles.read_credentials(self.home).get(key)
-                for key in ("operator_key", "organization_id", "agent_key")
-            },
+            "known": {key: secretfiles.read_credentials(self.home).get(key) for key in ("operator_key", "agent_key")},
         }
         answer = await run_to_end("migrate", ["prepare"], self.environment(), self.logs, json.dumps(request).encode())
         given: dict[str, Any] = json.loads(answer)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from portico.control import changes, requests
+from portico.control import requests
+from portico.control.tunnels import jobs as tunnel_jobs
 from portico.settings import WorkerSettings
 from portico.worker.jobs import Context, Job
 
 
 def jobs(settings: WorkerSettings) -> list[Job]:
-    """Its jobs, at the intervals of the settings."""
+    """Its jobs, at the intervals of the settings. What identity sweeps up, each API process does itself: it holds the
+    times of use of keys, and it must be able to rotate signing keys when no worker runs."""
     return [
-        Job("changes.trim", settings.trim_changes_seconds, trim_changes),
-        Job("requests.expire", settings.expire_seconds, expire_requests),
+        Job("tunnels.clear", settings.clear_tunnels_seconds, clear_tunnels),
+        Job("requests.expire", settings.expire_requests_seconds, expire_requests),
     ]
 
 
-async def trim_changes(context: Context) -> str:
-    """Old rows of the edge change table; a relay that was away for longer gets a snapshot."""
-    keep = context.control
-    async with context.db.transaction() as tx:
-        count = await changes.trim(
-            tx, keep_seconds=keep.edge_changes_keep_seconds, keep_rows=keep.edge_changes_keep_rows
-        )
-    return f"{count} rows" if count else ""
+async def clear_tunnels(context: Context) -> str:
+    """Ended sessions, old history, and old rows of the edge change table."""
+    await tunnel_jobs.housekeeping(context.db, context.control)
+    return ""
 
 
 async def expire_requests(context: Context) -> str:
