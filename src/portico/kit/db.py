@@ -313,7 +313,10 @@ def _is_connection_loss(err: BaseException) -> bool:
 def _loss(err: BaseException, raw: asyncpg.Connection) -> BaseException | None:
     """``service.unavailable`` when ``err`` left a block because the connection was lost, else ``None``."""
     ours = isinstance(err, sa_exc.DBAPIError | asyncpg.PostgresError | asyncpg.InterfaceError)
-    return _unavailable(err) if ours and raw.is_closed() else None
+    if not ours or not raw.is_closed():
+        return None
+    log.warning("database connection lost", extra={"f": {"error": f"{type(err).__name__}: {err}"[:300]}})
+    return Problem("service.unavailable", "the database connection was lost", headers={"Retry-After": "1"})
 
 
 def _unavailable(err: BaseException) -> BaseException:
