@@ -1,0 +1,1 @@
+"""The agent: on the developer's machine, between the relay and the local target."""

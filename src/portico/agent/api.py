@@ -1,0 +1,197 @@
+"""Calls to the control plane that the agent and the developer commands make."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from datetime import datetime
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import httpx
+
+from portico.errors import Problem, catalogue
+from portico.settings import AgentSettings, Secret
+
+VERSION = "0.1.0"
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """One tunnel of a session, and the JWT by which a relay binds it."""
+
+    tunnel: str
+    name: str
+    url: str
+    grant: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """What ``POST /v1/agent/sessions`` answers. ``expires_at`` is wall time in seconds."""
+
+    session: str
+    token: str
+    expires_at: float
+    refresh_after: float
+    edges: tuple[str, ...]
+    account: str
+    plan: str
+    grants: tuple[Grant, ...]
+
+    @classmethod
+    def parse(cls, body: dict[str, Any]) -> SessionInfo:
+        """From the response body; raises ``api.unexpected``."""
+        try:
+            account = body.get("account") or {}
+            organization = (account.get("organization") or {}).get("name", "")
+            return cls(
+                session=str(body["session"]),
+                token=str(body["token"]),
+                expires_at=datetime.fromisoformat(body["expires_at"]).timestamp(),
+                refresh_after=max(1.0, float(body["refresh_after"])),
+                edges=tuple(str(url) for url in body["edges"]),
+                account=account.get("user") or organization,
+                plan=str(account.get("plan") or ""),
+                grants=tuple(Grant(g["tunnel"], g["name"], g["url"], g["grant"]) for g in body["grants"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as err:
+            raise Problem("api.unexpected", f"the API's answer lacks what an agent needs ({err!r})") from None
+
+
+def problem_of(code: str, detail: str, hint: str | None = None) -> Problem:
+    """A problem that came from another process: its own code where this version knows it."""
+    if code in catalogue():
+        return Problem(code, detail or None, hint=hint)
+    return Problem("tunnel.refused", f"{detail or 'refused'} ({code})", hint=hint)
+
+
+def server_url(text: str) -> str:
+    """An API address as typed: scheme added, trailing slash and /v1 dropped; raises ``config.invalid``."""
+    url = text.strip().rstrip("/").removesuffix("/v1")
+    if "://" not in url:
+        url = f"https://{url}" if not _local(url.split(":")[0]) else f"http://{url}"
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise Problem(
+            "config.invalid", f"{text!r} is not the address of an API", hint="Write it as https://host[:port]."
+        )
+    return url
+
+
+def _local(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class Api:
+    """A client for one API and one key. Close it with :meth:`aclose`."""
+
+    def __init__(self, server: str, key: Secret | None, settings: AgentSettings) -> None:
+        self.server = server
+        headers = {"User-Agent": f"portico/{VERSION}"}
+        if key:
+            headers["Authorization"] = f"Bearer {key.reveal()}"
+        parts = urlsplit(server)
+        verify: ssl.SSLContext | bool = False  # no context is built for plain http, which saves 30 ms
+        if parts.scheme == "https":
+            verify = ssl.create_default_context(cafile=str(settings.ca_file) if settings.ca_file else None)
+        self._http = httpx.AsyncClient(
+            base_url=server + "/v1/",
+            headers=headers,
+            timeout=settings.api_timeout_seconds,
+            verify=verify,
+            trust_env=not _local(parts.hostname or ""),
+            follow_redirects=False,
+        )
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None
+    ) -> dict[str, Any]:
+        """One call; raises the API's problem, ``api.unreachable`` or ``api.unexpected``."""
+        limit = httpx.USE_CLIENT_DEFAULT if timeout is None else httpx.Timeout(timeout)
+        try:
+            response = await self._http.request(method, path, json=body, timeout=limit)
+        except httpx.TimeoutException:
+            raise Problem("api.unreachable", f"the API at {self.server} did not answer in time") from None
+        except httpx.HTTPError as err:
+            raise Problem("api.unreachable", f"the API at {self.server} cannot be reached ({_reason(err)})") from None
+        if response.is_success:
+            return self._document(response)
+        raise self._refusal(response)
+
+    def _document(self, response: httpx.Response) -> dict[str, Any]:
+        if response.status_code == 204 or not response.content:
+            return {}
+        try:
+            body = response.json()
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            raise Problem("api.unexpected", f"{self.server} did not answer as a Portico API does")
+        return body
+
+    def _refusal(self, response: httpx.Response) -> Problem:
+        try:
+            body = response.json()
+        except ValueError:
+            body = {}
+        code = body.get("code") if isinstance(body, dict) else None
+        if isinstance(code, str) and code in catalogue():
+            return Problem(code, str(body.get("detail") or ""), hint=str(body.get("hint") or "") or None)
+        if response.status_code in (502, 503, 504):
+            return Problem("api.unreachable", f"the API at {self.server} answered {response.status_code}")
+        what = f"{code}: {body.get('detail')}" if code else f"status {response.status_code}"
+        return Problem("api.unexpected", f"{self.server} answered {what}")
+
+    # ── agent sessions ────────────────────────────────────────────────────────────────────────────────────────────
+    async def open_session(self, body: dict[str, Any]) -> SessionInfo:
+        """Start the agent's session, or take it up again."""
+        return SessionInfo.parse(await self.call("POST", "agent/sessions", body))
+
+    async def refresh_session(self, session: str, agent_id: str, timeout: float | None = None) -> SessionInfo:
+        """New token and grants for a live session."""
+        path = f"agent/sessions/{quote(session, safe='')}/refresh"
+        return SessionInfo.parse(await self.call("POST", path, {"agent_id": agent_id}, timeout))
+
+    async def close_session(self, session: str, timeout: float) -> None:
+        """End a session."""
+        await self.call("DELETE", f"agent/sessions/{quote(session, safe='')}", timeout=timeout)
+
+    # ── tunnels ───────────────────────────────────────────────────────────────────────────────────────────────────
+    async def tunnels(self) -> list[dict[str, Any]]:
+        """Every tunnel of the organization."""
+        rows: list[dict[str, Any]] = []
+        cursor = ""
+        while True:
+            page = await self.call("GET", f"tunnels?limit=100{'&cursor=' + quote(cursor, safe='') if cursor else ''}")
+            rows += page.get("data", [])
+            cursor = page.get("next_cursor") or ""
+            if not cursor:
+                return rows
+
+    async def find_tunnel(self, name: str) -> dict[str, Any]:
+        """The tunnel of this name or id; raises ``tunnel.not_found``."""
+        for row in await self.tunnels():
+            if name in (row.get("name"), row.get("id")):
+                return row
+        raise Problem("tunnel.not_found", f"there is no tunnel {name!r}")
+
+
+def _reason(err: Exception) -> str:
+    text = str(err)
+    if "refused" in text or "All connection attempts failed" in text:
+        return "connection refused"
+    return text or type(err).__name__

@@ -1,0 +1,439 @@
+"""The agent: keeps its tunnels online, whatever happens to relays and API (``Agent.run``).
+
+    API ──session, grants──► connect ──HELLO, BIND──► online ──lost──► back-off ──► connect …
+     ▲                          ▲                       │
+     └── refresh before expiry  └──── GOAWAY: the replacement first, the old one finishes
+
+It gives up only when the credential is refused or when the platform ended every tunnel. While the API is away the
+agent goes on with the tokens it has, expired or not: the relay decides by its grace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from portico.agent.api import VERSION, Api, Grant, SessionInfo
+from portico.agent.link import Link, Serves
+from portico.errors import Problem
+from portico.settings import AgentSettings
+
+log = logging.getLogger("portico.agent")
+
+#: The platform's last words on a tunnel.
+TUNNEL_OVER = frozenset(("tunnel.stopped", "tunnel.deleted", "tunnel.suspended", "tunnel.not_found"))
+#: What a new grant heals.
+GRANT_OLD = frozenset(("tunnel.grant_expired", "tunnel.grant_stale", "tunnel.grant_invalid"))
+#: What a new session token heals.
+TOKEN_OLD = frozenset(("session.token_expired", "session.token_invalid", "session.not_found", "session.ended"))
+#: A connection that lasted this many seconds starts the back-off from its beginning.
+STEADY_SECONDS = 5.0
+#: Longest wait that a relay may ask for.
+HINT_MAX_SECONDS = 300.0
+
+
+def credential_refused(problem: Problem) -> bool:
+    """Whether trying again is pointless until a person signs in."""
+    return problem.code == "session.revoked" or (problem.code.startswith("auth.") and problem.status in (401, 403))
+
+
+@dataclass(slots=True, eq=False)
+class Tunnel:
+    """One tunnel of this agent. ``state``: ``starting``, ``online``, ``offline`` (trying), ``ended``."""
+
+    spec: dict[str, Any]
+    serves: Serves
+    target: str
+    bind: int
+    grant: Grant | None = None
+    url: str = ""
+    state: str = "starting"
+    was_online: bool = False
+    problem: Problem | None = None
+    attempt: int = 0
+    link: Link | None = None
+
+    @property
+    def name(self) -> str:
+        return self.grant.name if self.grant is not None else str(self.spec.get("name") or "")
+
+
+class Events:
+    """What an agent tells its screen or log; every method may be overridden."""
+
+    def connection(self, state: str, detail: str) -> None:
+        """The session's state: ``connecting``, ``online``, ``reconnecting``, ``ended``."""
+
+    def tunnel(self, tunnel: Tunnel) -> None:
+        """A tunnel changed its state."""
+
+    def warning(self, text: str) -> None:
+        """Something that a person may want to act on; the agent goes on."""
+
+
+class Agent:
+    """See the module. ``run`` returns when it was stopped; it raises the problem that ended it."""
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        api: Api,
+        tunnels: Sequence[tuple[dict[str, Any], Serves, str]],
+        events: Events | None = None,
+    ) -> None:
+        self.settings = settings
+        self.api = api
+        self.events = events or Events()
+        self.agent_id = "agt-" + secrets.token_hex(12)
+        self.tunnels = [Tunnel(spec, serves, shown, i + 1) for i, (spec, serves, shown) in enumerate(tunnels)]
+        self.info: SessionInfo | None = None
+        self.link: Link | None = None
+        self.old_links: set[Link] = set()
+        self.state = "connecting"
+        self._connects = 0
+        self._stale_token = False
+        self._fatal: Problem | None = None
+        self._hint = 0.0
+        self._stopping = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._refresh_now = asyncio.Event()
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    async def run(self) -> None:
+        """Be online until :meth:`stop`; raises what ended it otherwise (``api.unreachable`` only at the first start)."""
+        self._adopt(await self.api.open_session(self._opening()))
+        refreshing = asyncio.create_task(self._keep_fresh())
+        try:
+            await self._stay_connected()
+        finally:
+            refreshing.cancel()
+            await asyncio.gather(refreshing, return_exceptions=True)
+            for timer in self._timers:
+                timer.cancel()
+            await self._leave()
+        if self._fatal is not None:
+            raise self._fatal
+
+    def stop(self) -> None:
+        """End cleanly: what is in flight finishes, within the drain limit."""
+        self._stopping.set()
+        self._changed.set()
+
+    def _opening(self) -> dict[str, Any]:
+        live = [t for t in self.tunnels if t.state != "ended"]
+        specs = []
+        for tunnel in live:
+            spec = {"protocol": "http", **tunnel.spec, "target": tunnel.target}
+            if tunnel.grant is not None:
+                spec["name"] = tunnel.grant.name  # the name that was made up stays
+            specs.append(spec)
+        return {
+            "agent_id": self.agent_id,
+            "hostname": socket.gethostname()[:255],
+            "version": VERSION,
+            "region": self.settings.region or None,
+            "tunnels": specs,
+        }
+
+    def _adopt(self, info: SessionInfo) -> None:
+        """Take a session answer over: its token, and its grants by name (at first by position)."""
+        live = [t for t in self.tunnels if t.state != "ended"]
+        by_name = {grant.name: grant for grant in info.grants}
+        for index, tunnel in enumerate(live):
+            grant = by_name.get(tunnel.name) if tunnel.name else None
+            if grant is None and tunnel.grant is None and index < len(info.grants):
+                grant = info.grants[index]
+            if grant is not None:
+                tunnel.grant = grant
+                tunnel.url = grant.url
+        self.info = info
+        self._stale_token = False
+
+    async def _leave(self) -> None:
+        """Give the tunnels back, let requests finish, end the session (best effort)."""
+        links = [link for link in {self.link, *self.old_links} if link is not None and not link.lost]
+        for link in links:
+            link.say_goodbye()
+        await asyncio.gather(*(link.drained(self.settings.drain_seconds) for link in links))
+        for link in links:
+            link.close("the agent stopped")
+        for task in self._tasks:
+            task.cancel()
+        if self.info is not None and (self._fatal is None or not credential_refused(self._fatal)):
+            try:
+                await self.api.close_session(self.info.session, self.settings.goodbye_timeout_seconds)
+            except Problem as problem:
+                log.debug("session end was not reported: %s", problem)
+        self._say("ended", "")
+
+    def _say(self, state: str, detail: str) -> None:
+        if state != "online" or self.state != "online":
+            self.state = state
+            self.events.connection(state, detail)
+
+    def _end(self, problem: Problem) -> None:
+        """Give up: nothing that the agent can do would help."""
+        if self._fatal is None:
+            self._fatal = problem
+        self._changed.set()
+
+    @property
+    def _over(self) -> bool:
+        return self._stopping.is_set() or self._fatal is not None
+
+    # ── connection ────────────────────────────────────────────────────────────────────────────────────────────────
+    async def _stay_connected(self) -> None:
+        attempt = 0
+        while not self._over:
+            try:
+                await self._connect()
+            except Problem as problem:
+                if credential_refused(problem):
+                    self._end(problem)
+                    return
+                self._say("reconnecting" if self._was_online else "connecting", problem.detail)
+                await self._pause(attempt)
+                attempt += 1
+                continue
+            link = self.link
+            assert link is not None
+            while not (self._over or link.lost or link.leaving):
+                await self._changed.wait()
+                self._changed.clear()
+            lasted = asyncio.get_running_loop().time() - link.opened_at
+            attempt = 0 if lasted >= STEADY_SECONDS else attempt + 1
+            if not self._over:
+                await self._pause(attempt - 1 if link.leaving else attempt)
+
+    @property
+    def _was_online(self) -> bool:
+        return any(tunnel.was_online for tunnel in self.tunnels)
+
+    async def _pause(self, attempt: int) -> None:
+        """Full jitter, from ``reconnect_first_seconds`` doubling to ``reconnect_max_seconds``; a relay's hint comes first."""
+        limits = self.settings
+        ceiling = min(limits.reconnect_max_seconds, limits.reconnect_first_seconds * 2 ** min(max(attempt, 0), 20))
+        delay = min(self._hint, HINT_MAX_SECONDS) + random.uniform(0, ceiling)  # noqa: S311 - jitter, no secret
+        self._hint = 0.0
+        try:
+            await asyncio.wait_for(self._stopping.wait(), delay)
+        except TimeoutError:
+            pass
+
+    async def _connect(self) -> None:
+        """Open and bind one new link; raises the last problem when no relay takes us."""
+        assert self.info is not None
+        if self._stale_token or self.info.expires_at <= time.time() or (self.link is not None and self.link.leaving):
+            await self._renew()
+        problem: Problem | None = None
+        for url in self._edges():
+            link = Link(self, self.settings, url, self._next_connect())
+            try:
+                await link.open(self.info.token)
+            except Problem as err:
+                if credential_refused(err):
+                    raise
+                problem = err
+                log.debug("relay refused or unreachable: %s", err)
+                if err.code in TOKEN_OLD:
+                    self._stale_token = True
+                continue
+            self._use(link)
+            return
+        if not self._stale_token:
+            # The relays that we know are gone: perhaps the platform has others by now.
+            await self._renew()
+        raise problem or Problem("edge.no_relay")
+
+    def _edges(self) -> list[str]:
+        """The relays in the API's order; one that asked us to leave comes last."""
+        assert self.info is not None
+        leaving = self.link.url if self.link is not None and self.link.leaving else None
+        return sorted(self.info.edges, key=lambda url: url == leaving)
+
+    def _next_connect(self) -> int:
+        self._connects += 1
+        return self._connects
+
+    async def _renew(self) -> None:
+        """Ask the API for a current session; when it is away, what we have must do."""
+        try:
+            self._adopt(await self.api.open_session(self._opening()))
+        except Problem as problem:
+            if credential_refused(problem):
+                raise
+            log.debug("no new session: %s", problem)
+
+    def _use(self, link: Link) -> None:
+        """Make ``link`` the current one and bind everything on it; an older link finishes what it has."""
+        old, self.link = self.link, link
+        if old is not None and not old.lost:
+            self.old_links.add(old)
+        for tunnel in self.tunnels:
+            if tunnel.state != "ended" and tunnel.grant is not None:
+                link.bound[tunnel.bind] = tunnel.serves
+                link.bind(tunnel.bind, tunnel.grant.grant)
+
+    async def _retire(self, old: Link) -> None:
+        """The replacement is bound: let the old link finish, then close it."""
+        await old.drained(self.settings.drain_seconds)
+        old.close("replaced")
+
+    # ── freshness ─────────────────────────────────────────────────────────────────────────────────────────────────
+    async def _keep_fresh(self) -> None:
+        """Refresh token and grants before they expire; while the API is away keep trying and keep the session up."""
+        failures = 0
+        while True:
+            assert self.info is not None
+            if failures:
+                wait = random.uniform(0, min(30.0, 2.0**failures))  # noqa: S311 - jitter, no secret
+            else:
+                wait = self.info.refresh_after * random.uniform(0.85, 1.0)  # noqa: S311 - jitter, no secret
+            try:
+                await asyncio.wait_for(self._refresh_now.wait(), wait)
+            except TimeoutError:
+                pass
+            self._refresh_now.clear()
+            try:
+                await self._refresh()
+                failures = 0
+            except Problem as problem:
+                if credential_refused(problem):
+                    self._end(problem)
+                    return
+                failures += 1
+                self.events.warning(f"could not refresh the session, trying again: {problem.detail}")
+
+    async def _refresh(self) -> None:
+        assert self.info is not None
+        before = self.info.session
+        try:
+            info = await self.api.refresh_session(before, self.agent_id)
+        except Problem as problem:
+            if problem.code not in TOKEN_OLD:
+                raise
+            info = await self.api.open_session(self._opening())
+        self._adopt(info)
+        link = self.link
+        if link is None or link.lost:
+            return
+        if info.session != before:
+            link.leaving = True  # another session needs a connection of its own
+            self._changed.set()
+            return
+        link.auth(info.token)
+        for tunnel in self.tunnels:
+            if tunnel.state != "ended" and tunnel.grant is not None:
+                link.bound[tunnel.bind] = tunnel.serves
+                link.bind(tunnel.bind, tunnel.grant.grant)
+
+    # ── what a link reports ───────────────────────────────────────────────────────────────────────────────────────
+    def _tunnel(self, bind: int) -> Tunnel | None:
+        return self.tunnels[bind - 1] if 0 < bind <= len(self.tunnels) else None
+
+    def link_bound(self, link: Link, bind: int, url: str) -> None:
+        tunnel = self._tunnel(bind)
+        if tunnel is None or tunnel.state == "ended":
+            link.unbind(bind)
+            return
+        if link is not self.link:
+            return
+        renewed = tunnel.link is link and tunnel.state == "online"
+        tunnel.link, tunnel.url = link, url or tunnel.url
+        tunnel.attempt, tunnel.problem, tunnel.was_online = 0, None, True
+        if not renewed:
+            tunnel.state = "online"
+            self.events.tunnel(tunnel)
+        if all(t.state in ("online", "ended") for t in self.tunnels):
+            if self.state != "online":
+                self._say("online", "")
+            for old in self.old_links:
+                task = asyncio.get_running_loop().create_task(self._retire(old))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            self.old_links.clear()
+
+    def link_refused(self, link: Link, bind: int, problem: Problem, retryable: bool) -> None:
+        tunnel = self._tunnel(bind)
+        if tunnel is None or link is not self.link or tunnel.state == "ended":
+            return
+        if problem.code in TUNNEL_OVER:
+            self._tunnel_over(tunnel, problem)
+        elif problem.code in GRANT_OLD or problem.code in TOKEN_OLD:
+            self._try_again(tunnel, problem, refresh=True)
+        elif not tunnel.was_online and (problem.code == "tunnel.in_use" or not retryable):
+            self._tunnel_over(tunnel, problem)
+        else:
+            self._try_again(tunnel, problem, refresh=False)
+
+    def link_unbound(self, link: Link, bind: int, problem: Problem) -> None:
+        tunnel = self._tunnel(bind)
+        if tunnel is None or tunnel.state == "ended" or link is not self.link:
+            return
+        if problem.code in TUNNEL_OVER:
+            self._tunnel_over(tunnel, problem)
+        else:
+            self._try_again(tunnel, problem, refresh=problem.code in GRANT_OLD)
+
+    def _tunnel_over(self, tunnel: Tunnel, problem: Problem) -> None:
+        tunnel.state, tunnel.problem = "ended", problem
+        self.events.tunnel(tunnel)
+        if all(t.state == "ended" for t in self.tunnels):
+            self._end(problem)
+
+    def _try_again(self, tunnel: Tunnel, problem: Problem, refresh: bool) -> None:
+        tunnel.state, tunnel.problem = "offline", problem
+        self.events.tunnel(tunnel)
+        limits = self.settings
+        ceiling = min(limits.reconnect_max_seconds, limits.reconnect_first_seconds * 2 ** min(tunnel.attempt, 20))
+        tunnel.attempt += 1
+        delay = random.uniform(0, ceiling)  # noqa: S311 - jitter, no secret
+        self._later(delay, self._refresh_now.set if refresh else lambda: self._rebind(tunnel))
+
+    def _rebind(self, tunnel: Tunnel) -> None:
+        link = self.link
+        if link is not None and not link.lost and tunnel.state == "offline" and tunnel.grant is not None:
+            link.bound[tunnel.bind] = tunnel.serves
+            link.bind(tunnel.bind, tunnel.grant.grant)
+
+    def _later(self, delay: float, call: Any) -> None:
+        def run() -> None:
+            self._timers.discard(timer)
+            call()
+
+        timer = asyncio.get_running_loop().call_later(delay, run)
+        self._timers.add(timer)
+
+    def link_goaway(self, link: Link, problem: Problem, retry_after: float) -> None:
+        if link is self.link:
+            self._hint = retry_after
+            self.events.warning(f"{problem.detail}; opening a new connection first")
+            self._changed.set()
+
+    def link_lost(self, link: Link, problem: Problem) -> None:
+        self.old_links.discard(link)
+        if link is not self.link:
+            return
+        if credential_refused(problem):
+            self._end(problem)
+        elif problem.code in TOKEN_OLD or problem.code == "session.superseded":
+            self._stale_token = True
+        elif problem.code == "wire.version_unsupported":
+            self._end(problem)
+        if not self._over:
+            for tunnel in self.tunnels:
+                if tunnel.state == "online":
+                    tunnel.state = "offline"
+                    tunnel.problem = problem
+                    self.events.tunnel(tunnel)
+            self._say("reconnecting", problem.detail)
+        self._changed.set()

@@ -1,0 +1,353 @@
+"""One connection to the target: parses its responses and carries them, within credit, into the stream being served.
+
+    idle ──attach(exchange)──► head ──► body (parser, or counted down) ──► done ──► idle or closed
+                                 └──101──► raw (portico.agent.raw takes the transport over)
+
+Nothing piles up here: a read is never larger than the stream's credit, and at zero credit reading stops. What a decoder
+still yields above that (the head's own read) is held, bounded by one read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+
+from portico.agent.heads import HeadError, ResponseHead, trailer_fields
+from portico.wire import frames as f
+
+if TYPE_CHECKING:
+    from portico.agent.forward import Exchange
+    from portico.agent.pool import Pool
+    from portico.agent.raw import RawPipe
+
+log = logging.getLogger("portico.agent")
+
+#: Smallest read: credit below it would mean a system call for a few bytes.
+MIN_READ = 4096
+#: From this Content-Length on the body bypasses the parser: no copy but the one into the frame.
+BYPASS = 65_536
+#: One receive buffer for all connections of a loop: bytes are used before the next read.
+RECEIVE_BYTES = 131_072
+
+
+class TargetConnection(asyncio.BufferedProtocol):
+    """See the module. ``pool`` owns it while it is idle, ``exchange`` while it serves a request, ``raw`` after a 101."""
+
+    __slots__ = (
+        "chunked", "close_after", "complete", "exchange", "fields", "fresh_parser", "head", "head_bytes", "held",
+        "held_end", "idle_since", "junk", "left", "lost", "parser", "pool", "raw", "reading_paused", "reason",
+        "reused", "skip_body", "transport", "view", "write_paused", "writing_since",
+    )  # fmt: skip
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.view = pool.view
+        self.transport: Any = None
+        self.exchange: Exchange | None = None
+        self.raw: RawPipe | None = None
+        self.parser: Any = HttpResponseParser(self)
+        self.reused = self.lost = self.write_paused = self.reading_paused = False
+        self.idle_since = self.writing_since = 0.0
+        self.held: list[bytes] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        """Be ready for the next response."""
+        self.head: ResponseHead | None = None
+        self.fields: list[bytes] = []
+        self.reason = b""
+        self.left = -1
+        self.head_bytes = 0
+        self.held_end: list[bytes] | None = None
+        self.chunked = self.close_after = self.complete = self.fresh_parser = self.junk = self.skip_body = False
+
+    # ── transport events ──────────────────────────────────────────────────────────────────────────────────────────
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        transport.set_write_buffer_limits(high=self.pool.settings.target_write_buffer_bytes)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        owner = self.exchange or self.raw
+        if owner is None:
+            return self.view
+        credit = owner.stream.sendable()
+        if credit >= RECEIVE_BYTES:
+            return self.view
+        return self.view[: credit if credit > MIN_READ else MIN_READ]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        exchange = self.exchange
+        if exchange is None:
+            if self.raw is not None:
+                self.raw.received(self.view[:nbytes])
+            else:
+                # Bytes that nobody asked for: whatever they are, they must not answer the next request.
+                self.abort()
+            return
+        if self.fresh_parser and self.left > 0:
+            self._count_down(exchange, nbytes)
+            return
+        try:
+            self.parser.feed_data(self.view[:nbytes])
+        except HttpParserUpgrade as upgrade:
+            self._switch(exchange, nbytes, upgrade.args[0])
+        except HttpParserError as err:
+            self._broken(exchange, err)
+        else:
+            self._after_read(exchange, nbytes)
+
+    def _after_read(self, exchange: Exchange, nbytes: int) -> None:
+        if self.complete:
+            if self.held:
+                self.hold()
+            else:
+                self._finish(exchange)
+        elif self.head is None:
+            self.head_bytes += nbytes
+            if self.head_bytes > self.pool.settings.target_head_max_bytes:
+                exchange.fail(
+                    f.TARGET_INVALID, f"the response head is over {self.pool.settings.target_head_max_bytes} bytes"
+                )
+        elif self.held or exchange.stream.sendable() <= 0:
+            self.hold()
+
+    def _count_down(self, exchange: Exchange, nbytes: int) -> None:
+        """Body of a known length that bypasses the parser."""
+        size = nbytes if nbytes <= self.left else self.left
+        self.junk = size < nbytes
+        self._send(exchange, self.view[:size])
+        if self.left == 0:
+            self.complete = True
+        self._after_read(exchange, nbytes)
+
+    def eof_received(self) -> bool:
+        if self.raw is not None:
+            return self.raw.eof()
+        exchange = self.exchange
+        if exchange is not None:
+            self._ended(exchange, None)
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
+        self.pool.forget(self)
+        if self.raw is not None:
+            self.raw.lost(exc)
+        elif self.exchange is not None:
+            self._ended(self.exchange, exc)
+
+    def _ended(self, exchange: Exchange, exc: Exception | None) -> None:
+        """The target closed the connection while it owed (part of) a response."""
+        if self.complete:
+            self.junk = True
+            if not self.held:
+                self._finish(exchange)
+        elif self.head is None:
+            exchange.lost_before_head(self, exc, nothing_arrived=self.head_bytes == 0 and not self.reason)
+        elif exc is None and self.left < 0 and not self.chunked:
+            self.complete = self.junk = True
+            self._end_body(exchange, [])
+            if not self.held:
+                self._finish(exchange)
+        else:
+            exchange.fail(f.TARGET_RESET, "the target closed the connection in the middle of its answer")
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        self.writing_since = self.pool.loop.time()
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        owner = self.exchange or self.raw
+        if owner is not None:
+            # A buffer that empties within the tick is no slow reader: only real waits cost a stream its window.
+            if self.pool.loop.time() - self.writing_since > 0.02:
+                owner.stream.stalled = True
+            owner.writable()
+
+    # ── parser callbacks ──────────────────────────────────────────────────────────────────────────────────────────
+    def on_message_begin(self) -> None:
+        if self.complete:
+            self.junk = True
+
+    def on_status(self, reason: bytes) -> None:
+        self.reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.fields += (name, value)
+
+    def on_headers_complete(self) -> None:
+        exchange = self.exchange
+        if self.complete or exchange is None:
+            self.junk = True
+            return
+        parser = self.parser
+        status = parser.get_status_code()
+        if not self.reused and parser.get_http_version() not in ("1.1", "1.0"):
+            raise HeadError(f"it speaks HTTP/{parser.get_http_version()}")
+        if not 100 <= status <= 599:
+            raise HeadError(f"status {status} does not exist")
+        head = ResponseHead(self.reason, self.fields, status)
+        self.fields = []
+        if status < 200:
+            self._interim(exchange, status, head)
+            return
+        self.head = head
+        self.chunked = head.chunked
+        if exchange.bodiless or status == 204 or status == 304:
+            self.left = 0
+            self.chunked = False
+            # The parser does not know HEAD: it would wait for the body that Content-Length speaks of.
+            self.fresh_parser = self.skip_body = exchange.bodiless
+            self.complete = exchange.bodiless
+            self.close_after = head.close or (parser.get_http_version() == "1.0")
+        else:
+            self.left = head.length
+            self.close_after = not parser.should_keep_alive()
+        exchange.respond(status, head.fields, end=self.left == 0)
+
+    def _interim(self, exchange: Exchange, status: int, head: ResponseHead) -> None:
+        if status == 101:
+            if not exchange.upgrade or not head.upgrade:
+                raise HeadError("it switched protocols without being asked")
+            self.head = head
+            self.skip_body = True
+            return
+        exchange.touched()
+        exchange.stream.send_interim(status, head.fields)
+
+    def on_body(self, body: bytes) -> None:
+        exchange = self.exchange
+        if self.skip_body or self.complete or exchange is None:
+            self.junk = True
+            return
+        self._send(exchange, body)
+        if self.left >= BYPASS:
+            self.fresh_parser = True
+
+    def on_message_complete(self) -> None:
+        exchange = self.exchange
+        if self.head is None:
+            # An interim response is over, the next head begins.
+            self.reason = b""
+            self.head_bytes = 0
+            return
+        if self.complete or self.skip_body or exchange is None:
+            return
+        self.complete = True
+        if self.left < 0:
+            self._end_body(exchange, trailer_fields(self.fields) if self.chunked else [])
+
+    # ── body towards the relay ────────────────────────────────────────────────────────────────────────────────────
+    def _send(self, exchange: Exchange, data: bytes | memoryview) -> None:
+        stream = exchange.stream
+        size = len(data)
+        end = False
+        if self.left >= 0:
+            self.left -= size
+            end = self.left == 0
+        room = 0 if self.held else stream.sendable()
+        if size <= room:
+            stream.send_data(data, end)
+            return
+        if room > 0:
+            stream.send_data(data[:room])
+        self.held.append(bytes(data[max(room, 0) :]))
+        if end:
+            self.held_end = []
+
+    def _end_body(self, exchange: Exchange, trailers: list[bytes]) -> None:
+        if self.held:
+            self.held_end = trailers
+        else:
+            exchange.stream.send_end(trailers)
+
+    def hold(self) -> None:
+        """Stop reading until the relay grants credit."""
+        owner = self.exchange or self.raw
+        if owner is None:
+            return
+        if not self.reading_paused and not self.lost:
+            self.reading_paused = True
+            self.transport.pause_reading()
+        owner.stream.wait()
+
+    def credit(self) -> None:
+        """The stream may send again: what is held goes first."""
+        exchange = self.exchange
+        if exchange is None:
+            return
+        stream = exchange.stream
+        while self.held:
+            room = stream.sendable()
+            if room <= 0:
+                stream.wait()
+                return
+            data = self.held[0]
+            stream.send_data(data[:room])
+            if room < len(data):
+                self.held[0] = data[room:]
+            else:
+                del self.held[0]
+        if self.held_end is not None:
+            stream.send_end(self.held_end)
+        if self.complete:
+            self._finish(exchange)
+        elif stream.sendable() <= 0:
+            stream.wait()
+        else:
+            self.unpause()
+
+    def unpause(self) -> None:
+        """Read from the target again."""
+        if self.reading_paused and not self.lost:
+            self.reading_paused = False
+            self.transport.resume_reading()
+
+    # ── ends ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _finish(self, exchange: Exchange) -> None:
+        """The response is with the relay, whole. Keep the connection only when nothing about it is doubtful."""
+        self.exchange = None
+        keep = not (self.close_after or self.junk or self.lost) and exchange.sent_whole() and not self.write_paused
+        exchange.finished()
+        if not keep:
+            self.abort()
+            return
+        if self.fresh_parser:
+            self.parser = HttpResponseParser(self)
+        self._reset()
+        self.unpause()
+        self.reused = True
+        self.pool.release(self)
+
+    def _switch(self, exchange: Exchange, nbytes: int, offset: int) -> None:
+        """101: from ``offset`` on the bytes belong to the new protocol; they may have come in the same segment."""
+        assert self.head is not None
+        self.exchange = None
+        self.pool.forget(self)
+        self.raw = exchange.switch(self, self.head.fields)
+        if offset < nbytes:
+            self.raw.received(self.view[offset:nbytes])
+
+    def _broken(self, exchange: Exchange, err: Exception) -> None:
+        if self.complete:
+            self.junk = True
+            if not self.held:
+                self._finish(exchange)
+            return
+        cause = err.__context__ if isinstance(err.__context__, HeadError) else err
+        if cause is err and err.__context__ is not None:
+            log.error("fault while reading the target's answer", exc_info=err.__context__)
+        code = f.TARGET_RESET if exchange.status else f.TARGET_INVALID
+        exchange.fail(code, f"the target's answer is not valid HTTP: {cause}")
+
+    def abort(self) -> None:
+        """Close at once; nothing more is heard of the connection."""
+        self.exchange = None
+        self.raw = None
+        self.pool.forget(self)
+        if self.transport is not None and not self.lost:
+            self.transport.abort()

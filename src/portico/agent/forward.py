@@ -1,0 +1,342 @@
+"""Forwards streams to the local target: one :class:`Forwarder` per tunnel, one :class:`Exchange` per request.
+
+    relay ──REQUEST──► Exchange ──head, body──► TargetConnection ──► target
+    relay ◄─RESPONSE── stream  ◄──within credit── TargetConnection ◄── target
+
+The hot path makes no task, no timer and no future: an idle connection is taken, the head is written, the parser's
+callbacks answer into the stream.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from portico.agent.connection import TargetConnection
+from portico.agent.heads import HeadError, RequestWriter
+from portico.agent.pool import Pool
+from portico.agent.raw import RawPipe
+from portico.agent.stats import Stats
+from portico.agent.target import Target, tls_context
+from portico.settings import AgentSettings
+from portico.wire import frames as f
+from portico.wire.session import Sink, Stream
+
+#: Methods that may be sent twice (RFC 9110, 9.2.2): the only ones that are retried after bytes were written.
+IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE", b"PROPFIND", b"REPORT", b"SEARCH"))
+
+
+def host_rule(choice: str, target: Target) -> bytes | None:
+    """``--host-header``: ``preserve`` → ``None`` (the visitor's), ``rewrite`` → the target's own, else the name given."""
+    if choice in ("", "preserve"):
+        return None
+    return (target.authority if choice == "rewrite" else choice).encode("ascii")
+
+
+class Forwarder:
+    """Serves the streams of one tunnel from an HTTP target."""
+
+    def __init__(
+        self,
+        target: Target,
+        settings: AgentSettings,
+        stats: Stats,
+        *,
+        host_header: str = "preserve",
+        tls_verify: bool | None = None,
+    ) -> None:
+        self.target = target
+        self.settings = settings
+        self.stats = stats
+        self.pool = Pool(target, tls_context(target, tls_verify), settings)
+        self.writer = RequestWriter(host_rule(host_header, target), target.authority.encode("ascii"))
+
+    def on_request(self, stream: Stream, head: list[bytes], flags: int) -> Sink | None:
+        """Start serving one request."""
+        exchange = Exchange(self, stream, head, flags)
+        exchange.begin(head, flags)
+        return None if exchange.over else exchange
+
+    def on_open(self, stream: Stream, info: dict[str, Any]) -> Sink | None:
+        """Start serving one TCP connection."""
+        self.stats.opened()
+        pipe = RawPipe(stream, self.stats.closed)
+        self.pool.keep(self._dial_raw(pipe))
+        return pipe
+
+    async def _dial_raw(self, pipe: RawPipe) -> None:
+        try:
+            connection = await self.pool.connect(lambda: TargetConnection(self.pool))
+        except OSError as err:
+            pipe.fail(f.TARGET_REFUSED, self.pool.why(err))
+            return
+        if pipe.over:
+            connection.abort()
+            return
+        pipe.stream.send_opened()
+        pipe.attach(connection)
+
+    async def probe(self) -> str | None:
+        """Why the target cannot be reached now, or ``None``."""
+        try:
+            connection = await self.pool.connect(lambda: TargetConnection(self.pool))
+        except OSError as err:
+            return self.pool.why(err)
+        connection.abort()
+        return None
+
+    def close(self) -> None:
+        """Keep no idle connection any more."""
+        self.pool.close()
+
+    async def abort(self) -> None:
+        """Cut everything."""
+        await self.pool.abort()
+
+
+class Exchange:
+    """One request and its response: the sink of its stream, and the owner of its connection while that serves it."""
+
+    __slots__ = (
+        "_body_left", "_chunked",
+        "_early", "_flush_due", "_forwarder", "_idempotent", "_kept", "_kept_bytes", "_method", "_out",
+        "_path", "_reused", "_since", "_started", "_trailing", "_uncredited", "_whole", "bodiless",
+        "connection", "over", "pool", "status", "stream", "upgrade",
+    )  # fmt: skip
+
+    def __init__(self, forwarder: Forwarder, stream: Stream, head: list[bytes], flags: int) -> None:
+        self.stream = stream
+        self.pool = forwarder.pool
+        self.connection: TargetConnection | None = None
+        self.over = False
+        self.status = 0
+        method = head[0]
+        self.bodiless = method == b"HEAD"
+        self.upgrade = flags & f.F_UPGRADE != 0
+        self._forwarder = forwarder
+        self._method = method
+        self._path = head[1]
+        self._idempotent = method in IDEMPOTENT
+        self._whole = flags & f.F_END != 0
+        self._started = time.perf_counter()
+        self._since = self.pool.loop.time()
+        self._out: list[bytes] = []
+        self._early: list[bytes] = []
+        self._kept: list[bytes] | None = None
+        self._kept_bytes = self._uncredited = self._body_left = 0
+        self._chunked = self._flush_due = self._reused = self._trailing = False
+
+    def begin(self, head: list[bytes], flags: int) -> None:
+        """Write the head to a connection of the pool, or wait for one."""
+        self._forwarder.stats.opened()
+        try:
+            out, self._body_left = self._forwarder.writer.write(head, flags)
+        except HeadError as err:
+            self.fail(f.REQUEST_INVALID, str(err))
+            return
+        self._chunked = self._body_left < 0
+        if self.upgrade and not self._body_left:
+            self._whole = True
+        pool = self.pool
+        pool.watch(self)
+        connection = pool.take(not self._idempotent)
+        if connection is not None and self._whole and not self.upgrade:
+            # The hot path: a request without a body on an idle connection.
+            self.connection = connection
+            connection.exchange = self
+            self._reused = True
+            if self._idempotent:
+                self._kept = [out]
+            connection.transport.write(out)
+            return
+        self._out.append(out)
+        if connection is None:
+            pool.enqueue(self)
+        else:
+            self.attach(connection)
+
+    def attach(self, connection: TargetConnection) -> None:
+        """Send what is there, now or (so that the body's start may join) at the end of this tick."""
+        self.connection = connection
+        connection.exchange = self
+        self._reused = connection.reused
+        self._kept = [] if self._reused and self._idempotent else None
+        self._since = self.pool.loop.time()
+        if self._whole or len(self._out) > 1:
+            self._flush()
+        else:
+            self._flush_soon()
+
+    # ── request body, from the relay ──────────────────────────────────────────────────────────────────────────────
+    def on_data(self, data: bytes, end: bool) -> None:
+        size = len(data)
+        if self.upgrade and not self._chunked and not self._body_left:
+            self._early.append(data)  # of the protocol to come: sent after the 101
+            return
+        if self._chunked:
+            if size:
+                self._out.append(b"%x\r\n%b\r\n" % (size, data))
+            if end:
+                self._out.append(b"0\r\n\r\n")
+        else:
+            self._body_left -= size
+            if self._body_left < 0 or (end and self._body_left):
+                self._mismatch()
+                return
+            if size:
+                self._out.append(data)
+        self._whole = self._whole or end or (not self._chunked and not self._body_left)
+        self._uncredited += size
+        if end or size >= 16_384:
+            self._flush()
+        else:
+            self._flush_soon()
+
+    def on_end(self, trailers: list[bytes]) -> None:
+        if self.upgrade and self._whole and not self._chunked:
+            self._trailing = True  # the visitor ended its direction before the target answered
+            return
+        if self._chunked:
+            fields = b"".join(b"%b: %b\r\n" % pair for pair in zip(trailers[::2], trailers[1::2], strict=True))
+            self._out.append(b"0\r\n" + fields + b"\r\n")
+        elif self._body_left:
+            self._mismatch()
+            return
+        self._whole = True
+        self._flush()
+
+    def _mismatch(self) -> None:
+        self.fail(f.REQUEST_INVALID, "the request body did not match its Content-Length")
+
+    def _flush_soon(self) -> None:
+        if not self._flush_due:
+            self._flush_due = True
+            self.pool.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """Write what waits, as one piece, and give its credit back unless the target lags."""
+        self._flush_due = False
+        connection = self.connection
+        if connection is None or self.over or not self._out:
+            return
+        out = self._out[0] if len(self._out) == 1 else b"".join(self._out)
+        self._out.clear()
+        if self._kept is not None:
+            self._kept_bytes += len(out)
+            if self._kept_bytes > self.pool.settings.retry_body_max_bytes:
+                self._kept = None
+            else:
+                self._kept.append(out)
+        self._since = self.pool.loop.time()
+        connection.transport.write(out)
+        if not connection.write_paused:
+            self.writable()
+
+    def writable(self) -> None:
+        """The target took what was written."""
+        size, self._uncredited = self._uncredited, 0
+        if size:
+            self.stream.consumed(size)
+
+    # ── other events of the stream ────────────────────────────────────────────────────────────────────────────────
+    def on_credit(self) -> None:
+        if self.connection is not None:
+            self.connection.credit()
+
+    def on_reset(self, code: int, detail: str) -> None:
+        """The visitor left, or the session ended: so does the request to the target, at once."""
+        self._close(499)
+
+    def on_response(self, status: int, head: list[bytes], end: bool) -> None: ...
+    def on_interim(self, status: int, head: list[bytes]) -> None: ...
+    def on_opened(self) -> None: ...
+
+    # ── the connection's side ─────────────────────────────────────────────────────────────────────────────────────
+    def respond(self, status: int, fields: list[bytes], end: bool) -> None:
+        """The final response head."""
+        self.status = status
+        self._kept = None
+        self.pool.active.pop(self, None)
+        try:
+            self.stream.send_response(status, fields, end)
+        except ValueError as err:
+            self.status = 0
+            raise HeadError(str(err)) from None
+
+    def touched(self) -> None:
+        """The target gave a sign of life before its answer."""
+        self._since = self.pool.loop.time()
+
+    def sent_whole(self) -> bool:
+        """Whether the request was written to its end, so that the connection may serve another one."""
+        return self._whole and not self._out
+
+    def finished(self) -> None:
+        """The response is complete; what is left of the request is not wanted."""
+        self.over = True
+        self.connection = None
+        if not self.stream.closed:
+            self.stream.reset(f.NO_ERROR, "the answer is complete")
+        self._record(self.status)
+
+    def switch(self, connection: TargetConnection, fields: list[bytes]) -> RawPipe:
+        """101: the stream and the connection become a pipe."""
+        self.over = True
+        self.connection = None
+        self.pool.active.pop(self, None)
+        self._record(101, still_open=True)
+        stream = self.stream
+        stream.send_response(101, fields, end=False)
+        pipe = RawPipe(stream, self._forwarder.stats.closed)
+        stream.sink = pipe
+        pipe.attach(connection)
+        for data in self._early:
+            pipe.on_data(data, end=False)
+        if self._trailing:
+            pipe.on_end([])
+        return pipe
+
+    def lost_before_head(self, connection: TargetConnection, exc: Exception | None, nothing_arrived: bool) -> None:
+        """The connection ended without an answer: try once more where that is safe, else say so."""
+        kept = self._kept
+        if self._reused and nothing_arrived and kept is not None and not self.over:
+            connection.exchange = None
+            self.connection = None
+            self._kept = None
+            self._out[:0] = kept
+            self.pool.dial_for(self)
+            return
+        why = "reset" if isinstance(exc, OSError) else "closed"
+        self.fail(f.TARGET_INVALID, f"{self._forwarder.target.place} {why} the connection without an answer")
+
+    def silent_since(self, now: float) -> float:
+        """Seconds for which the target owes an answer, or room for the request."""
+        connection = self.connection
+        if self.status or not (connection is None or self._whole or connection.write_paused):
+            return 0.0
+        return now - self._since
+
+    def fail(self, code: int, detail: str) -> None:
+        """End the stream with RESET and cut the connection to the target."""
+        if self.over:
+            return
+        self.stream.reset(code, detail)
+        if not self.status:
+            self._forwarder.stats.failed(detail)
+        self._close(self.status or (504 if code == f.TARGET_TIMEOUT else 502))
+
+    def _close(self, status: int) -> None:
+        if self.over:
+            return
+        self.over = True
+        self.pool.active.pop(self, None)
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.abort()
+        self._record(status)
+
+    def _record(self, status: int, still_open: bool = False) -> None:
+        stats = self._forwarder.stats
+        stats.done(self._method, self._path, status, self._started)
+        if not still_open:
+            stats.closed()

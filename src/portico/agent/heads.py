@@ -1,0 +1,223 @@
+"""Heads between the wire and HTTP/1.1: requests serialised for the target, response fields sorted for the relay.
+
+A browser sends the same header names again and again, so the work is done once per sequence of names: a bytes template
+with a place for every value. Values hold no CR, LF or NUL (the wire refuses them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from portico.wire import frames as f
+
+ORDINARY, DROP, HOST, LENGTH, CONNECTION, UPGRADE, ENCODING, TE = range(8)
+
+_BY_NAME = {
+    b"host": HOST,
+    b"content-length": LENGTH,
+    b"connection": CONNECTION,
+    b"upgrade": UPGRADE,
+    b"transfer-encoding": ENCODING,
+    b"te": TE,
+    b"keep-alive": DROP,
+    b"proxy-connection": DROP,
+    b"trailer": DROP,
+    b"http2-settings": DROP,
+}
+_KINDS: dict[bytes, int] = {}
+_KINDS_MAX = 4096
+_PLANS_MAX = 1024
+_NAME_MAX = 256
+_METHODS_WITH_BODY = frozenset((b"POST", b"PUT", b"PATCH"))
+
+
+class HeadError(ValueError):
+    """A head that cannot be carried on; the text says why."""
+
+
+def kind_of(name: bytes) -> int:
+    """What a field name means to a proxy; names as spelled are remembered (bounded)."""
+    kind = _KINDS.get(name)
+    if kind is None:
+        if len(name) > _NAME_MAX:
+            raise HeadError("a field name is over 256 bytes")
+        kind = _BY_NAME.get(name.lower(), ORDINARY)
+        if len(_KINDS) < _KINDS_MAX:
+            _KINDS[name] = kind
+    return kind
+
+
+def parse_length(value: bytes) -> int:
+    """A Content-Length; raises :class:`HeadError`."""
+    if not value.isdigit() or len(value) > 18:
+        raise HeadError("Content-Length is not a number")
+    return int(value)
+
+
+def _listed(value: bytes) -> set[bytes]:
+    """The lower-case members of a comma-separated list."""
+    return {part.strip().lower() for part in value.split(b",")} - {b""}
+
+
+class RequestWriter:
+    """Serialises REQUEST heads for one target. ``host`` replaces the visitor's Host; ``fallback`` is used without one."""
+
+    def __init__(self, host: bytes | None, fallback: bytes) -> None:
+        self._host = host
+        self._fallback = fallback
+        self._plans: dict[tuple[object, ...], tuple[bytes, int]] = {}
+
+    def write(self, head: Sequence[bytes], flags: int) -> tuple[bytes, int]:
+        """The head in bytes, and the length of the body that follows: -1 when it is chunked, 0 for none.
+
+        Raises :class:`HeadError` for a head whose body length cannot be right.
+        """
+        names = head[2::2]
+        key = (flags, head[0] in _METHODS_WITH_BODY, *names)
+        plan = self._plans.get(key)
+        if plan is None:
+            if any(kind_of(name) == CONNECTION for name in names):
+                return self.write(_without_named(head), flags)
+            plan = self._plan(names, flags, head[0] in _METHODS_WITH_BODY)
+            if len(self._plans) >= _PLANS_MAX:
+                self._plans.clear()
+            self._plans[key] = plan
+        template, at = plan
+        out = template % (head[0], head[1], *head[3::2])
+        if at >= 0:
+            length = parse_length(head[at])
+            if length and flags & f.F_END:
+                raise HeadError("Content-Length without a body")
+            return out, length
+        return out, 0 if flags & (f.F_END | f.F_UPGRADE) else -1
+
+    def _plan(self, names: Sequence[bytes], flags: int, with_body: bool) -> tuple[bytes, int]:
+        upgrade = flags & f.F_UPGRADE != 0
+        parts = [b"%b %b HTTP/1.1\r\n"]
+        at, seen_host = -1, False
+        for index, name in enumerate(names):
+            kind = kind_of(name)
+            keep = kind in (ORDINARY, HOST, LENGTH) or (kind == UPGRADE and upgrade)
+            if kind == LENGTH:
+                if at >= 0:
+                    raise HeadError("Content-Length twice")
+                at = 3 + 2 * index
+            if kind == HOST:
+                keep = not seen_host and self._host is None
+                if not seen_host and self._host is not None:
+                    parts.append(_literal(b"Host", self._host))
+                seen_host = True
+            parts.append(name.replace(b"%", b"%%") + b": %b\r\n" if keep else b"%.0b")
+        if not seen_host:
+            parts.append(_literal(b"Host", self._host or self._fallback))
+        options = [b"Upgrade"] * upgrade
+        if flags & f.F_TRAILERS:
+            parts.append(b"TE: trailers\r\n")
+            options.append(b"TE")
+        if options:
+            parts.append(b"Connection: " + b", ".join(options) + b"\r\n")
+        if at < 0 and not upgrade:
+            if not flags & f.F_END:
+                parts.append(b"Transfer-Encoding: chunked\r\n")
+            elif with_body:
+                parts.append(b"Content-Length: 0\r\n")
+        return b"".join(parts) + b"\r\n", at
+
+
+def _literal(name: bytes, value: bytes) -> bytes:
+    return name + b": " + value.replace(b"%", b"%%") + b"\r\n"
+
+
+def _without_named(head: Sequence[bytes]) -> list[bytes]:
+    """``head`` without its Connection fields and those that they name (the relay has done it; defend anyway)."""
+    named: set[bytes] = {b"connection"}
+    for index in range(2, len(head), 2):
+        if kind_of(head[index]) == CONNECTION:
+            named |= _listed(head[index + 1])
+    named -= {b"upgrade", b"host", b"content-length"}
+    kept = list(head[:2])
+    for index in range(2, len(head), 2):
+        if head[index].lower() not in named:
+            kept += head[index : index + 2]
+    return kept
+
+
+class ResponseHead:
+    """A response head as the relay gets it, and what it says about its body."""
+
+    __slots__ = ("chunked", "close", "fields", "length", "upgrade")
+
+    def __init__(self, reason: bytes, raw: list[bytes], status: int) -> None:
+        """Sort flat ``raw`` fields; raises :class:`HeadError` for what the wire could not carry."""
+        if b"\0" in reason:
+            raise HeadError("NUL in the reason")
+        text = b"\0".join(raw)
+        if b" \0" in text or b"\t\0" in text or text.endswith((b" ", b"\t")):
+            raw = [part.strip(b" \t") for part in raw]
+        plan = _RESPONSE_PLANS.get(tuple(raw[::2])) or _response_plan(raw[::2])
+        length, connection, encoding, upgrade, drop = plan
+        self.length = parse_length(raw[length]) if length else -1
+        self.close = self.chunked = self.upgrade = False
+        if encoding:
+            if raw[encoding].lower() != b"chunked":
+                raise HeadError(f"transfer coding {raw[encoding].decode('latin-1')[:80]!r} is not supported")
+            self.chunked = True
+        fields = [reason, *raw]
+        for at in drop:
+            del fields[at + 1 : at + 3]
+        if upgrade and status == 101:
+            self.upgrade = True
+            fields += raw[upgrade - 1 : upgrade + 1]
+        self.fields = fields
+        if connection and (connection < 0 or raw[connection] not in _PLAIN_CONNECTION):
+            self._drop_named(b",".join(v for n, v in zip(raw[::2], raw[1::2], strict=True) if kind_of(n) == CONNECTION))
+
+    def _drop_named(self, value: bytes) -> None:
+        named = _listed(value)
+        self.close = b"close" in named
+        named -= {b"close", b"keep-alive", b"upgrade", b"content-length"}
+        if named:
+            out = self.fields
+            kept = out[:1]
+            for index in range(1, len(out), 2):
+                if out[index].lower() not in named:
+                    kept += out[index : index + 2]
+            self.fields = kept
+
+
+_PLAIN_CONNECTION = frozenset((b"keep-alive", b"Keep-Alive", b"upgrade", b"Upgrade"))
+_ResponsePlan = tuple[int, int, int, int, tuple[int, ...]]
+_RESPONSE_PLANS: dict[tuple[bytes, ...], _ResponsePlan] = {}
+
+
+def _response_plan(names: list[bytes]) -> _ResponsePlan:
+    """Where the values stand that matter (0: absent, -1: several), and which fields are dropped, last one first."""
+    if len(names) > f.MAX_FIELDS:
+        raise HeadError(f"more than {f.MAX_FIELDS} header fields")
+    at = {LENGTH: 0, CONNECTION: 0, ENCODING: 0, UPGRADE: 0}
+    drop: list[int] = []
+    for index, name in enumerate(names):
+        kind = kind_of(name)
+        if kind in (LENGTH, ENCODING) and at[kind]:
+            raise HeadError(f"{name.decode()} twice")
+        if kind in at:
+            at[kind] = -1 if kind == CONNECTION and at[kind] else 2 * index + 1
+        # On a response Upgrade only matters with 101, where it is put back.
+        if kind not in (ORDINARY, HOST, LENGTH):
+            drop.insert(0, 2 * index)
+    plan = (at[LENGTH], at[CONNECTION], at[ENCODING], at[UPGRADE], tuple(drop))
+    if len(_RESPONSE_PLANS) >= _PLANS_MAX:
+        _RESPONSE_PLANS.clear()
+    _RESPONSE_PLANS[tuple(names)] = plan
+    return plan
+
+
+def trailer_fields(raw: list[bytes]) -> list[bytes]:
+    """Flat trailer fields without those that a trailer must not hold (RFC 9110, 6.5.1); raises :class:`HeadError`."""
+    if len(raw) > 2 * f.MAX_FIELDS:
+        raise HeadError(f"more than {f.MAX_FIELDS} trailer fields")
+    out: list[bytes] = []
+    for index in range(0, len(raw), 2):
+        if kind_of(raw[index]) == ORDINARY:
+            out += (raw[index], raw[index + 1].strip(b" \t"))
+    return out

@@ -1,0 +1,213 @@
+"""One connection to a relay: WebSocket, HELLO, binds. What happens on it is told to its :class:`Owner`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from typing import Any, Protocol
+
+from picows import WSCloseCode, WSError, ws_connect
+
+from portico.agent.api import VERSION, problem_of
+from portico.errors import Problem
+from portico.kit.carrier import Carrier
+from portico.settings import AgentSettings
+from portico.wire import frames as f
+from portico.wire.session import Session, Sink, Stream
+
+
+class Serves(Protocol):
+    """Takes the streams of one tunnel."""
+
+    def on_request(self, stream: Stream, head: list[bytes], flags: int) -> Sink | None: ...
+    def on_open(self, stream: Stream, info: dict[str, Any]) -> Sink | None: ...
+
+
+class Owner(Protocol):
+    """Hears what happens on a link."""
+
+    def link_bound(self, link: Link, bind: int, url: str) -> None: ...
+    def link_refused(self, link: Link, bind: int, problem: Problem, retryable: bool) -> None: ...
+    def link_unbound(self, link: Link, bind: int, problem: Problem) -> None: ...
+    def link_goaway(self, link: Link, problem: Problem, retry_after: float) -> None: ...
+    def link_lost(self, link: Link, problem: Problem) -> None: ...
+
+
+class Link:
+    """See the module. ``connect`` orders the connections of one session (contracts/wire.md, 3.6)."""
+
+    def __init__(self, owner: Owner, settings: AgentSettings, url: str, connect: int) -> None:
+        self.url = url
+        self.connect = connect
+        self.relay = ""
+        self.region = ""
+        self.lost = False
+        self.leaving = False
+        self.bound: dict[int, Serves] = {}
+        self.opened_at = 0.0
+        self._owner = owner
+        self._settings = settings
+        self._error: Problem | None = None
+        self._hello: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.session = Session(
+            self,
+            relay=False,
+            max_streams=settings.max_streams,
+            max_window=settings.stream_window_max_bytes,
+            growth=settings.window_growth_budget_bytes,
+        )
+        self.carrier = Carrier(
+            self.session,
+            ping_interval=settings.ping_interval_seconds,
+            ping_timeout=settings.ping_timeout_seconds,
+            on_lost=self._on_lost,
+        )
+
+    async def open(self, token: str) -> None:
+        """Connect and exchange HELLO; raises the relay's problem, or ``edge.agent_unreachable`` for a failed connection."""
+        try:
+            async with asyncio.timeout(self._settings.connect_timeout_seconds):
+                await self._upgrade(token)
+                self.session.control(f.HELLO, 0, versions=[f.VERSION], agent=f"portico/{VERSION}", connect=self.connect)
+                await self._hello
+        except TimeoutError:
+            self.close("no answer in time")
+            raise self._unreachable("it did not answer in time") from None
+        except Problem:
+            self.close("refused")
+            raise
+        self.opened_at = asyncio.get_running_loop().time()
+
+    async def _upgrade(self, token: str) -> None:
+        context = None
+        if self.url.startswith("wss:"):
+            ca_file = self._settings.ca_file
+            context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
+        try:
+            transport, _ = await ws_connect(
+                lambda: self.carrier,
+                self.url,
+                ssl_context=context,
+                websocket_handshake_timeout=self._settings.connect_timeout_seconds,
+                # Above the protocol's own limit on purpose, so that a message over it is refused by name.
+                max_frame_size=self._settings.websocket_message_max_bytes,
+                extra_headers={"Authorization": f"Bearer {token}", "Sec-WebSocket-Protocol": f.PROTOCOL},
+                max_redirects=0,
+            )
+        except WSError as err:
+            raise self._refusal(err) from None
+        except OSError as err:
+            raise self._unreachable(err.strerror or str(err)) from None
+        if transport.response.headers.get("Sec-WebSocket-Protocol") != f.PROTOCOL:
+            raise Problem("wire.version_unsupported", f"{self.url} does not speak {f.PROTOCOL}")
+
+    def _refusal(self, err: WSError) -> Problem:
+        """The problem document of a refused upgrade."""
+        body = getattr(err, "raw_body", None)
+        try:
+            document = json.loads(body) if body else {}
+            return problem_of(document["code"], str(document.get("detail", "")))
+        except (ValueError, KeyError, TypeError):
+            response = getattr(err, "response", None)
+            return self._unreachable(f"it answered {int(response.status)}" if response is not None else str(err))
+
+    def _unreachable(self, why: str) -> Problem:
+        return Problem("edge.agent_unreachable", f"the relay at {self.url} cannot be reached: {why}")
+
+    # ── what the agent says ───────────────────────────────────────────────────────────────────────────────────────
+    def bind(self, bind: int, grant: str) -> None:
+        """Ask for a tunnel, or renew its grant."""
+        self.session.control(f.BIND, bind, grant=grant)
+
+    def auth(self, token: str) -> None:
+        """Renew the session token."""
+        self.session.control(f.AUTH, 0, token=token)
+
+    def unbind(self, bind: int) -> None:
+        """Give a tunnel back; streams in flight finish."""
+        self.session.control(f.UNBIND, bind, code="tunnel.stopped", detail="the agent ended the tunnel")
+
+    def say_goodbye(self) -> None:
+        """Take no new requests."""
+        self.session.control(f.GOAWAY, 0, code="session.ended", detail="the agent is stopping", retry_after_ms=0)
+
+    async def drained(self, limit: float) -> None:
+        """Return when no stream is in flight, or after ``limit`` seconds."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + limit
+        while self.session.streams and not self.lost and loop.time() < deadline:  # noqa: ASYNC110 - the hot path sets no event
+            await asyncio.sleep(0.02)
+
+    def close(self, reason: str) -> None:
+        """End the connection."""
+        if not self.lost:
+            self.carrier.end(WSCloseCode.OK, reason)
+
+    # ── session events ────────────────────────────────────────────────────────────────────────────────────────────
+    def on_hello(self, body: dict[str, Any]) -> None:
+        self.relay = str(body.get("relay", ""))[:64]
+        self.region = str(body.get("region", ""))[:64]
+        interval, timeout = body.get("ping_interval_ms"), body.get("ping_timeout_ms")
+        if isinstance(interval, int) and 100 <= interval <= 600_000:
+            self.carrier.ping_interval = interval / 1000
+        if isinstance(timeout, int) and 100 <= timeout <= 600_000:
+            self.carrier.ping_timeout = timeout / 1000
+        if not self._hello.done():
+            self._hello.set_result(None)
+        self.carrier.probe()
+
+    def on_bound(self, bind: int, tunnel: str, name: str, url: str) -> None:
+        self._owner.link_bound(self, bind, url)
+
+    def on_refused(self, bind: int, code: str, detail: str, retryable: bool) -> None:
+        self.bound.pop(bind, None)
+        self._owner.link_refused(self, bind, problem_of(code, detail), retryable)
+
+    def on_unbind(self, bind: int, code: str, detail: str) -> None:
+        # Requests that crossed this frame are still answered: the entry stays until the link is gone.
+        self._owner.link_unbound(self, bind, problem_of(code, detail))
+
+    def on_authed(self, body: dict[str, Any]) -> None:
+        """Nothing to do: the token was taken."""
+
+    def on_goaway(self, code: str, detail: str, retry_after_ms: int) -> None:
+        self.leaving = True
+        self._owner.link_goaway(self, problem_of(code, detail), retry_after_ms / 1000)
+
+    def on_error(self, code: str, detail: str, retryable: bool) -> None:
+        self._error = problem_of(code, detail)
+        if not self._hello.done():
+            self._hello.set_exception(self._error)
+        self.carrier.end(WSCloseCode.OK, "")
+
+    def on_pong(self, payload: bytes) -> None:
+        self.carrier.note_pong(payload)
+
+    def on_request(self, stream: Stream, bind: int, head: list[bytes], flags: int) -> Sink | None:
+        serves = self.bound.get(bind)
+        if serves is None:
+            stream.reset(f.NO_SUCH_BIND, "no such tunnel on this agent")
+            return None
+        return serves.on_request(stream, head, flags)
+
+    def on_open(self, stream: Stream, bind: int, info: dict[str, Any]) -> Sink | None:
+        serves = self.bound.get(bind)
+        if serves is None:
+            stream.reset(f.NO_SUCH_BIND, "no such tunnel on this agent")
+            return None
+        return serves.on_open(stream, info)
+
+    def on_bind(self, bind: int, grant: str) -> None:
+        """Not sent to agents (the session refuses it)."""
+
+    def on_auth(self, token: str) -> None:
+        """Not sent to agents (the session refuses it)."""
+
+    def _on_lost(self, detail: str) -> None:
+        self.lost = True
+        problem = self._error or self._unreachable(detail)
+        if not self._hello.done():
+            self._hello.set_exception(problem)
+            self._hello.exception()
+        self._owner.link_lost(self, problem)

@@ -1,0 +1,83 @@
+"""Counts of the requests an agent served: plain integers and bounded lists; nothing is formatted here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from typing import NamedTuple
+
+#: Durations that percentiles are taken from.
+SAMPLES = 2048
+#: Requests kept for whoever shows them; a reader slower than this misses some (``total`` still counts them).
+RECORDS = 512
+
+
+class Record(NamedTuple):
+    """One request that is over. ``status`` 499: the visitor left first; ``ended`` is wall time in seconds."""
+
+    method: bytes
+    path: bytes
+    status: int
+    seconds: float
+    ended: float
+
+
+class Stats:
+    """What one tunnel, or all of an agent, served."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.open = 0
+        self.last_failure = ""
+        self.durations: deque[float] = deque(maxlen=SAMPLES)
+        self.records: deque[tuple[bytes, bytes, int, float, float]] = deque(maxlen=RECORDS)
+        self.written = 0
+        self.rate_1 = self.rate_5 = 0.0
+        self._sampled_total = 0
+        self._sampled_at = time.monotonic()
+
+    def opened(self) -> None:
+        """A request or connection began."""
+        self.open += 1
+
+    def closed(self) -> None:
+        """A request or connection ended."""
+        self.open -= 1
+        self.total += 1
+
+    def done(self, method: bytes, path: bytes, status: int, started: float) -> None:
+        """A request was answered; ``started`` is a :func:`time.perf_counter` value."""
+        seconds = time.perf_counter() - started
+        self.durations.append(seconds)
+        self.records.append((method, path, status, seconds, time.time()))
+        self.written += 1
+
+    def failed(self, detail: str) -> None:
+        """The target could not answer."""
+        self.last_failure = detail
+
+    def since(self, seen: int) -> tuple[list[Record], int]:
+        """The records after the first ``seen`` ones that are still kept, and how many there were by now."""
+        new = min(self.written - seen, len(self.records))
+        fresh = [Record(*self.records[index]) for index in range(len(self.records) - new, len(self.records))]
+        return fresh, self.written
+
+    def percentile(self, share: float) -> float:
+        """The duration in seconds below which ``share`` of the kept requests ended; 0 without any."""
+        if not self.durations:
+            return 0.0
+        ordered = sorted(self.durations)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    def sample(self, now: float | None = None) -> None:
+        """Bring the rates (requests a second, weighted over one and five minutes) up to date."""
+        now = time.monotonic() if now is None else now
+        passed = now - self._sampled_at
+        if passed < 0.2:
+            return
+        rate = (self.total - self._sampled_total) / passed
+        self.rate_1 += (1 - math.exp(-passed / 60)) * (rate - self.rate_1)
+        self.rate_5 += (1 - math.exp(-passed / 300)) * (rate - self.rate_5)
+        self._sampled_total = self.total
+        self._sampled_at = now
