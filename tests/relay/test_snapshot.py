@@ -226,6 +226,30 @@ class TestSnapshots:
         snapshot.apply(whole(2, row("tun_b")))
         assert snapshot.version == 2 and snapshot.tunnel("tun_a") is None
 
+    async def test_a_large_one_leaves_the_loop_its_turns(self, snapshot: Snapshot) -> None:
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(other())
+        message = whole(4, *[row(f"tun_{i}", f"h{i}.localhost") for i in range(5000)])
+        await snapshot.apply_gently(message)
+        task.cancel()
+        reference = Snapshot()
+        reference.apply(message)
+        assert turns >= 10 and snapshot.digest() == reference.digest()
+
+    @pytest.mark.parametrize("last", TestHostile.BAD_ROWS, ids=lambda value: str(value)[:50])
+    async def test_a_large_one_with_one_bad_row_changes_nothing(self, snapshot: Snapshot, last: Any) -> None:
+        snapshot.apply(whole(3))
+        with pytest.raises(SnapshotInvalid):
+            await snapshot.apply_gently(whole(4, *[row(f"tun_{i}") for i in range(600)], last))
+        assert (snapshot.version, len(snapshot)) == (3, 0)
+
 
 class TestHash:
     def test_it_is_the_one_of_the_interface(self, snapshot: Snapshot) -> None:

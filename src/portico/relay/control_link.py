@@ -264,7 +264,7 @@ class ControlLink:
     async def _message(self, message: dict[str, Any]) -> None:
         match kind := message.get("type"):
             case "snapshot":
-                self._snapshot.apply(message)
+                await self._snapshot.apply_gently(message)
                 self._resync = False
                 if not await self._same_hash(message):
                     log.error("the hash of a fresh snapshot differs: relay and API do not agree how to take it")

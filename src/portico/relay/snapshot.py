@@ -35,6 +35,7 @@ MAX_NUMBER = 2**53 - 1  # what JSON carries exactly everywhere; also beyond any 
 ENDED_FALLBACK = "session.revoked"  # for a code that this relay's catalogue does not know yet
 REMOVED_FALLBACK = "tunnel.deleted"
 JWK_MEMBERS = ("kid", "kty", "crv", "x", "alg", "use")  # all that is kept of a key
+CHUNK_ROWS = 500  # checked between two turns of the loop: some milliseconds
 PRUNE_MARGIN_SECONDS = 300.0  # an ended session is kept this much longer: the clocks of relay and API may differ
 
 Kind = Literal["tunnel", "tunnel_removed", "session_ended", "keys"]
@@ -86,9 +87,12 @@ class Change:
 Listener = Callable[[Change], None]
 
 
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode  # kept: json.dumps makes one per call
+
+
 def canonical(value: Any) -> bytes:
     """The one spelling that hashes are taken over: sorted keys, no spaces, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    return _encode(value).encode()
 
 
 def parse_json(text: bytes) -> Any:
@@ -148,6 +152,14 @@ def _tunnel(value: Any) -> TunnelRow:
         generation=_whole(row.get("generation"), "generation of a tunnel"),
         canonical=canonical(row),
     )
+
+
+def _tunnels(values: list[Any]) -> list[TunnelRow]:
+    """Rows, some of which may have been checked before. Raises ``SnapshotInvalid``."""
+    try:
+        return [value if isinstance(value, TunnelRow) else _tunnel(value) for value in values]
+    except RecursionError:
+        raise SnapshotInvalid("nested too deeply") from None
 
 
 def _known(code: str, fallback: str) -> str:
@@ -238,6 +250,19 @@ class Snapshot:
         """Calls ``callback()`` once per applied message, also when it changed only the version."""
         self._applied.append(callback)
 
+    async def apply_gently(self, message: Any) -> None:
+        """``apply`` for messages of any size: the rows of a large snapshot are checked a few at a time, so that traffic
+        goes on (100,000 take more than a second). The caller applies nothing else meanwhile."""
+        state = message.get("state") if isinstance(message, dict) else None
+        tunnels = state.get("tunnels") if isinstance(state, dict) else None
+        if not isinstance(state, dict) or not isinstance(tunnels, list) or len(tunnels) <= CHUNK_ROWS:
+            return self.apply(message)
+        rows: list[TunnelRow] = []
+        for start in range(0, len(tunnels), CHUNK_ROWS):
+            rows += _tunnels(tunnels[start : start + CHUNK_ROWS])
+            await asyncio.sleep(0)
+        return self.apply({**message, "state": {**state, "tunnels": rows}})
+
     def apply(self, message: Any) -> None:
         """One ``snapshot`` or ``delta``. Raises ``SnapshotInvalid`` or ``OutOfOrder``, with nothing applied."""
         message = _object(message, "a message")
@@ -281,7 +306,7 @@ class Snapshot:
     # -- applying
 
     def _apply_snapshot(self, state: dict[str, Any]) -> list[Change]:
-        rows = {row.id: row for row in map(_tunnel, _list(state.get("tunnels"), "tunnels"))}
+        rows = {row.id: row for row in _tunnels(_list(state.get("tunnels"), "tunnels"))}
         ended = {row.session: row for row in map(_ended, _list(state.get("ended"), "ended"))}
         jwks, keys = _keys(state.get("keys"))
         changes = self._difference(rows, ended, jwks)
