@@ -98,9 +98,8 @@ class Exchange:
         self.counted = True
         tunnel.counters.requests += 1
         head = self.head
-        head.append(conn.forwarding(self.host))
-        head.append(b"X-Request-Id")
-        head.append(self.id)
+        head += conn.forwarding(self.host)
+        head += (b"X-Request-Id", self.id)
         flags = 0 if self.with_body or self.upgrade else f.F_END
         if self.upgrade:
             flags |= f.F_UPGRADE

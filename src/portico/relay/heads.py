@@ -86,7 +86,7 @@ RESPONSE_KINDS = FieldKinds(_RESPONSE_KINDS)
 _HOST = re.compile(
     rb"([A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,252}[A-Za-z0-9_])?)\.?(?::([0-9]{1,5}))?|\[[0-9A-Fa-f:.]{2,45}\](?::[0-9]{1,5})?"
 )
-_ABSOLUTE = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?#@]+)([^#]*)")
+_ABSOLUTE = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?#@]+)(|[/?][^#]*)")
 
 
 def normal_host(value: bytes) -> bytes | None:
@@ -133,16 +133,14 @@ def trailers(fields: list[bytes]) -> list[bytes]:
     return without(fields, _NOT_IN_TRAILERS) if fields else fields  # type: ignore[arg-type]
 
 
-def forwarding(client: str, scheme: bytes, host: bytes, port: int) -> bytes:
-    """The forwarding fields of one connection and host, joined as in a REQUEST payload."""
+def forwarding(client: str, scheme: bytes, host: bytes, port: int) -> tuple[bytes, ...]:
+    """The forwarding fields of one connection and host, flat (RFC 7239 and its customary forerunners)."""
     address = client.encode()
     node = b'"[%b]"' % address if b":" in address else address
     named = host if b":" not in host else b'"%b"' % host
-    return b"\0".join(
-        (
-            *(b"X-Forwarded-For", address, b"X-Forwarded-Proto", scheme, b"X-Forwarded-Host", host),
-            *(b"X-Forwarded-Port", b"%d" % port, b"Forwarded", b"for=%b;host=%b;proto=%b" % (node, named, scheme)),
-        )
+    return (
+        *(b"X-Forwarded-For", address, b"X-Forwarded-Proto", scheme, b"X-Forwarded-Host", host),
+        *(b"X-Forwarded-Port", b"%d" % port, b"Forwarded", b"for=%b;host=%b;proto=%b" % (node, named, scheme)),
     )
 
 

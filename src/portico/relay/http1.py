@@ -10,6 +10,7 @@ Time limits cost nothing per request: every connection has a ``deadline``, and t
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -21,6 +22,8 @@ from portico.relay.exchange import Exchange, request_id
 
 if TYPE_CHECKING:
     from portico.relay.listeners import PublicServer
+
+log = logging.getLogger("portico.relay.http1")
 
 #: Bytes that one read may take, and the most that a request's pipelined successors can wait in.
 READ_SIZE: Final = 65_536
@@ -69,7 +72,7 @@ class Visitor(asyncio.BufferedProtocol):
         self.lingered = 0
         self.expect_close = False
         self.written = self.written_at_eof = 0
-        self.forwarded: tuple[bytes, bytes] = (b"", b"")
+        self.forwarded: tuple[bytes, tuple[bytes, ...]] = (b"", ())
 
     # ── transport events ──────────────────────────────────────────────────────────────────────────────────────────
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -162,6 +165,9 @@ class Visitor(asyncio.BufferedProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._keep_leftover(bytes(data[upgrade.args[0] :]))
+        except httptools.HttpParserCallbackError as err:
+            log.error("fault while handling a request", exc_info=err.__context__ or err)
+            self.fault = "edge.internal"
         except httptools.HttpParserError:
             self.fault = self.fault or "edge.bad_request"
         if self.in_head:
@@ -176,9 +182,9 @@ class Visitor(asyncio.BufferedProtocol):
 
     def _keep_leftover(self, rest: bytes) -> None:
         """What follows an upgrade request: raw bytes if the target agrees, else HTTP again. Nothing is read until then."""
-        self.leftover = rest
-        self.expect_close = self.parsing is None  # nothing to wait for: the request was refused while parsing
-        self.update_reading()
+        if self.fault is None:
+            self.leftover = rest
+            self.update_reading()
 
     def _refuse_parse(self, code: str) -> None:
         """Malformed input ends the connection; requests before it are answered first."""
@@ -324,7 +330,7 @@ class Visitor(asyncio.BufferedProtocol):
             exchange.head += (b"Upgrade", b", ".join(wanted))
 
     # ── answering ─────────────────────────────────────────────────────────────────────────────────────────────────
-    def forwarding(self, host: bytes) -> bytes:
+    def forwarding(self, host: bytes) -> tuple[bytes, ...]:
         """The forwarding fields, computed once for a connection and host."""
         if self.forwarded[0] != host:
             self.forwarded = (host, heads.forwarding(self.address, self.scheme, host, self.port))

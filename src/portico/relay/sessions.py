@@ -9,6 +9,7 @@ the old one cannot take a name back. Another instance is refused while the holde
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import logging
 import math
 import time
@@ -164,7 +165,8 @@ class AgentConnection:
             self.end(problem.code, problem.detail, retryable=problem.retryable)
             return
         self.claims = claims
-        self.session.control(f.AUTHED, 0, expires_at=claims.exp)
+        expires = dt.datetime.fromtimestamp(claims.exp, dt.UTC).isoformat().replace("+00:00", "Z")
+        self.session.control(f.AUTHED, 0, expires_at=expires)
 
     def on_pong(self, payload: bytes) -> None:
         self.carrier.note_pong(payload)
