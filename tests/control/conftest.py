@@ -136,3 +136,49 @@ async def owner(register: Callable[[], Awaitable[Account]]) -> Account:
 async def stranger(register: Callable[[], Awaitable[Account]]) -> Account:
     """The owner of another organization."""
     return await register()
+
+
+# -- relays
+
+
+def heartbeat_body(relay: str = "relay-1", **more: Any) -> dict[str, Any]:
+    """What a relay posts to /edge/heartbeat."""
+    return {
+        "relay": relay,
+        "region": "local",
+        "connect_url": f"ws://127.0.0.1:7081/{relay}",
+        "public_url": "http://127.0.0.1:7080",
+        "version": 0,
+        "load": {"sessions": 0, "tunnels": 0, "streams": 0, "cpu": 0.0},
+        "draining": False,
+        "bound": [],
+        **more,
+    }
+
+
+@pytest.fixture
+async def relay_key(app: Any) -> str:
+    """The text of a live relay key, good for any relay."""
+    from portico.control.access import Caller
+    from portico.control.tunnels import relays
+
+    async with app.state.db.transaction() as tx:
+        _, token = await relays.create_key(tx, Caller("operator", "installation", None), "test")
+    return token
+
+
+@pytest.fixture
+async def relay(relay_key: str, connect: Callable[..., httpx.AsyncClient]) -> httpx.AsyncClient:
+    """A client with a relay's credential, and a live relay registered under it."""
+    client = connect(relay_key)
+    answer = await client.post("/v1/edge/heartbeat", json=heartbeat_body())
+    assert answer.status_code == 200, answer.text
+    return client
+
+
+@pytest.fixture
+async def agent(
+    owner: Account, relay: httpx.AsyncClient, connect: Callable[..., httpx.AsyncClient]
+) -> httpx.AsyncClient:
+    """A client with an agent key of ``owner``, while a relay is live."""
+    return connect((await owner.key())["key"])

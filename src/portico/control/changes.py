@@ -41,10 +41,10 @@ edge_changes = sa.Table(
 )
 
 _ADD = """
-WITH added AS (INSERT INTO edge_changes (payload) SELECT unnest($1::jsonb[]) RETURNING version)
+WITH added AS (INSERT INTO edge_changes (payload) SELECT unnest($1::text[])::jsonb RETURNING version)
 SELECT pg_notify($2, max(version)::text) FROM added
 """
-_AFTER = "SELECT version, payload FROM edge_changes WHERE version >= $1 ORDER BY version LIMIT $2"
+_AFTER = "SELECT version, payload::text FROM edge_changes WHERE version >= $1 ORDER BY version LIMIT $2"
 _TRIM = """
 DELETE FROM edge_changes
 WHERE version < (SELECT max(version) FROM edge_changes)

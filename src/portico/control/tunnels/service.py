@@ -11,7 +11,6 @@ subdomain, one succeeds. Every write appends its audit row, its event and its ed
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -290,5 +289,4 @@ def _taken(err: IntegrityError, values: dict[str, Any]) -> Exception:
 
 
 def _render_event(row: Any) -> dict[str, Any]:
-    details = json.loads(row.details) if isinstance(row.details, str) else row.details
-    return {"id": row.id, "kind": row.kind, "details": details, "at": row.at}
+    return {"id": row.id, "kind": row.kind, "details": row.details, "at": row.at}

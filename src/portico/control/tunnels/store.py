@@ -1,6 +1,7 @@
 """The tables of tunnels, agent sessions, relays and usage, and every query on them.
 
 Calls that happen per grant, heartbeat or usage batch are raw asyncpg in one statement; the rest is SQLAlchemy Core.
+JSON passes through raw statements as text, so that it does not matter which codec a connection has.
 """
 
 from __future__ import annotations
@@ -243,7 +244,7 @@ RETURNING id, generation
 """
 # FOR KEY SHARE: none of them can be deleted before the session that names it is committed.
 _CANDIDATES = """
-SELECT t.id, t.name, t.protocol, t.subdomain, t.target, t.policy, t.policy_hash, t.generation, t.state, t.origin,
+SELECT t.id, t.name, t.protocol, t.subdomain, t.target, t.policy::text, t.policy_hash, t.generation, t.state, t.origin,
        b.position,
        t.organization_id
 FROM tunnels t LEFT JOIN agent_session_tunnels b ON b.session_id = $2 AND b.tunnel_id = t.id
@@ -265,7 +266,8 @@ WITH session AS (
     WHERE id = $1 AND key_id = $2 AND agent_id = $3 AND ended_at IS NULL
     RETURNING id, generation, region
 )
-SELECT session.generation AS session_generation, session.region, t.id, t.name, t.protocol, t.subdomain, t.policy,
+SELECT session.generation AS session_generation, session.region, t.id, t.name, t.protocol, t.subdomain,
+       t.policy::text,
        t.policy_hash, t.generation, t.state
 FROM session
 LEFT JOIN agent_session_tunnels b ON b.session_id = session.id
@@ -390,7 +392,7 @@ async def edge_ended(reader: Reader, now: float) -> list[Any]:
 
 _HEARTBEAT = """
 INSERT INTO relays (name, key_id, region, connect_url, public_url, version, load, draining)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+VALUES ($1, $2, $3, $4, $5, $6, $7::text::jsonb, $8)
 ON CONFLICT (name) DO UPDATE
 SET key_id = excluded.key_id, region = excluded.region, connect_url = excluded.connect_url,
     public_url = excluded.public_url, version = excluded.version, load = excluded.load, draining = excluded.draining,
@@ -405,7 +407,7 @@ ON CONFLICT (relay, tunnel_id) DO UPDATE SET session_id = excluded.session_id, g
 WHERE (relay_bindings.session_id, relay_bindings.generation) <> (excluded.session_id, excluded.generation)
 """
 _LIVE_RELAYS = """
-SELECT name, region, connect_url, load, draining, extract(epoch FROM now() - seen_at)::float8 AS age
+SELECT name, region, connect_url, load::text, draining, extract(epoch FROM now() - seen_at)::float8 AS age
 FROM relays WHERE seen_at > now() - make_interval(secs => $1)
 """
 _BOUND_LIVE = """
@@ -488,8 +490,10 @@ _ADD_ORGANIZATION_USAGE = """
 INSERT INTO organization_usage (organization_id, hour, requests, connections, bytes_in, bytes_out, errors)
 SELECT * FROM unnest($1::text[], $2::timestamptz[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[])
 ON CONFLICT (organization_id, hour) DO UPDATE SET
-    requests = organization_usage.requests + excluded.requests, connections = organization_usage.connections + excluded.connections,
-    bytes_in = organization_usage.bytes_in + excluded.bytes_in, bytes_out = organization_usage.bytes_out + excluded.bytes_out,
+    requests = organization_usage.requests + excluded.requests,
+    connections = organization_usage.connections + excluded.connections,
+    bytes_in = organization_usage.bytes_in + excluded.bytes_in,
+    bytes_out = organization_usage.bytes_out + excluded.bytes_out,
     errors = organization_usage.errors + excluded.errors
 """
 
