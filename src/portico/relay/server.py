@@ -52,6 +52,7 @@ class Relay:
         self.public = PublicServer(settings, self.snapshot, self.agents)
         self.servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = False
         self._cpu = (time.process_time(), time.monotonic())
 
     def load(self) -> dict[str, float]:
@@ -111,6 +112,9 @@ class Relay:
 
     async def stop(self) -> None:
         """Drain: no new connections, agents leave, requests in flight finish up to ``drain_seconds``, usage is kept."""
+        if self._stopped:
+            return
+        self._stopped = True
         for server in self.servers:
             server.close()
         self.link.draining = True
