@@ -212,7 +212,7 @@ class Stream:
             session.growth += taken
             back -= taken
             self.stalled = False
-        elif self.window < session.max_window and session.growth >= self.window:
+        elif self.window * 2 <= session.max_window and session.growth >= self.window:
             session.growth -= self.window
             back += self.window
             self.window *= 2
@@ -231,6 +231,7 @@ class Stream:
         self.recv_ended = True
         if self.window > f.STREAM_WINDOW:
             self._shrink(self.recv_credit + self.unreturned)
+            self.recv_credit = self.unreturned = 0
 
     def _sent_end(self) -> None:
         self.send_ended = True
