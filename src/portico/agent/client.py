@@ -186,14 +186,13 @@ class Agent:
             self._fatal = problem
         self._changed.set()
 
-    @property
     def _over(self) -> bool:
         return self._stopping.is_set() or self._fatal is not None
 
     # ── connection ────────────────────────────────────────────────────────────────────────────────────────────────
     async def _stay_connected(self) -> None:
         attempt = 0
-        while not self._over:
+        while not self._over():
             try:
                 await self._connect()
             except Problem as problem:
@@ -206,13 +205,15 @@ class Agent:
                 continue
             link = self.link
             assert link is not None
-            while not (self._over or link.lost or link.leaving):
+            while not (self._over() or link.lost or link.leaving):
                 await self._changed.wait()
                 self._changed.clear()
             lasted = asyncio.get_running_loop().time() - link.opened_at
-            attempt = 0 if lasted >= STEADY_SECONDS else attempt + 1
-            if not self._over:
-                await self._pause(attempt - 1 if link.leaving else attempt)
+            if lasted >= STEADY_SECONDS:
+                attempt = 0
+            if not self._over():
+                await self._pause(attempt)
+                attempt += 1
 
     @property
     def _was_online(self) -> bool:
@@ -429,7 +430,7 @@ class Agent:
             self._stale_token = True
         elif problem.code == "wire.version_unsupported":
             self._end(problem)
-        if not self._over:
+        if not self._over():
             for tunnel in self.tunnels:
                 if tunnel.state == "online":
                     tunnel.state = "offline"

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 OK, FAILED, USAGE, REFUSED, UNREACHABLE, TUNNEL_REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 FAULT_LOG_MAX_BYTES = 1024 * 1024
 
-_EXIT_BY_CODE = {"config.invalid": USAGE, "api.unreachable": UNREACHABLE, "service.unavailable": UNREACHABLE}
+_EXIT_BY_CODE = {
+    "config.invalid": USAGE,
+    "target.invalid": USAGE,
+    "api.unreachable": UNREACHABLE,
+    "service.unavailable": UNREACHABLE,
+}
 _EXIT_BY_AREA = {"auth": REFUSED, "device": REFUSED, "tunnel": TUNNEL_REFUSED, "session": TUNNEL_REFUSED}
 
 

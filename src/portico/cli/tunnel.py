@@ -1,0 +1,143 @@
+"""`portico http`, `ls`, `stop`, `rm`: tunnels."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from portico import settings
+from portico.cli import output
+from portico.cli.account import JsonOption, ServerOption, signed_in, with_api
+from portico.errors import Problem
+
+if TYPE_CHECKING:
+    from portico.agent.api import Api
+
+NamesArgument = Annotated[list[str], typer.Argument(metavar="NAME…", help="Names or ids of tunnels.")]
+
+
+def http(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="8000, host:port, http(s)://host, unix:/path or file:///dir")
+    ],
+    name: Annotated[str | None, typer.Option(help="Name of the tunnel [made up].", show_default=False)] = None,
+    subdomain: Annotated[str | None, typer.Option(help="Subdomain of the URL [the name].", show_default=False)] = None,
+    host_header: Annotated[
+        str, typer.Option(help="Host that the target sees: preserve (the visitor's), rewrite (its own), or a name.")
+    ] = "preserve",
+    target_tls_verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--target-tls-verify/--no-target-tls-verify",
+            help="Check the certificate of an https target [yes, except on this machine].",
+            show_default=False,
+        ),
+    ] = None,
+    inspect: Annotated[bool, typer.Option("--inspect/--no-inspect", help="Keep requests for inspection.")] = True,
+    region: Annotated[str | None, typer.Option(help="Preferred region.", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    server: ServerOption = None,
+    log_level: Annotated[
+        str | None, typer.Option("--log-level", help="DEBUG, INFO, WARNING or ERROR.", show_default=False)
+    ] = None,
+) -> None:
+    """A public URL for a local app."""
+    from portico.agent import app
+    from portico.agent.target import parse_target
+    from portico.kit import loop
+
+    parsed = parse_target(target)
+    _check_host(host_header)
+    del inspect  # taken already so that scripts may say it; captures are kept at the relay
+    config, found = signed_in(server)
+    config = _with(config, region=region, log_level=log_level)
+    spec: dict[str, Any] = {"protocol": "http"}
+    if name:
+        spec["name"] = name
+    if subdomain:
+        spec["subdomain"] = subdomain
+    options = app.TunnelOptions(parsed, spec, host_header, target_tls_verify)
+    mode = "json" if json else "screen" if sys.stdout.isatty() and sys.stderr.isatty() else "lines"
+    code = loop.run(app.serve(config, found, [options], mode, color=settings.color_wanted(sys.stdout)))
+    if code:
+        raise typer.Exit(code)
+
+
+def _with(config: settings.AgentSettings, **changes: Any) -> settings.AgentSettings:
+    import dataclasses
+
+    return dataclasses.replace(config, **{key: value for key, value in changes.items() if value is not None})
+
+
+def _check_host(value: str) -> None:
+    printable = value.isascii() and value.isprintable() and " " not in value and 0 < len(value) <= 255
+    if not printable:
+        raise Problem(
+            "config.invalid", f"--host-header {value!r} is not a host name", hint="Give preserve, rewrite or a name."
+        )
+
+
+def ls(server: ServerOption = None, json: JsonOption = False) -> None:
+    """List the tunnels of your organization."""
+
+    async def ask(api: Api) -> list[dict[str, Any]]:
+        return await api.tunnels()
+
+    rows = with_api(server, ask)
+    if json:
+        output.print_json(rows)
+        return
+    output.table(
+        ("name", "state", "url", "target", "agent"),
+        [
+            (r["name"], r["state"], r["url"], r.get("target") or "", (r.get("agent") or {}).get("hostname", ""))
+            for r in rows
+        ],
+        empty="No tunnels yet. Start one with: portico http 8000",
+    )
+
+
+def stop(names: NamesArgument, server: ServerOption = None, json: JsonOption = False) -> None:
+    """Stop tunnels: their URLs go offline until their agent is started again."""
+
+    async def act(api: Api) -> list[dict[str, Any]]:
+        return [await api.call("POST", f"tunnels/{await _id(api, name)}/stop") for name in names]
+
+    _report(with_api(server, act), names, "stopped", json)
+
+
+def rm(names: NamesArgument, server: ServerOption = None, json: JsonOption = False) -> None:
+    """Delete tunnels and give their names back."""
+
+    async def act(api: Api) -> list[dict[str, Any]]:
+        done = []
+        for name in names:
+            row = await api.find_tunnel(name)
+            await api.call("DELETE", f"tunnels/{quote(row['id'], safe='')}")
+            done.append({"id": row["id"], "name": row["name"], "state": "deleted"})
+        return done
+
+    _report(with_api(server, act), names, "deleted", json)
+
+
+async def _id(api: Api, name: str) -> str:
+    return quote((await api.find_tunnel(name))["id"], safe="")
+
+
+def _report(rows: list[dict[str, Any]], names: list[str], verb: str, json: bool) -> None:
+    if json:
+        output.print_json(rows)
+        return
+    for row, name in zip(rows, names, strict=True):
+        output.echo(f"{row.get('name') or name} {verb}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    app.command()(http)
+    app.command()(ls)
+    app.command()(stop)
+    app.command()(rm)
