@@ -83,17 +83,24 @@ def build(modules: set[str] | None = None) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     )
     app.callback()(_top)
-    for module in sorted(modules or set(MODULES.values())):
+    for module in sorted(set(MODULES.values()) if modules is None else modules):
         importlib.import_module(f"portico.cli.{module}").register(app)
     return app
+
+
+def _needed(args: list[str]) -> set[str] | None:
+    """The modules that this command line needs; ``None``: all of them."""
+    first = args[0] if args else ""
+    if first == "--version":
+        return set()
+    return {MODULES[first]} if first in MODULES else None
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit: one line for every refusal, no traceback."""
     args = sys.argv[1:] if argv is None else argv
-    typed = MODULES.get(args[0]) if args else None
     try:
-        build({typed} if typed else None)(args=args, prog_name="portico")
+        build(_needed(args))(args=args, prog_name="portico")
     except Problem as problem:
         output.error_line(problem)
         sys.exit(output.exit_code(problem))

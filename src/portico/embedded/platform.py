@@ -26,7 +26,7 @@ from portico.embedded.logs import LogStream
 from portico.embedded.postgres import EmbeddedPostgres
 from portico.embedded.roster import Roster
 from portico.embedded.supervisor import Supervisor, SupervisorLimits
-from portico.embedded.units import ProcessUnit, postgres_unit, run_to_end, valkey_unit
+from portico.embedded.units import ProcessUnit, answers, postgres_unit, run_to_end, valkey_unit
 from portico.embedded.valkey import EmbeddedValkey
 from portico.errors import Problem
 from portico.kit.sockets import port_of
@@ -43,6 +43,7 @@ _NOT_FOR_CHILDREN = (
 #: Seconds for a relay's visitors and a worker's job when everything ends: the rest of the ten is for what comes after.
 _RELAY_DRAIN_SECONDS = 5
 _API_DRAIN_SECONDS = 2
+_FOLLOW_SECONDS = 5.0
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104 - where to reach a wildcard listener
 
 
@@ -108,10 +109,25 @@ class Platform:
         self._supervisor = Supervisor(self.logs, roster, self._limits())
         await self._start_servers()
         given = await self._prepare()
-        await self.supervisor.start(self._api_unit())
         relays = [self._relay_unit(n, given["relay_keys"]) for n in range(1, self.settings.relays + 1)]
-        await self.supervisor.start(*relays, self._worker_unit())
+        # Side by side: the relays' first question waits in the API's listening queue. Two groups, so that at the end
+        # the relays have reported their usage before the API goes.
+        await asyncio.gather(
+            self.supervisor.start(self._api_unit()), self.supervisor.start(*relays, self._worker_unit())
+        )
+        await self._relays_follow()
         self._write_credentials(given)
+
+    async def _relays_follow(self) -> None:
+        """Wait until every relay has the edge state, so that a tunnel can start at once. Not for ever: a relay that
+        cannot follow says why in its log, and the rest is of use without it."""
+        deadline = asyncio.get_running_loop().time() + _FOLLOW_SECONDS
+        for number in range(1, self.settings.relays + 1):
+            while not await answers(self.host, self.relay(number).control, "/readyz"):
+                if asyncio.get_running_loop().time() > deadline:
+                    self.logs.say(f"relay-{number} does not follow the API yet", "WARN")
+                    break
+                await asyncio.sleep(0.03)
 
     def _take_home(self, embedded: bool) -> None:
         account = server_account(self.home / "pg" / "data") if embedded else None
@@ -276,7 +292,7 @@ async def run(platform: Platform, body: Callable[[Platform], Awaitable[int]]) ->
                 platform._supervisor.hurry()
             return
         stopping = True
-        platform.logs.say("stopping (again for at once)")
+        platform.logs.say("stopping; once more to end at once")
         task.cancel()
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
