@@ -22,12 +22,14 @@ LINE_MAX_BYTES = 64 * 1024
 FLUSH_SECONDS = 1.0
 TAIL_LINES = 20
 
-_LEVELS = {"DEBUG": 10, "INFO": 20, "WARN": 30, "WARNI": 30, "ERROR": 40, "CRITI": 50}
+_LEVELS = {"DEBUG": 10, "INFO": 20, "WARN": 30, "ERROR": 40, "FATAL": 50}
+_OPTION_LEVELS = {"WARNING": "WARN", "CRITICAL": "FATAL"}
 _OURS = re.compile(r"^\d{4}-\d\d-\d\dT(\d\d:\d\d:\d\d)\.\d{3}Z ([A-Z]+) +(\S+) (.*)$")
 _POSTGRES = re.compile(r"^\d{4}-\S+ \S+ \S+ \[\d+\] ([A-Z]+\d?): +(.*)$")
 _VALKEY = re.compile(r"^\d+:(?:[A-Z] \d+ \w+ \d+ \S+ ([.*#-])|signal-handler \(\d+\)) (.*)$")
 _POSTGRES_LEVELS = {"LOG": "INFO", "WARNING": "WARN", "ERROR": "ERROR", "FATAL": "ERROR", "PANIC": "ERROR"}
-#: What PostgreSQL and Valkey say at every ordinary start and stop; shown with log level DEBUG.
+#: What PostgreSQL and Valkey say at every ordinary start and stop, and PostgreSQL to each client that comes during one
+#: (the client says so too); shown with log level DEBUG.
 _ROUTINE = (
     "starting PostgreSQL",
     "listening on Unix socket",
@@ -38,6 +40,11 @@ _ROUTINE = (
     "aborting any active transactions",
     'background worker "logical replication launcher"',
     "shutting down",
+    "the database system is starting up",
+    "the database system is shutting down",
+    "the database system is not yet accepting connections",
+    "Consistent recovery state has not been yet reached",
+    "terminating connection due to",
     "Received SIGTERM scheduling shutdown",
     "WARNING Memory overcommit must be enabled",  # matters to saving in the background alone, which is off
     "User requested shutdown",
@@ -76,7 +83,7 @@ class LogStream:
 
     def __init__(self, fd: int = 2, *, level: str = "INFO", color: bool = False) -> None:
         self._fd, self._color = fd, color
-        self._threshold = _LEVELS.get(level.upper()[:5], 20)
+        self._threshold = _LEVELS.get(_OPTION_LEVELS.get(level.upper(), level.upper()), 20)
         self._waiting: queue.Queue[bytes | None] = queue.Queue(WAITING_LINES_MAX)
         self._dropped = 0
         self._tails: dict[str, deque[str]] = {}
@@ -132,7 +139,7 @@ class LogStream:
     # -- out ---------------------------------------------------------------------------------------------------------
 
     def _emit(self, whole: str, clock: str, level: str, name: str, text: str) -> None:
-        if _LEVELS.get(level[:5], 20) < self._threshold:
+        if _LEVELS.get(level, 20) < self._threshold:
             return
         if self._color:
             line = _colored(clock or time.strftime("%H:%M:%S", time.gmtime()), level, name, text)
@@ -179,5 +186,5 @@ class LogStream:
 
 def _colored(clock: str, level: str, name: str, text: str) -> str:
     color = _COLORS.get(name.split("-")[0], _COLORS.get(name, "36"))
-    tone = {"WARN": "33", "WARNI": "33", "ERROR": "31", "CRITI": "31"}.get(level[:5], "0")
+    tone = {"WARN": "33", "ERROR": "31", "FATAL": "31"}.get(level, "0")
     return f"\x1b[2m{clock}\x1b[0m \x1b[{color}m{name:<10}\x1b[0m \x1b[{tone}m{text}\x1b[0m"

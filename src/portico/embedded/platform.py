@@ -105,6 +105,7 @@ class Platform:
         roster = Roster(self.home / "run" / "children")
         for name in await asyncio.to_thread(roster.end_leftovers):
             self.logs.say(f"ended {name}, left behind by a run that was killed", "WARN")
+        roster.remove()
         self._listeners = self._open_ports()
         self._supervisor = Supervisor(self.logs, roster, self._limits())
         await self._start_servers()

@@ -1,6 +1,6 @@
 """Listening sockets: bound here, or inherited from the supervisor that owns them.
 
-A supervisor binds first and passes the sockets to its children as ``PORTICO_LISTEN_FDS="public=5,https=6"``; connections
+A supervisor binds first and passes the sockets to children as ``PORTICO_LISTEN_FDS="public=5,https=6"``: connections
 that arrive while a child restarts wait in the queue instead of being refused.
 """
 

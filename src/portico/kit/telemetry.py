@@ -15,6 +15,9 @@ from typing import Any, TextIO
 
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.:/@+,[]()*%<>&?#~!")
 
+_LEVELS = {"WARNING": "WARN", "CRITICAL": "FATAL"}  # five columns
+_CHATTY = ("httpx", "httpcore", "asyncio", "alembic", "sqlalchemy", "uvicorn.access", "uvicorn.error", "picows")
+
 
 def _escape(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -36,7 +39,8 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        line = f"{stamp} {record.levelname:<5.5} {self._process} {_escape(record.getMessage())}"
+        level = _LEVELS.get(record.levelname, record.levelname)
+        line = f"{stamp} {level:<5.5} {self._process} {_escape(record.getMessage())}"
         fields = getattr(record, "f", None)
         if fields:
             line += "".join(f" {key}={_value(value)}" for key, value in fields.items())
@@ -53,5 +57,5 @@ def configure(process: str, level: str = "INFO", stream: TextIO | None = None) -
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     # Libraries that log each request or connection at INFO would drown ours.
-    for name in ("httpx", "httpcore", "asyncio", "alembic", "sqlalchemy", "uvicorn.access"):
+    for name in _CHATTY:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
