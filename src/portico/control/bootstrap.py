@@ -13,6 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from portico.control import changes
 from portico.control.access import Caller
 from portico.control.identity import installation
 from portico.control.identity.passwords import Passwords
@@ -77,6 +78,7 @@ async def ensure_first(
         hashed = await passwords.hash(password)
         clock = SystemClock()
         signing_keys = SigningKeys(settings, Sealer(settings.master_key), clock)
+        signing_keys.on_changed.append(_announce_keys)
         identity = Identity(settings, db, clock, signing_keys, passwords)
         async with db.transaction() as tx:
             await tx.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY)))
@@ -94,6 +96,10 @@ async def ensure_first(
     finally:
         passwords.close()
         await db.close()
+
+
+async def _announce_keys(tx: Tx, jwks: Sequence[dict[str, str]]) -> None:
+    changes.append(tx, changes.keys(jwks))
 
 
 async def _organization(tx: Tx, identity: Identity, hashed: str, settings: ApiSettings) -> tuple[str, str, str | None]:

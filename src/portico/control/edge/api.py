@@ -130,6 +130,7 @@ class AckAnswer(BaseModel):
 
 @router.get(
     "/stream",
+    status_code=200,
     response_class=EdgeStream,
     responses={200: {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}}},
 )
