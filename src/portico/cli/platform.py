@@ -128,9 +128,8 @@ def _demo(chosen: settings.PlatformSettings, home: Path, once: bool) -> int:
     from portico.embedded.demo import Demo
     from portico.embedded.summary import Paint
 
-    demo = Demo(Paint(settings.color_wanted(sys.stdout)), output.echo)
-
     async def body(platform: Platform) -> int:
+        demo = Demo(Paint(settings.color_wanted(sys.stdout)), output.echo)
         try:
             good = await demo(platform)
             if not once:

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from portico.embedded.platform import Platform
 from portico.embedded.sample_app import SampleApp
@@ -17,7 +18,7 @@ from portico.errors import Problem
 
 REQUEST_TIMEOUT_SECONDS = 10.0
 ANSWER_MAX_BYTES = 256 * 1024
-TUNNEL = "demo"
+TUNNEL = "hello"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +77,18 @@ class Demo:
     def __init__(self, paint: Paint, say: Callable[[str], None]) -> None:
         self._paint, self._say = paint, say
         self._app = SampleApp()
+        self._online: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def __call__(self, platform: Platform) -> bool:
         """App, agent, request; True when the answer is the app's own."""
         await self._app.start()
-        await platform.supervisor.start(self._agent(platform))
+        await platform.supervisor.start(_AgentUnit(self._agent(platform), self._online))
         return await self.request(platform)
 
     def url(self, platform: Platform, scheme: str = "http") -> str:
-        main = platform.relay(1)
-        port = main.http if scheme == "http" else main.https
-        return f"{scheme}://{TUNNEL}.{platform.settings.base_domain}:{port}"
-
-    def _authority(self, platform: Platform) -> str:
-        return self.url(platform).removeprefix("http://")
+        """The tunnel's public URL, as the agent was told it."""
+        given = urlsplit(self._online.result())
+        return given.geturl() if scheme == "http" else f"https://{given.hostname}:{platform.relay(1).https}"
 
     def _agent(self, platform: Platform) -> ProcessUnit:
         env = platform.environment(
@@ -99,11 +98,19 @@ class Demo:
         )
         return ProcessUnit(
             "agent",
-            ["http", str(self._app.port), "--name", TUNNEL],
+            ["http", str(self._app.port), "--name", TUNNEL, "--json"],
             env,
-            health=(platform.host, platform.relay(1).http, "/api/hello"),
-            authority=self._authority(platform),
+            stdout=lambda: platform.logs.pipe("agent", self._heard),
         )
+
+    def _heard(self, line: str) -> None:
+        """The agent's events, one JSON object a line; the first "online" has the URL."""
+        try:
+            event = json.loads(line)
+        except ValueError:
+            return
+        if isinstance(event, dict) and event.get("event") == "online" and not self._online.done():
+            self._online.set_result(str(event["url"]))
 
     async def request(self, platform: Platform) -> bool:
         """One request with a number that only its answer can know, and the way it took."""
@@ -111,7 +118,7 @@ class Demo:
         path = f"/api/hello?nonce={nonce}"
         before = self._app.requests
         try:
-            answer = await fetch(platform.host, platform.relay(1).http, self._authority(platform), path)
+            answer = await fetch(platform.host, platform.relay(1).http, urlsplit(self.url(platform)).netloc, path)
         except (OSError, TimeoutError, ValueError) as err:
             raise Problem("up.demo_failed", f"the request through the tunnel failed: {err!r}") from None
         seen = _seen(answer)
@@ -132,8 +139,8 @@ class Demo:
                 "relay",
                 f"{platform.host}:{main.http} finds tunnel “{TUNNEL}”, request {headers.get('x-request-id', '?')}",
             ),
-            ("agent", "receives it as frames on its one outgoing connection, as no port is open here"),
-            ("app", f"127.0.0.1:{self._app.port} sees Host {headers.get('host', '?')}"),
+            ("agent", "gets it as frames on the one connection that it opened itself: no port is open here"),
+            ("app", f"127.0.0.1:{self._app.port} receives it for {headers.get('host', '?')}"),
             ("app", f"answers “{seen.get('message', 'nothing')}”"),
             ("visitor", f"{mark} {answer.status}, {len(answer.body)} bytes, {answer.seconds * 1000:.1f} ms"),
         ]
@@ -169,6 +176,18 @@ class Demo:
 
     async def close(self) -> None:
         await self._app.stop()
+
+
+class _AgentUnit:
+    """The agent: ready once it said that its tunnel is online."""
+
+    def __init__(self, unit: ProcessUnit, online: asyncio.Future[str]) -> None:
+        self.name, self.signals, self.launch = unit.name, unit.signals, unit.launch
+        self.ended, self.release = unit.ended, unit.release
+        self._online = online
+
+    async def ready(self) -> bool:
+        return self._online.done()
 
 
 def _seen(answer: Answer) -> dict[str, object]:

@@ -16,6 +16,8 @@ import re
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 
 WAITING_LINES_MAX = 10_000
 LINE_MAX_BYTES = 64 * 1024
@@ -93,15 +95,20 @@ class LogStream:
 
     # -- in ----------------------------------------------------------------------------------------------------------
 
-    def pipe(self, name: str) -> int:
-        """A descriptor for a child's output, to be closed by the caller once the child has it (event loop required)."""
+    def pipe(self, name: str, on_line: Callable[[str], None] | None = None) -> int:
+        """A descriptor for a child's output, to be closed by the caller once the child has it (event loop required).
+
+        With ``on_line`` its lines go there instead of into the log.
+        """
         read_end, write_end = os.pipe()
         os.set_blocking(read_end, False)
         self._readers.add(read_end)
-        asyncio.get_running_loop().add_reader(read_end, self._read, read_end, name, bytearray())
+        asyncio.get_running_loop().add_reader(
+            read_end, self._read, read_end, on_line or partial(self.raw, name), bytearray()
+        )
         return write_end
 
-    def _read(self, fd: int, name: str, rest: bytearray) -> None:
+    def _read(self, fd: int, on_line: Callable[[str], None], rest: bytearray) -> None:
         try:
             chunk = os.read(fd, LINE_MAX_BYTES)
         except BlockingIOError:
@@ -111,7 +118,7 @@ class LogStream:
             rest += b"\n"
         *lines, last = rest.split(b"\n")
         for line in lines:
-            self.raw(name, line.decode("utf-8", "replace"))
+            on_line(line.decode("utf-8", "replace"))
         rest[:] = last
         if not chunk:
             self._forget(fd)

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from portico.embedded.logs import LogStream
 from portico.embedded.postgres import EmbeddedPostgres
@@ -65,8 +65,9 @@ def valkey_unit(server: EmbeddedValkey) -> ServerUnit:
 class ProcessUnit:
     """A process of Portico: ``portico ARGS…`` with an environment, inherited sockets and a readiness check.
 
-    Ready is: ``health`` (host, port, path; asked for ``authority``) answers 200; or, without it, the process wrote
-    READY=1 to the descriptor in PORTICO_NOTIFY_FD (:mod:`portico.kit.notify`).
+    Ready is: ``health`` (host, port, path) answers 200; or, without it, the process wrote READY=1 to the descriptor in
+    PORTICO_NOTIFY_FD (:mod:`portico.kit.notify`). ``stdout`` makes a descriptor for its standard output, which
+    otherwise joins the log.
     """
 
     signals: Sequence[int] = (signal.SIGTERM, signal.SIGKILL)
@@ -79,11 +80,11 @@ class ProcessUnit:
         *,
         listeners: Mapping[str, socket.socket] | None = None,
         health: tuple[str, int, str] | None = None,
-        authority: str = "localhost",
+        stdout: Callable[[], int] | None = None,
     ) -> None:
         self.name, self._args, self._environment = name, list(args), dict(environment)
         self._listeners, self._health = dict(listeners or {}), health
-        self._authority = authority
+        self._stdout = stdout
         self._notify: int | None = None
 
     async def launch(self, output: int) -> subprocess.Popen[bytes]:
@@ -98,17 +99,19 @@ class ProcessUnit:
             os.set_blocking(self._notify, False)
             environment["PORTICO_NOTIFY_FD"] = str(theirs)
             fds.append(theirs)
+        stdout = self._stdout() if self._stdout is not None else None
         try:
-            return spawn(portico_argv(*self._args), env=environment, output=output, pass_fds=fds)
+            return spawn(portico_argv(*self._args), env=environment, output=output, stdout=stdout, pass_fds=fds)
         except OSError as err:
             raise Problem("up.child_failed", f"{self.name} could not be started: {err.strerror}") from None
         finally:
-            if theirs is not None:
-                os.close(theirs)
+            for given in (theirs, stdout):
+                if given is not None:
+                    os.close(given)
 
     async def ready(self) -> bool:
         if self._health is not None:
-            return await answers(*self._health, self._authority)
+            return await answers(*self._health)
         if self._notify is None:
             return False
         try:
@@ -163,13 +166,13 @@ def portico_argv(*args: str) -> list[str]:
     return [sys.executable, "-P", "-m", "portico.cli", *args]
 
 
-async def answers(host: str, port: int, path: str, authority: str = "localhost") -> bool:
+async def answers(host: str, port: int, path: str) -> bool:
     """Whether an HTTP server answers GET ``path`` with 200 (a connection waits in its queue until it is up)."""
     writer = None
     try:
         async with asyncio.timeout(HEALTH_TIMEOUT_SECONDS):
             reader, writer = await asyncio.open_connection(host, port)
-            writer.write(f"GET {path} HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n".encode())
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             status = await reader.readline()
     except (OSError, TimeoutError):
         return False
