@@ -216,7 +216,13 @@ class Exchange:
         elif self.http10:
             out.append(b"Connection: keep-alive\r\n")
         out.append(b"\r\n")
-        self._write(b"".join(out))
+        data = b"".join(out)
+        if self.tunnel is not None:
+            self.tunnel.counters.bytes_out += len(data)
+        if end:
+            conn.write(data)
+        else:
+            conn.write_head(data)
         if self.upgrade:
             self._upgrade_declined()
         if end:

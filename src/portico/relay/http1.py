@@ -30,6 +30,8 @@ READ_SIZE: Final = 65_536
 #: Bytes of a request body that are read and thrown away after a refusal, before the connection is cut.
 LINGER_BYTES: Final = 262_144
 LINGER_SECONDS: Final = 2.0
+#: Chunks below this size are copied together with their framing; larger ones are passed on in pieces.
+SMALL_CHUNK: Final = 16_384
 #: Seconds after a visitor's half-close in which something must be sent to it, or it is taken to be gone.
 HALF_CLOSE_SECONDS: Final = 1.0
 #: Header fields of one head; a frame's head carries 256, and ours are added.
@@ -45,7 +47,7 @@ class Visitor(asyncio.BufferedProtocol):
     __slots__ = (
         "address", "closed", "current", "deadline", "draining", "eof", "expect_close", "fault",
         "fields", "forwarded", "head_bytes", "in_head", "leftover", "lingered", "lingering", "parser",
-        "parsing", "paused", "port", "queue", "raw", "reading", "scheme", "server", "target", "transport", "written",
+        "parsing", "paused", "port", "queue", "raw", "reading", "scheme", "server", "target", "transport", "unwritten", "written",
         "written_at_eof",
     )  # fmt: skip
 
@@ -72,6 +74,7 @@ class Visitor(asyncio.BufferedProtocol):
         self.lingered = 0
         self.expect_close = False
         self.written = self.written_at_eof = 0
+        self.unwritten = b""
         self.forwarded: tuple[bytes, tuple[bytes, ...]] = (b"", ())
 
     # ── transport events ──────────────────────────────────────────────────────────────────────────────────────────
@@ -336,19 +339,36 @@ class Visitor(asyncio.BufferedProtocol):
             self.forwarded = (host, heads.forwarding(self.address, self.scheme, host, self.port))
         return self.forwarded[1]
 
+    def write_head(self, head: bytes) -> None:
+        """A head whose body may be in the next frame: one system call for both if it is, else written this tick."""
+        self.written += len(head)
+        if self.unwritten:
+            self.unwritten += head
+            return
+        self.unwritten = head
+        self.server.hold_back(self)
+
+    def flush(self) -> None:
+        """Write the head that no body came for."""
+        head, self.unwritten = self.unwritten, b""
+        if head and not self.closed:
+            self.transport.write(head)
+
     def write(self, data: bytes) -> None:
         self.written += len(data)
+        if self.unwritten:
+            data, self.unwritten = self.unwritten + data, b""
         if not self.closed:
             self.transport.write(data)
 
     def write_chunk(self, data: bytes) -> None:
         size = b"%x\r\n" % len(data)
-        self.written += len(data)
-        if self.closed:
+        if len(data) < SMALL_CHUNK:
+            self.write(b"%b%b\r\n" % (size, data))
             return
-        if len(data) < 4096:
-            self.transport.write(b"%b%b\r\n" % (size, data))
-        else:
+        self.flush()
+        self.written += len(data)
+        if not self.closed:
             self.transport.writelines((size, data, b"\r\n"))
 
     def refuse(self, exchange: Exchange, code: str, detail: str | None) -> None:
@@ -393,6 +413,8 @@ class Visitor(asyncio.BufferedProtocol):
         if self.current is not exchange:
             return
         self.current = None
+        if self.unwritten:
+            self.flush()
         if self.closed:
             return
         if self.raw:
@@ -466,12 +488,14 @@ class Visitor(asyncio.BufferedProtocol):
 
     def end_writing(self) -> None:
         """Half-close towards the visitor of an upgraded connection."""
+        self.flush()
         if not self.closed and not self.eof and self.transport.can_write_eof():
             self.transport.write_eof()
 
     def break_off(self, *, reset: bool) -> None:
         """End the connection so that an incomplete answer shows; ``reset`` where a plain close would look complete."""
         self.current = None
+        self.flush()
         if reset:
             reset_transport(self.transport)
         else:

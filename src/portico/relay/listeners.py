@@ -54,6 +54,7 @@ class PublicServer:
         self._by_address: Counter[str] = Counter()
         self._by_host = agents.by_host
         self._base = settings.base_domain.encode().lower()
+        self._held: list[Visitor] = []
         self._draining = False
         self._empty = asyncio.Event()
         self._sweeper = self.loop.call_later(SWEEP_SECONDS, self._sweep)
@@ -101,6 +102,19 @@ class PublicServer:
             visitor.transport.abort()
         self._sweeper.cancel()
         return len(left)
+
+    # ── batching ──────────────────────────────────────────────────────────────────────────────────────────────────
+    def hold_back(self, visitor: Visitor) -> None:
+        """``visitor.flush`` is called in this loop tick, after everything that arrived in it."""
+        self._held.append(visitor)
+        if len(self._held) == 1:
+            self.loop.call_soon(self._flush_held)
+
+    def _flush_held(self) -> None:
+        held, self._held = self._held, []
+        for visitor in held:
+            if visitor.unwritten:
+                visitor.flush()
 
     # ── look-ups and answers ──────────────────────────────────────────────────────────────────────────────────────
     def find(self, host: bytes) -> tuple[LiveTunnel | None, bool]:

@@ -61,7 +61,7 @@ class LiveTunnel:
 
     def open(self, head: Sequence[bytes], flags: int, sink: Sink) -> Stream:
         """A new request stream; raises as :meth:`wire.session.Session.open_request`."""
-        return self.connection.session.open_request(self.bind, head, flags, sink)
+        return self.connection.session.open_request(self.bind, head, flags, sink, parsed=True)
 
 
 class AgentConnection:

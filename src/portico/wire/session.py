@@ -311,12 +311,14 @@ class Session:
     def ping(self, payload: bytes) -> None:
         self.put(f.frame(f.PING, 0, payload))
 
-    def open_request(self, bind: int, head: Sequence[bytes], flags: int, sink: Sink) -> Stream:
-        """Relay: a new stream with REQUEST.
+    def open_request(
+        self, bind: int, head: Sequence[bytes], flags: int, sink: Sink, *, parsed: bool = False
+    ) -> Stream:
+        """Relay: a new stream with REQUEST; ``parsed`` as in :func:`frames.encode_request`.
 
         Raises ``ValueError`` when the head does not fit or is not a valid one, ``OverflowError`` at a limit.
         """
-        payload = f.encode_request(bind, head)
+        payload = f.encode_request(bind, head, parsed)
         stream = self._new_stream(sink, tcp=False)
         stream.upgrade = flags & f.F_UPGRADE != 0
         self.put(f.HEADER.pack(f.REQUEST, flags, stream.id, len(payload)) + payload)
@@ -393,16 +395,18 @@ class Session:
                 raise WireError("frame is too long or cut short")
             if flags and flags & ~f.FLAGS.get(kind, 0):
                 raise WireError("undefined flags")
-            self._frame(kind, flags, ident, bytes(message[at:end]))
+            payload = bytes(message[at:end])
             at = end
+            if kind == f.DATA and self.greeted:
+                self._on_data(ident, payload, flags & f.F_END != 0)
+            else:
+                self._frame(kind, flags, ident, payload)
 
     # ── frames ────────────────────────────────────────────────────────────────────────────────────────────────────
     def _frame(self, kind: int, flags: int, ident: int, payload: bytes) -> None:
         if not self.greeted and kind not in (f.HELLO, f.ERROR):
             raise WireError("the first frame must be HELLO")
-        if kind == f.DATA:
-            self._on_data(ident, payload, flags & f.F_END != 0)
-        elif kind == f.RESPONSE:
+        if kind == f.RESPONSE:
             self._on_response(ident, payload, flags & f.F_END != 0)
         elif kind == f.REQUEST:
             self._on_request(ident, payload, flags)
