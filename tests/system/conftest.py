@@ -1,0 +1,81 @@
+"""Fixtures of the system tests: `portico up` once for the run, an account and a folder for the logs of each module."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portico.embedded.folders import temp_home
+from tests.system.platform import CHILDREN, Account, Agent, Up
+from tests.system.targets import listener, port_of
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Iterator[Any]:
+    """A failed test shows what the processes said last."""
+    report = yield
+    if report.failed and Path(__file__).parent in item.path.parents:
+        for child in CHILDREN:
+            report.sections.append((f"end of {child.name}'s output", child.tail()))
+    return report
+
+
+@pytest.fixture(scope="session")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """The platform that most system tests share. A tunnel takes 400 requests at once, for those that stand still."""
+    home = temp_home("portico-system-")
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, home, ignore_errors=True)
+        stack.callback(lambda: [child.end() for child in list(CHILDREN) if child.name == "up"])
+        yield Up(home, tmp_path_factory.mktemp("up"), tunnel_concurrency=400)
+
+
+@pytest.fixture(scope="module")
+def account(up: Up) -> Iterator[Account]:
+    """An organization for this module."""
+    made = Account(up.api_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[socket.socket]:
+    """The listening socket of this module's local app."""
+    with listener() as sock:
+        yield sock
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes of this module write."""
+    return tmp_path_factory.mktemp("agents")
+
+
+@pytest.fixture(scope="module")
+def agent(up: Up, account: Account, target: socket.socket, folder: Path, request: pytest.FixtureRequest) -> Iterator[Agent]:
+    """An agent in front of ``target``, for the whole module; its URL's host is :func:`host`."""
+    with ExitStack() as stack:
+        name = request.module.__name__.rsplit("_", 1)[1]
+        child = Agent(account, folder, port_of(target), name)
+        stack.callback(child.end)
+        yield child.online()
+
+
+@pytest.fixture(scope="module")
+def host(agent: Agent) -> str:
+    """The public host name of the module's tunnel."""
+    url = next(event["url"] for event in agent.events() if event["event"] == "online")
+    return str(url.split("//")[1].split(":")[0])
+
+
+@pytest.fixture
+def started() -> Iterator[ExitStack]:
+    """What a test starts and must be ended: ``started.callback(child.end)``."""
+    with ExitStack() as stack:
+        yield stack
