@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from portico.settings import ApiSettings
+
+
+class Columns(Protocol):
+    """A row of ``tunnels`` by column name: a mapping of SQLAlchemy's, or a record of asyncpg's."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
 
 
 class Addresses:
@@ -26,14 +31,13 @@ class Addresses:
         """The URL as a visitor types it."""
         return f"{self._scheme}://{subdomain}.{self._base}{self._port}"
 
-    def edge_row(self, row: Any) -> dict[str, Any]:
-        """A tunnel as relays hold it (``contracts/edge-stream.schema.json``); ``row`` has the columns of ``tunnels``."""
-        columns: Mapping[str, Any] = row if isinstance(row, Mapping) else row._mapping
-        subdomain = columns["subdomain"]
+    def edge_row(self, row: Columns) -> dict[str, Any]:
+        """A tunnel as relays hold it (``contracts/edge-stream.schema.json``)."""
+        subdomain = row["subdomain"]
         return {
-            "id": columns["id"],
-            "organization": columns["organization_id"],
+            "id": row["id"],
+            "organization": row["organization_id"],
             "hosts": [self.host(subdomain)] if subdomain else [],
-            "state": columns["state"],
-            "generation": columns["generation"],
+            "state": row["state"],
+            "generation": row["generation"],
         }

@@ -176,7 +176,7 @@ class Tunnels:
         facts = {"name": row.name, "subdomain": row.subdomain}
         await audit.record(tx, caller, "tunnel.create", row.id, details=facts)
         await store.add_events(tx, [event(row.id, "created", facts)])
-        changes.append(tx, changes.tunnel(self.addresses.edge_row(row)))
+        changes.append(tx, changes.tunnel(self.addresses.edge_row(row._mapping)))
 
     async def update(self, tx: Tx, caller: Caller, tunnel_id: str, wanted: dict[str, Any]) -> dict[str, Any]:
         """Change ``name``, ``subdomain``, ``target`` or ``policy``; raises as ``create`` does, and ``tunnel.not_found``."""
@@ -207,7 +207,7 @@ class Tunnels:
         await audit.record(tx, caller, action, row["id"], details=facts)
         await store.add_events(tx, [event(row["id"], kind, facts)])
         if fences:
-            changes.append(tx, changes.tunnel(self.addresses.edge_row(changed)))
+            changes.append(tx, changes.tunnel(self.addresses.edge_row(changed._mapping)))
         return changed
 
     async def stop(self, tx: Tx, caller: Caller, tunnel_id: str) -> dict[str, Any]:
