@@ -51,7 +51,7 @@ class SectionedGroup(TyperGroup):
         for title, names in SECTIONS.items():
             rows = [(name, self.commands[name]) for name in names if name in self.commands]
             with formatter.section(title):
-                formatter.write_dl([(name, command.get_short_help_str(80)) for name, command in rows])
+                formatter.write_dl([(name, command.get_short_help_str(100)) for name, command in rows])
 
 
 def _print_version(value: bool) -> None:

@@ -15,34 +15,41 @@ if TYPE_CHECKING:
     from portico.embedded.platform import Platform
 
 DataOption = Annotated[
-    Path | None, typer.Option("--data", help="Folder of everything that outlives a restart.", show_default=False)
+    Path | None,
+    typer.Option("--data", help="Folder of everything that outlives a restart.", metavar="DIR", show_default=False),
 ]
 LogLevelOption = Annotated[
-    str | None, typer.Option("--log-level", help="DEBUG, INFO, WARNING or ERROR.", show_default=False)
+    str | None, typer.Option("--log-level", help="DEBUG, INFO, WARNING or ERROR.", show_default=False, metavar="LEVEL")
 ]
 
 
 def _port(what: str) -> Any:
-    return typer.Option(help=f"TCP port of {what}; 0 takes a free one.", show_default=False, min=0, max=65535)
+    return typer.Option(help=f"TCP port of {what}; 0 takes a free one.", show_default=False, metavar="PORT")
 
 
 def up(
     data: DataOption = None,
     base_domain: Annotated[
-        str | None, typer.Option(help="Tunnels are names below it [localhost].", show_default=False)
+        str | None, typer.Option(help="Tunnels are names below it [localhost].", metavar="NAME", show_default=False)
     ] = None,
     host: Annotated[
-        str | None, typer.Option(help="Address to listen on [127.0.0.1]; 0.0.0.0 for all.", show_default=False)
+        str | None,
+        typer.Option(help="Address to listen on [127.0.0.1]; 0.0.0.0 for all.", metavar="ADDRESS", show_default=False),
     ] = None,
     http_port: Annotated[int | None, _port("the public HTTP listener [7080]")] = None,
     https_port: Annotated[int | None, _port("the public HTTPS listener [7443]")] = None,
     control_port: Annotated[int | None, _port("the listener for agents [7081]")] = None,
     api_port: Annotated[int | None, _port("the API and console [7000]")] = None,
-    pg_bin: Annotated[Path | None, typer.Option(help="Folder of PostgreSQL's programs.", show_default=False)] = None,
+    pg_bin: Annotated[
+        Path | None, typer.Option(help="Folder of PostgreSQL's programs.", metavar="DIR", show_default=False)
+    ] = None,
     config: ConfigOption = None,
     log_level: LogLevelOption = None,
 ) -> None:
-    """Run everything on this machine: relay, API and console, workers, PostgreSQL, Valkey."""
+    """Run everything on this machine.
+
+    Relay, API and console, workers, PostgreSQL and Valkey, kept running until Ctrl-C.
+    """
     require_server_parts()
     chosen = settings.load(
         settings.PlatformSettings,
@@ -70,7 +77,7 @@ async def _stay(platform: Platform) -> int:
 
     from portico.embedded.summary import Paint, summary
 
-    platform.logs.write(summary(platform, Paint(settings.color_wanted(sys.stderr))))
+    platform.logs.write(summary(platform, Paint(settings.color_wanted(sys.stderr)), sys.stderr.isatty()))
     await asyncio.to_thread(platform.logs.flush)
     output.echo("ready")
     await asyncio.Event().wait()
@@ -97,7 +104,10 @@ def demo(
     data: DataOption = None,
     log_level: LogLevelOption = None,
 ) -> None:
-    """See it work: the platform on free ports, a sample app, a tunnel, one real request."""
+    """See it work: a sample app, a tunnel to it, one real request.
+
+    Starts the whole platform on free ports, in a data folder of its own, and stays until Ctrl-C.
+    """
     require_server_parts()
     chosen = settings.load(
         settings.PlatformSettings,
@@ -133,7 +143,7 @@ def _demo(chosen: settings.PlatformSettings, home: Path, once: bool) -> int:
         try:
             good = await demo(platform)
             if not once:
-                demo.goodbye(platform)
+                demo.goodbye(platform, sys.stdout.isatty())
                 await asyncio.Event().wait()
             return output.OK if good else output.FAILED
         finally:
@@ -146,12 +156,16 @@ def _demo(chosen: settings.PlatformSettings, home: Path, once: bool) -> int:
 def doctor(
     data: DataOption = None,
     server: Annotated[
-        str | None, typer.Option(help="API to ask, instead of the one in the data folder.", show_default=False)
+        str | None,
+        typer.Option(help="API to ask, instead of the one in the data folder.", metavar="URL", show_default=False),
     ] = None,
     config: ConfigOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
 ) -> None:
-    """Check what usually goes wrong: installation, data folder, ports, API, clock, relay."""
+    """Check what usually goes wrong, and what to do about it.
+
+    Installation, data folder, ports, API, clock, relay. Starts and changes nothing.
+    """
     import asyncio
 
     from portico.embedded import doctor as checks

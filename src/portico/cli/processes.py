@@ -13,7 +13,7 @@ from portico import settings
 from portico.errors import Problem
 
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="Settings file (portico.toml).", show_default=False)
+    Path | None, typer.Option("--config", help="Settings file (portico.toml).", metavar="FILE", show_default=False)
 ]
 #: Modules that `portico[server]` brings and the bare package does not.
 SERVER_PARTS = ("alembic", "asyncpg", "fastapi", "redis", "sqlalchemy", "uvicorn")

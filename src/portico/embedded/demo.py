@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from portico.embedded.platform import Platform
 from portico.embedded.sample_app import SampleApp
-from portico.embedded.summary import Paint
+from portico.embedded.summary import Paint, key_text
 from portico.embedded.units import ProcessUnit
 from portico.errors import Problem
 
@@ -156,7 +156,7 @@ class Demo:
             code = answer.headers.get("portico-error", "no code")
             say(p.bad(f"  The answer is not the app's: {answer.status} ({code}) {answer.body[:200]!r}"))
 
-    def goodbye(self, platform: Platform) -> None:
+    def goodbye(self, platform: Platform, show_key: bool) -> None:
         """What a person can do while the demo stays."""
         p, say = self._paint, self._say
         say(f"  {p.bold('Open it')}        {p.link(self.url(platform))}")
@@ -166,10 +166,9 @@ class Demo:
         say(f"  {p.bold('Credentials')}    {platform.home}/credentials.json")
         say("")
         say(f"  {p.bold('Your own app')}   in another terminal:")
-        server = f"PORTICO_SERVER={platform.api_url}"
-        key = f'$(sed -n \'s/.*"agent_key": "\\(.*\\)".*/\\1/p\' {platform.home}/credentials.json)'
-        say(f'                 {server} PORTICO_AGENT_KEY="{key}" \\')
-        say("                   portico http 3000")
+        say(f"                 export PORTICO_SERVER={platform.api_url}")
+        say(f"                 export PORTICO_AGENT_KEY={key_text(platform, show_key)}")
+        say("                 portico http 3000")
         say("")
         say(p.dim("  Ctrl-C ends the demo."))
         say("")

@@ -34,7 +34,12 @@ class Paint:
         return self._wrap("36", text)
 
 
-def summary(platform: Platform, paint: Paint) -> str:
+def key_text(platform: Platform, show: bool) -> str:
+    """The agent key, for a person at a terminal; where output is kept in a file, its place."""
+    return str(platform.credentials["agent_key"]) if show else "KEY (agent_key in credentials.json)"
+
+
+def summary(platform: Platform, paint: Paint, show_key: bool) -> str:
     """Addresses, the first admin (once), where the credentials are, what to try next."""
     c = platform.credentials
     domain = platform.settings.base_domain
@@ -54,11 +59,11 @@ def summary(platform: Platform, paint: Paint) -> str:
             *(f"    {key:<11} {value}" for key, value in platform.first_admin.items()),
             "",
         ]
-    token = f'$(sed -n \'s/.*"agent_key": "\\(.*\\)".*/\\1/p\' {platform.home / secretfiles.CREDENTIALS})'
+    web = f"http://web.{domain}:{platform.relay(1).http}"
     lines += [
         paint.bold("  Try next, in another terminal"),
-        f'    portico login --server {c["api_url"]} --token "{token}"',
-        f"    portico http 8000 --name web     {paint.dim(f'# your app on port 8000, at http://web.{domain}:{platform.relay(1).http}')}",
+        f"    portico login --server {c['api_url']} --token {key_text(platform, show_key)}",
+        f"    portico http 8000 --name web      {paint.dim(f'# your app on port 8000, at {web}')}",
         "",
         paint.dim("  Ctrl-C ends everything."),
         "",

@@ -47,6 +47,8 @@ def bind_tcp(host: str, port: int, *, what: str = "", option: str = "", backlog:
     Connections queue from now on. ``what`` and ``option`` make the refusal useful: "port 7080 (public HTTP) is taken …
     choose another with --http-port". Raises ``up.port_taken``, ``up.port_denied`` or ``up.address_unavailable``.
     """
+    if not 0 <= port <= 65535:
+        raise Problem("config.invalid", f"{option or what or 'port'}: {port} is not a TCP port (0 to 65535)")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
