@@ -99,6 +99,8 @@ class Link:
             raise self._refusal(err) from None
         except OSError as err:
             raise self._unreachable(err.strerror or str(err)) from None
+        if transport.response is None:  # lost in the very moment of the upgrade: a relay that is shutting down
+            raise self._unreachable("it closed the connection during the upgrade")
         if transport.response.headers.get("Sec-WebSocket-Protocol") != f.PROTOCOL:
             raise Problem("wire.version_unsupported", f"{self.url} does not speak {f.PROTOCOL}")
 
