@@ -117,7 +117,7 @@ def settings_classes() -> list[type]:
 
 
 def limits_page() -> str:
-    """Every setting of every process. Raises ``SystemExit`` for a field without a comment."""
+    """Every setting of every process."""
     lines = [
         NOTICE,
         "# Settings and limits",
@@ -144,10 +144,6 @@ def settings_rows(cls: type) -> Iterator[str]:
         yield from HEADER
     for field in fields:
         comment = comments[field.name]
-        if not comment.text:
-            raise SystemExit(
-                f"src/portico/settings.py: {cls.__name__}.{field.name} has no comment that says what it is"
-            )
         if comment.section:
             yield from ["", f"### {comment.section}", *HEADER]
         value = default(field)
@@ -155,6 +151,14 @@ def settings_rows(cls: type) -> Iterator[str]:
             value = str(value).replace(str(Path.home()), "~")
         env = f"`PORTICO_{field.name.upper()}`"
         yield f"| `{field.name}` | {env} | {cell(shown(field.name, value))} | {cell(comment.text)} |"
+
+
+def uncommented() -> Iterator[str]:
+    """Settings that nobody explained."""
+    for cls in settings_classes():
+        for name, comment in field_comments(cls).items():
+            if not comment.text:
+                yield f"src/portico/settings.py: {cls.__name__}.{name} has no comment that says what it is"
 
 
 def stale(path: Path, text: str) -> Iterator[str]:
@@ -171,7 +175,7 @@ def main(arguments: list[str]) -> int:
         for path, text in pages.items():
             path.write_text(text, encoding="utf-8")
         return 0
-    differences = [line for path, text in pages.items() for line in stale(path, text)]
+    differences = [*uncommented()] + [line for path, text in pages.items() for line in stale(path, text)]
     print("\n".join(differences))
     return 1 if differences else 0
 

@@ -295,7 +295,9 @@ class ApiSettings:
     redis_url: Secret | None = None
 
     # == Addresses
+    # Address that the API and console listen on.
     api_host: str = "127.0.0.1"
+    # TCP port of the API and console.
     api_port: int = 7000
     # The API and console as people and agents reach them.
     api_url: str = "http://127.0.0.1:7000"
@@ -307,6 +309,7 @@ class ApiSettings:
     listen_fds: str = ""
     # Proxies whose X-Forwarded-For is believed, as addresses or networks; empty: nobody's.
     trusted_proxies: tuple[str, ...] = ()
+    # Lowest level of log records that are written.
     log_level: str = "INFO"
 
     # == Database
@@ -330,22 +333,29 @@ class ApiSettings:
     sign_in_max_seconds: int = 7_776_000
     # Seconds of clock difference tolerated in tokens, both ways.
     token_leeway_seconds: float = 60.0
-    # Shortest and longest password.
+    # Characters of the shortest password.
     password_min_length: int = 10
+    # Characters of the longest password: a hash of megabytes would cost what a hundred cost.
     password_max_length: int = 256
-    # Password hashes computed at once (each takes a core and 19 MiB for a moment), and how many may wait for one.
+    # Password hashes computed at once; each takes a core and 19 MiB for a moment.
     password_hash_concurrency: int = 2
+    # Password hashes that may wait for their turn; more are refused.
     password_hash_waiting: int = 64
-    # Failed sign-ins per account and address, per account, and per address, in one window.
+    # Failed sign-ins to one account from one address, in one window.
     sign_in_failures_per_pair: int = 10
+    # Failed sign-ins to one account from anywhere, in one window.
     sign_in_failures_per_account: int = 100
+    # Failed sign-ins from one address to any account, in one window.
     sign_in_failures_per_address: int = 100
+    # Seconds of that window.
     sign_in_failure_window_seconds: int = 900
     # Accounts registered from one address in one window.
     registrations_per_address: int = 100
-    # Life of a device code, the interval between two polls, and wrong user codes per person in one window.
+    # Life of a device code in seconds; also the window of the two limits below.
     device_code_seconds: int = 600
+    # Seconds between two polls of a waiting device.
     device_poll_seconds: int = 5
+    # Wrong user codes that one person may enter in one window.
     device_code_guesses: int = 10
     # Device codes that one address may have open in one window.
     device_codes_per_address: int = 60
@@ -353,8 +363,9 @@ class ApiSettings:
     max_keys_per_organization: int = 1000
     # Shortest time in seconds between two writes of a key's last_used_at.
     key_last_used_seconds: int = 60
-    # Seconds that a signing key signs before the next takes over, and that a new key is published before it may sign.
+    # Seconds that a signing key signs before the next takes over.
     signing_key_seconds: int = 2_592_000
+    # Seconds that a new key is published before it may sign.
     signing_key_publish_seconds: int = 3600
     # Seconds that a retired key stays published; must exceed the longest token life plus the relays' outage grace.
     signing_key_retired_seconds: int = 180_000
@@ -362,13 +373,15 @@ class ApiSettings:
     signing_key_cache_seconds: float = 15.0
 
     # == Tunnels
-    # Life of session tokens and grants in seconds.
+    # Life of a session token in seconds.
     session_token_seconds: int = 900
+    # Life of a grant in seconds.
     grant_life_seconds: int = 900
     # Seconds that relays may go on with expired grants while they cannot reach the control plane.
     grant_outage_grace_seconds: int = 86_400
-    # Tunnels that an organization may have, and that one agent session may name.
+    # Tunnels that an organization may have.
     tunnels_per_organization: int = 1000
+    # Tunnels that one agent session may name.
     session_max_tunnels: int = 1000
     # Requests in flight that one tunnel may have; its policy can lower it.
     tunnel_concurrency: int = 100
@@ -376,13 +389,15 @@ class ApiSettings:
     tunnel_history_seconds: int = 2_592_000
 
     # == Edge
-    # Seconds after its last heartbeat for which a relay counts as live, and for which a process trusts its list of them.
+    # Seconds after its last heartbeat for which a relay counts as live.
     relay_lease_seconds: float = 15.0
+    # Seconds for which a process trusts its list of live relays.
     relay_cache_seconds: float = 1.0
     # Relays in one edge assignment at most.
     edge_assignment_size: int = 3
-    # Seconds between two heartbeats of an edge stream (at most 5), and between two hashes of the state.
+    # Seconds between two heartbeats of an edge stream, at most 5.
     edge_heartbeat_seconds: float = 3.0
+    # Seconds between two hashes of the state on an edge stream.
     edge_hash_seconds: float = 60.0
     # Seconds between two looks at the change table when no notification came.
     edge_poll_seconds: float = 1.0
@@ -390,22 +405,29 @@ class ApiSettings:
     edge_outage_seconds: float = 4.0
     # Changes read at once.
     edge_batch_rows: int = 500
-    # Streams of one process; lines and bytes that may wait in one; seconds for a relay to take some of what waits.
+    # Edge streams of one process.
     edge_max_streams: int = 200
+    # Lines that may wait in one edge stream.
     edge_queue_lines: int = 1000
+    # Bytes that may wait in one edge stream.
     edge_queue_bytes: int = 16_777_216
+    # Seconds for a relay to take some of what waits, then its stream is ended.
     edge_send_seconds: float = 10.0
-    # Changes are kept this long, and this many of them; a relay that was away for longer gets a snapshot.
+    # Seconds that changes are kept; a relay that was away for longer gets a snapshot.
     edge_changes_keep_seconds: int = 86_400
+    # Changes that are kept at most.
     edge_changes_keep_rows: int = 100_000
-    # Seconds that a request waits for Redis, that a heartbeat does, and that Redis is left alone after a failure.
+    # Seconds that a request waits for Redis, then it goes on without.
     redis_timeout_seconds: float = 0.05
+    # Seconds that a relay's heartbeat waits for Redis.
     redis_heartbeat_timeout_seconds: float = 0.5
+    # Seconds that Redis is left alone after a failure.
     redis_pause_seconds: float = 1.0
 
     # == Requests
-    # Bytes of a request body; of one that a relay sends.
+    # Bytes of a request body.
     request_body_max_bytes: int = 1_048_576
+    # Bytes of a request body that a relay sends.
     edge_body_max_bytes: int = 4_194_304
     # Seconds for a request body to arrive whole.
     request_body_timeout_seconds: float = 30.0
@@ -465,8 +487,9 @@ class PlatformSettings:
     # == Times
     # Seconds for one process to become ready.
     start_seconds: float = 60.0
-    # Shortest and longest pause in seconds before a process that died is started again; doubles in between.
+    # Shortest pause in seconds before a process that died is started again; doubles each time.
     restart_min_seconds: float = 0.2
+    # Longest pause in seconds before a process that died is started again.
     restart_max_seconds: float = 5.0
     # Seconds after which a process counts as healthy and the pause starts small again.
     healthy_after_seconds: float = 30.0
