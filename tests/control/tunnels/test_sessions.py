@@ -228,7 +228,8 @@ class TestOpen:
     @pytest.mark.parametrize(
         "bad",
         [
-            {}, {"agent_id": "short"}, {"agent_id": "has spaces in"}, {"agent_id": 5}, {"agent_id": "agt-0123456789", "tunnels": {}},
+            {}, {"agent_id": "short"}, {"agent_id": "has spaces in"}, {"agent_id": 5},
+            {"agent_id": "agt-0123456789", "tunnels": {}},
             {"agent_id": "agt-0123456789", "tunnels": [{"protocol": "udp"}]},
             {"agent_id": "agt-0123456789", "hostname": "a\u001bb"}, {"agent_id": "agt-0123456789", "region": "EU!"},
         ],
