@@ -230,7 +230,9 @@ class Relay:
         self.connections.append(connection)
         self.news.set()
         return WSUpgradeResponseWithListener(
-            WSUpgradeResponse.create_101_response({"Sec-WebSocket-Protocol": request.headers["Sec-WebSocket-Protocol"]}),
+            WSUpgradeResponse.create_101_response(
+                {"Sec-WebSocket-Protocol": request.headers["Sec-WebSocket-Protocol"]}
+            ),
             connection.carrier,
         )
 

@@ -172,6 +172,7 @@ class Exchange:
         size = len(data)
         if self.upgrade and not self._chunked and not self._body_left:
             self._early.append(data)  # of the protocol to come: sent after the 101
+            self._trailing = self._trailing or end
             return
         if self._chunked:
             if size:

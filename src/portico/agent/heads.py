@@ -163,11 +163,11 @@ class ResponseHead:
                 raise HeadError(f"transfer coding {raw[encoding].decode('latin-1')[:80]!r} is not supported")
             self.chunked = True
         fields = [reason, *raw]
-        for at in drop:
-            del fields[at + 1 : at + 3]
         if upgrade and status == 101:
             self.upgrade = True
-            fields += raw[upgrade - 1 : upgrade + 1]
+            drop = tuple(at for at in drop if at != upgrade - 1)
+        for at in drop:
+            del fields[at + 1 : at + 3]
         self.fields = fields
         if connection and (connection < 0 or raw[connection] not in _PLAIN_CONNECTION):
             self._drop_named(b",".join(v for n, v in zip(raw[::2], raw[1::2], strict=True) if kind_of(n) == CONNECTION))
@@ -202,7 +202,7 @@ def _response_plan(names: list[bytes]) -> _ResponsePlan:
             raise HeadError(f"{name.decode()} twice")
         if kind in at:
             at[kind] = -1 if kind == CONNECTION and at[kind] else 2 * index + 1
-        # On a response Upgrade only matters with 101, where it is put back.
+        # On a response Upgrade only matters with 101, where it is kept.
         if kind not in (ORDINARY, HOST, LENGTH):
             drop.insert(0, 2 * index)
     plan = (at[LENGTH], at[CONNECTION], at[ENCODING], at[UPGRADE], tuple(drop))
