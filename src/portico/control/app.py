@@ -132,8 +132,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Start housekeeping, and close what the app made. A database that is away delays readiness, not the start."""
     task = asyncio.create_task(_housekeeping(app))
     try:
-        with suppress(Problem):
+        try:
             await signing_keys.ensure(app.state.db, app.state.signing_keys)
+        except (Problem, sa.exc.ProgrammingError) as err:  # away, or not migrated yet: housekeeping tries again
+            log.warning("not ready yet", extra={"f": {"error": f"{type(err).__name__}: {err}"[:200]}})
         yield
     finally:
         app.state.stopping.set()

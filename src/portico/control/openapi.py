@@ -12,13 +12,11 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 
-from portico.errors import catalogue
-
 _WRITES = frozenset({"post", "put", "patch", "delete"})
 
 PROBLEM_SCHEMA: dict[str, Any] = {
     "title": "Problem",
-    "description": "RFC 9457 problem document. `code` is stable; clients decide by it.",
+    "description": "RFC 9457 problem document. `code` is stable (contracts/errors.toml lists all); clients decide by it.",
     "type": "object",
     "required": ["type", "title", "status", "code", "detail", "hint", "retryable", "request_id"],
     "properties": {
@@ -69,7 +67,7 @@ def document(app: FastAPI) -> dict[str, Any]:
     schemas = found.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    schemas["Problem"] = PROBLEM_SCHEMA | {"x-codes": sorted(catalogue())}
+    schemas["Problem"] = PROBLEM_SCHEMA
     for path, operations in found["paths"].items():
         for method, operation in operations.items():
             _finish(path, method, operation)

@@ -1,0 +1,156 @@
+"""The API as a process: readiness, an end that is bounded, and a start without a database."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from portico.kit.sealing import new_master_key
+
+PROGRAM = """
+import sys
+from portico import settings
+from portico.control import bootstrap, server
+from portico.kit import loop, telemetry
+telemetry.configure("api", "INFO")
+chosen = settings.load(settings.ApiSettings)
+if "first" in sys.argv:
+    import json
+    print(json.dumps(bootstrap.document(loop.run(bootstrap.ensure_first(chosen, relays=["relay-1"])))), flush=True)
+import socket, os
+loop.run(server.serve(chosen, socket.socket(fileno=int(os.environ["FD"]))))
+"""
+
+
+class Api:
+    """A child process that serves the API on an inherited socket."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int, first: dict[str, Any]) -> None:
+        self.process, self.port, self.first = process, port, first
+        self.url = f"http://127.0.0.1:{port}"
+
+    async def ready(self, status: int = 200, path: str = "/readyz") -> None:
+        async with httpx.AsyncClient(base_url=self.url) as client:
+            for _ in range(400):
+                with contextlib.suppress(httpx.TransportError):
+                    if (await client.get(path)).status_code == status:
+                        return
+                await asyncio.sleep(0.025)
+        raise AssertionError(f"{path} never answered {status}")
+
+    async def stop(self) -> float:
+        """Seconds from SIGTERM to the end."""
+        start = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(self.process.wait(), 15)
+        return time.monotonic() - start
+
+
+@contextlib.asynccontextmanager
+async def api(database_url: str, *arguments: str) -> AsyncIterator[Api]:
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    listener.set_inheritable(True)
+    env = os.environ | {
+        "PORTICO_DATABASE_URL": database_url,
+        "PORTICO_MASTER_KEY": MASTER_KEY,
+        "PORTICO_SHUTDOWN_SECONDS": "3",
+        "FD": str(listener.fileno()),
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        PROGRAM,
+        *arguments,
+        env=env,
+        pass_fds=(listener.fileno(),),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    port = listener.getsockname()[1]
+    listener.close()
+    assert process.stdout is not None
+    try:
+        first = json.loads(await process.stdout.readline()) if "first" in arguments else {}
+        yield Api(process, port, first)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        process._transport.close()  # type: ignore[attr-defined]
+
+
+MASTER_KEY = new_master_key()
+
+
+async def test_serves_and_ends_cleanly(database_url: str) -> None:
+    async with api(database_url, "first") as running:
+        await running.ready()
+        async with httpx.AsyncClient(base_url=running.url) as client:
+            answer = await client.get("/healthz")
+            assert "server" not in answer.headers
+            me = await client.get("/v1/whoami", headers={"Authorization": f"Bearer {running.first['agent_key']}"})
+            assert me.status_code == 200
+            assert await running.stop() < 2.0
+        assert running.process.returncode == 0
+
+
+async def test_an_open_event_stream_does_not_hold_up_the_end(database_url: str) -> None:
+    async with api(database_url, "first") as running:
+        await running.ready()
+        headers = {"Authorization": f"Bearer {running.first['relay_keys']['relay-1']}"}
+        async with (
+            httpx.AsyncClient(base_url=running.url, timeout=20) as client,
+            client.stream("GET", "/v1/edge/stream", headers=headers) as stream,
+        ):
+            lines = stream.aiter_lines()
+            assert json.loads(await anext(lines))["type"] == "snapshot"
+            ended = asyncio.create_task(running.stop())
+            async for _ in lines:
+                pass
+            assert await ended < 2.5
+        assert running.process.returncode == 0
+
+
+async def test_an_idle_connection_that_sends_half_a_request_is_cut(database_url: str) -> None:
+    async with api(database_url, "first") as running:
+        await running.ready()
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(b"POST /v1/auth/login HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        assert await running.stop() < 6
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+
+
+async def test_starts_without_a_database_and_is_not_ready() -> None:
+    async with api("postgresql://nobody@127.0.0.1:1/none") as running:
+        await running.ready(200, "/healthz")
+        await running.ready(503, "/readyz")
+        assert await running.stop() < 3
+
+
+@pytest.mark.parametrize(
+    "request_head", [b"\x16\x03\x01\x02", b"GET / HTTP/9\r\n\r\n", b"GET /%zz HTTP/1.1\r\nHost: x\r\n\r\n"]
+)
+async def test_noise_on_the_socket_hurts_nobody(database_url: str, request_head: bytes) -> None:
+    async with api(database_url) as running:
+        await running.ready(200, "/healthz")
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(request_head + b"\r\n\r\n")
+        with contextlib.suppress(ConnectionError, asyncio.TimeoutError):
+            answer = await asyncio.wait_for(reader.read(4096), 2)
+            assert b" 500 " not in answer.split(b"\r\n")[0]
+        writer.close()
+        await running.ready(200, "/healthz")
