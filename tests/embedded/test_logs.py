@@ -50,9 +50,9 @@ async def test_children_write_into_one_stream(tmp_path: Path) -> None:
     lines = (tmp_path / "log").read_text().splitlines()
     assert lines[0] == OURS
     assert [re.sub(r"^\S+Z ", "", line) for line in lines[1:]] == [
-        "INFO  relay-1 plain words",
-        "INFO  relay-1 half a line",
-        "INFO  relay-1 no newline at the end",
+        "WARN  relay-1 plain words",
+        "WARN  relay-1 half a line",
+        "WARN  relay-1 no newline at the end",
         "INFO  supervisor done",
     ]
     assert stream.tail("relay-1")[-1] == "no newline at the end"

@@ -63,14 +63,17 @@ _COLORS = {
 }
 
 
-def translate(name: str, line: str) -> tuple[str, str, str, str] | None:
-    """``(time or "", level, process, text)`` of a raw line; ``None`` for an empty one."""
+def translate(name: str, line: str, before: str = "INFO") -> tuple[str, str, str, str] | None:
+    """``(time or "", level, process, text)`` of a raw line; ``None`` for an empty one.
+
+    A line in no known format goes on with what came before it, at that level (``before``): a traceback after its error.
+    """
     if match := _OURS.match(line):
         return match[1], match[2], match[3], match[4]
     text = line.rstrip()
     if not text:
         return None
-    level = "INFO"
+    level = "ERROR" if text.startswith("Traceback (most recent call last)") else before
     if match := _POSTGRES.match(text):
         level, text = _POSTGRES_LEVELS.get(match[1], "INFO"), match[2]
     elif match := _VALKEY.match(text):
@@ -89,6 +92,7 @@ class LogStream:
         self._waiting: queue.Queue[bytes | None] = queue.Queue(WAITING_LINES_MAX)
         self._dropped = 0
         self._tails: dict[str, deque[str]] = {}
+        self._last_level: dict[str, str] = {}
         self._readers: set[int] = set()
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
@@ -131,7 +135,8 @@ class LogStream:
 
     def raw(self, name: str, line: str) -> None:
         """One line as a child wrote it."""
-        if (parts := translate(name, line)) is not None:
+        if (parts := translate(name, line, self._last_level.get(name, "INFO"))) is not None:
+            self._last_level[name] = parts[1]
             self._tails.setdefault(name, deque(maxlen=TAIL_LINES)).append(parts[3])
             self._emit(line if parts[0] else "", *parts)
 
