@@ -185,6 +185,12 @@ class RelaySettings:
     # Connections waiting in each listener's accept queue; a burst of new visitors beyond it is reset by the kernel.
     listen_backlog: int = 4096
 
+    # == Other relays behind the same public address
+    # Control ports of the others, as `ws://host:port/v1/peer`; a request that lands here goes one hop to its owner.
+    peers: tuple[str, ...] = ()
+    # Key that relays of one address share; without it no peer is let in and none is called.
+    peer_key: Secret | None = None
+
     # == Visitors
     # Bytes of a request head (request line and headers); above it 431. Leaves room in one frame for ours.
     max_head_bytes: int = 49152
@@ -361,8 +367,6 @@ class ApiSettings:
     device_codes_per_address: int = 60
     # Keys that an organization may have at once.
     max_keys_per_organization: int = 1000
-    # Shortest time in seconds between two writes of a key's last_used_at.
-    key_last_used_seconds: int = 60
     # Seconds that a signing key signs before the next takes over.
     signing_key_seconds: int = 2_592_000
     # Seconds that a new key is published before it may sign.
@@ -437,7 +441,7 @@ class ApiSettings:
     shutdown_seconds: float = 8.0
     # Requests served at once; more are answered 503 by the server.
     max_concurrency: int = 2000
-    # Seconds between two rounds of clearing what has expired.
+    # Seconds between two rounds of housekeeping: key uses are written, what has expired is deleted.
     housekeeping_seconds: float = 300.0
 
 

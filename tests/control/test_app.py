@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import httpx
+import pytest
 
 from portico.control import migrations
 from portico.control.app import create_app
+from portico.errors import Problem
 from portico.settings import ApiSettings, Secret
 from tests.control.test_http import problem
 
@@ -44,6 +46,13 @@ async def test_without_a_database_everything_is_unavailable_and_nothing_a_fault(
         assert answer.headers["retry-after"] == "1"
         key = {"Authorization": "Bearer tnl_agt_0123456789ABCDEFGHIJKLMNOPQRST4PMbyp"}
         problem(await client.post("/v1/api-keys", json={}, headers=key), 503, "service.unavailable")
+
+
+def test_a_proxy_that_is_no_network_is_named(settings: ApiSettings) -> None:
+    with pytest.raises(Problem) as refused:
+        create_app(replace(settings, trusted_proxies=("10.0.0.0/8", "nonsense")))
+    assert refused.value.code == "config.invalid"
+    assert "nonsense" in refused.value.detail
 
 
 def _client(app: Any) -> httpx.AsyncClient:

@@ -79,7 +79,7 @@ def _compose(app: FastAPI, settings: ApiSettings, clock: Clock, db: Database | N
     state.db = db or Database(settings.database_url.reveal(), _pool(settings), application="portico api")
     state.sealer = Sealer(settings.master_key)
     state.stopping = asyncio.Event()
-    state.trusted_proxies = tuple(ipaddress.ip_network(p, strict=False) for p in settings.trusted_proxies)
+    state.trusted_proxies = _networks(settings.trusted_proxies)
     state.passwords = Passwords(settings)
     state.signing_keys = signing_keys.SigningKeys(settings, state.sealer, clock)
     state.identity = Identity(settings, state.db, clock, state.signing_keys, state.passwords)
@@ -116,6 +116,13 @@ def _route(app: FastAPI) -> None:
     app.include_router(console_pages.router)
     app.include_router(health)
     openapi.install(app)
+
+
+def _networks(texts: tuple[str, ...]) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(text, strict=False) for text in texts)
+    except ValueError as err:
+        raise Problem("config.invalid", f"setting trusted_proxies: {err}", key="trusted_proxies") from None
 
 
 def _pool(settings: ApiSettings) -> PoolLimits:
