@@ -9,7 +9,7 @@ import pytest
 
 from portico.wire import frames as f
 from portico.wire.frames import WireError
-from portico.wire.session import HEADROOM, LARGE, Session
+from portico.wire.session import HEADROOM, LARGE, PROVEN, Session, Stream
 from tests.wire.recorder import Recorder, parse
 from tests.wire.vectors import AGENT_HELLO, session_in
 
@@ -333,6 +333,7 @@ class TestFlowControl:
     def test_a_reader_that_keeps_up_gets_a_larger_window_and_one_that_stalls_loses_it(self) -> None:
         session, _ = session_in("request", "agent", growth=65_536 * 3)
         stream = session.streams[1]
+        stream.taken = PROVEN
 
         def feed(size: int) -> None:
             while size:
@@ -353,9 +354,29 @@ class TestFlowControl:
         stream.reset(f.CANCELLED)
         assert session.growth == 65_536 * 3
 
+    def test_young_streams_leave_half_of_the_budget_to_those_that_proved_fast(self) -> None:
+        """Kernel buffers make every reader look fast at first: 200 slow ones must not take the budget from a fast one."""
+        session, _ = session_in("greeted", "agent", growth=65_536 * 8)
+
+        def feed(stream: Stream, size: int) -> None:
+            while size:
+                piece = min(size, f.MAX_PAYLOAD)
+                session.receive(data(stream.id, bytes(piece)))
+                stream.consumed(piece)
+                size -= piece
+
+        for ident in range(1, 9):
+            session.receive(f.frame(f.REQUEST, ident, f.encode_request(1, POST)))
+            feed(session.streams[ident], 65_536 * 3)
+        assert session.growth == 65_536 * 4
+        last = session.streams[8]
+        feed(last, PROVEN)
+        assert (last.window, session.growth) == (65_536 * 4, 65_536)
+
     def test_a_grown_window_returns_to_the_budget_as_the_body_ends(self) -> None:
         session, _ = session_in("request", "agent", growth=65_536)
         stream = session.streams[1]
+        stream.taken = PROVEN
         session.receive(data(1, bytes(f.MAX_PAYLOAD)))
         stream.consumed(f.MAX_PAYLOAD)
         assert (stream.window, session.growth) == (131_072, 0)

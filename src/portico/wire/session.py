@@ -25,6 +25,9 @@ HEADROOM = 14
 LARGE = 16_384
 _LARGE_HEADER = HEADROOM + f.HEADER_SIZE
 _SESSION_RETURN = f.SESSION_WINDOW // 4
+#: A reader that took this many bytes is fast in itself: kernel buffers, which make every reader look fast at first, are
+#: smaller. Until then a stream leaves half of the growth budget alone, so that many slow readers cannot use it up.
+PROVEN = 8_388_608
 
 
 class Sink(Protocol):
@@ -101,6 +104,7 @@ class Stream:
         "session",
         "sink",
         "stalled",
+        "taken",
         "tcp",
         "unreturned",
         "upgrade",
@@ -122,6 +126,7 @@ class Stream:
         self.recv_credit = f.STREAM_WINDOW
         self.window = f.STREAM_WINDOW
         self.unreturned = 0
+        self.taken = 0
 
     def sendable(self) -> int:
         """How many bytes of DATA may be sent now; 0 while the carrier is congested."""
@@ -206,13 +211,16 @@ class Stream:
         """Return credit; double the window of a reader that keeps up, take growth back from one that stalled."""
         session, back = self.session, self.unreturned
         self.unreturned = 0
+        self.taken += back
         if self.stalled:
             taken = min(self.window - f.STREAM_WINDOW, back)
             self.window -= taken
             session.growth += taken
             back -= taken
             self.stalled = False
-        elif self.window * 2 <= session.max_window and session.growth >= self.window:
+        elif self.window * 2 <= session.max_window and self.window <= session.growth - (
+            session.reserve if self.taken < PROVEN else 0
+        ):
             session.growth -= self.window
             back += self.window
             self.window *= 2
@@ -272,6 +280,7 @@ class Session:
         self.max_binds = max_binds
         self.max_window = max_window
         self.growth = growth
+        self.reserve = growth // 2
         self.streams: dict[int, Stream] = {}
         self.waiting: dict[int, Stream] = {}
         self.out: list[bytes | bytearray] = []
@@ -311,9 +320,7 @@ class Session:
     def ping(self, payload: bytes) -> None:
         self.put(f.frame(f.PING, 0, payload))
 
-    def open_request(
-        self, bind: int, head: Sequence[bytes], flags: int, sink: Sink, *, parsed: bool = False
-    ) -> Stream:
+    def open_request(self, bind: int, head: Sequence[bytes], flags: int, sink: Sink, *, parsed: bool = False) -> Stream:
         """Relay: a new stream with REQUEST; ``parsed`` as in :func:`frames.encode_request`.
 
         Raises ``ValueError`` when the head does not fit or is not a valid one, ``OverflowError`` at a limit.
