@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import hypothesis  # noqa: F401 - early: its plugin imports it deep in the stack after a failure, where CPython 3.11 cannot compile it
 import pytest
 
 _numbers = itertools.count(1)

@@ -20,6 +20,7 @@ from portico.wire.session import Stream
 
 if TYPE_CHECKING:
     from portico.relay.http1 import Visitor
+    from portico.relay.peers import RemoteTunnel
     from portico.relay.sessions import LiveTunnel
 
 # How an answer's body is framed towards the visitor.
@@ -60,7 +61,7 @@ class Exchange:
         self.method = method
         self.head = head
         self.id = b""
-        self.tunnel: LiveTunnel | None = None
+        self.tunnel: LiveTunnel | RemoteTunnel | None = None
         self.known = False
         self.stream: Stream | None = None
         self.head_only = method == b"HEAD"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import logging
 import socket
 import ssl
@@ -21,6 +22,7 @@ from portico.relay import pages
 from portico.relay.exchange import Exchange
 from portico.relay.heads import STATUS_LINES
 from portico.relay.http1 import READ_SIZE, Visitor
+from portico.relay.peers import Peers, RemoteTunnel
 from portico.relay.sessions import Agents, LiveTunnel
 from portico.relay.snapshot import Snapshot
 from portico.settings import RelaySettings
@@ -41,7 +43,7 @@ _REASONS = {
 class PublicServer:
     """What all visitor connections of a process share: the read buffer, the clock of deadlines, look-ups, counts."""
 
-    def __init__(self, settings: RelaySettings, snapshot: Snapshot, agents: Agents) -> None:
+    def __init__(self, settings: RelaySettings, snapshot: Snapshot, agents: Agents, peers: Peers) -> None:
         self.settings = settings
         self.snapshot = snapshot
         self.agents = agents
@@ -53,6 +55,7 @@ class PublicServer:
         self.refusals: Counter[str] = Counter()
         self._by_address: Counter[str] = Counter()
         self._by_host = agents.by_host
+        self._remote = peers.by_host
         self._base = settings.base_domain.encode().lower()
         self._held: list[Visitor] = []
         self._draining = False
@@ -117,9 +120,9 @@ class PublicServer:
                 visitor.flush()
 
     # ── look-ups and answers ──────────────────────────────────────────────────────────────────────────────────────
-    def find(self, host: bytes) -> tuple[LiveTunnel | None, bool]:
-        """The live tunnel of a normalised host, and whether the platform knows the host at all."""
-        live = self._by_host.get(host)
+    def find(self, host: bytes) -> tuple[LiveTunnel | RemoteTunnel | None, bool]:
+        """The live tunnel of a normalised host, here or on a peer, and whether the platform knows the host at all."""
+        live = self._by_host.get(host) or self._remote.get(host)
         if live is not None:
             return live, True
         return None, self.snapshot.tunnel_for_host(host.decode("ascii", "replace")) is not None
@@ -191,10 +194,12 @@ def _refusal(problem: Problem) -> picows.WSUpgradeResponseWithListener:
 
 
 class ControlListener:
-    """Answers the control port: ``/v1/connect`` upgrades an agent, ``/healthz`` and ``/readyz`` say how the relay is."""
+    """Answers the control port: ``/v1/connect`` upgrades an agent, ``/v1/peer`` another relay, ``/healthz`` and
+    ``/readyz`` say how the relay is."""
 
-    def __init__(self, agents: Agents) -> None:
+    def __init__(self, agents: Agents, peers: Peers) -> None:
         self.agents = agents
+        self.peers = peers
         self.refusals: Counter[str] = Counter()
 
     def __call__(self, request: Any) -> Any:
@@ -204,30 +209,39 @@ class ControlListener:
         if path == b"/readyz":
             ready = self.agents.snapshot.version is not None and not self.agents.draining
             return _answer(200 if ready else 503, b"ready\n" if ready else b"not ready\n", "text/plain")
-        if path != b"/v1/connect":
+        if path not in (b"/v1/connect", b"/v1/peer"):
             return None
         try:
-            return self._connect(request)
+            return self._connect(request, peer=path == b"/v1/peer")
         except Problem as problem:
             self.refusals[problem.code] += 1
             log.info("agent refused", extra={"f": {"code": problem.code, "detail": problem.detail}})
             return _refusal(problem)
 
-    def _connect(self, request: Any) -> Any:
+    def _connect(self, request: Any, *, peer: bool) -> Any:
         offered = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
         if PROTOCOL not in offered:
             raise Problem("wire.version_unsupported", f"the agent offers no WebSocket subprotocol {PROTOCOL}")
-        connection = self.agents.connect(request.headers.get("Authorization"))
+        authorization = request.headers.get("Authorization")
+        connection = self._peer(authorization) if peer else self.agents.connect(authorization)
         response = picows.WSUpgradeResponse.create_101_response({"Sec-WebSocket-Protocol": PROTOCOL})
         return picows.WSUpgradeResponseWithListener(response, connection.carrier)
 
+    def _peer(self, authorization: str | None) -> Any:
+        """Another relay, by the shared key; without a key set nobody is one."""
+        key = self.agents.settings.peer_key
+        given = (authorization or "").removeprefix("Bearer ").encode()
+        if key is None or not hmac.compare_digest(given, key.reveal().encode()):
+            raise Problem("session.token_invalid", "the Authorization header carries no key of a peer relay")
+        return self.peers.accept()
+
 
 async def serve_control(
-    agents: Agents, sock: socket.socket, context: ssl.SSLContext | None, backlog: int
+    agents: Agents, peers: Peers, sock: socket.socket, context: ssl.SSLContext | None, backlog: int
 ) -> asyncio.Server:
     """Agents on ``sock``."""
     return await picows.ws_create_server(
-        ControlListener(agents),
+        ControlListener(agents, peers),
         sock=sock,
         ssl=context,
         backlog=backlog,

@@ -23,6 +23,7 @@ from portico.relay import control_link, listeners, tls
 from portico.relay.control_link import ControlLink
 from portico.relay.listeners import PublicServer
 from portico.relay.meter import Meter
+from portico.relay.peers import Peers
 from portico.relay.sessions import Agents
 from portico.relay.snapshot import Snapshot, SnapshotStore
 from portico.settings import RelaySettings
@@ -49,7 +50,8 @@ class Relay:
         self.store = SnapshotStore(
             self.snapshot, settings.state_dir, source=settings.api_url, delay=settings.snapshot_save_delay_seconds
         )
-        self.public = PublicServer(settings, self.snapshot, self.agents)
+        self.peers = Peers(settings, self.agents)
+        self.public = PublicServer(settings, self.snapshot, self.agents, self.peers)
         self.servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = False
@@ -85,10 +87,10 @@ class Relay:
         control = self._listen("control", limits.control_host, limits.control_port)
         public = self._listen("public", limits.public_host, limits.public_port)
         https = self._listen("https", limits.https_host, limits.https_port)
-        self.servers.append(await listeners.serve_control(self.agents, control, None, backlog))
+        self.servers.append(await listeners.serve_control(self.agents, self.peers, control, None, backlog))
         self.servers.append(await listeners.serve_public(self.public, public, None, backlog))
         self.servers.append(await listeners.serve_public(self.public, https, tls.server_context(certificate), backlog))
-        for work in (self.link.run(), self.meter.run(), self.store.run(), self._sweep()):
+        for work in (self.link.run(), self.meter.run(), self.store.run(), self.peers.run(), self._sweep()):
             self._spawn(work)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -124,6 +126,7 @@ class Relay:
         if cut:
             log.warning("connections cut at the drain limit", extra={"f": {"connections": cut}})
         await self.agents.close()
+        self.peers.close()
         await self.meter.close()
         for task in list(self._tasks):
             task.cancel()

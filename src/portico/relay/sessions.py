@@ -216,6 +216,8 @@ class Agents:
         self.by_host: dict[bytes, LiveTunnel] = {}
         self.by_tunnel: dict[str, LiveTunnel] = {}
         self.by_session: dict[str, AgentConnection] = {}
+        self.on_bound: list[Callable[[LiveTunnel], None]] = []
+        self.on_dropped: list[Callable[[LiveTunnel], None]] = []
         self._connected_since = math.inf
         self._wall = wall
         snapshot.on_change(self._on_change)
@@ -344,6 +346,8 @@ class Agents:
         live.adopt(grant, self.settings.default_concurrency)
         for host in live.hosts:
             self.by_host[host] = live
+        for callback in self.on_bound:
+            callback(live)
         connection.session.control(f.BOUND, bind, tunnel=grant.tun, name=grant.name, url=grant.url)
         log.info("tunnel bound", extra={"f": {"tunnel": grant.tun, "name": grant.name, "session": grant.sid}})
 
@@ -404,6 +408,8 @@ class Agents:
         if self.by_tunnel.get(live.grant.tun) is live:
             del self.by_tunnel[live.grant.tun]
         self._unmap(live)
+        for callback in self.on_dropped:
+            callback(live)
         self.meter.release(live.counters)
         self.poke()
 

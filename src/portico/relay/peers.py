@@ -1,0 +1,366 @@
+"""Relays of one region behind one public address: a request that lands on the wrong relay takes one hop to the right one.
+
+    visitor ─► relay A ──REQUEST on a peer link──► relay B ──► agent
+
+Every relay connects to each of its peers' control ports (``/v1/peer``, a shared key) and announces there the tunnels that
+are live on it, in the agents' own protocol: towards its peers a relay is an agent with many tunnels. So a relay knows
+from its links alone who owns a host, also while the control plane and Redis are away. Only live tunnels are announced
+and only live tunnels are served to a peer, so there is never a second hop. The owner counts usage and concurrency.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import picows
+
+from portico.kit.carrier import MAX_MESSAGE, Carrier
+from portico.relay.control_link import Backoff
+from portico.relay.meter import Counters
+from portico.relay.sessions import Agents, LiveTunnel
+from portico.settings import RelaySettings
+from portico.wire import frames as f
+from portico.wire.session import IGNORE, Session, Sink, Stream
+
+log = logging.getLogger("portico.relay.peers")
+
+CONNECT_SECONDS = 2.0
+RETRY_MIN_SECONDS = 0.1
+RETRY_MAX_SECONDS = 0.5
+
+
+class RemoteTunnel:
+    """A tunnel that is live on a peer; what a decision and an exchange need of one."""
+
+    __slots__ = ("bind", "concurrency", "counters", "hosts", "inflight", "session")
+
+    def __init__(self, session: Session, bind: int, hosts: tuple[bytes, ...], concurrency: int) -> None:
+        self.session = session
+        self.bind = bind
+        self.hosts = hosts
+        self.concurrency = concurrency
+        self.inflight = 0
+        self.counters = Counters("", "")  # the owner counts
+
+    @property
+    def reachable(self) -> bool:
+        return not self.session.closed and len(self.session.streams) < self.session.max_streams
+
+    def open(self, head: list[bytes], flags: int, sink: Sink) -> Stream:
+        return self.session.open_request(self.bind, head, flags, sink, parsed=True)
+
+
+class _Quiet:
+    """Session events that a peer link does not use."""
+
+    def on_bound(self, bind: int, tunnel: str, name: str, url: str) -> None: ...
+    def on_refused(self, bind: int, code: str, detail: str, retryable: bool) -> None: ...
+    def on_auth(self, token: str) -> None: ...
+    def on_authed(self, body: dict[str, Any]) -> None: ...
+    def on_goaway(self, code: str, detail: str, retry_after_ms: int) -> None: ...
+    def on_error(self, code: str, detail: str, retryable: bool) -> None: ...
+    def on_open(self, stream: Stream, bind: int, info: dict[str, Any]) -> Sink | None:
+        stream.reset(f.NO_SUCH_BIND)
+        return None
+
+
+def _session(handler: Any, settings: RelaySettings, *, relay: bool) -> Session:
+    return Session(
+        handler,
+        relay=relay,
+        max_streams=settings.max_streams_per_session,
+        max_binds=settings.max_tunnels_per_session,
+        max_window=settings.stream_window_max_bytes,
+        growth=settings.window_growth_budget_bytes,
+    )
+
+
+class Inbound(_Quiet):
+    """A peer that connected to us: its announcements fill the remote table, our requests go to it."""
+
+    def __init__(self, peers: Peers) -> None:
+        limits = peers.settings
+        self.peers = peers
+        self.tunnels: dict[int, RemoteTunnel] = {}
+        self.session = _session(self, limits, relay=True)
+        self.carrier = Carrier(
+            self.session,
+            ping_interval=limits.ping_interval_seconds,
+            ping_timeout=limits.ping_timeout_seconds,
+            on_lost=self._lost,
+        )
+
+    def on_hello(self, body: dict[str, Any]) -> None:
+        limits = self.peers.settings
+        self.session.control(
+            f.HELLO,
+            0,
+            version=f.VERSION,
+            relay=limits.relay_name,
+            session="peer",
+            ping_interval_ms=int(limits.ping_interval_seconds * 1000),
+            ping_timeout_ms=int(limits.ping_timeout_seconds * 1000),
+        )
+
+    def on_bind(self, bind: int, grant: str) -> None:
+        """An announcement: hosts and concurrency of a tunnel that is live on the peer."""
+        self.on_unbind(bind, "", "")
+        announced = json.loads(grant)
+        hosts = tuple(str(host).encode() for host in announced["hosts"])
+        remote = RemoteTunnel(self.session, bind, hosts, int(announced["concurrency"]))
+        self.tunnels[bind] = remote
+        for host in hosts:
+            self.peers.by_host[host] = remote
+
+    def on_unbind(self, bind: int, code: str, detail: str) -> None:
+        remote = self.tunnels.pop(bind, None)
+        for host in remote.hosts if remote is not None else ():
+            if self.peers.by_host.get(host) is remote:
+                del self.peers.by_host[host]
+
+    def on_pong(self, payload: bytes) -> None:
+        self.carrier.note_pong(payload)
+
+    def on_request(self, stream: Stream, bind: int, head: list[bytes], flags: int) -> None:
+        """Not sent to the side that asks (the session refuses it)."""
+
+    def _lost(self, detail: str) -> None:
+        self.peers.inbound.discard(self)
+        for bind in list(self.tunnels):
+            self.on_unbind(bind, "", "")
+
+
+class Outbound(_Quiet):
+    """Our link to one peer: announces what is live here and serves what the peer asks for."""
+
+    def __init__(self, peers: Peers, url: str) -> None:
+        limits = peers.settings
+        self.peers = peers
+        self.url = url
+        self.binds: dict[LiveTunnel, int] = {}
+        self.by_bind: dict[int, LiveTunnel] = {}
+        self.lost = asyncio.Event()
+        self.greeted = asyncio.Event()
+        self._serial = 0
+        self.session = _session(self, limits, relay=False)
+        self.carrier = Carrier(
+            self.session,
+            ping_interval=limits.ping_interval_seconds,
+            ping_timeout=limits.ping_timeout_seconds,
+            on_lost=lambda detail: self.lost.set(),
+        )
+
+    async def open(self, key: str) -> None:
+        """Connect and announce; raises ``OSError``, ``TimeoutError`` or ``picows.WSError``."""
+        async with asyncio.timeout(CONNECT_SECONDS):
+            await picows.ws_connect(
+                lambda: self.carrier,
+                self.url,
+                websocket_handshake_timeout=CONNECT_SECONDS,
+                max_frame_size=MAX_MESSAGE,
+                max_redirects=0,
+                extra_headers={"Authorization": f"Bearer {key}", "Sec-WebSocket-Protocol": f.PROTOCOL},
+            )
+            self.session.control(f.HELLO, 0, versions=[f.VERSION], agent=self.peers.settings.relay_name, connect=1)
+            for live in self.peers.agents.by_tunnel.values():
+                self.announce(live)
+            await self.greeted.wait()
+
+    def announce(self, live: LiveTunnel) -> None:
+        """Tell the peer of a tunnel, or of its new grant."""
+        bind = self.binds.get(live)
+        if bind is None:
+            self._serial += 1
+            bind = self.binds[live] = self._serial
+            self.by_bind[bind] = live
+        hosts = [host.decode() for host in live.hosts]
+        self.session.control(f.BIND, bind, grant=json.dumps({"hosts": hosts, "concurrency": live.concurrency}))
+
+    def withdraw(self, live: LiveTunnel) -> None:
+        bind = self.binds.pop(live, None)
+        if bind is not None:
+            del self.by_bind[bind]
+            self.session.control(f.UNBIND, bind, code="tunnel.moved", detail="")
+
+    def on_hello(self, body: dict[str, Any]) -> None:
+        self.greeted.set()
+
+    def on_bind(self, bind: int, grant: str) -> None:
+        """Not sent to the side that announces (the session refuses it)."""
+
+    def on_unbind(self, bind: int, code: str, detail: str) -> None:
+        """A peer cannot end a tunnel of ours."""
+
+    def on_pong(self, payload: bytes) -> None:
+        self.carrier.note_pong(payload)
+
+    def on_request(self, stream: Stream, bind: int, head: list[bytes], flags: int) -> Sink | None:
+        """A visitor's request from the peer: on to the agent, if the tunnel is live here and has room."""
+        live = self.by_bind.get(bind)
+        if live is None or not live.reachable:
+            stream.reset(f.NO_SUCH_BIND, "the tunnel is not live on this relay")
+            return None
+        if live.inflight >= live.concurrency:
+            stream.reset(f.TOO_MANY_STREAMS, "the tunnel has no room")
+            return None
+        return Hop(stream, live, head, flags).asking
+
+
+class Hop:
+    """One request that passes through this relay: two streams, each end's credit given as the other takes the bytes."""
+
+    def __init__(self, incoming: Stream, live: LiveTunnel, head: list[bytes], flags: int) -> None:
+        self.live = live
+        self.asking = _Side(self, incoming)  # the peer's stream: request bytes come from it
+        live.inflight += 1
+        live.counters.requests += 1
+        self.counted = True
+        incoming.sink = self.asking
+        self.answering = _Side(self, live.open(head, flags, IGNORE))
+        self.answering.stream.sink = self.answering
+        self.asking.other, self.answering.other = self.answering, self.asking
+
+    def over(self) -> None:
+        if self.counted:
+            self.counted = False
+            self.live.inflight -= 1
+
+
+class _Side:
+    """One of the two streams of a hop: what it hears goes to the other."""
+
+    other: _Side
+
+    def __init__(self, hop: Hop, stream: Stream) -> None:
+        self.hop = hop
+        self.stream = stream
+        self.waiting: list[bytes] = []
+        self.ending: list[bytes] | None = None
+
+    def on_response(self, status: int, head: list[bytes], end: bool) -> None:
+        self.other.stream.send_response(status, head, end)
+        if end:
+            self._check_over()
+
+    def on_interim(self, status: int, head: list[bytes]) -> None:
+        self.other.stream.send_interim(status, head)
+
+    def on_opened(self) -> None:
+        self.other.stream.send_opened()
+
+    def on_data(self, data: bytes, end: bool) -> None:
+        counters = self.hop.live.counters
+        if self is self.hop.asking:
+            counters.bytes_in += len(data)
+        else:
+            counters.bytes_out += len(data)
+        self.other.waiting.append(data)
+        if end:
+            self.other.ending = []
+        self.other.pump()
+
+    def on_end(self, trailers: list[bytes]) -> None:
+        self.other.ending = trailers
+        self.other.pump()
+
+    def on_credit(self) -> None:
+        self.pump()
+
+    def pump(self) -> None:
+        """Send what waits for this stream; what was sent is what the other stream's sender may send again."""
+        waiting = self.waiting
+        while waiting and (room := self.stream.sendable()):
+            data = waiting[0]
+            if len(data) > room:
+                waiting[0] = data[room:]
+                data = data[:room]
+            else:
+                waiting.pop(0)
+            self.stream.send_data(data)
+            self.other.stream.consumed(len(data))
+        if waiting:
+            self.other.stream.stalled = True
+            self.stream.wait()
+        elif self.ending is not None:
+            trailers, self.ending = self.ending, None
+            self.stream.send_end(trailers)
+            self._check_over()
+
+    def on_reset(self, code: int, detail: str) -> None:
+        self.other.stream.reset(code, detail)
+        self.hop.over()
+
+    def _check_over(self) -> None:
+        if self.hop.asking.stream.closed or self.hop.answering.stream.closed:
+            self.hop.over()
+
+
+class Peers:
+    """All links of a relay. ``by_host`` is what :meth:`listeners.PublicServer.find` asks after the local table."""
+
+    def __init__(self, settings: RelaySettings, agents: Agents) -> None:
+        self.settings = settings
+        self.agents = agents
+        self.by_host: dict[bytes, RemoteTunnel] = {}
+        self.inbound: set[Inbound] = set()
+        self.outbound: dict[str, Outbound] = {}
+        agents.on_bound.append(self._bound)
+        agents.on_dropped.append(self._dropped)
+
+    def accept(self) -> Inbound:
+        """A peer passed the key check."""
+        peer = Inbound(self)
+        self.inbound.add(peer)
+        return peer
+
+    def _bound(self, live: LiveTunnel) -> None:
+        for link in self.outbound.values():
+            link.announce(live)
+
+    def _dropped(self, live: LiveTunnel) -> None:
+        for link in self.outbound.values():
+            link.withdraw(live)
+
+    async def run(self) -> None:
+        """Keep a link to every peer until cancelled."""
+        if self.settings.peer_key is None:
+            return
+        async with asyncio.TaskGroup() as group:
+            for url in self.settings.peers:
+                group.create_task(self._keep(url, self.settings.peer_key.reveal()))
+
+    async def _keep(self, url: str, key: str) -> None:
+        reported = False
+        backoff = Backoff(RETRY_MIN_SECONDS, RETRY_MAX_SECONDS)
+        while True:
+            link = Outbound(self, url)
+            try:
+                await link.open(key)
+            except (OSError, TimeoutError, picows.WSError) as err:
+                if not reported:
+                    log.info("peer is out of reach", extra={"f": {"peer": url, "why": str(err) or type(err).__name__}})
+                    reported = True
+                link.carrier.abort("no link")
+                await asyncio.sleep(backoff.next())
+                continue
+            # What was bound while the link opened was announced by nobody yet.
+            self.outbound[url] = link
+            for live in list(self.agents.by_tunnel.values()):
+                if live not in link.binds:
+                    link.announce(live)
+            reported = False
+            backoff.reset()
+            log.info("peer link is up", extra={"f": {"peer": url}})
+            try:
+                await link.lost.wait()
+            finally:
+                self.outbound.pop(url, None)
+                link.carrier.abort("relay shut down")
+            log.info("peer link is down", extra={"f": {"peer": url}})
+
+    def close(self) -> None:
+        for peer in list(self.inbound):
+            peer.carrier.abort("relay shut down")

@@ -1,0 +1,200 @@
+"""Two relays behind one address: a request on the wrong one takes one hop, never two."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import picows
+import pytest
+
+from portico.relay.server import Relay
+from portico.settings import RelaySettings, Secret
+from portico.wire import frames as f
+from tests.relay.doubles import KEY, Client, ScriptedAgent, ScriptedStream, grant, port, session_token
+
+GET = b"GET /x HTTP/1.1\r\nHost: web.localhost\r\n\r\n"
+
+
+async def made(path: Path, name: str, peers: tuple[str, ...], control: int = 0) -> Relay:
+    settings = RelaySettings(
+        relay_key=Secret("tnl_rly_unused"), api_url="http://127.0.0.1:9", state_dir=path / name, relay_name=name,
+        public_port=0, https_port=0, control_port=control, exempt_loopback=True, peers=peers, peer_key=Secret("shared"),
+    )  # fmt: skip
+    relay = Relay(settings)
+    relay.snapshot.apply(
+        {"type": "snapshot", "version": 1, "state": {"keys": [KEY.public_jwk()], "tunnels": [], "ended": []}}
+    )
+    await relay.start()
+    return relay
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> AsyncIterator[tuple[Relay, Relay]]:
+    """``(front, owner)``: the owner announces to the front, and the front to the owner."""
+    front = await made(tmp_path, "front", ())
+    owner = await made(tmp_path, "owner", (f"ws://127.0.0.1:{port(front, 0)}/v1/peer",))
+    front._spawn(front.peers._keep(f"ws://127.0.0.1:{port(owner, 0)}/v1/peer", "shared"))
+    yield front, owner
+    await front.stop()
+    await owner.stop()
+
+
+@pytest.fixture
+async def agent(pair: tuple[Relay, Relay]) -> AsyncIterator[ScriptedAgent]:
+    front, owner = pair
+    scripted = await (await ScriptedAgent().connect(port(owner, 0), session_token())).online(grant(concurrency=2))
+    await scripted.until(lambda: front.peers.by_host)
+    yield scripted
+    scripted.close()
+
+
+async def visit(relay: Relay, data: bytes) -> Client:
+    client = Client(*await asyncio.open_connection("127.0.0.1", port(relay, 1), limit=2**26))
+    client.send(data)
+    return client
+
+
+class TestHop:
+    async def test_a_request_passes_whole(self, pair: tuple[Relay, Relay], agent: ScriptedAgent) -> None:
+        def answer(s: ScriptedStream) -> None:
+            s.stream.send_interim(103, [b"Early Hints"])
+            s.stream.send_response(200, [b"Fine", b"X-A", b"1"], end=False)
+            s.stream.send_data(b"body")
+            s.stream.send_end([b"X-Sum", b"9"])
+
+        agent.on_stream = answer
+        client = await visit(
+            pair[0],
+            b"POST /x HTTP/1.1\r\nHost: web.localhost\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nX-T: 1\r\n\r\n",
+        )
+        assert (await client.read_head()).startswith(b"HTTP/1.1 103")
+        assert b"X-A: 1" in await client.read_head()
+        assert await client.read(24) == b"4\r\nbody\r\n0\r\nX-Sum: 9\r\n\r\n"
+        request = agent.streams[0]
+        await request.ended.wait()
+        assert (request.method, request.target, bytes(request.body), request.trailers) == (
+            b"POST",
+            b"/x",
+            b"abc",
+            [b"X-T", b"1"],
+        )
+        live = pair[1].agents.by_tunnel["tun_web"]
+        await agent.until(lambda: live.inflight == 0)
+        assert (live.counters.requests, live.counters.bytes_in, live.counters.bytes_out) == (1, 3, 4)
+
+    async def test_large_bodies_both_ways_keep_order(self, pair: tuple[Relay, Relay], agent: ScriptedAgent) -> None:
+        body = bytes(range(251)) * 8000
+
+        def answer(s: ScriptedStream) -> None:
+            async def later() -> None:
+                await s.ended.wait()
+                s.stream.send_response(200, [b"OK", b"Content-Length", b"%d" % len(s.body)], end=False)
+                sent = 0
+
+                def feed() -> None:
+                    nonlocal sent
+                    while sent < len(s.body) and (room := s.stream.sendable()):
+                        piece = bytes(s.body[sent : sent + room])
+                        sent += len(piece)
+                        s.stream.send_data(piece, end=sent == len(s.body))
+                    if sent < len(s.body):
+                        s.stream.wait()
+
+                s.feeding = feed
+                feed()
+
+            tasks.append(asyncio.ensure_future(later()))
+
+        tasks: list[Any] = []
+        agent.on_stream = answer
+        client = await visit(
+            pair[0], b"PUT / HTTP/1.1\r\nHost: web.localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+        )
+        client.send(body)
+        assert (await client.response())[2] == body
+
+    async def test_upgrade_and_half_close(self, pair: tuple[Relay, Relay], agent: ScriptedAgent) -> None:
+        def answer(s: ScriptedStream) -> None:
+            s.stream.send_response(101, [b"Switching", b"Upgrade", b"x"], end=False)
+            s.stream.send_data(b"first")
+
+        agent.on_stream = answer
+        client = await visit(
+            pair[0], b"GET / HTTP/1.1\r\nHost: web.localhost\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\nraw"
+        )
+        await client.read_head()
+        assert await client.read(5) == b"first"
+        client.writer.write_eof()
+        await agent.streams[0].ended.wait()
+        agent.streams[0].stream.send_data(b"last", end=True)
+        assert await client.rest() == b"last"
+        assert bytes(agent.streams[0].body) == b"raw"
+
+    async def test_aborts_pass_both_ways(self, pair: tuple[Relay, Relay], agent: ScriptedAgent) -> None:
+        agent.on_stream = lambda s: None
+        client = await visit(pair[0], GET)
+        await agent.until(lambda: agent.streams)
+        client.writer.transport.abort()
+        await agent.until(lambda: agent.streams[0].reset is not None)
+        agent.on_stream = lambda s: s.stream.reset(f.TARGET_REFUSED, "nothing listens")
+        client = await visit(pair[0], GET)
+        status, fields, _ = await client.response()
+        assert (status, fields[b"portico-error"]) == (502, [b"edge.target_refused"])
+        await agent.until(lambda: pair[1].agents.by_tunnel["tun_web"].inflight == 0)
+
+    async def test_the_owner_counts_concurrency(self, pair: tuple[Relay, Relay], agent: ScriptedAgent) -> None:
+        agent.on_stream = lambda s: None
+        held = [await visit(pair[1], GET) for _ in range(2)]
+        await agent.until(lambda: len(agent.streams) == 2)
+        status, fields, _ = await (await visit(pair[0], GET)).response()
+        assert (status, fields[b"portico-error"]) == (429, [b"edge.concurrency_exceeded"])
+        del held
+
+
+class TestRoutes:
+    async def test_routes_follow_what_is_live(self, pair: tuple[Relay, Relay], agent: ScriptedAgent) -> None:
+        front, owner = pair
+        agent.close()
+        await agent.until(lambda: not front.peers.by_host)
+        assert (await (await visit(front, GET)).response())[0] == 404
+        # The agent comes back on the other relay: now the owner is the one that hops.
+        again = await (await ScriptedAgent().connect(port(front, 0), session_token(), connect=2)).online()
+        await again.until(lambda: owner.peers.by_host)
+        for relay in pair:
+            assert (await (await visit(relay, GET)).response())[2] == b"hello"
+        again.close()
+
+    async def test_a_tunnel_bound_on_both_is_served_locally(
+        self, pair: tuple[Relay, Relay], agent: ScriptedAgent
+    ) -> None:
+        here = await (await ScriptedAgent().connect(port(pair[0], 0), session_token(), connect=2)).online()
+        here.on_stream = lambda s: s.answer(body=b"here")
+        assert (await (await visit(pair[0], GET)).response())[2] == b"here"
+        here.close()
+
+    async def test_a_lost_peer_takes_its_routes_along(self, pair: tuple[Relay, Relay], agent: ScriptedAgent) -> None:
+        front, owner = pair
+        agent.on_stream = lambda s: None
+        client = await visit(front, GET)
+        await agent.until(lambda: agent.streams)
+        next(iter(front.peers.inbound)).carrier.abort("cut")
+        status, fields, _ = await client.response()
+        assert (status, fields[b"portico-error"]) == (502, [b"edge.agent_unreachable"])
+        await agent.until(lambda: front.peers.by_host)  # the link is back by itself, and with it the route
+        agent.on_stream = lambda s: s.answer(body=b"back")
+        assert (await (await visit(front, GET)).response())[2] == b"back"
+
+    @pytest.mark.parametrize("key", [None, "", "wrong", "sharedx"])
+    async def test_nobody_else_is_a_peer(self, pair: tuple[Relay, Relay], key: str | None) -> None:
+        headers = {
+            "Sec-WebSocket-Protocol": f.PROTOCOL,
+            **({"Authorization": f"Bearer {key}"} if key is not None else {}),
+        }
+        with pytest.raises(picows.WSHandshakeError) as caught:
+            await picows.ws_connect(
+                picows.WSListener, f"ws://127.0.0.1:{port(pair[0], 0)}/v1/peer", extra_headers=headers
+            )
+        assert caught.value.response is not None and int(caught.value.response.status) == 401
