@@ -26,12 +26,9 @@ def test_lines_of_every_kind_are_understood() -> None:
         "valkey",
         "Out of memory",
     )
-    assert translate("api", "Traceback (most recent call last):") == (
-        "",
-        "INFO",
-        "api",
-        "Traceback (most recent call last):",
-    )
+    traceback = "Traceback (most recent call last):"
+    assert translate("api", traceback) == ("", "ERROR", "api", traceback)
+    assert translate("api", "  File x, line 1", "ERROR") == ("", "ERROR", "api", "  File x, line 1")
     assert translate("api", "  \n") is None
 
 

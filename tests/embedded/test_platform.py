@@ -136,7 +136,7 @@ def test_a_whole_life(home: Path) -> None:
         )
         findings = {row["check"]: row for row in json.loads(told.stdout)}
         assert told.returncode == 0, findings
-        assert {"API", "Clock", "Signing keys", "Relay"} <= set(findings)
+        assert {"API", "Clock", "Signing keys", "Relay", "Relay link"} <= set(findings)
         assert str(up.process.pid) in findings["Platform"]["says"]
 
         before = up.children()

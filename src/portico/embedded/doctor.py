@@ -316,11 +316,23 @@ async def keys(case: Case) -> list[Finding]:
 
 
 async def relay(case: Case) -> list[Finding]:
-    findings = []
-    url = str(case.credentials.get("relay_url", ""))
-    if case.running and url:
-        findings.append(await _relay_health(url))
-    return findings
+    """The relay of this data folder: does it serve visitors, and does it follow the API?"""
+    url, control = str(case.credentials.get("relay_url", "")), str(case.credentials.get("control_url", ""))
+    if case.remote or not (case.running and url and control):
+        return []
+    return [await _relay_health(url), await _relay_link(control.replace("ws://", "http://", 1))]
+
+
+async def _relay_link(url: str) -> Finding:
+    try:
+        status, _, _, _ = await ask(url, "/readyz")
+    except Exception as err:
+        return Finding("Relay link", "FAIL", f"{url} does not answer: {str(err) or type(err).__name__}")
+    if status != 200:
+        return Finding(
+            "Relay link", "FAIL", "the relay has no edge state from the API yet", "The relay's log says why."
+        )
+    return Finding("Relay link", "OK", "the relay has the edge state of the API")
 
 
 async def _relay_health(url: str) -> Finding:

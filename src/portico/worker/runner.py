@@ -14,7 +14,8 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 
-import sqlalchemy as sa
+import asyncpg
+from sqlalchemy import exc as sa_exc
 
 from portico.errors import Problem
 from portico.kit import notify
@@ -29,6 +30,8 @@ log = logging.getLogger("portico.worker")
 #: Every worker by name.
 WORKERS: dict[str, Callable[[WorkerSettings], list[Job]]] = {"maintenance": maintenance.jobs}
 _LOCK_SPACE = zlib.crc32(b"portico worker") - (1 << 31)  # the first half of the two-part lock key, signed
+
+_DATABASE_ERRORS = (Problem, asyncpg.PostgresError, asyncpg.InterfaceError, sa_exc.SQLAlchemyError, OSError)
 
 
 async def serve(settings: WorkerSettings, control: ApiSettings, names: Sequence[str] = ()) -> None:
@@ -82,7 +85,7 @@ class Runner:
             try:
                 async with self._context.db.read() as lease:
                     await self._lead(lease)
-            except (Problem, sa.exc.DBAPIError, OSError) as err:
+            except _DATABASE_ERRORS as err:
                 log.warning("worker lost the database", extra={"f": {"worker": self.name, "error": str(err)[:200]}})
             self.leads = False
             await self._pause()
@@ -90,8 +93,8 @@ class Runner:
     async def _lead(self, lease: Reader) -> None:
         """While ``lease``'s connection holds the lock: run what is due."""
         key = zlib.crc32(self.name.encode()) - (1 << 31)
-        arguments = {"space": _LOCK_SPACE, "key": key}
-        if not await lease.scalar(sa.text("SELECT pg_try_advisory_lock(:space, :key)"), arguments):
+        connection = lease.raw  # the very connection: what a pool does to it behind our back would move the lock
+        if not await connection.fetchval("SELECT pg_try_advisory_lock($1, $2)", _LOCK_SPACE, key):
             return
         self.leads = True
         log.info("worker leads", extra={"f": {"worker": self.name}})
@@ -101,10 +104,11 @@ class Runner:
                     if self._due[job.name] <= time.monotonic() and not self._stopping.is_set():
                         await self._attempt(job)
                 await self._pause()
-                await lease.scalar(sa.text("SELECT 1"))  # raises when the connection, and the lock with it, is gone
+                await connection.execute("SELECT 1")  # raises when the connection, and the lock with it, is gone
         finally:
             # The connection goes back to the pool and lives on there: the lock must not.
-            await lease.scalar(sa.text("SELECT pg_advisory_unlock(:space, :key)"), arguments)
+            if not connection.is_closed():
+                await connection.execute("SELECT pg_advisory_unlock($1, $2)", _LOCK_SPACE, key)
 
     async def _attempt(self, job: Job) -> None:
         began = time.monotonic()
