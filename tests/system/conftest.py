@@ -58,7 +58,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def agent(up: Up, account: Account, target: socket.socket, folder: Path, request: pytest.FixtureRequest) -> Iterator[Agent]:
+def agent(
+    up: Up, account: Account, target: socket.socket, folder: Path, request: pytest.FixtureRequest
+) -> Iterator[Agent]:
     """An agent in front of ``target``, for the whole module; its URL's host is :func:`host`."""
     with ExitStack() as stack:
         name = request.module.__name__.rsplit("_", 1)[1]

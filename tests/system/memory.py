@@ -31,7 +31,7 @@ class MemoryWatch:
 
     def __init__(self, pids: Mapping[str, int], idle: Mapping[str, int]) -> None:
         self._pids, self._idle = dict(pids), dict(idle)
-        self.peak = {name: 0 for name in pids}
+        self.peak = dict.fromkeys(pids, 0)
         self._marked: set[str] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -55,7 +55,9 @@ class MemoryWatch:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._over.set()
         self._thread.join()
         self._look(marks=True)

@@ -36,7 +36,12 @@ class Child:
     """``portico ARGS…`` as a process; its output in two files of ``folder``."""
 
     def __init__(
-        self, name: str, args: Sequence[str], folder: Path, settings: Mapping[str, Any], argv: Sequence[str] | None = None
+        self,
+        name: str,
+        args: Sequence[str],
+        folder: Path,
+        settings: Mapping[str, Any],
+        argv: Sequence[str] | None = None,
     ) -> None:
         self.name = name
         serial = len(list(folder.glob("*.err")))

@@ -23,7 +23,7 @@ SLOW_READERS = 200
 SLOW_MIB = 64
 FAST_MIB = 96
 FAST_SHARE = 0.8
-FAST_TRIES = 6
+FAST_ROUNDS = 4
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -162,29 +162,39 @@ def read_more(readers: list[SlowReader], size: int) -> None:
                     selector.unregister(key.fileobj)
 
 
-def test_200_slow_readers_beside_a_fast_one(up: Up, host: str, pids: dict[str, int], idle: dict[str, int]) -> None:
-    alone = min(download(up.http_port, host, FAST_MIB) for _ in range(3))
+def beside_slow_readers(port: int, host: str) -> float:
+    """Seconds of the fast download, the best of three, while 200 others stand all but still; they are served to the end."""
     readers: list[SlowReader] = []
     over, faults = threading.Event(), list[BaseException]()
     trickling = threading.Thread(target=trickle, args=(readers, over, faults))
-    beside = float("inf")
     try:
-        with MemoryWatch(pids, idle) as watch:
-            readers += [SlowReader(up.http_port, host) for _ in range(SLOW_READERS)]
-            trickling.start()
-            time.sleep(1.0)  # until every buffer on the way is full
-            for _ in range(FAST_TRIES):
-                beside = min(beside, download(up.http_port, host, FAST_MIB))
-                if alone / beside >= FAST_SHARE:
-                    break
-            over.set()
-            trickling.join()
-            assert not faults, faults[0]
-            read_more(readers, MIB // 2)
+        readers += [SlowReader(port, host) for _ in range(SLOW_READERS)]
+        trickling.start()
+        time.sleep(1.0)  # until every buffer on the way is full
+        seconds = min(download(port, host, FAST_MIB) for _ in range(3))
+        over.set()
+        trickling.join()
+        assert not faults, faults[0]
+        read_more(readers, MIB // 2)
+        return seconds
     finally:
         over.set()
         for reader in readers:
             reader.sock.close()
-    print(f"fast reader: {FAST_MIB / alone:.0f} MiB/s alone, {FAST_MIB / beside:.0f} MiB/s beside {SLOW_READERS} slow ones")
+
+
+def test_200_slow_readers_beside_a_fast_one(up: Up, host: str, pids: dict[str, int], idle: dict[str, int]) -> None:
+    """Rounds, because what else this machine does meanwhile hits one measurement and not the other; each is a pair."""
+    shares = []
+    with MemoryWatch(pids, idle) as watch:
+        for _ in range(FAST_ROUNDS):
+            alone = min(download(up.http_port, host, FAST_MIB) for _ in range(3))
+            beside = beside_slow_readers(up.http_port, host)
+            print(
+                f"fast reader: {FAST_MIB / alone:.0f} MiB/s alone, {FAST_MIB / beside:.0f} beside {SLOW_READERS} slow"
+            )
+            shares.append(round(alone / beside, 2))
+            if shares[-1] >= FAST_SHARE:
+                break
     watch.assert_within(GROWTH_MIB)
-    assert alone / beside >= FAST_SHARE
+    assert max(shares) >= FAST_SHARE, f"the fast reader kept {shares} of its speed"

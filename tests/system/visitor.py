@@ -98,7 +98,9 @@ def request(host: str, path: str = "/", method: str = "GET", fields: Sequence[st
 
 
 @asynccontextmanager
-async def connected(port: int, tls: ssl.SSLContext | None = None, server_hostname: str | None = None) -> AsyncIterator[Wire]:
+async def connected(
+    port: int, tls: ssl.SSLContext | None = None, server_hostname: str | None = None
+) -> AsyncIterator[Wire]:
     """A connection to 127.0.0.1."""
     reader, writer = await asyncio.open_connection(
         "127.0.0.1", port, limit=READ_LIMIT, ssl=tls, server_hostname=server_hostname
