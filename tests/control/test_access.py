@@ -61,23 +61,30 @@ class TestCredentials:
 
 class TestTenants:
     async def test_every_operation_with_an_id_is_404_for_a_stranger(
-        self, app: Any, owner: Account, stranger: Account
+        self, owner: Account, stranger: Account, connect: Any
     ) -> None:
         """Walks the OpenAPI document: a new endpoint is covered, or fails here for want of an example."""
         key = await owner.key()
-        examples = {"key": key["id"], "session": owner.session}
+        tunnel = (await owner.client.post("/v1/tunnels", json={"name": "mine", "protocol": "http"})).json()["id"]
+        examples = {"key": key["id"], "session": owner.session, "tunnel_id": tunnel, "session_id": "ses_" + "0" * 26}
+        bodies = {"/v1/agent/sessions/{session_id}/refresh": {"agent_id": "agt-0123456789"}}
+        bodies["/v1/agent/sessions/{session_id}/tunnels"] = {"protocol": "http"}
+        bodies["/v1/tunnels/{tunnel_id}"] = {"name": "theirs"}
+        agent = connect((await stranger.key())["key"])
         document = (await stranger.client.get("/openapi.json")).json()
         seen = 0
         for path, operations in document["paths"].items():
-            if "{" not in path or not path.startswith(("/v1/api-keys", "/v1/auth")):
-                continue
-            for method in operations:
-                answer = await stranger.client.request(method, path.format(**examples))
-                problem(answer, 404, "request.not_found")
+            for method in operations if "{" in path else ():
+                client = agent if path.startswith("/v1/agent/") else stranger.client
+                body = bodies.get(path) if method in ("post", "patch", "put") else None
+                answer = await client.request(method, path.format(**examples), json=body)
+                code = "tunnel.not_found" if "/tunnels/" in path else "request.not_found"
+                problem(answer, 404, "session.not_found" if "{session_id}" in path else code)
                 seen += 1
-        assert seen >= 3
+        assert seen >= 10
         assert (await owner.client.get("/v1/whoami")).status_code == 200
         assert [k["id"] for k in (await owner.client.get("/v1/api-keys")).json()["data"]] == [key["id"]]
+        assert (await owner.client.get(f"/v1/tunnels/{tunnel}")).json()["name"] == "mine"
 
     async def test_lists_show_nothing_of_others(self, owner: Account, stranger: Account) -> None:
         await owner.key()
