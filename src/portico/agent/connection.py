@@ -318,9 +318,17 @@ class TargetConnection(asyncio.BufferedProtocol):
             return
         if self.fresh_parser:
             self.parser = HttpResponseParser(self)
-        self._reset()
-        self.unpause()
-        self.reused = True
+        if self.chunked or self.reading_paused or self.fresh_parser or not self.reused:
+            self._reset()
+            self.unpause()
+            self.reused = True
+        else:
+            # The usual case: only this much has changed.
+            self.head = None
+            self.reason = b""
+            self.left = -1
+            self.head_bytes = 0
+            self.complete = False
         self.pool.release(self)
 
     def _switch(self, exchange: Exchange, nbytes: int, offset: int) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import deque
 from typing import NamedTuple
 
-#: Durations that percentiles are taken from.
-SAMPLES = 2048
-#: Requests kept for whoever shows them; a reader slower than this misses some (``total`` still counts them).
-RECORDS = 512
+#: Requests kept: percentiles are taken from them, and a display that is slower than this misses some.
+RECORDS = 2048
 
 
 class Record(NamedTuple):
@@ -30,7 +29,6 @@ class Stats:
         self.total = 0
         self.open = 0
         self.last_failure = ""
-        self.durations: deque[float] = deque(maxlen=SAMPLES)
         self.records: deque[tuple[bytes, bytes, int, float, float]] = deque(maxlen=RECORDS)
         self.written = 0
         self.rate_1 = self.rate_5 = 0.0
@@ -48,9 +46,7 @@ class Stats:
 
     def done(self, method: bytes, path: bytes, status: int, started: float) -> None:
         """A request was answered; ``started`` is a :func:`time.perf_counter` value."""
-        seconds = time.perf_counter() - started
-        self.durations.append(seconds)
-        self.records.append((method, path, status, seconds, time.time()))
+        self.records.append((method, path, status, started, time.perf_counter()))
         self.written += 1
 
     def failed(self, detail: str) -> None:
@@ -60,14 +56,16 @@ class Stats:
     def since(self, seen: int) -> tuple[list[Record], int]:
         """The records after the first ``seen`` ones that are still kept, and how many there were by now."""
         new = min(self.written - seen, len(self.records))
-        fresh = [Record(*self.records[index]) for index in range(len(self.records) - new, len(self.records))]
+        to_wall = time.time() - time.perf_counter()
+        rows = itertools.islice(self.records, len(self.records) - new, None)
+        fresh = [Record(m, p, status, ended - began, ended + to_wall) for m, p, status, began, ended in rows]
         return fresh, self.written
 
     def percentile(self, share: float) -> float:
         """The duration in seconds below which ``share`` of the kept requests ended; 0 without any."""
-        if not self.durations:
+        if not self.records:
             return 0.0
-        ordered = sorted(self.durations)
+        ordered = sorted(row[4] - row[3] for row in self.records)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
     def sample(self, now: float | None = None) -> None:
