@@ -34,8 +34,10 @@ LINGER_SECONDS: Final = 2.0
 SMALL_CHUNK: Final = 16_384
 #: Seconds after a visitor's half-close in which something must be sent to it, or it is taken to be gone.
 HALF_CLOSE_SECONDS: Final = 1.0
-#: Header fields of one head; a frame's head carries 256, and ours are added.
+#: Header fields of one head; a frame's head carries 256, and ours are added. Trailer fields as well.
 MAX_FIELDS: Final = 200
+#: Bytes of a trailer field's name, as many as a frame's head carries.
+MAX_NAME: Final = 256
 
 _METHODS_REFUSED = frozenset((b"CONNECT", b"PRI"))
 
@@ -47,8 +49,8 @@ class Visitor(asyncio.BufferedProtocol):
     __slots__ = (
         "address", "closed", "current", "deadline", "draining", "eof", "expect_close", "fault",
         "fields", "forwarded", "head_bytes", "in_head", "leftover", "lingered", "lingering", "parser",
-        "parsing", "paused", "port", "queue", "raw", "reading", "scheme", "server", "target", "transport", "unwritten", "written",
-        "written_at_eof",
+        "parsing", "paused", "port", "queue", "quiet_bytes", "raw", "reading", "scheme", "server",
+        "target", "transport", "unwritten", "written", "written_at_eof",
     )  # fmt: skip
 
     def __init__(self, server: PublicServer, scheme: bytes) -> None:
@@ -66,6 +68,7 @@ class Visitor(asyncio.BufferedProtocol):
         self.reading = True
         self.in_head = False
         self.head_bytes = 0
+        self.quiet_bytes = 0  # of a body's framing (chunk headers, trailers) since the last byte of body
         self.fields: list[bytes] = []
         self.target = b""
         self.fault: str | None = None
@@ -173,6 +176,10 @@ class Visitor(asyncio.BufferedProtocol):
             self.fault = "edge.internal"
         except httptools.HttpParserError:
             self.fault = self.fault or "edge.bad_request"
+        if self.parsing is not None and not self.in_head and not self.parsing.received:
+            self.quiet_bytes += len(data)
+            if self.quiet_bytes > self.server.settings.max_head_bytes and self.parsing.with_body:
+                self.fault = self.fault or "edge.head_too_large"
         if self.in_head:
             if was_in_head:
                 self.head_bytes += len(data)
@@ -208,6 +215,9 @@ class Visitor(asyncio.BufferedProtocol):
                 self._respond(code, current.id or request_id(), html=False, keep_alive=False)
                 self._linger()
         else:
+            if self.queue and self.queue[-1] is self.parsing and not self.parsing.received:
+                # Nothing of it was forwarded yet; it must not wait for a body that never ends.
+                self.queue.pop()
             self.update_reading()
 
     def on_message_begin(self) -> None:
@@ -225,11 +235,21 @@ class Visitor(asyncio.BufferedProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.in_head:
-            if self.parsing is not None and len(self.parsing.trailers) < 2 * MAX_FIELDS:
-                self.parsing.trailers += (name, value)
+            self._on_trailer(name, value)
             return
         self.fields += (name, value)
         self.head_bytes += len(name) + len(value) + 4
+
+    def _on_trailer(self, name: bytes, value: bytes) -> None:
+        """Trailers are held until the body ends, and leave in one frame: they have the limits of a head."""
+        self.head_bytes += len(name) + len(value) + 4
+        if self.parsing is None:
+            return
+        self.parsing.trailers += (name, value)
+        too_many = len(self.parsing.trailers) > 2 * MAX_FIELDS or len(name) > MAX_NAME
+        if too_many or self.head_bytes > self.server.settings.max_head_bytes:
+            self.parsing.trailers.clear()
+            self.fault = self.fault or "edge.head_too_large"
 
     def on_headers_complete(self) -> None:
         self.in_head = False
@@ -243,6 +263,7 @@ class Visitor(asyncio.BufferedProtocol):
             self.fault = "edge.bad_request"
             return
         self.parsing = exchange
+        self.head_bytes = self.quiet_bytes = 0
         self.deadline = self.NEVER
         if self.current is None and not self.queue:
             self.current = exchange
@@ -251,12 +272,13 @@ class Visitor(asyncio.BufferedProtocol):
             self.queue.append(exchange)
 
     def on_body(self, body: bytes) -> None:
+        self.quiet_bytes = -READ_SIZE  # a read that brought body is not quiet, however it ends
         if self.parsing is not None:
             self.parsing.body(body)
 
     def on_message_complete(self) -> None:
         exchange = self.parsing
-        if exchange is None:
+        if exchange is None or self.fault is not None:
             return
         if exchange.upgrade:
             return  # its direction goes on, as bytes or as the body of nothing
