@@ -467,9 +467,9 @@ class PlatformSettings:
     control_port: int = 7081
     # TCP port of the API and console.
     api_port: int = 7000
-    # Relay processes; the first has the ports above.
+    # Relay processes; all accept visitors on the ports above, and agents each on a port of its own.
     relays: int = 1
-    # Ports of the further relays: public HTTP, HTTPS and control of the second, then of the third, …; empty takes free ones.
+    # Control ports of the further relays, the second's first; empty takes free ones.
     relay_ports: tuple[int, ...] = ()
     # Lowest level of log records that are written, by every process.
     log_level: str = "INFO"

@@ -256,10 +256,13 @@ class Agent:
         raise problem or Problem("edge.no_relay")
 
     def _edges(self) -> list[str]:
-        """The relays in the API's order; one that asked us to leave comes last."""
+        """The relays in the API's order, the one that was just lost or asked us to leave last.
+
+        A relay that died may still accept connections (its supervisor holds the socket) and answer only once it is back.
+        """
         assert self.info is not None
-        leaving = self.link.url if self.link is not None and self.link.leaving else None
-        return sorted(self.info.edges, key=lambda url: url == leaving)
+        last = self.link.url if self.link is not None and (self.link.leaving or self.link.lost) else None
+        return sorted(self.info.edges, key=lambda url: url == last)
 
     def _next_connect(self) -> int:
         self._connects += 1

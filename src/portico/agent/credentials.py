@@ -23,6 +23,8 @@ class Credentials:
     server: str
     agent_key: Secret
     account: str = ""
+    #: Whether the key was made for this machine by its own sign-in; a key that somebody pasted belongs to others too.
+    own_key: bool = False
 
 
 def read(folder: Path) -> Credentials | None:
@@ -30,7 +32,8 @@ def read(folder: Path) -> Credentials | None:
     path = folder / FILE
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-        return Credentials(str(body["server"]), Secret(str(body["agent_key"])), str(body.get("account", "")))
+        own_key = body.get("own_key") is True
+        return Credentials(str(body["server"]), Secret(str(body["agent_key"])), str(body.get("account", "")), own_key)
     except FileNotFoundError:
         return None
     except OSError as err:
@@ -46,6 +49,7 @@ def write(folder: Path, credentials: Credentials) -> Path:
         "server": credentials.server,
         "agent_key": credentials.agent_key.reveal(),
         "account": credentials.account,
+        "own_key": credentials.own_key,
     }
     temporary = folder / f".{FILE}.{secrets.token_hex(4)}"
     try:

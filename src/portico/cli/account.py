@@ -77,6 +77,7 @@ async def _login(config: settings.AgentSettings, server: str, token: str | None)
     from portico.kit.ids import check_token
     from portico.settings import Secret
 
+    own_key = token is None
     if token is None:
         api = Api(server, None, config)
         try:
@@ -91,7 +92,7 @@ async def _login(config: settings.AgentSettings, server: str, token: str | None)
         )
     api = Api(server, Secret(token), config)
     try:
-        return Credentials(server, Secret(token), account_name(await api.call("GET", "whoami")))
+        return Credentials(server, Secret(token), account_name(await api.call("GET", "whoami")), own_key)
     finally:
         await api.aclose()
 
@@ -142,7 +143,10 @@ def _open_browser(url: str) -> None:
 
 
 def logout() -> None:
-    """Forget the sign-in of this machine and revoke its key."""
+    """Forget the sign-in of this machine.
+
+    A key that the browser sign-in made for this machine is revoked; one that was given with --token stays valid.
+    """
     from portico.agent import credentials
     from portico.agent.api import Api
     from portico.kit import loop
@@ -160,13 +164,15 @@ def logout() -> None:
         finally:
             await api.aclose()
 
-    try:
-        loop.run(revoke())
-    except Problem as problem:
-        if problem.status != 401:
-            output.note(f"portico: the key was not revoked at {stored.server}: {problem.detail}")
+    if stored.own_key:
+        try:
+            loop.run(revoke())
+        except Problem as problem:
+            if problem.status != 401:
+                output.note(f"portico: the key was not revoked at {stored.server}: {problem.detail}")
     credentials.remove(config.config_dir)
-    output.echo(f"Signed out of {stored.server}.")
+    kept = "" if stored.own_key else " The key itself stays valid; revoke it in the console or by the API."
+    output.echo(f"Signed out of {stored.server}.{kept}")
 
 
 def whoami(server: ServerOption = None, json: JsonOption = False) -> None:

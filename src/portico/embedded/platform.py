@@ -12,6 +12,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import secrets
 import signal
 import socket
 from collections.abc import Awaitable, Callable
@@ -70,6 +71,8 @@ class Platform:
         self._listeners: dict[str, socket.socket] = {}
         self._supervisor: Supervisor | None = None
         self._database_url = self._redis_url = ""
+        #: The key of relay to relay: of this run only, in nobody's file.
+        self._peer_key = secrets.token_urlsafe(32)
 
     # -- addresses ---------------------------------------------------------------------------------------------------
 
@@ -93,8 +96,8 @@ class Platform:
 
     def relay(self, number: int) -> RelayPorts:
         """The addresses of relay ``number`` (1 is the main one)."""
-        of = {name: port_of(self._listeners[f"{name}-{number}"]) for name in ("public", "https", "control")}
-        return RelayPorts(f"relay-{number}", of["public"], of["https"], of["control"])
+        public, https, control = (port_of(self._listeners[name]) for name in ("public", "https", f"control-{number}"))
+        return RelayPorts(f"relay-{number}", public, https, control)
 
     # -- start -------------------------------------------------------------------------------------------------------
 
@@ -148,16 +151,16 @@ class Platform:
         s = self.settings
         wanted = [
             ("api", s.api_port, "API", "--api-port"),
-            ("public-1", s.http_port, "public HTTP", "--http-port"),
-            ("https-1", s.https_port, "public HTTPS", "--https-port"),
+            ("public", s.http_port, "public HTTP", "--http-port"),
+            ("https", s.https_port, "public HTTPS", "--https-port"),
             ("control-1", s.control_port, "agents", "--control-port"),
         ]
-        further = [0] * 3 * (s.relays - 1) if not s.relay_ports else list(s.relay_ports)
-        if s.relays < 1 or len(further) != 3 * (s.relays - 1):
-            raise Problem("config.invalid", "setting relay_ports: needs three ports for each relay after the first")
-        for index, port in enumerate(further):
-            name = ("public", "https", "control")[index % 3]
-            wanted.append((f"{name}-{index // 3 + 2}", port, f"relay-{index // 3 + 2} {name}", "PORTICO_RELAY_PORTS"))
+        # All relays accept from the same public sockets; agents reach each one by a port of its own.
+        further = list(s.relay_ports) or [0] * (s.relays - 1)
+        if s.relays < 1 or len(further) != s.relays - 1:
+            raise Problem("config.invalid", "setting relay_ports: needs one port for each relay after the first")
+        for number, port in enumerate(further, start=2):
+            wanted.append((f"control-{number}", port, f"agents of relay-{number}", "PORTICO_RELAY_PORTS"))
         return ports.open_all(s.host, wanted)
 
     def _limits(self) -> SupervisorLimits:
@@ -220,7 +223,8 @@ class Platform:
     def _relay_unit(self, number: int, keys: dict[str, str]) -> ProcessUnit:
         at = self.relay(number)
         state = own_folder(own_folder(self.home / "relays", 0o700) / at.name, 0o700)
-        names = ("public", "https", "control")
+        others = [self.relay(n).control for n in range(1, self.settings.relays + 1) if n != number]
+        listeners = {"public": self._listeners["public"], "https": self._listeners["https"]}
         return ProcessUnit(
             at.name,
             ["relay"],
@@ -236,10 +240,12 @@ class Platform:
                 https_port=at.https,
                 control_host=self.settings.host,
                 control_port=at.control,
+                peers=",".join(self._at("ws", port, "/v1/peer") for port in others),
+                peer_key=self._peer_key,
                 exempt_loopback=1,
                 drain_seconds=_RELAY_DRAIN_SECONDS,
             ),
-            listeners={name: self._listeners[f"{name}-{number}"] for name in names},
+            listeners=listeners | {"control": self._listeners[f"control-{number}"]},
         )
 
     def _worker_unit(self) -> ProcessUnit:
