@@ -99,6 +99,8 @@ class AgentConnection:
     def end(self, code: str, detail: str, *, retryable: bool = False) -> None:
         """ERROR with a code, then the connection closes; its tunnels go offline at once."""
         self.session.fail(code, detail, retryable)
+        for live in list(self.binds.values()):  # the socket may take its time when the agent does not read
+            self.agents.drop(live)
         self.carrier.end(WSCloseCode.POLICY_VIOLATION, code)
 
     def _lost(self, detail: str) -> None:
