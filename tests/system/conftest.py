@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from portico.embedded.folders import temp_home
-from tests.system.platform import CHILDREN, Account, Agent, Up
+from tests.system.platform import CHILDREN, ENDED, Account, Agent, Up
 from tests.system.targets import listener, port_of
 
 
@@ -21,8 +21,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
     """A failed test shows what the processes said last."""
     report = yield
     if report.failed and Path(__file__).parent in item.path.parents:
-        for child in CHILDREN:
+        for child in [*ENDED, *CHILDREN]:
             report.sections.append((f"end of {child.name}'s output", child.tail()))
+    if call.when == "teardown":
+        ENDED.clear()
     return report
 
 

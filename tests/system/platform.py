@@ -23,6 +23,8 @@ from portico.embedded.units import portico_argv
 
 POLL_SECONDS = 0.02
 CHILDREN: list[Child] = []
+#: Those that ended within the present test.
+ENDED: list[Child] = []
 
 
 def clean_environment(more: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -106,6 +108,7 @@ class Child:
         finally:
             if self in CHILDREN:
                 CHILDREN.remove(self)
+                ENDED.append(self)
 
 
 class Agent(Child):
