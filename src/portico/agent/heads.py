@@ -6,6 +6,7 @@ with a place for every value. Values hold no CR, LF or NUL (the wire refuses the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from portico.wire import frames as f
@@ -28,6 +29,9 @@ _KINDS: dict[bytes, int] = {}
 _KINDS_MAX = 4096
 _PLANS_MAX = 1024
 _NAME_MAX = 256
+#: What fits into one frame beside a status and two separators.
+_HEAD_MAX = f.MAX_PAYLOAD - 4
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _METHODS_WITH_BODY = frozenset((b"POST", b"PUT", b"PATCH"))
 
 
@@ -149,9 +153,12 @@ class ResponseHead:
 
     def __init__(self, reason: bytes, raw: list[bytes], status: int) -> None:
         """Sort flat ``raw`` fields; raises :class:`HeadError` for what the wire could not carry."""
-        if b"\0" in reason:
-            raise HeadError("NUL in the reason")
+        if _CONTROL.search(reason):
+            # The parser takes anything there; fields it has checked itself.
+            raise HeadError("a control character in the reason")
         text = b"\0".join(raw)
+        if len(reason) + len(text) > _HEAD_MAX:
+            raise HeadError(f"a head over {_HEAD_MAX} bytes")
         if b" \0" in text or b"\t\0" in text or text.endswith((b" ", b"\t")):
             raw = [part.strip(b" \t") for part in raw]
         plan = _RESPONSE_PLANS.get(tuple(raw[::2])) or _response_plan(raw[::2])
@@ -220,4 +227,6 @@ def trailer_fields(raw: list[bytes]) -> list[bytes]:
     for index in range(0, len(raw), 2):
         if kind_of(raw[index]) == ORDINARY:
             out += (raw[index], raw[index + 1].strip(b" \t"))
+    if sum(map(len, out)) + len(out) > _HEAD_MAX:
+        raise HeadError(f"trailers over {_HEAD_MAX} bytes")
     return out
