@@ -149,7 +149,7 @@ class RelayConnection:
 
     def on_auth(self, token: str) -> None:
         self.auths.append(token)
-        self.session.control(f.AUTHED, 0, expires_at=0)
+        self.session.control(f.AUTHED, 0, expires_at="2026-11-23T15:21:20Z")
         self.relay.news.set()
 
     def on_unbind(self, bind: int, code: str, detail: str) -> None:

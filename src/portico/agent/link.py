@@ -34,6 +34,16 @@ class Owner(Protocol):
     def link_lost(self, link: Link, problem: Problem) -> None: ...
 
 
+class _Session(Session):
+    """A session that remembers why it ended itself."""
+
+    failure: Problem | None = None
+
+    def fail(self, code: str, detail: str, retryable: bool = False) -> None:
+        self.failure = self.failure or problem_of(code, f"the relay broke the protocol: {detail}")
+        super().fail(code, detail, retryable)
+
+
 class Link:
     """See the module. ``connect`` orders the connections of one session (contracts/wire.md, 3.6)."""
 
@@ -50,7 +60,7 @@ class Link:
         self._settings = settings
         self._error: Problem | None = None
         self._hello: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.session = Session(
+        self.session = _Session(
             self,
             relay=False,
             max_streams=settings.max_streams,
@@ -150,11 +160,7 @@ class Link:
     def on_hello(self, body: dict[str, Any]) -> None:
         self.relay = str(body.get("relay", ""))[:64]
         self.region = str(body.get("region", ""))[:64]
-        interval, timeout = body.get("ping_interval_ms"), body.get("ping_timeout_ms")
-        if isinstance(interval, int) and 100 <= interval <= 600_000:
-            self.carrier.ping_interval = interval / 1000
-        if isinstance(timeout, int) and 100 <= timeout <= 600_000:
-            self.carrier.ping_timeout = timeout / 1000
+        self.carrier.set_pace(body["ping_interval_ms"] / 1000, body["ping_timeout_ms"] / 1000)
         if not self._hello.done():
             self._hello.set_result(None)
         self.carrier.probe()
@@ -208,7 +214,7 @@ class Link:
 
     def _on_lost(self, detail: str) -> None:
         self.lost = True
-        problem = self._error or self._unreachable(detail)
+        problem = self._error or self.session.failure or self._unreachable(detail)
         if not self._hello.done():
             self._hello.set_exception(problem)
             self._hello.exception()

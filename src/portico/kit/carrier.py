@@ -165,6 +165,13 @@ class Carrier(WSListener):
             self.transport.disconnect(graceful=False)
 
     # ── pings ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    def set_pace(self, interval: float, timeout: float) -> None:
+        """Take over the other side's ping interval and timeout (seconds), from now on."""
+        self.ping_interval, self.ping_timeout = interval, timeout
+        if self._timer is not None and not self._ended:
+            self._timer.cancel()
+            self._timer = self._loop.call_later(min(interval, timeout), self._tick)
+
     def probe(self) -> None:
         """Send a ping now; :attr:`heard` tells whether anything came back."""
         self.session.ping(_STAMP.pack(self._loop.time()))

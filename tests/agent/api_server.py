@@ -1,0 +1,113 @@
+"""A control plane small enough for a test, over real HTTP: sessions, refresh, tunnels, device flow."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+KEY = "tnl_agt_0123456789abcdefghijABCDEFGHIJ1ZtbIM"
+Answer = tuple[int, dict[str, Any]]
+
+
+def problem(status: int, code: str, detail: str = "no") -> Answer:
+    """A problem document."""
+    return status, {"code": code, "detail": detail, "hint": f"hint of {code}", "status": status}
+
+
+class TestApi:
+    """Answers by ``routes`` (method and path); every call is kept in ``calls``."""
+
+    __test__ = False
+
+    def __init__(self, edges: list[str] | None = None) -> None:
+        self.edges = edges or []
+        self.calls: list[tuple[str, str, dict[str, Any], str]] = []
+        self.generation = 0
+        self.refreshes = 0
+        self.life = 900.0
+        self.refresh_after = 600.0
+        self.session = "ses_1"
+        self.refuse: Answer | None = None
+        self.routes: dict[str, Callable[[dict[str, Any]], Answer]] = {
+            "POST /v1/agent/sessions": self.open,
+            f"POST /v1/agent/sessions/{self.session}/refresh": self.refresh,
+            f"DELETE /v1/agent/sessions/{self.session}": lambda body: (204, {}),
+        }
+        self.names: list[str] = []
+        self.server: asyncio.Server | None = None
+        self.port = 0
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def open(self, body: dict[str, Any]) -> Answer:
+        self.generation += 1
+        self.names = [spec.get("name") or "made-up" for spec in body["tunnels"]]
+        return 201, self.document()
+
+    def refresh(self, body: dict[str, Any]) -> Answer:
+        self.refreshes += 1
+        return 200, self.document()
+
+    def document(self) -> dict[str, Any]:
+        mark = f"{self.generation}.{self.refreshes}"
+        until = datetime.fromtimestamp(time.time() + self.life, UTC).isoformat()
+        return {
+            "session": self.session,
+            "token": f"token {mark}",
+            "expires_at": until,
+            "refresh_after": self.refresh_after,
+            "edges": self.edges,
+            "account": {"organization": {"id": "org_1", "name": "Org"}, "user": "a@b.c", "plan": "free"},
+            "grants": [
+                {
+                    "tunnel": f"tun_{name}",
+                    "name": name,
+                    "url": f"http://{name}.localhost:7080",
+                    "grant": f"{name}:{mark}",
+                    "expires_at": until,
+                }
+                for name in self.names
+            ],
+        }
+
+    def count(self, route: str) -> int:
+        return sum(f"{method} {path}" == route for method, path, _, _ in self.calls)
+
+    async def start(self, port: int = 0) -> TestApi:
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", port, reuse_address=True)
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def stop(self) -> None:
+        if self.server is not None:
+            self.server.close()
+            self.server = None
+        for writer in list(self._writers):
+            writer.transport.abort()
+        await asyncio.sleep(0)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                method, path, _ = head.split("\r\n")[0].split(" ")
+                fields = {k.lower(): v for k, v in (line.split(": ", 1) for line in head.split("\r\n")[1:] if line)}
+                raw = await reader.readexactly(int(fields.get("content-length", 0)))
+                body = json.loads(raw) if raw else {}
+                self.calls.append((method, path, body, fields.get("authorization", "")))
+                route = self.routes.get(f"{method} {path}")
+                status, answer = self.refuse or (route(body) if route else problem(404, "request.not_found"))
+                data = b"" if status == 204 else json.dumps(answer).encode()
+                length = "" if status == 204 else f"Content-Length: {len(data)}\r\n"
+                writer.write(f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n{length}\r\n".encode() + data)
+        self._writers.discard(writer)
+        writer.close()
