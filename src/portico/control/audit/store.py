@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,9 +31,19 @@ audit_events = sa.Table(
 )
 
 
+# Raw: it is part of every write, and a prepared statement costs a third of a compiled one.
+_INSERT = """
+INSERT INTO audit_events
+    (id, organization_id, actor_kind, actor_id, action, target, outcome, details, request_id, address)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8::text::jsonb, $9, $10)
+"""
+_COLUMNS = ("id", "organization_id", "actor_kind", "actor_id", "action", "target", "outcome")
+
+
 async def insert(tx: Tx, row: dict[str, Any]) -> None:
     """Add one row."""
-    await tx.execute(sa.insert(audit_events).values(**row))
+    values = [row[column] for column in _COLUMNS]
+    await tx.raw.execute(_INSERT, *values, json.dumps(row["details"]), row["request_id"], row["address"])
 
 
 async def listing(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from portico.errors import Problem
+from portico.kit.clock import Clock
 from portico.kit.db import Reader, Tx
 
 
@@ -18,6 +19,9 @@ class Account:
     plan: str
     email: str | None
 
+
+_REMEMBER_SECONDS = 60.0
+_MAX_REMEMBERED = 10_000
 
 _ACCOUNT = """
 SELECT o.id, o.name, o.plan, u.email, k.revoked_at
@@ -46,6 +50,25 @@ def _account(row: Any) -> Account:
     if row["revoked_at"] is not None:
         raise Problem("auth.key_revoked")
     return Account(row["id"], row["name"], row["plan"], row["email"])
+
+
+class Accounts:
+    """``account`` for show, remembered for a minute: it grants nothing, every request is authenticated on its own."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._known: dict[str, tuple[float, Account]] = {}
+
+    async def of(self, reader: Reader, key_id: str) -> Account:
+        """The account behind a key, at most ``_REMEMBER_SECONDS`` old."""
+        now = self._clock.monotonic()
+        until, found = self._known.get(key_id, (0.0, None))
+        if found is None or now >= until:
+            found = await account(reader, key_id)
+            if len(self._known) >= _MAX_REMEMBERED:
+                self._known.clear()
+            self._known[key_id] = (now + _REMEMBER_SECONDS, found)
+        return found
 
 
 async def known_organizations(reader: Reader, ids: list[str]) -> set[str]:

@@ -9,15 +9,17 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from portico.control.access import Caller, InTx, Paging, Reading, require
-from portico.control.requests import UnitOfWork
+from portico.control.access import Caller, InTx, Paging, Reading, credential_of, identify, require
+from portico.control.requests import JsonRoute, UnitOfWork, once
 from portico.control.tunnels.service import Tunnels
 from portico.control.tunnels.sessions import AgentFacts, Sessions, TunnelSpec
 from portico.errors import Problem
+from portico.kit.db import Reader
 from portico.kit.pages import Page
 
 tunnels = APIRouter(prefix="/tunnels", tags=["tunnels"], route_class=UnitOfWork)
 agent = APIRouter(prefix="/agent/sessions", tags=["tunnels"], route_class=UnitOfWork)
+hot = APIRouter(prefix="/agent/sessions", tags=["tunnels"], route_class=JsonRoute)
 
 
 async def service(request: Request) -> Tunnels:
@@ -239,24 +241,53 @@ def _json(document: dict[str, Any], status: int) -> Response:
     return Response(json.dumps(document, separators=(",", ":")), status, media_type="application/json")
 
 
-@agent.post("", response_model=SessionDocument, status_code=201)
-async def open_session(
-    request: Request, tx: InTx, who: Connects, sessions: SessionService, body: SessionBody
-) -> Response:
+# These two are asked by every agent of an installation at once when it comes back, hence without the usual ceremony: the
+# caller is identified on the connection that serves the request, and a reconnect or refresh is one statement.
+_SECURITY: dict[str, Any] = {"security": [{"bearer": []}]}
+
+
+@hot.post("", response_model=SessionDocument, status_code=201, openapi_extra=_SECURITY)
+async def open_session(request: Request, body: SessionBody) -> Response:
     """Start the session of an agent instance, or continue it under its next generation."""
-    limit = request.app.state.settings.session_max_tunnels
+    state = request.app.state
+    sessions: Sessions = state.agent_sessions
+    limit = state.settings.session_max_tunnels
     if len(body.tunnels) > limit:
         raise Problem("tunnel.limit_reached", f"a session has at most {limit} tunnels", limit=limit)
     facts = AgentFacts(body.agent_id, body.hostname, body.version, body.region)
-    return _json(await sessions.open(tx, who, facts, [spec.spec() for spec in body.tunnels]), 201)
+    specs = [spec.spec() for spec in body.tunnels]
+    again = "idempotency-key" in request.headers
+    if not again and sessions.knows(credential_of(request), body.agent_id):
+        async with state.db.read() as reader:
+            who = await _connecting(request, reader)
+            if (document := await sessions.continued(reader, who, facts, specs)) is not None:
+                return _json(document, 201)
+
+    async def run() -> Response:
+        return _json(await sessions.open(tx, await _connecting(request, tx), facts, specs), 201)
+
+    async with state.db.transaction() as tx:
+        request.state.reader = tx
+        answer = await once(request, tx, run) if again else await run()
+    sessions.remember(credential_of(request), body.agent_id)
+    return answer
 
 
-@agent.post("/{session_id}/refresh", response_model=SessionDocument)
-async def refresh_session(
-    tx: InTx, who: Connects, sessions: SessionService, session_id: Id, body: RefreshBody
-) -> Response:
-    """New tokens for a live session, before the old ones expire."""
-    return _json(await sessions.refresh(tx, who, session_id, body.agent_id), 200)
+@hot.post("/{session_id}/refresh", response_model=SessionDocument, openapi_extra=_SECURITY)
+async def refresh_session(request: Request, session_id: Id, body: RefreshBody) -> Response:
+    """New tokens for a live session, before the old ones expire. Repeating it is harmless."""
+    state = request.app.state
+    async with state.db.read() as reader:
+        who = await _connecting(request, reader)
+        return _json(await state.agent_sessions.refresh(reader, who, session_id, body.agent_id), 200)
+
+
+async def _connecting(request: Request, reader: Reader) -> Caller:
+    """``require("agent:connect")`` on a connection at hand."""
+    request.state.reader = reader
+    who = await identify(request)
+    who.check("agent:connect")
+    return who
 
 
 @agent.delete("/{session_id}", status_code=204)

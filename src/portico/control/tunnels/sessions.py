@@ -24,11 +24,11 @@ from portico.control.identity.facts import Account
 from portico.control.identity.signing_keys import SigningKeys
 from portico.control.tunnels import policy, store
 from portico.control.tunnels.relays import RelayDirectory
-from portico.control.tunnels.service import Tunnels, check_protocol, event
+from portico.control.tunnels.service import Tunnels, check_protocol
 from portico.errors import Problem
 from portico.kit.clock import Clock
 from portico.kit.db import Reader, Tx
-from portico.kit.ids import new_id
+from portico.kit.ids import digest, new_id
 from portico.kit.jwt import InvalidToken, SigningKey
 from portico.settings import ApiSettings
 from portico.wire import grants
@@ -36,6 +36,7 @@ from portico.wire import grants
 # Relays accept a token this much past its expiry for the sake of clocks; a refusal must last longer.
 _LEEWAY_SECONDS: Final = 2 * grants.DEFAULT_LEEWAY_SECONDS
 _INSERT_ATTEMPTS: Final = 3
+_MAX_RECENT: Final = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,22 @@ class Sessions:
         self._directory = directory
         self._keys = keys
         self._clock = clock
+        self._accounts = facts.Accounts(clock)
+        self._recent: set[tuple[bytes, str]] = set()
         self._life = max(settings.session_token_seconds, settings.grant_life_seconds)
         self._refusal_seconds = settings.grant_outage_grace_seconds + _LEEWAY_SECONDS
+
+    # -- hints
+
+    def knows(self, credential: str, agent_id: str) -> bool:
+        """Whether this process opened a session for that instance lately, so that ``continued`` is worth a try."""
+        return (digest(credential), agent_id) in self._recent
+
+    def remember(self, credential: str, agent_id: str) -> None:
+        """Note that a session was opened. Only a hint: forgetting it costs a few round trips."""
+        if len(self._recent) >= _MAX_RECENT:
+            self._recent.clear()
+        self._recent.add((digest(credential), agent_id))
 
     # -- verbs
 
@@ -105,18 +120,37 @@ class Sessions:
         signer = await self._keys.current_signer(tx)
         return self._answer(signer, key_id, caller.org, agent, session, rows, account, edges)
 
-    async def refresh(self, tx: Tx, caller: Caller, session_id: str, agent_id: str) -> dict[str, Any]:
+    async def continued(
+        self, reader: Reader, caller: Caller, agent: AgentFacts, specs: Sequence[TunnelSpec]
+    ) -> dict[str, Any] | None:
+        """``open`` for the common case, a reconnect that changes nothing, in one statement; ``None`` when it is not that.
+
+        A generation that was then drawn for nothing is a gap, and gaps mean nothing.
+        """
+        key_id = _key_of(caller)
+        edges = await self._directory.edges(reader, agent.region)
+        life, about = self._life, (agent.hostname, agent.version, agent.region)
+        found = await store.continue_session(reader, key_id, agent.agent_id, life, about)
+        rows = [_parsed(row) for row in found if row["id"] is not None]
+        if not found or len(rows) != len(specs) or not all(map(_fits, rows, specs)):
+            return None
+        account = await self._accounts.of(reader, key_id)
+        session = {"id": found[0]["session"], "generation": found[0]["session_generation"]}
+        signer = await self._keys.current_signer(reader)
+        return self._answer(signer, key_id, caller.org, agent, session, rows, account, edges)
+
+    async def refresh(self, reader: Reader, caller: Caller, session_id: str, agent_id: str) -> dict[str, Any]:
         """New tokens for a live session and its active tunnels. Raises ``session.not_found`` or why the session ended."""
         key_id = _key_of(caller)
-        rows = await store.refresh_session(tx, session_id, key_id, agent_id, self._life)
+        rows = await store.refresh_session(reader, key_id, agent_id, self._life, session_id)
         if not rows:
-            raise await self._gone(tx, session_id, key_id)
-        edges = await self._directory.edges(tx, rows[0]["region"])
-        account = await facts.account(tx, key_id)
+            raise await self._gone(reader, session_id, key_id)
+        edges = await self._directory.edges(reader, rows[0]["region"])
+        account = await self._accounts.of(reader, key_id)
         session = {"id": session_id, "generation": rows[0]["session_generation"]}
         agent = AgentFacts(agent_id, "", "", rows[0]["region"])
         active = [_parsed(row) for row in rows if row["state"] == "active"]
-        signer = await self._keys.current_signer(tx)
+        signer = await self._keys.current_signer(reader)
         return self._answer(signer, key_id, caller.org, agent, session, active, account, edges)
 
     async def add(self, tx: Tx, caller: Caller, session_id: str, spec: TunnelSpec) -> dict[str, Any]:
@@ -132,8 +166,7 @@ class Sessions:
             raise Problem("tunnel.limit_reached", f"a session has at most {limit} tunnels", limit=limit)
         (row,), _ = await self._resolve(tx, caller, session_id, session["hostname"], [spec])
         if row["position"] is None:
-            await store.bind(tx, session_id, [row["id"]], [position])
-            await store.add_events(tx, [event(row["id"], "session", {"session": session_id})])
+            await store.bind(tx, session_id, {row["id"]: position}, [row["id"]])
         now = int(self._clock.wall().timestamp())
         signer = await self._keys.current_signer(tx)
         return {"grants": [self._grant(signer, session_id, caller.org, row, now)]}
@@ -159,8 +192,8 @@ class Sessions:
         ended = await store.end_sessions_of_key(tx, key_id, "session.revoked", self._refusal_seconds)
         _announce(tx, ended, "session.revoked")
 
-    async def _gone(self, tx: Tx, session_id: str, key_id: str) -> Problem:
-        code = await store.session_end_code(tx, session_id, key_id)
+    async def _gone(self, reader: Reader, session_id: str, key_id: str) -> Problem:
+        code = await store.session_end_code(reader, session_id, key_id)
         return Problem(code if code == "session.revoked" else "session.not_found")
 
     # -- which tunnels the specs mean
@@ -239,9 +272,7 @@ class Sessions:
         if others:
             await store.unbind(tx, session_id, others)
         if current != wanted:
-            await store.bind(tx, session_id, list(wanted), list(wanted.values()))
-        fresh = [tunnel for tunnel in wanted if tunnel not in current]
-        await store.add_events(tx, [event(tunnel, "session", {"session": session_id}) for tunnel in fresh])
+            await store.bind(tx, session_id, wanted, [tunnel for tunnel in wanted if tunnel not in current])
 
     # -- what the agent gets
 
@@ -364,6 +395,18 @@ def _origins(key_id: str, hostname: str, specs: Sequence[TunnelSpec]) -> list[st
         origins.append(hashlib.sha256(f"{base}\0{seen[base]}".encode()).hexdigest()[:32])
         seen[base] += 1
     return origins
+
+
+def _fits(row: dict[str, Any], spec: TunnelSpec) -> bool:
+    """Whether a bound tunnel is what the spec in its place asks for, by name and in everything that the spec says."""
+    return (
+        row["name"] == spec.name
+        and row["state"] == "active"
+        and row["protocol"] == spec.protocol
+        and spec.subdomain in (None, row["subdomain"])
+        and spec.target in (None, row["target"])
+        and (spec.policy is None or policy.digest(policy.check(spec.policy)) == row["policy_hash"])
+    )
 
 
 def _parsed(row: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from portico.kit.db import HasConnection, Reader, Tx, metadata
+from portico.kit.ids import new_id
 
 
 def _time(name: str, *, required: bool = False, default: bool = False) -> sa.Column[Any]:
@@ -233,6 +234,18 @@ async def list_events(reader: Reader, tunnel_id: str, limit: int, before: str | 
 
 # -- agent sessions -----------------------------------------------------------------------------------------------------
 
+# Tunnels that a session's specs may mean: by name, subdomain or origin, or bound to it already.
+# FOR KEY SHARE: none of them can be deleted before the session that names it is committed.
+_CANDIDATES = """
+SELECT t.id, t.organization_id, t.name, t.protocol, t.subdomain, t.target, t.policy::text, t.policy_hash, t.generation,
+       t.state, t.origin, b.position
+FROM tunnels t LEFT JOIN agent_session_tunnels b ON b.session_id = $2 AND b.tunnel_id = t.id
+WHERE t.organization_id = $1
+  AND (t.name = ANY($3) OR t.subdomain = ANY($4) OR t.origin = ANY($5)
+       OR t.id IN (SELECT tunnel_id FROM agent_session_tunnels WHERE session_id = $2))
+ORDER BY t.id
+FOR KEY SHARE OF t
+"""
 _OPEN_SESSION = """
 INSERT INTO agent_sessions
     (id, organization_id, key_id, agent_id, hostname, version, region, expires_at)
@@ -242,38 +255,35 @@ SET generation = agent_sessions.generation + 1, hostname = excluded.hostname, ve
     region = excluded.region, expires_at = excluded.expires_at, updated_at = now()
 RETURNING id, generation
 """
-# FOR KEY SHARE: none of them can be deleted before the session that names it is committed.
-_CANDIDATES = """
-SELECT t.id, t.name, t.protocol, t.subdomain, t.target, t.policy::text, t.policy_hash, t.generation, t.state, t.origin,
-       b.position,
-       t.organization_id
-FROM tunnels t LEFT JOIN agent_session_tunnels b ON b.session_id = $2 AND b.tunnel_id = t.id
-WHERE t.organization_id = $1
-  AND (t.name = ANY($3) OR t.subdomain = ANY($4) OR t.origin = ANY($5)
-       OR t.id IN (SELECT tunnel_id FROM agent_session_tunnels WHERE session_id = $2))
-ORDER BY t.id
-FOR KEY SHARE OF t
-"""
 _BIND = """
-INSERT INTO agent_session_tunnels (session_id, tunnel_id, position)
-SELECT $1, tunnel_id, position FROM unnest($2::text[], $3::int[]) AS wanted (tunnel_id, position)
-ON CONFLICT (session_id, tunnel_id) DO UPDATE SET position = excluded.position
+WITH bound AS (
+    INSERT INTO agent_session_tunnels (session_id, tunnel_id, position)
+    SELECT $1, tunnel_id, position FROM unnest($2::text[], $3::int[]) AS wanted (tunnel_id, position)
+    ON CONFLICT (session_id, tunnel_id) DO UPDATE SET position = excluded.position
+)
+INSERT INTO tunnel_events (id, tunnel_id, kind, details)
+SELECT id, tunnel_id, 'session', jsonb_build_object('session', $1::text)
+FROM unnest($4::text[], $5::text[]) AS events (id, tunnel_id)
 """
-_REFRESH_SESSION = """
+# No lock on the key is needed to go on with a session: its revocation ends the row, before this statement or after it.
+_RESUME_SESSION = """
 WITH session AS (
     UPDATE agent_sessions
-    SET expires_at = now() + make_interval(secs => $4), updated_at = now()
-    WHERE id = $1 AND key_id = $2 AND agent_id = $3 AND ended_at IS NULL
+    SET expires_at = now() + make_interval(secs => $3), updated_at = now(){more}
+    WHERE key_id = $1 AND agent_id = $2 AND ended_at IS NULL {which}
     RETURNING id, generation, region
 )
-SELECT session.generation AS session_generation, session.region, t.id, t.name, t.protocol, t.subdomain,
-       t.policy::text,
-       t.policy_hash, t.generation, t.state
+SELECT session.id AS session, session.generation AS session_generation, session.region, t.id, t.name, t.protocol,
+       t.subdomain, t.target, t.policy::text, t.policy_hash, t.generation, t.state, t.origin, b.position
 FROM session
 LEFT JOIN agent_session_tunnels b ON b.session_id = session.id
 LEFT JOIN tunnels t ON t.id = b.tunnel_id
 ORDER BY b.position
 """
+_REFRESH_SESSION = _RESUME_SESSION.format(more="", which="AND id = $4")
+_CONTINUE_SESSION = _RESUME_SESSION.format(
+    more=", generation = generation + 1, hostname = $4, version = $5, region = $6", which=""
+)
 _END_SESSIONS = """
 UPDATE agent_sessions
 SET ended_at = now(), ended_code = $2, refused_until = expires_at + make_interval(secs => $3), updated_at = now()
@@ -317,8 +327,10 @@ async def busy_tunnels(tx: Tx, tunnel_ids: list[str], session_id: str, lease_sec
     return {row["tunnel_id"] for row in await tx.raw.fetch(query, tunnel_ids, session_id, float(lease_seconds))}
 
 
-async def bind(tx: Tx, session_id: str, tunnel_ids: list[str], positions: list[int]) -> None:
-    await tx.raw.execute(_BIND, session_id, tunnel_ids, positions)
+async def bind(tx: Tx, session_id: str, wanted: dict[str, int], fresh: list[str]) -> None:
+    """Bind tunnels (id → position) to the session; ``fresh`` are those for whom that is an event."""
+    events = [new_id("evt") for _ in fresh]
+    await tx.raw.execute(_BIND, session_id, list(wanted), list(wanted.values()), events, fresh)
 
 
 async def unbind(tx: Tx, session_id: str, tunnel_ids: list[str]) -> None:
@@ -336,9 +348,19 @@ async def session_size(tx: Tx, session_id: str) -> tuple[int, int]:
     return row["size"], row["next"]
 
 
-async def refresh_session(tx: Tx, session_id: str, key_id: str, agent_id: str, life_seconds: int) -> list[Any]:
-    """Extend a live session: one row per tunnel (one with null tunnel columns when it has none), empty if not live."""
-    return list(await tx.raw.fetch(_REFRESH_SESSION, session_id, key_id, agent_id, float(life_seconds)))
+async def refresh_session(reader: Reader, key_id: str, agent_id: str, life_seconds: int, session_id: str) -> list[Any]:
+    """Extend a live session: one row per tunnel (one with null tunnel columns when it has none), empty if not live.
+
+    One statement, so outside a transaction it is its own. ``continue_session`` likewise.
+    """
+    return list(await reader.raw.fetch(_REFRESH_SESSION, key_id, agent_id, float(life_seconds), session_id))
+
+
+async def continue_session(
+    reader: Reader, key_id: str, agent_id: str, life_seconds: int, facts: tuple[str, str, str | None]
+) -> list[Any]:
+    """Extend the instance's live session under its next generation; rows as ``refresh_session``."""
+    return list(await reader.raw.fetch(_CONTINUE_SESSION, key_id, agent_id, float(life_seconds), *facts))
 
 
 async def lock_session(tx: Tx, session_id: str, key_id: str) -> Any:
@@ -351,9 +373,9 @@ async def lock_session(tx: Tx, session_id: str, key_id: str) -> Any:
     )
 
 
-async def session_end_code(tx: Tx, session_id: str, key_id: str) -> str | None:
+async def session_end_code(reader: Reader, session_id: str, key_id: str) -> str | None:
     """Why a session of that key ended; ``None`` when there never was one."""
-    code: str | None = await tx.raw.fetchval(
+    code: str | None = await reader.raw.fetchval(
         "SELECT ended_code FROM agent_sessions WHERE id = $1 AND key_id = $2", session_id, key_id
     )
     return code
