@@ -43,9 +43,11 @@ def summary(platform: Platform, paint: Paint, show_key: bool) -> str:
     """Addresses, the first admin (once), where the credentials are, what to try next."""
     c = platform.credentials
     domain = platform.settings.base_domain
-    rows = [("Public URLs", paint.link(f"http://NAME.{domain}:{platform.relay(n).http}")) for n in _relays(platform)]
-    rows += [("", paint.link(f"https://NAME.{domain}:{platform.relay(n).https}")) for n in _relays(platform)]
-    rows = [("Public URLs" if i == 0 else "", url) for i, (_, url) in enumerate(rows)]
+    main = platform.relay(1)
+    rows = [
+        ("Public URLs", paint.link(f"http://NAME.{domain}:{main.http}")),
+        ("", paint.link(f"https://NAME.{domain}:{main.https}")),
+    ]
     rows += [
         ("API, console", paint.link(c["api_url"])),
         ("Agents", c["control_url"]),
@@ -69,7 +71,3 @@ def summary(platform: Platform, paint: Paint, show_key: bool) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _relays(platform: Platform) -> range:
-    return range(1, platform.settings.relays + 1)
