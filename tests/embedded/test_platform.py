@@ -181,7 +181,9 @@ def test_kill_9_of_the_supervisor_leaves_nothing_and_the_next_up_keeps_everythin
 def test_an_interrupted_start_leaves_nothing(home: Path) -> None:
     up = Up(home)
     try:
-        until(lambda: (home / "run" / "children").exists() and up.children(), START_SECONDS)
+        until(lambda: up.process.poll() is not None or (home / "run" / "children").exists(), START_SECONDS)
+        assert up.process.poll() is None, up.said()
+        until(up.children)
         pids = up.children()
         assert up.end(signal.SIGINT) == 130
         assert all_gone(pids)
