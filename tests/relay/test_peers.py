@@ -176,7 +176,7 @@ class TestRoutes:
         here.close()
 
     async def test_a_lost_peer_takes_its_routes_along(self, pair: tuple[Relay, Relay], agent: ScriptedAgent) -> None:
-        front, owner = pair
+        front, _ = pair
         agent.on_stream = lambda s: None
         client = await visit(front, GET)
         await agent.until(lambda: agent.streams)
