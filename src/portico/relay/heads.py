@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import re
 
-PASS, DROP, CONNECTION, HOST, LENGTH, ENCODING, UPGRADE, TE, EXPECT = range(9)
+PASS, DROP, CONNECTION, HOST, LENGTH, ENCODING, UPGRADE, TE, EXPECT, TOO_LONG = range(10)
+
+#: Bytes of a field name, as many as a frame carries: a longer one would end the agent's session.
+MAX_NAME = 256
 
 _HOP_BY_HOP = (b"keep-alive", b"proxy-connection", b"proxy-authorization", b"proxy-authenticate", b"http2-settings")
 #: Fields that only the relay may tell the target; a visitor's own values are not believed.
@@ -74,6 +77,8 @@ class FieldKinds(dict[bytes, int]):
         self._kinds = dict(kinds)
 
     def __missing__(self, name: bytes) -> int:
+        if len(name) > MAX_NAME:
+            return TOO_LONG
         kind = self._kinds.get(name.lower(), PASS)
         if len(self) < _TABLE_MAX:
             self[name] = kind

@@ -36,8 +36,6 @@ SMALL_CHUNK: Final = 16_384
 HALF_CLOSE_SECONDS: Final = 1.0
 #: Header fields of one head; a frame's head carries 256, and ours are added. Trailer fields as well.
 MAX_FIELDS: Final = 200
-#: Bytes of a trailer field's name, as many as a frame's head carries.
-MAX_NAME: Final = 256
 
 _METHODS_REFUSED = frozenset((b"CONNECT", b"PRI"))
 
@@ -246,7 +244,7 @@ class Visitor(asyncio.BufferedProtocol):
         if self.parsing is None:
             return
         self.parsing.trailers += (name, value)
-        too_many = len(self.parsing.trailers) > 2 * MAX_FIELDS or len(name) > MAX_NAME
+        too_many = len(self.parsing.trailers) > 2 * MAX_FIELDS or len(name) > heads.MAX_NAME
         if too_many or self.head_bytes > self.server.settings.max_head_bytes:
             self.parsing.trailers.clear()
             self.fault = self.fault or "edge.head_too_large"
@@ -260,7 +258,7 @@ class Visitor(asyncio.BufferedProtocol):
             return
         exchange = self._exchange()
         if exchange is None:
-            self.fault = "edge.bad_request"
+            self.fault = self.fault or "edge.bad_request"
             return
         self.parsing = exchange
         self.head_bytes = self.quiet_bytes = 0
@@ -322,6 +320,9 @@ class Visitor(asyncio.BufferedProtocol):
                 upgrade = value if upgrade is None else upgrade + b", " + value
             elif kind == heads.TE:
                 te_trailers = te_trailers or b"trailers" in heads.tokens(value)
+            elif kind == heads.TOO_LONG:
+                self.fault = "edge.head_too_large"
+                return None
         version = parser.get_http_version()
         http10 = version == "1.0"
         if version not in ("1.1", "1.0") or method in _METHODS_REFUSED or host is None:

@@ -189,7 +189,8 @@ def _join(head: Sequence[bytes], start: int, room: int, names_checked: bool = Fa
 def encode_request(bind: int, head: Sequence[bytes], parsed: bool = False) -> bytes:
     """REQUEST payload; ``head`` is flat: method, target, then names and values. Raises ``ValueError`` as :func:`_join`.
 
-    ``parsed``: method, target and names come out of a strict HTTP parser, which has checked their characters already.
+    ``parsed``: method, target and names come out of a strict HTTP parser, which has checked their characters already,
+    and no name is longer than 256 octets: the caller answers for that.
     """
     payload = _join(head, 2, U32.size, parsed)
     if parsed:
