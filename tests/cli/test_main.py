@@ -79,7 +79,8 @@ class TestErrors:
         assert output.exit_code(Problem(code)) == expected
 
     def test_a_refusal_is_one_line(self) -> None:
-        told = run("up", "--http-port", "70000")
+        told = run("up", "--http-port", "70000", "--data", "/nonexistent")
+        assert not Path("/nonexistent").exists(), "a wrong option must not touch the data folder"
         assert told.returncode == output.USAGE
         assert told.stderr.startswith("portico: --http-port: 70000 is not a TCP port") and told.stderr.count("\n") == 1
 

@@ -30,7 +30,7 @@ from portico.embedded.supervisor import Supervisor, SupervisorLimits
 from portico.embedded.units import ProcessUnit, answers, postgres_unit, run_to_end, valkey_unit
 from portico.embedded.valkey import EmbeddedValkey
 from portico.errors import Problem
-from portico.kit.sockets import port_of
+from portico.kit.sockets import check_port, port_of
 from portico.settings import PlatformSettings
 
 #: Of our own environment, what would mislead a child: it belongs to commands that people type.
@@ -104,12 +104,13 @@ class Platform:
     async def start(self) -> None:
         """Start everything; returns when every listener accepts and ``credentials.json`` is written."""
         embedded = self.settings.database_url is None or self.settings.redis_url is None
+        wanted = self._wanted_ports()
         self._take_home(embedded)
         roster = Roster(self.home / "run" / "children")
         for name in await asyncio.to_thread(roster.end_leftovers):
             self.logs.say(f"ended {name}, left behind by a run that was killed", "WARN")
         roster.remove()
-        self._listeners = self._open_ports()
+        self._listeners = ports.open_all(self.settings.host, wanted)
         self._supervisor = Supervisor(self.logs, roster, self._limits())
         await self._start_servers()
         given = await self._prepare()
@@ -147,7 +148,8 @@ class Platform:
             raise Problem("up.already_running", f"portico up already runs on {self.home}{by}", pid=pid)
         self._lock = lock
 
-    def _open_ports(self) -> dict[str, socket.socket]:
+    def _wanted_ports(self) -> list[tuple[str, int, str, str]]:
+        """Name, port, what it is and the option that changes it; checked before anything is touched."""
         s = self.settings
         wanted = [
             ("api", s.api_port, "API", "--api-port"),
@@ -161,7 +163,9 @@ class Platform:
             raise Problem("config.invalid", "setting relay_ports: needs one port for each relay after the first")
         for number, port in enumerate(further, start=2):
             wanted.append((f"control-{number}", port, f"agents of relay-{number}", "PORTICO_RELAY_PORTS"))
-        return ports.open_all(s.host, wanted)
+        for _, port, _, option in wanted:
+            check_port(port, option)
+        return wanted
 
     def _limits(self) -> SupervisorLimits:
         names = {field.name for field in dataclasses.fields(SupervisorLimits)}

@@ -41,14 +41,19 @@ def describe(sockets: Mapping[str, socket.socket]) -> str:
     return ",".join(f"{name}={sock.fileno()}" for name, sock in sockets.items())
 
 
+def check_port(port: int, name: str) -> None:
+    """Raises ``config.invalid`` for a number that is no TCP port."""
+    if not 0 <= port <= 65535:
+        raise Problem("config.invalid", f"{name}: {port} is not a TCP port (0 to 65535)")
+
+
 def bind_tcp(host: str, port: int, *, what: str = "", option: str = "", backlog: int = BACKLOG) -> socket.socket:
     """A listening, non-blocking TCP socket; port 0 takes a free one.
 
     Connections queue from now on. ``what`` and ``option`` make the refusal useful: "port 7080 (public HTTP) is taken …
     choose another with --http-port". Raises ``up.port_taken``, ``up.port_denied`` or ``up.address_unavailable``.
     """
-    if not 0 <= port <= 65535:
-        raise Problem("config.invalid", f"{option or what or 'port'}: {port} is not a TCP port (0 to 65535)")
+    check_port(port, option or what or "port")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
