@@ -671,12 +671,14 @@ class TestUpgrade:
             assert len(visit.body) == 100_000 + 8_000_000 + 3
 
     async def test_refused_is_an_ordinary_answer(self) -> None:
-        async with target_server(answering(b"HTTP/1.1 400 No\r\nContent-Length: 2\r\n\r\nno")) as port:
-            async with tunnel_to(local(port)) as tunnel:
-                visit = tunnel.request(UPGRADE, flags=f.F_UPGRADE, end=False)
-                await visit.until(lambda: visit.reset)
-                assert (visit.status, bytes(visit.body), visit.reset and visit.reset[0]) == (400, b"no", f.NO_ERROR)
-                assert len(tunnel.forwarder.pool.idle) == 1
+        async with (
+            target_server(answering(b"HTTP/1.1 400 No\r\nContent-Length: 2\r\n\r\nno")) as port,
+            tunnel_to(local(port)) as tunnel,
+        ):
+            visit = tunnel.request(UPGRADE, flags=f.F_UPGRADE, end=False)
+            await visit.until(lambda: visit.reset)
+            assert (visit.status, bytes(visit.body), visit.reset and visit.reset[0]) == (400, b"no", f.NO_ERROR)
+            assert len(tunnel.forwarder.pool.idle) == 1
 
     async def test_a_target_that_dies_resets(self) -> None:
         async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -799,24 +801,28 @@ class TestTls:
 
     async def test_until_close_and_slow(self, certificate: str) -> None:
         answer = b"HTTP/1.1 200 OK\r\n\r\n" + b"y" * 400_000
-        async with target_server(answering(answer, close=True), ssl=self.context(certificate)) as port:
-            async with tunnel_to(Target("tcp", "127.0.0.1", port, tls=True)) as tunnel:
-                visit = tunnel.get(hold=True)
-                await visit.until(lambda: len(visit.body) == f.STREAM_WINDOW)
-                await asyncio.sleep(0.1)
-                visit.release()
-                await visit.over()
-                assert (len(visit.body), visit.reset) == (400_000, None)
+        async with (
+            target_server(answering(answer, close=True), ssl=self.context(certificate)) as port,
+            tunnel_to(Target("tcp", "127.0.0.1", port, tls=True)) as tunnel,
+        ):
+            visit = tunnel.get(hold=True)
+            await visit.until(lambda: len(visit.body) == f.STREAM_WINDOW)
+            await asyncio.sleep(0.1)
+            visit.release()
+            await visit.over()
+            assert (len(visit.body), visit.reset) == (400_000, None)
 
     async def test_upgrade(self, certificate: str) -> None:
-        async with target_server(upgrading(b"first"), ssl=self.context(certificate)) as port:
-            async with tunnel_to(Target("tcp", "127.0.0.1", port, tls=True)) as tunnel:
-                visit = tunnel.request(UPGRADE, flags=f.F_UPGRADE, end=False)
-                await visit.send(b" echo")
-                await visit.until(lambda: bytes(visit.body) == b"first echo")
-                visit.stream.send_end()
-                await visit.over()
-                assert tunnel.forwarder.stats.open == 0
+        async with (
+            target_server(upgrading(b"first"), ssl=self.context(certificate)) as port,
+            tunnel_to(Target("tcp", "127.0.0.1", port, tls=True)) as tunnel,
+        ):
+            visit = tunnel.request(UPGRADE, flags=f.F_UPGRADE, end=False)
+            await visit.send(b" echo")
+            await visit.until(lambda: bytes(visit.body) == b"first echo")
+            visit.stream.send_end()
+            await visit.over()
+            assert tunnel.forwarder.stats.open == 0
 
 
 async def test_a_lost_session_ends_requests_at_the_target() -> None:
