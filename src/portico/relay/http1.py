@@ -238,6 +238,10 @@ class Visitor(asyncio.BufferedProtocol):
         self.fields += (name, value)
         self.head_bytes += len(name) + len(value) + 4
 
+    def _found(self, code: str) -> None:
+        """Remember the first fault; the connection ends with it."""
+        self.fault = self.fault or code
+
     def _on_trailer(self, name: bytes, value: bytes) -> None:
         """Trailers are held until the body ends, and leave in one frame: they have the limits of a head."""
         self.head_bytes += len(name) + len(value) + 4
@@ -258,7 +262,7 @@ class Visitor(asyncio.BufferedProtocol):
             return
         exchange = self._exchange()
         if exchange is None:
-            self.fault = self.fault or "edge.bad_request"
+            self._found("edge.bad_request")
             return
         self.parsing = exchange
         self.head_bytes = self.quiet_bytes = 0
@@ -321,7 +325,7 @@ class Visitor(asyncio.BufferedProtocol):
             elif kind == heads.TE:
                 te_trailers = te_trailers or b"trailers" in heads.tokens(value)
             elif kind == heads.TOO_LONG:
-                self.fault = "edge.head_too_large"
+                self._found("edge.head_too_large")
                 return None
         version = parser.get_http_version()
         http10 = version == "1.0"
