@@ -62,7 +62,8 @@ recent_enough "$venv/bin/python" || make_venv
 echo "portico: installing requirements/$set_name.txt into $venv with ${uv:-pip}" >&2
 if [ -n "$uv" ]; then
     export VIRTUAL_ENV="$PWD/$venv"
-    "$uv" pip install --quiet --require-hashes --only-binary :all: -r "requirements/$set_name.txt"
+    # pip compiles what it installs; uv does so only when told, and every process would compile again where it may not write.
+    "$uv" pip install --quiet --compile-bytecode --require-hashes --only-binary :all: -r "requirements/$set_name.txt"
     "$uv" pip install --quiet --no-deps --no-build-isolation -e .
 else
     # A dev environment that uv made has no pip of its own.
