@@ -25,7 +25,7 @@ ENVIRON_HOME = {"settings.py"}
 ENVIRON_FOR_CHILDREN = {"embedded/postgres.py", "embedded/valkey.py", "embedded/platform.py"}
 
 # Spelt in pieces so that this file does not find itself.
-FOLDERS = ("wo" + "rk/", "tm" + "p/portico" + r"\b", "ro" + "ot/")
+FOLDERS = ("wo" + "rk/", "tm" + r"p/portico(?![\w-])", "ro" + "ot/")
 MACHINE_PATHS = re.compile(rf"(?<![\w.-])/(?:{'|'.join(FOLDERS)})")
 BINARY = {".png", ".ico", ".woff2", ".bin"}
 
