@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from tools import openapi
 
 ROOT = Path(__file__).parents[2]

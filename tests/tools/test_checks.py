@@ -41,8 +41,7 @@ class TestSourceRules:
         "text", ["network/", "https://host/work/x", "under /root, mode 0700", "/tmp/portico-demo-x"]
     )
     def test_what_only_looks_like_one(self, text: str) -> None:
-        found = check_source.MACHINE_PATHS.search(text)
-        assert found is None or text.startswith("/tmp/portico-")
+        assert check_source.MACHINE_PATHS.search(text) is None
 
 
 def package(name: str, version: str, *wheels: str, **more: Any) -> dict[str, Any]:
