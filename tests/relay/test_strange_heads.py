@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from portico.relay.server import Relay
 from tests.relay.doubles import Client, ScriptedAgent
 
 Visit = Callable[..., Awaitable[Client]]
@@ -34,6 +35,22 @@ LINE = b"GET / HTTP/1.1\r\nHost: web.localhost\r\n"
 async def test_the_session_survives(agent: ScriptedAgent, visit: Visit, head: bytes, statuses: set[int]) -> None:
     client = await visit(head)
     assert (await client.response())[0] in statuses
+    again = await visit(LINE + b"\r\n")
+    assert (await again.response())[0] == 200
+    assert not agent.session.closed
+
+
+async def test_a_fault_of_the_relay_is_named_and_costs_one_request(
+    relay: Relay, agent: ScriptedAgent, visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(host: bytes) -> None:
+        raise RuntimeError("made for this test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(relay.public, "find", broken)
+        client = await visit(LINE + b"\r\n")
+        status, fields, _ = await client.response()
+        assert (status, fields[b"portico-error"]) == (502, [b"edge.internal"])
     again = await visit(LINE + b"\r\n")
     assert (await again.response())[0] == 200
     assert not agent.session.closed
