@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-KEY = "tnl_agt_0123456789abcdefghijABCDEFGHIJ1ZtbIM"
+KEY = "tnl_agt_0123456789abcdefghijABCDEFGHIJ3mpbCX"
 Answer = tuple[int, dict[str, Any]]
 
 

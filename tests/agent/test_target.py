@@ -39,7 +39,8 @@ def test_a_folder(tmp_path: Path) -> None:
     ("text", "why"),
     [
         ("", "add a port"), ("0", "1 to 65535"), ("65536", "1 to 65535"), ("99999999999999", "1 to 65535"),
-        ("localhost", "add a port"), ("app:x", "add a port"), (":80", "no valid host"), ("a b:80", "no valid host"), ("-x:80", "no valid host"),
+        ("localhost", "add a port"), ("app:x", "add a port"), (":80", "no valid host"),
+        ("a b:80", "no valid host"), ("-x:80", "no valid host"),
         ("http://", "no valid host"), ("http://h:99999", "ut of range"), ("http://h/path", "a path"), ("h:80/path", "a path"),
         ("http://h?x", "a path"), ("http://u:p@h", "credentials"), ("ftp://h", "the scheme"), ("tcp://h:1", "the scheme"),
         ("unix:run.sock", "absolute"), ("file:dir", "absolute"), ("file://host/dir", "another machine"),

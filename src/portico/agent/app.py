@@ -57,7 +57,7 @@ async def serve(
     display.agent = agent
     stopped_by: list[int] = []
     with _signals(agent, stopped_by):
-        watching = asyncio.create_task(_warn_of_dead_targets(forwarders, display))
+        watching = asyncio.create_task(_warn_of_dead_targets(agent, forwarders, display))
         drawing = asyncio.create_task(display.run())
         try:
             await agent.run()
@@ -78,8 +78,9 @@ def _forwarder(options: TunnelOptions, settings: AgentSettings, stats: Stats) ->
     return Forwarder(options.target, settings, stats, host_header=options.host_header, tls_verify=options.tls_verify)
 
 
-async def _warn_of_dead_targets(forwarders: Sequence[Forwarder | FileServer], display: Display) -> None:
-    """Say at the start that a target is not there: the tunnel goes online all the same."""
+async def _warn_of_dead_targets(agent: Agent, forwarders: Sequence[Forwarder | FileServer], display: Display) -> None:
+    """Say at the start that a target is not there: the tunnel is online all the same."""
+    await agent.started.wait()
     for forwarder in forwarders:
         why = await forwarder.probe()
         if why is not None:

@@ -101,6 +101,8 @@ class Agent:
         self._stale_token = False
         self._fatal: Problem | None = None
         self._hint = 0.0
+        #: Set when the first tunnel is online.
+        self.started = asyncio.Event()
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         self._refresh_now = asyncio.Event()
@@ -234,7 +236,7 @@ class Agent:
         """Open and bind one new link; raises the last problem when no relay takes us."""
         assert self.info is not None
         if self._stale_token or self.info.expires_at <= time.time() or (self.link is not None and self.link.leaving):
-            await self._renew()
+            await self._renew(patient=self._stale_token)
         problem: Problem | None = None
         for url in self._edges():
             link = Link(self, self.settings, url, self._next_connect())
@@ -252,7 +254,7 @@ class Agent:
             return
         if not self._stale_token:
             # The relays that we know are gone: perhaps the platform has others by now.
-            await self._renew()
+            await self._renew(patient=False)
         raise problem or Problem("edge.no_relay")
 
     def _edges(self) -> list[str]:
@@ -268,10 +270,15 @@ class Agent:
         self._connects += 1
         return self._connects
 
-    async def _renew(self) -> None:
-        """Ask the API for a current session; when it is away, what we have must do."""
+    async def _renew(self, patient: bool) -> None:
+        """Ask the API for a current session; when it is away, what we have must do: relays take old tokens then.
+
+        ``patient``: a relay refused what we have, so nothing but an answer helps. Else an API that hangs may not cost
+        the reconnect its time.
+        """
+        limit = None if patient else self.settings.renew_timeout_seconds
         try:
-            self._adopt(await self.api.open_session(self._opening()))
+            self._adopt(await self.api.open_session(self._opening(), limit))
         except Problem as problem:
             if credential_refused(problem):
                 raise
@@ -299,7 +306,7 @@ class Agent:
         while True:
             assert self.info is not None
             if failures:
-                wait = random.uniform(0, min(30.0, 2.0**failures))  # noqa: S311 - jitter, no secret
+                wait = random.uniform(0, min(self.settings.refresh_retry_max_seconds, 2.0**failures))  # noqa: S311 - jitter, no secret
             else:
                 wait = self.info.refresh_after * random.uniform(0.85, 1.0)  # noqa: S311 - jitter, no secret
             try:
@@ -357,6 +364,7 @@ class Agent:
         if not renewed:
             tunnel.state = "online"
             self.events.tunnel(tunnel)
+            self.started.set()
         if all(t.state in ("online", "ended") for t in self.tunnels):
             if self.state != "online":
                 self._say("online", "")

@@ -1,0 +1,181 @@
+"""What a person or a script sees: lines, JSON, and the screen."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import time
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from portico.agent.api import Grant
+from portico.agent.client import Tunnel
+from portico.agent.stats import RECORDS, Stats
+from portico.agent.status import JsonLines, Lines, Screen, make_display
+from portico.errors import Problem
+from portico.settings import AgentSettings
+
+SETTINGS = AgentSettings(request_lines_per_second=40, screen_redraws=4)
+
+
+def tunnel(state: str = "online", problem: Problem | None = None, was_online: bool = True) -> Tunnel:
+    made: Any = None
+    grant = Grant("tun_1", "web", "http://web.localhost:7080", "jwt")
+    return Tunnel({}, made, "http://localhost:8000", 1, grant, grant.url, state, was_online, problem)
+
+
+def serve(stats: Stats, count: int = 1, path: bytes = b"/a", status: int = 200) -> None:
+    for _ in range(count):
+        stats.opened()
+        stats.done(b"GET", path, status, time.perf_counter() - 0.0123)
+        stats.closed()
+
+
+class TestStats:
+    def test_counts_and_percentiles(self) -> None:
+        stats = Stats()
+        assert stats.percentile(0.5) == 0.0
+        for millis in range(1, 101):
+            stats.opened()
+            stats.done(b"GET", b"/", 200, time.perf_counter() - millis / 1000)
+            stats.closed()
+        assert (stats.total, stats.open) == (100, 0)
+        assert stats.percentile(0.5) == pytest.approx(0.051, abs=0.005)
+        assert stats.percentile(0.9) == pytest.approx(0.091, abs=0.005)
+
+    def test_a_slow_reader_misses_some_and_knows_it(self) -> None:
+        stats = Stats()
+        serve(stats, RECORDS + 10)
+        records, seen = stats.since(0)
+        assert (len(records), seen) == (RECORDS, RECORDS + 10)
+        assert stats.since(seen) == ([], seen)
+        serve(stats, 1, b"/last")
+        assert [r.path for r in stats.since(seen)[0]] == [b"/last"]
+
+    def test_rates(self) -> None:
+        stats = Stats()
+        now = time.monotonic()
+        for second in range(1, 121):
+            serve(stats, 10)
+            stats.sample(now + second)
+        assert 8 < stats.rate_1 < 10.5 and 2 < stats.rate_5 < 5
+
+
+class TestJson:
+    def lines(self, out: io.StringIO) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in out.getvalue().splitlines()]
+
+    def test_online_is_the_first_of_a_tunnel(self) -> None:
+        out = io.StringIO()
+        display = JsonLines(SETTINGS, Stats(), out)
+        display.connection("connecting", "no relay yet")
+        display.tunnel(tunnel("offline", Problem("edge.agent_unreachable"), was_online=False))
+        display.tunnel(tunnel())
+        display.connection("reconnecting", "cut")
+        display.tunnel(tunnel("offline", Problem("edge.agent_unreachable", "cut")))
+        display.tunnel(tunnel("ended", Problem("tunnel.stopped")))
+        first, *rest = self.lines(out)
+        assert first == {
+            "event": "online", "name": "web", "url": "http://web.localhost:7080", "target": "http://localhost:8000",
+            "tunnel": "tun_1",
+        }  # fmt: skip
+        assert [line["event"] for line in rest] == ["reconnecting", "offline", "error"]
+        assert rest[2]["code"] == "tunnel.stopped"
+
+    def test_requests_are_limited(self) -> None:
+        out, stats = io.StringIO(), Stats()
+        display = JsonLines(SETTINGS, stats, out)
+        serve(stats, 25, b"/p\xff?\x1b")
+        display.tick()
+        skipped, *requests = self.lines(out)
+        assert skipped == {"event": "requests_skipped", "count": 15}
+        assert len(requests) == 10
+        assert requests[0]["method"] == "GET" and requests[0]["status"] == 200
+        assert requests[0]["duration_ms"] == pytest.approx(12.3, abs=5) and requests[0]["started_at"].endswith("Z")
+
+
+class TestLines:
+    def test_url_on_stdout_and_log_lines(
+        self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO)
+        stats = Stats()
+        display = make_display("lines", SETTINGS, stats, color=False)
+        assert isinstance(display, Lines)
+        display.tunnel(tunnel())
+        display.connection("reconnecting", "cut")
+        display.warning("nothing listens")
+        display.tunnel(tunnel("ended", Problem("tunnel.stopped")))
+        serve(stats, 12, b"/x\x1b[2J")
+        display.tick()
+        assert capsys.readouterr().out == "http://web.localhost:7080 -> http://localhost:8000\n"
+        messages = [record.getMessage() for record in caplog.records]
+        assert messages[:4] == ["tunnel online", "session reconnecting", "nothing listens", "tunnel ended"]
+        assert messages[4] == "requests not shown" and messages[5] == "GET /x\\x1b[2J" and len(messages) == 15
+
+
+class TestScreen:
+    def screen(self, stats: Stats, color: bool = False) -> tuple[Screen, io.StringIO]:
+        out = io.StringIO()
+        console = Console(file=out, width=100, height=40, force_terminal=True, no_color=not color)
+        return Screen(SETTINGS, stats, color=color, console=console), out
+
+    def text(self, screen: Screen) -> str:
+        console = Console(file=io.StringIO(), width=100)
+        with console.capture() as got:
+            console.print(screen.render())
+        return got.get()
+
+    def test_shows_what_ngrok_users_look_for(self) -> None:
+        class Link:
+            lost, region, relay = False, "local", "relay-1"
+
+            class carrier:
+                rtt = 0.0042
+
+        class Info:
+            account, plan = "a@b.c · Org", "free"
+
+        class Agent:
+            link, info, tunnels = Link, Info, (tunnel(),)
+
+        stats = Stats()
+        screen, _ = self.screen(stats)
+        screen.agent = Agent  # type: ignore[assignment]
+        screen.connection("online", "")
+        serve(stats, 3, b"/hook\x1b]0;x", 502)
+        stats.failed("nothing listens on localhost:8000")
+        screen.tick()
+        text = self.text(screen)
+        screen.close()
+        for part in (
+            "online", "a@b.c · Org (free)", "4 ms", "local · relay-1", "http://web.localhost:7080 → http://localhost:8000",
+            "ttl", "opn", "rt1", "rt5", "p50", "p90", "GET", "/hook\\x1b]0;x", "502", "nothing listens on localhost:8000",
+        ):  # fmt: skip
+            assert part in text, part
+        assert "\x1b]0;" not in text
+
+    def test_is_drawn_only_when_something_changed(self) -> None:
+        stats = Stats()
+        screen, out = self.screen(stats)
+        screen.connection("online", "")
+        screen.tick()
+        drawn = len(out.getvalue())
+        for _ in range(5):
+            screen.tick()
+        assert len(out.getvalue()) == drawn
+        screen.warning("look")
+        screen.tick()
+        screen.close()
+        assert len(out.getvalue()) > drawn
+
+    def test_no_color(self) -> None:
+        for color in (True, False):
+            screen, out = self.screen(Stats(), color)
+            screen.connection("online", "")
+            screen.tick()
+            screen.close()
+            assert ("\x1b[1;32m" in out.getvalue()) is color
