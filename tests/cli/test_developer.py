@@ -19,7 +19,7 @@ from tests.agent.api_server import KEY, TestApi, problem
 from tests.agent.harness import Relay, answering, target_server
 
 WHO = {
-    "kind": "agent_key", "user": {"id": "usr_1", "email": "a@b.c"}, 
+    "kind": "agent_key", "user": {"id": "usr_1", "email": "a@b.c"},
     "organization": {"id": "org_1", "name": "Org", "plan": "free"},
     "key": {"id": "key_1", "name": "k", "prefix": "tnl_agt_0123"},
 }  # fmt: skip
