@@ -243,11 +243,17 @@ def _json(document: dict[str, Any], status: int) -> Response:
 
 # These two are asked by every agent of an installation at once when it comes back, hence without the usual ceremony: the
 # caller is identified on the connection that serves the request, and a reconnect or refresh is one statement.
+async def _credential(request: Request) -> str:
+    """Dependency: the bearer credential, not looked up yet; without one nobody learns whether a body would fit."""
+    return credential_of(request)
+
+
+Credential = Annotated[str, Depends(_credential)]
 _SECURITY: dict[str, Any] = {"security": [{"bearer": []}]}
 
 
 @hot.post("", response_model=SessionDocument, status_code=201, openapi_extra=_SECURITY)
-async def open_session(request: Request, body: SessionBody) -> Response:
+async def open_session(request: Request, credential: Credential, body: SessionBody) -> Response:
     """Start the session of an agent instance, or continue it under its next generation."""
     state = request.app.state
     sessions: Sessions = state.agent_sessions
@@ -257,7 +263,7 @@ async def open_session(request: Request, body: SessionBody) -> Response:
     facts = AgentFacts(body.agent_id, body.hostname, body.version, body.region)
     specs = [spec.spec() for spec in body.tunnels]
     again = "idempotency-key" in request.headers
-    if not again and sessions.knows(credential_of(request), body.agent_id):
+    if not again and sessions.knows(credential, body.agent_id):
         async with state.db.read() as reader:
             who = await _connecting(request, reader)
             if (document := await sessions.continued(reader, who, facts, specs)) is not None:
@@ -269,12 +275,12 @@ async def open_session(request: Request, body: SessionBody) -> Response:
     async with state.db.transaction() as tx:
         request.state.reader = tx
         answer = await once(request, tx, run) if again else await run()
-    sessions.remember(credential_of(request), body.agent_id)
+    sessions.remember(credential, body.agent_id)
     return answer
 
 
 @hot.post("/{session_id}/refresh", response_model=SessionDocument, openapi_extra=_SECURITY)
-async def refresh_session(request: Request, session_id: Id, body: RefreshBody) -> Response:
+async def refresh_session(request: Request, _: Credential, session_id: Id, body: RefreshBody) -> Response:
     """New tokens for a live session, before the old ones expire. Repeating it is harmless."""
     state = request.app.state
     async with state.db.read() as reader:
