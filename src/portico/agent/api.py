@@ -157,9 +157,9 @@ class Api:
         return Problem("api.unexpected", f"{self.server} answered {what}")
 
     # ── agent sessions ────────────────────────────────────────────────────────────────────────────────────────────
-    async def open_session(self, body: dict[str, Any]) -> SessionInfo:
+    async def open_session(self, body: dict[str, Any], timeout: float | None = None) -> SessionInfo:
         """Start the agent's session, or take it up again."""
-        return SessionInfo.parse(await self.call("POST", "agent/sessions", body))
+        return SessionInfo.parse(await self.call("POST", "agent/sessions", body, timeout))
 
     async def refresh_session(self, session: str, agent_id: str, timeout: float | None = None) -> SessionInfo:
         """New token and grants for a live session."""
