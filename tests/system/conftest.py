@@ -34,8 +34,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     home = temp_home("portico-system-")
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, home, ignore_errors=True)
-        stack.callback(lambda: [child.end() for child in list(CHILDREN) if child.name == "up"])
-        yield Up(home, tmp_path_factory.mktemp("up"), tunnel_concurrency=400)
+        yield Up(home, tmp_path_factory.mktemp("up"), stack, tunnel_concurrency=400)
 
 
 @pytest.fixture(scope="module")

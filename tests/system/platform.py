@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ class Child:
 
     def tail(self, lines: int = 40) -> str:
         """The end of what it said, for a failed test."""
-        said = [f"out: {line}" for line in self.out.splitlines()[-lines:]] + self.err.splitlines()[-lines:]
+        out = [line for line in self.out.splitlines() if '"event": "request"' not in line]
+        said = [f"out: {line}" for line in out[-lines:]] + self.err.splitlines()[-lines:]
         state = "runs" if self.process.poll() is None else f"ended with {self.process.returncode}"
         return f"{self.name} (pid {self.pid}) {state}\n" + "\n".join(said)
 
@@ -179,10 +181,11 @@ class Account:
 class Up:
     """``portico up`` on free ports, in a home of its own."""
 
-    def __init__(self, home: Path, folder: Path, **settings: Any) -> None:
+    def __init__(self, home: Path, folder: Path, stack: ExitStack, **settings: Any) -> None:
         self.home, self.folder = home, folder
         ports = [part for name in ("http", "https", "control", "api") for part in (f"--{name}-port", "0")]
         self.child = Child("up", ["up", "--data", str(home), *ports], folder, settings)
+        stack.callback(self.child.end)
         self.child.wait_for(lambda: "ready" in self.child.out.splitlines(), 90, "`ready` line")
         self.credentials = json.loads((home / "credentials.json").read_text())
         self.http_port = port_in(self.credentials["relay_url"])
