@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from portico.relay import heads
 from portico.relay.decide import decide
+from portico.relay.heads import PASS
 from portico.wire import frames as f
 from portico.wire.session import Stream
 
@@ -237,8 +238,8 @@ class Exchange:
             name = head[at]
             value = head[at + 1]
             kind = kinds[name]
-            if kind == heads.PASS:
-                out.append(b"%b: %b\r\n" % (name, value))
+            if kind == PASS:
+                out += (name, b": ", value, b"\r\n")
             elif kind == heads.LENGTH:
                 number = int(value) if value.isdigit() and len(value) < 19 else -2
                 length = number if length in (-1, number) else -2

@@ -19,6 +19,7 @@ import httptools
 
 from portico.relay import heads
 from portico.relay.exchange import Exchange, request_id
+from portico.relay.heads import PASS
 
 if TYPE_CHECKING:
     from portico.relay.listeners import PublicServer
@@ -45,10 +46,10 @@ class Visitor(asyncio.BufferedProtocol):
 
     NEVER: Final = math.inf
     __slots__ = (
-        "address", "closed", "current", "deadline", "draining", "eof", "expect_close", "fault",
-        "fields", "forwarded", "head_bytes", "in_head", "leftover", "lingered", "lingering", "parser",
-        "parsing", "paused", "port", "queue", "quiet_bytes", "raw", "reading", "scheme", "server",
-        "target", "transport", "unwritten", "written", "written_at_eof",
+        "address", "closed", "current", "deadline", "draining", "eof", "expect_close", "fault", "fields", "forwarded",
+        "head_bytes", "host_given", "host_normal", "in_head", "leftover", "lingered", "lingering", "parser", "parsing",
+        "paused", "port", "queue", "quiet_bytes", "raw", "reading", "scheme", "server", "target", "transport",
+        "unwritten", "written", "written_at_eof",
     )  # fmt: skip
 
     def __init__(self, server: PublicServer, scheme: bytes) -> None:
@@ -69,6 +70,8 @@ class Visitor(asyncio.BufferedProtocol):
         self.quiet_bytes = 0  # of a body's framing (chunk headers, trailers) since the last byte of body
         self.fields: list[bytes] = []
         self.target = b""
+        self.host_given = b""
+        self.host_normal: bytes | None = None
         self.fault: str | None = None
         self.leftover = b""
         self.lingering = False
@@ -302,7 +305,7 @@ class Visitor(asyncio.BufferedProtocol):
             name = fields[at]
             value = fields[at + 1]
             kind = kinds[name]
-            if kind == heads.PASS:
+            if kind == PASS:
                 head += (name, value)
             elif kind == heads.HOST:
                 if host is not None:
@@ -333,8 +336,10 @@ class Visitor(asyncio.BufferedProtocol):
             return None
         if coding is not None and (length is not None or http10):
             return None
-        normal = heads.normal_host(host)
-        target = heads.origin_form(self.target, method, host)
+        if host != self.host_given:
+            self.host_given, self.host_normal = host, heads.normal_host(host)
+        normal = self.host_normal
+        target = self.target if self.target[:1] == b"/" else heads.origin_form(self.target, method, host)
         if normal is None or target is None:
             return None
         head[1] = target
