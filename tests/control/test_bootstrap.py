@@ -70,3 +70,20 @@ async def test_an_operator_key_acts_in_no_organization(settings: ApiSettings, ap
     client = connect(made.operator_key)
     for path in ("/v1/api-keys", "/v1/audit"):
         problem(await client.get(path), 403, "auth.forbidden")
+
+
+async def test_a_new_start_revokes_the_relay_keys_of_the_last_one(
+    settings: ApiSettings, app: Any, connect: Any
+) -> None:
+    beat = {
+        "relay": "relay-9", "region": "local", "connect_url": "ws://127.0.0.1:1/v1/connect", "public_url": "http://127.0.0.1:1",
+        "version": 0, "load": {}, "draining": False, "bound": [],
+    }  # fmt: skip
+    first = await bootstrap.ensure_first(settings, relays=["relay-9", "relay-8"])
+    second = await bootstrap.ensure_first(settings, relays=["relay-9"])
+    problem(
+        await connect(first.relay_keys["relay-9"]).post("/v1/edge/heartbeat", json=beat), 401, "edge.relay_key_revoked"
+    )
+    assert (await connect(second.relay_keys["relay-9"]).post("/v1/edge/heartbeat", json=beat)).status_code == 200
+    other = {**beat, "relay": "relay-8"}
+    assert (await connect(first.relay_keys["relay-8"]).post("/v1/edge/heartbeat", json=other)).status_code == 200

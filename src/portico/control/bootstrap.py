@@ -52,9 +52,8 @@ class Credentials:
 
 
 async def new_relay_key(tx: Tx, caller: Caller, name: str) -> str:
-    """A key for the relay called ``name``, bound to that name."""
-    _, token = await relay_registry.create_key(tx, caller, name, relay=name)
-    return token
+    """A key for the relay called ``name``, bound to that name; the one of the run before is revoked."""
+    return await relay_registry.replace_key(tx, caller, name)
 
 
 async def ensure_first(

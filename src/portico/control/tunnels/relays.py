@@ -66,6 +66,14 @@ async def revoke_key(tx: Tx, caller: Caller, key_id: str) -> bool:
     return revoked
 
 
+async def replace_key(tx: Tx, caller: Caller, relay: str) -> str:
+    """A new key bound to ``relay`` (the token); the keys that were bound to it before are revoked."""
+    for key_id in await store.relay_keys_of(tx, relay):
+        await revoke_key(tx, caller, key_id)
+    _, token = await create_key(tx, caller, relay, relay=relay)
+    return token
+
+
 async def authenticate(reader: Reader, token: str) -> RelayKey:
     """The relay key behind ``token``. Raises ``edge.relay_key_invalid`` (any other credential too) or ``…_revoked``."""
     if ids.check_token(token) != "rly":

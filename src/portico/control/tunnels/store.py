@@ -484,6 +484,12 @@ async def revoke_relay_key(tx: Tx, key_id: str) -> bool:
     return status != "UPDATE 0"
 
 
+async def relay_keys_of(reader: HasConnection, relay: str) -> list[str]:
+    """The live keys that are bound to the relay of this name."""
+    rows = await reader.raw.fetch("SELECT id FROM relay_keys WHERE relay = $1 AND revoked_at IS NULL", relay)
+    return [row["id"] for row in rows]
+
+
 async def acknowledge(tx: Tx, relay: str, version: int) -> None:
     await tx.raw.execute("UPDATE relays SET version = greatest(version, $2) WHERE name = $1", relay, version)
 
