@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from portico.agent.client import STEADY_SECONDS
 from portico.cli.output import TUNNEL_REFUSED
 from portico.embedded.folders import temp_home
 from tests.system.parts import LEEWAY, LIFE, OUTAGE_SECONDS, REFRESH_GRACE, SHORT_LIVES, Parts
@@ -74,7 +75,7 @@ async def test_tunnels_outlive_their_grants_while_the_control_plane_is_dead(
         took = await poller.until(good=True, since=opened, limit=BACK_SECONDS)
         print(f"an agent that was cut off is back after {took:.1f} s")
         began = time.monotonic()
-        await asyncio.sleep(2)
+        await asyncio.sleep(STEADY_SECONDS + 1)  # its back-off begins anew
         assert not poller.bad(since=began)
 
         parts.relay.kill(signal.SIGKILL)

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from portico.embedded.folders import temp_home
-from tests.system.platform import CHILDREN, Account, Agent, Child, Up
+from tests.system.platform import Account, Agent, Child, Up
 
 pytestmark = pytest.mark.system
 
@@ -25,8 +25,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     home = temp_home("portico-relays-")
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, home, ignore_errors=True)
-        stack.callback(lambda: [child.end() for child in list(CHILDREN) if child.name == "up"])
-        yield Up(home, tmp_path_factory.mktemp("up"), relays=2)
+        yield Up(home, tmp_path_factory.mktemp("up"), stack, relays=2)
 
 
 def ask(up: Up, host: str) -> tuple[int, str]:
