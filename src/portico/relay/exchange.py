@@ -232,6 +232,14 @@ class Exchange:
 
     def _fields(self, out: list[bytes], head: list[bytes]) -> tuple[int, bool]:
         """Append the fields that pass; ``(content length or -1 for none or -2 for a bad one, whether Upgrade was there)``."""
+        plan = heads.RESPONSE_PLANS[tuple(head[1::2])]
+        if plan is not None:
+            template, length_at = plan
+            out.append(template % tuple(head[2::2]))
+            if not length_at:
+                return -1, False
+            value = head[length_at]
+            return (int(value) if value.isdigit() and len(value) < 19 else -2), False
         kinds = heads.RESPONSE_KINDS
         length, upgrade = -1, False
         for at in range(1, len(head), 2):

@@ -6,6 +6,7 @@ Heads repeat their field names, so each spelling is classified once and looked u
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 PASS, DROP, CONNECTION, HOST, LENGTH, ENCODING, UPGRADE, TE, EXPECT, TOO_LONG = range(10)
 
@@ -67,6 +68,7 @@ _NOT_IN_TRAILERS = frozenset(
 )
 
 _TABLE_MAX = 4096
+_PLANS_MAX = 2048
 
 
 class FieldKinds(dict[bytes, int]):
@@ -87,6 +89,70 @@ class FieldKinds(dict[bytes, int]):
 
 REQUEST_KINDS = FieldKinds(_REQUEST_KINDS)
 RESPONSE_KINDS = FieldKinds(_RESPONSE_KINDS)
+
+
+class RequestPlan(NamedTuple):
+    """Where the fields stand in a flat request head of these names; positions of values, 0 for an absent one."""
+
+    host: int
+    length: int
+    connection: int
+    drop: tuple[int, ...]
+
+
+class RequestPlans(dict[tuple[bytes, ...], "RequestPlan | None"]):
+    """Sequence of field names → plan, or ``None`` for one that must be read field by field. Browsers repeat themselves."""
+
+    def __missing__(self, names: tuple[bytes, ...]) -> RequestPlan | None:
+        plan = _request_plan(names)
+        if len(self) >= _PLANS_MAX:
+            self.clear()
+        self[names] = plan
+        return plan
+
+
+def _request_plan(names: tuple[bytes, ...]) -> RequestPlan | None:
+    at = {HOST: 0, LENGTH: 0, CONNECTION: 0}
+    drop = []
+    for index, name in enumerate(names):
+        kind = REQUEST_KINDS[name]
+        if kind in at and not at[kind]:
+            at[kind] = 2 * index + 1
+        elif kind not in (PASS, DROP):
+            return None
+        if kind in (DROP, CONNECTION):
+            drop.append(2 * index + 2)
+    return RequestPlan(at[HOST], at[LENGTH], at[CONNECTION], tuple(reversed(drop))) if at[HOST] else None
+
+
+class ResponsePlans(dict[tuple[bytes, ...], "tuple[bytes, int] | None"]):
+    """Sequence of field names → a template for the values, and where Content-Length stands (0: absent); ``None`` as above."""
+
+    def __missing__(self, names: tuple[bytes, ...]) -> tuple[bytes, int] | None:
+        plan = _response_plan(names)
+        if len(self) >= _PLANS_MAX:
+            self.clear()
+        self[names] = plan
+        return plan
+
+
+def _response_plan(names: tuple[bytes, ...]) -> tuple[bytes, int] | None:
+    template, length = [], 0
+    for index, name in enumerate(names):
+        kind = RESPONSE_KINDS[name]
+        if kind == UPGRADE or (kind == LENGTH and length):
+            return None
+        if kind == LENGTH:
+            length = 2 * index + 2
+        # A value that is not passed on is formatted with no place for it.
+        template.append(name.replace(b"%", b"%%") + b": %b\r\n" if kind == PASS else b"%.0b")
+    return b"".join(template), length
+
+
+REQUEST_PLANS = RequestPlans()
+RESPONSE_PLANS = ResponsePlans()
+#: Values of ``Connection`` that name no field.
+PLAIN_CONNECTION = frozenset((b"keep-alive", b"Keep-Alive", b"close", b"Close"))
 
 _HOST = re.compile(
     rb"([A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,252}[A-Za-z0-9_])?)\.?(?::([0-9]{1,5}))?|\[[0-9A-Fa-f:.]{2,45}\](?::[0-9]{1,5})?"

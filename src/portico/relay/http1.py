@@ -19,7 +19,6 @@ import httptools
 
 from portico.relay import heads
 from portico.relay.exchange import Exchange, request_id
-from portico.relay.heads import PASS
 
 if TYPE_CHECKING:
     from portico.relay.listeners import PublicServer
@@ -37,6 +36,9 @@ SMALL_CHUNK: Final = 16_384
 HALF_CLOSE_SECONDS: Final = 1.0
 #: Header fields of one head; a frame's head carries 256, and ours are added. Trailer fields as well.
 MAX_FIELDS: Final = 200
+
+#: Digits of a Content-Length: more is no length of anything.
+MAX_LENGTH_DIGITS: Final = 18
 
 _METHODS_REFUSED = frozenset((b"CONNECT", b"PRI"))
 
@@ -295,9 +297,28 @@ class Visitor(asyncio.BufferedProtocol):
 
     def _exchange(self) -> Exchange | None:
         """The exchange of a complete head, or ``None`` when the head is not acceptable."""
-        parser, kinds, fields = self.parser, heads.REQUEST_KINDS, self.fields
-        method = parser.get_method()
-        head: list[bytes] = [method, b""]
+        fields = self.fields
+        plan = heads.REQUEST_PLANS[tuple(fields[::2])]
+        if plan is None:
+            return self._by_field()
+        host_at, length_at, connection_at, drop = plan
+        if connection_at and fields[connection_at] not in heads.PLAIN_CONNECTION:
+            return self._by_field()
+        length = 0
+        if length_at:
+            value = fields[length_at]
+            if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS:
+                return None
+            length = int(value)
+        head = [self.parser.get_method(), b"", *fields]
+        for at in drop:
+            del head[at : at + 2]
+        return self._make(head, fields[host_at], length > 0, chunked=False)
+
+    def _by_field(self) -> Exchange | None:
+        """As :meth:`_exchange`, for heads with fields that say more than their values: field by field."""
+        kinds, fields = heads.REQUEST_KINDS, self.fields
+        head: list[bytes] = [self.parser.get_method(), b""]
         host = length = coding = upgrade = None
         named: list[bytes] = []
         te_trailers = False
@@ -305,7 +326,7 @@ class Visitor(asyncio.BufferedProtocol):
             name = fields[at]
             value = fields[at + 1]
             kind = kinds[name]
-            if kind == PASS:
+            if kind == heads.PASS:
                 head += (name, value)
             elif kind == heads.HOST:
                 if host is not None:
@@ -313,7 +334,7 @@ class Visitor(asyncio.BufferedProtocol):
                 host = value
                 head += (name, value)
             elif kind == heads.LENGTH:
-                if length is not None or not value.isdigit() or len(value) > 18:
+                if length is not None or not value.isdigit() or len(value) > MAX_LENGTH_DIGITS:
                     return None
                 length = int(value)
                 head += (name, value)
@@ -330,30 +351,38 @@ class Visitor(asyncio.BufferedProtocol):
             elif kind == heads.TOO_LONG:
                 self._found("edge.head_too_large")
                 return None
-        version = parser.get_http_version()
-        http10 = version == "1.0"
-        if version not in ("1.1", "1.0") or method in _METHODS_REFUSED or host is None:
+        if host is None or (coding is not None and length is not None):
             return None
-        if coding is not None and (length is not None or http10):
+        if named:
+            # Connection may not name what the message needs to be understood (RFC 9110, 7.6.1).
+            head[2:] = heads.without(head[2:], set(named) - {b"host", b"content-length", b"connection", b"cookie"})
+        exchange = self._make(head, host, bool(length), chunked=coding is not None)
+        if exchange is None:
+            return None
+        if upgrade is not None and b"upgrade" in named and not exchange.with_body and not exchange.http10:
+            self._ask_upgrade(exchange, upgrade)
+        if te_trailers:
+            exchange.head += (b"TE", b"trailers")
+        return exchange
+
+    def _make(self, head: list[bytes], host: bytes, sized: bool, *, chunked: bool) -> Exchange | None:
+        """The exchange for a flat head whose target is still empty; ``None`` when line, host or framing mean nothing here."""
+        parser, method, target = self.parser, head[0], self.target
+        version = parser.get_http_version()
+        if version != "1.1" and (version != "1.0" or chunked):
             return None
         if host != self.host_given:
             self.host_given, self.host_normal = host, heads.normal_host(host)
         normal = self.host_normal
-        target = self.target if self.target[:1] == b"/" else heads.origin_form(self.target, method, host)
-        if normal is None or target is None:
+        if target[:1] != b"/":
+            target = heads.origin_form(target, method, host) or b""
+        if normal is None or not target or method in _METHODS_REFUSED:
             return None
         head[1] = target
-        if len(named) > 1 or (named and named[0] not in (b"keep-alive", b"close", b"upgrade")):
-            # Connection may not name what the message needs to be understood (RFC 9110, 7.6.1).
-            head[2:] = heads.without(head[2:], set(named) - {b"host", b"content-length", b"connection", b"cookie"})
         exchange = Exchange(self, normal, method, head)
-        exchange.http10 = http10
+        exchange.http10 = version == "1.0"
         exchange.keep_alive = parser.should_keep_alive()
-        exchange.with_body = coding is not None or bool(length)
-        if upgrade is not None and b"upgrade" in named and not exchange.with_body and not http10:
-            self._ask_upgrade(exchange, upgrade)
-        if te_trailers:
-            exchange.head += (b"TE", b"trailers")
+        exchange.with_body = chunked or sized
         return exchange
 
     @staticmethod
