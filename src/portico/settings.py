@@ -209,7 +209,7 @@ class RelaySettings:
     # Requests in flight of one tunnel when its grant names no limit; above it 429.
     default_concurrency: int = 100
     # Bytes waiting to be written to one visitor before its stream stops giving credit to the agent.
-    visitor_write_buffer_bytes: int = 65536
+    visitor_write_buffer_bytes: int = 32768
 
     # == Agent sessions and the wire
     # Bytes of credit that a stream starts with; small enough that 200 slow readers cost 13 MB.

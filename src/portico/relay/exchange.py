@@ -309,7 +309,6 @@ class Exchange:
         stream = self.stream
         assert stream is not None
         if conn.paused:
-            stream.stalled = True
             self.unconsumed += len(data)
         else:
             stream.consumed(len(data))

@@ -32,6 +32,8 @@ LINGER_BYTES: Final = 262_144
 LINGER_SECONDS: Final = 2.0
 #: Chunks below this size are copied together with their framing; larger ones are passed on in pieces.
 SMALL_CHUNK: Final = 16_384
+#: Seconds in which a visitor read nothing, after which its stream's window falls back to the smallest.
+STALL_SECONDS: Final = 1.0
 #: Seconds after a visitor's half-close in which something must be sent to it, or it is taken to be gone.
 HALF_CLOSE_SECONDS: Final = 1.0
 #: Header fields of one head; a frame's head carries 256, and ours are added. Trailer fields as well.
@@ -50,7 +52,7 @@ class Visitor(asyncio.BufferedProtocol):
     __slots__ = (
         "address", "closed", "current", "deadline", "draining", "eof", "expect_close", "fault", "fields", "forwarded",
         "head_bytes", "host_given", "host_normal", "in_head", "leftover", "lingered", "lingering", "parser", "parsing",
-        "paused", "port", "queue", "quiet_bytes", "raw", "reading", "scheme", "server", "target", "transport",
+        "paused", "paused_at", "port", "queue", "quiet_bytes", "raw", "reading", "scheme", "server", "target", "transport",
         "unwritten", "written", "written_at_eof",
     )  # fmt: skip
 
@@ -67,6 +69,7 @@ class Visitor(asyncio.BufferedProtocol):
         self.deadline = 0.0
         self.closed = self.draining = self.eof = self.paused = self.raw = False
         self.reading = True
+        self.paused_at = 0.0
         self.in_head = False
         self.head_bytes = 0
         self.quiet_bytes = 0  # of a body's framing (chunk headers, trailers) since the last byte of body
@@ -142,13 +145,16 @@ class Visitor(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         self.paused = True
-        if self.current is not None and self.current.stream is not None:
-            self.current.stream.stalled = True
+        self.paused_at = self.server.now
 
     def resume_writing(self) -> None:
         self.paused = False
-        if self.current is not None:
-            self.current.drained()
+        current = self.current
+        if current is not None:
+            # Waiting for a visitor is the ordinary state of a download; only one that stood still loses its large window.
+            if current.stream is not None and self.server.now - self.paused_at >= STALL_SECONDS:
+                current.stream.stalled = True
+            current.drained()
 
     # ── reading on and off ────────────────────────────────────────────────────────────────────────────────────────
     def update_reading(self) -> None:

@@ -282,7 +282,6 @@ class _Side:
             self.stream.send_data(data)
             self.other.stream.consumed(len(data))
         if waiting:
-            self.other.stream.stalled = True
             self.stream.wait()
         elif self.ending is not None:
             trailers, self.ending = self.ending, None
