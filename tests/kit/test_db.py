@@ -178,6 +178,26 @@ class TestLostConnections:
                 await tx.execute(sa.insert(things).values(**_row()))
         assert await _count(base) == 0
 
+    @pytest.mark.parametrize("when", ["before the first statement", "inside"])
+    async def test_an_announced_end_is_a_lost_connection(self, base: Database, when: str) -> None:
+        """Between the server's last words and the end of the socket asyncpg says only that it is out of step."""
+        last_words = b"SFATAL\0C57P02\0Mcrash of another process\0\0"
+        message = b"E" + (len(last_words) + 4).to_bytes(4, "big") + last_words
+        async with base.read() as reader:
+            broken = reader.raw
+        if when == "inside":
+            for opened in (base.read, base.transaction):
+                with pytest.raises(Problem) as lost:
+                    async with opened() as tx:
+                        tx.raw._protocol.data_received(message)
+                        await tx.raw.fetchval("SELECT 1")
+                assert lost.value.code == "service.unavailable"
+        else:
+            broken._protocol.data_received(message)
+        async with base.transaction() as tx:
+            assert await tx.raw.fetchval("SELECT 1") == 1
+            assert tx.raw is not broken
+
     async def test_a_restart_of_the_server_is_survived(self, server_home: Path) -> None:
         server = EmbeddedPostgres(server_home / "restarting", durable=False)
         server.start()

@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypeVar
 import asyncpg
 from sqlalchemy import Connection, Executable, MetaData, event
 from sqlalchemy import exc as sa_exc
+from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.engine import URL, CursorResult, Row, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -32,6 +33,14 @@ from portico.errors import Problem
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# What asyncpg raises, and what SQLAlchemy's adapter makes of it where no statement of SQLAlchemy's is around it (BEGIN).
+_DRIVER = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    AsyncAdapt_asyncpg_dbapi.Error,
+)
 
 # Every table of the control plane registers here; names make constraint errors and migrations predictable.
 metadata = MetaData(
@@ -243,7 +252,7 @@ class Database:
                 return await self._begin(options)
             except sa_exc.TimeoutError:
                 raise Problem("service.unavailable", "every database connection is busy") from None
-            except (sa_exc.DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as err:
+            except (sa_exc.DBAPIError, *_DRIVER, OSError) as err:
                 if last or not _is_connection_loss(err):
                     raise _unavailable(err) from err
         raise AssertionError("unreachable")
@@ -287,7 +296,7 @@ def _refuse_dead(dbapi_connection: Any, record: Any, proxy: Any) -> None:
 async def _rollback(connection: AsyncConnection) -> None:
     try:
         await asyncio.shield(connection.rollback())
-    except (sa_exc.DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as err:
+    except (sa_exc.DBAPIError, *_DRIVER, OSError) as err:
         log.warning("rollback failed, connection dropped", extra={"f": {"error": type(err).__name__}})
         await connection.invalidate()
 
@@ -299,6 +308,8 @@ _LOSS = (
     asyncpg.exceptions.CrashShutdownError,
     asyncpg.exceptions.CannotConnectNowError,
     asyncpg.exceptions.InterfaceError,
+    # A statement on a connection whose end the server has announced, and whose socket is not closed yet.
+    asyncpg.exceptions.InternalClientError,
     OSError,
 )
 
@@ -312,8 +323,10 @@ def _is_connection_loss(err: BaseException) -> bool:
 
 def _loss(err: BaseException, raw: asyncpg.Connection) -> BaseException | None:
     """``service.unavailable`` when ``err`` left a block because the connection was lost, else ``None``."""
-    ours = isinstance(err, sa_exc.DBAPIError | asyncpg.PostgresError | asyncpg.InterfaceError)
-    if not ours or not raw.is_closed():
+    origin = err.orig.__cause__ if isinstance(err, sa_exc.DBAPIError) and err.orig is not None else err
+    if isinstance(origin, asyncpg.InternalClientError):
+        raw.terminate()  # its protocol is out of step: not back into the pool
+    elif not isinstance(err, (sa_exc.DBAPIError, *_DRIVER)) or not raw.is_closed():
         return None
     log.warning("database connection lost", extra={"f": {"error": f"{type(err).__name__}: {err}"[:300]}})
     return Problem("service.unavailable", "the database connection was lost", headers={"Retry-After": "1"})

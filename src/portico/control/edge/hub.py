@@ -32,7 +32,7 @@ from portico.settings import ApiSettings
 log = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 0.2
-_FAILURES = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, Problem)
+_FAILURES = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, Problem)
 
 
 @dataclass(frozen=True, slots=True)
