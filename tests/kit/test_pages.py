@@ -22,7 +22,20 @@ def _b64(value: object) -> str:
 
 @pytest.mark.parametrize(
     "cursor",
-    ["", "!", "AAAA", "a" * 600, _b64("x"), _b64([1]), _b64([]), _b64(["a", "b"]), _b64(["a\0"]), _b64({"a": 1}), "é"],
+    [
+        "",
+        "!",
+        "AAAA",
+        "a" * 600,
+        _b64("x"),
+        _b64([1]),
+        _b64([]),
+        _b64(["a", "b"]),
+        _b64(["a\0"]),
+        _b64(["\ud800"]),
+        _b64({"a": 1}),
+        "é",
+    ],
 )
 def test_what_is_no_cursor_is_refused(cursor: str) -> None:
     with pytest.raises(Problem) as refused:

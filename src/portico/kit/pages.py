@@ -55,9 +55,14 @@ def decode(cursor: str, length: int = 1) -> tuple[str, ...]:
         key = json.loads(raw)
     except (ValueError, binascii.Error, UnicodeError, RecursionError):
         raise Problem("request.cursor_invalid") from None
-    if not isinstance(key, list) or len(key) != length or not all(isinstance(k, str) and "\0" not in k for k in key):
+    if not isinstance(key, list) or len(key) != length or not all(isinstance(k, str) and _storable(k) for k in key):
         raise Problem("request.cursor_invalid")
     return tuple(key)
+
+
+def _storable(text: str) -> bool:
+    """Whether PostgreSQL can compare with it: JSON can spell NUL and lone surrogates, which are not text."""
+    return not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text)
 
 
 def page(rows: Sequence[Row], limit: int, key: Callable[[Row], Sequence[str]]) -> tuple[Sequence[Row], str | None]:
