@@ -134,6 +134,8 @@ class TestBrowserRules:
         [
             {"Origin": "https://evil.example"},
             {"Origin": "null"},
+            {"Origin": "http://[::1"},
+            {"Origin": "api.test"},
             {"Sec-Fetch-Site": "cross-site"},
             {"Sec-Fetch-Site": "same-site"},
         ],

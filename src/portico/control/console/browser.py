@@ -85,7 +85,10 @@ async def form(request: Request) -> dict[str, str]:
 
 def _is_own(origin: str, request: Request, settings: ApiSettings) -> bool:
     own = urlsplit(settings.api_url)
-    return origin == f"{own.scheme}://{own.netloc}" or urlsplit(origin).netloc == request.headers.get("host")
+    if origin == f"{own.scheme}://{own.netloc}":
+        return True
+    scheme, _, host = origin.partition("://")
+    return scheme in ("http", "https") and bool(host) and host == request.headers.get("host")
 
 
 def _secure(request: Request) -> bool:
