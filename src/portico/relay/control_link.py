@@ -25,6 +25,9 @@ from portico.settings import RelaySettings
 
 log = logging.getLogger(__name__)
 
+#: Different reasons of one outage that are logged.
+MAX_REASONS = 8
+
 REFUSED = (401, 403)
 LARGE = 2000  # tunnels from which hashing leaves the loop
 DEBOUNCE_SHARE = 20  # a heartbeat that takes t to encode is not repeated by a poke within DEBOUNCE_SHARE × t
@@ -173,7 +176,7 @@ class ControlLink:
         self._monotonic = monotonic
         self._resync = False
         self._poked = asyncio.Event()
-        self._said: dict[str, str] = {}  # last reason logged per loop, so that an outage is one line
+        self._said: dict[str, set[str]] = {}  # reasons logged in the present outage, per loop
         self._unknown_types: set[str] = set()
         self.connected = False
         self.disconnected_since: float | None = monotonic()
@@ -334,9 +337,10 @@ class ControlLink:
         self._say("stream", what, reason)
 
     def _say(self, loop: str, what: str, reason: str) -> None:
-        """Once per reason: an outage of an hour is a line, not an hour of lines."""
-        if self._said.get(loop) != reason:
-            self._said[loop] = reason
+        """Once per reason and outage: an hour of it is a line or two, not an hour of lines."""
+        said = self._said.setdefault(loop, set())
+        if reason not in said and len(said) < MAX_REASONS:
+            said.add(reason)
             log.warning(what, extra={"f": {"why": reason, "api": self._settings.api_url}})
 
     # -- heartbeats

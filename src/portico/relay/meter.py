@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from portico.relay.control_link import Backoff, LinkLost, LinkRefused, post, why
+from portico.relay.control_link import MAX_REASONS, Backoff, LinkLost, LinkRefused, post, why
 from portico.relay.snapshot import SnapshotInvalid, parse_json
 from portico.relay.spool import FIELDS, SUFFIX, Batch, Spool, batch, merged_rows
 from portico.relay.statefiles import in_thread
@@ -87,7 +87,7 @@ class Meter:
         self._merged_bytes = 0  # what the last merge left, so that merging is not repeated for nothing
         self._lock = asyncio.Lock()  # over every change of a spool; disk work happens under it, in a thread
         self._wake = asyncio.Event()
-        self._said: dict[str, str] = {}
+        self._said: dict[str, set[str]] = {}
 
     # -- counters
 
@@ -279,8 +279,9 @@ class Meter:
 
     def _say(self, what: str, text: str, reason: str) -> None:
         """Once per reason, so that an outage is one line."""
-        if self._said.get(what) != reason:
-            self._said[what] = reason
+        said = self._said.setdefault(what, set())
+        if reason not in said and len(said) < MAX_REASONS:
+            said.add(reason)
             log.warning(text, extra={"f": {"why": reason}})
 
 
