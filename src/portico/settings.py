@@ -606,7 +606,7 @@ class AgentSettings:
     # Seconds for the API to answer before a reconnect goes on with the tokens that it has; relays take old ones in an outage.
     renew_timeout_seconds: float = 2.0
     # Longest wait in seconds before a failed refresh is tried again; well below the relays' grant_refresh_grace_seconds.
-    refresh_retry_max_seconds: float = 30.0
+    refresh_retry_max_seconds: float = 15.0
     # Seconds to connect to a relay: TCP, TLS, upgrade and hello together.
     connect_timeout_seconds: float = 10.0
     # Seconds for a relay to answer a BIND; longer than its take-over probe.
