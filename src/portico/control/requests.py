@@ -55,6 +55,17 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _SUSPECT = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])|NaN|Infinity")
 
 
+# Of text that is shown to people and printed in terminals: what ends a line, steers a terminal or turns text around.
+_UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def shown(text: str) -> str:
+    """``text`` as it is; a ``ValueError`` (422) when it would show as something else than it says."""
+    if _UNSHOWN.search(text):
+        raise ValueError("control characters are not text")
+    return text
+
+
 class JsonRoute(APIRoute):
     """A route whose body is whole and storable before the handler runs."""
 

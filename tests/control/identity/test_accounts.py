@@ -59,6 +59,24 @@ class TestRegister:
         for email in (owner.email, owner.email.upper(), f"  {owner.email} "):
             problem(await client.post("/v1/auth/register", json=_register(email)), 409, "auth.email_taken")
 
+    @pytest.mark.parametrize(
+        "alike",
+        [
+            "one@look-alike\uff0ecom",
+            "\uff4fne@look-alike.com",
+            "one@look-alike.com.",
+            "one\u200b@look-alike.com",
+            "one@look-alike.com\u202e",
+            "\xadone@look-alike.com",
+        ],
+    )
+    async def test_addresses_that_look_alike_are_one_or_none(self, client: httpx.AsyncClient, alike: str) -> None:
+        """Nobody can register what a person, or a list of members, takes for somebody else's address."""
+        first = await client.post("/v1/auth/register", json=_register("one@look-alike.com"))
+        assert first.status_code in (201, 409)
+        answer = await client.post("/v1/auth/register", json=_register(alike))
+        assert answer.json()["code"] in ("auth.email_taken", "request.invalid")
+
     async def test_concurrent_registrations_make_one_account(self, client: httpx.AsyncClient, db: Database) -> None:
         body = _register("race@example.com")
         answers = await asyncio.gather(*(client.post("/v1/auth/register", json=body) for _ in range(6)))
@@ -183,6 +201,31 @@ class TestGuessing:
         assert codes.count("auth.throttled") == 20
         problem(await _login(client, owner.email), 429, "auth.throttled")  # the right password too
         assert (await _login(connect(None, "192.0.2.2"), owner.email)).status_code == 200  # the owner, elsewhere
+
+    async def test_one_address_cannot_keep_the_owner_out(self, owner: Account, connect: Any) -> None:
+        """However often it asks: what its own limit refuses is not counted against the account."""
+        client = connect(None, "192.0.2.10")
+        await asyncio.gather(*(_login(client, owner.email, f"wrong-Guess-{n}") for n in range(130)))
+        assert (await _login(connect(None, "192.0.2.11"), owner.email)).status_code == 200
+
+    async def test_many_addresses_cannot_keep_the_owner_out_of_a_known_place(
+        self, owner: Account, connect: Any, settings: ApiSettings, db: Database
+    ) -> None:
+        home = connect(None, "198.51.100.20")
+        assert (await _login(home, owner.email)).status_code == 200
+        for guesser in [connect(None, f"203.0.113.{n}") for n in range(11)]:
+            await asyncio.gather(*(_login(guesser, owner.email, f"wrong-Guess-{n}") for n in range(10)))
+        problem(await _login(connect(None, "203.0.113.99"), owner.email), 429, "auth.throttled")
+        assert (await _login(home, owner.email)).status_code == 200
+        problem(await _login(home, owner.email, "wrong-Guess-0"), 401, "auth.credentials_invalid")
+
+    async def test_one_ipv6_customer_is_one_address(self, owner: Account, connect: Any) -> None:
+        codes = []
+        for n in range(12):
+            answer = await _login(connect(None, f"2001:db8:1:2::{n:x}"), owner.email, "wrong-Guess-0")
+            codes.append(answer.json()["code"])
+        assert codes == ["auth.credentials_invalid"] * 10 + ["auth.throttled"] * 2
+        assert (await _login(connect(None, "2001:db8:1:3::1"), owner.email)).status_code == 200
 
     async def test_success_takes_its_count_back(self, owner: Account, connect: Any) -> None:
         client = connect(None, "192.0.2.3")

@@ -7,16 +7,18 @@ refused as taken. Everything else is a unit of work.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any, Literal
+from unicodedata import category
 
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
 from portico.control.access import Caller, InTx, Paging, Reading, anonymous, caller, client_address, require
-from portico.control.identity.service import Client, Identity, SignedIn
-from portico.control.requests import JsonRoute, UnitOfWork
+from portico.control.identity.service import Client, Identity, SignedIn, normal_email
+from portico.control.requests import JsonRoute, UnitOfWork, shown
 from portico.kit.pages import Page
 
 auth = APIRouter(prefix="/auth", tags=["auth"], route_class=JsonRoute)
@@ -36,14 +38,24 @@ Anybody = Annotated[Caller, Depends(anonymous)]
 Known = Annotated[Caller, Depends(caller)]
 
 # Shape alone; whether an address exists is for a mail to find out.
+_ADDRESS = r"^[^@\s\x00-\x1f\x7f]{1,64}@[^@\s\x00-\x1f\x7f]{1,189}$"
+
+
+def _address(text: str) -> str:
+    """The address in the form that is stored, without what nobody sees: it would make two accounts look like one."""
+    found = normal_email(text)
+    if not re.fullmatch(_ADDRESS, found) or found.endswith(".") or any(category(c)[0] in "CZ" for c in found):
+        raise ValueError("this is not an e-mail address")
+    return found
+
+
 Email = Annotated[
-    str,
-    StringConstraints(
-        strip_whitespace=True, max_length=254, pattern=r"^[^@\s\x00-\x1f\x7f]{1,64}@[^@\s\x00-\x1f\x7f]{1,189}$"
-    ),
+    str, StringConstraints(strip_whitespace=True, max_length=254, pattern=_ADDRESS), AfterValidator(_address)
 ]
 Name = Annotated[
-    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$")
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$"),
+    AfterValidator(shown),
 ]
 Password = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 TokenText = Annotated[str, StringConstraints(min_length=1, max_length=128)]

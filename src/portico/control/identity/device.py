@@ -82,7 +82,7 @@ class DeviceFlow:
     async def start(self, caller: Caller, hostname: str) -> DeviceCode:
         """A new pair of codes. Raises ``auth.throttled``."""
         s = self._settings
-        bucket = Bucket(f"device {caller.address}", s.device_codes_per_address, s.device_code_seconds)
+        bucket = Bucket(f"device {throttle.network(caller.address)}", s.device_codes_per_address, s.device_code_seconds)
         await throttle.count(self._db, [bucket])
         device_code = new_token("dc")
         user_code = await self._insert(device_code, hostname, caller.address)

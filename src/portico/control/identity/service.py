@@ -64,8 +64,8 @@ class _LastUsed:
 
 
 def normal_email(email: str) -> str:
-    """The form in which addresses are compared and stored."""
-    return unicodedata.normalize("NFC", email.strip()).lower()
+    """The form in which addresses are compared and stored: look-alikes by compatibility (ｘ, ⅰ) are one address."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", email.strip()).lower())
 
 
 class Identity:
@@ -95,7 +95,9 @@ class Identity:
         email = normal_email(email)
         self.passwords.accept(password, email)
         window = self.settings.sign_in_failure_window_seconds
-        address = Bucket(f"register {caller.address}", self.settings.registrations_per_address, window)
+        address = Bucket(
+            f"register {throttle.network(caller.address)}", self.settings.registrations_per_address, window
+        )
         await throttle.count(self.db, [address])
         hashed = await self.passwords.hash(password)
         try:
@@ -138,10 +140,10 @@ class Identity:
         as long as their access token.
         """
         email = normal_email(email)
-        buckets = self._sign_in_buckets(email, caller.address)
-        await throttle.count(self.db, buckets)
         async with self.db.read() as reader:
-            row = await store.user_by_email(reader, email)
+            row = await store.user_by_email(reader, email, caller.address)
+        buckets = self._sign_in_buckets(email, caller.address, known=row is not None and row.known_address)
+        await throttle.count(self.db, buckets)
         fits, better = await self.passwords.verify(password, row.password_hash if row else None)
         if row is None or not fits or row.disabled_at is not None or row.organization_id is None:
             # The same write for a known and an unknown account; the address itself is not kept for unknown ones.
@@ -161,14 +163,16 @@ class Identity:
                 tx, row.id, row.email, row.organization_id, row.organization_name, client, caller=caller, cookie=cookie
             )
 
-    def _sign_in_buckets(self, email: str, address: str | None) -> list[Bucket]:
+    def _sign_in_buckets(self, email: str, address: str | None, *, known: bool) -> list[Bucket]:
+        """``known``: the account signed in from there before. The limit per account, which anybody can fill, is then
+        not asked, so that a person is not kept out by strangers; the other two hold."""
         s = self.settings
-        window = s.sign_in_failure_window_seconds
-        return [
-            Bucket(f"login {email} {address}", s.sign_in_failures_per_pair, window),
-            Bucket(f"login {email}", s.sign_in_failures_per_account, window),
-            Bucket(f"login from {address}", s.sign_in_failures_per_address, window),
+        window, network = s.sign_in_failure_window_seconds, throttle.network(address)
+        buckets = [
+            Bucket(f"login {email} {network}", s.sign_in_failures_per_pair, window),
+            Bucket(f"login from {network}", s.sign_in_failures_per_address, window),
         ]
+        return buckets if known else [*buckets, Bucket(f"login {email}", s.sign_in_failures_per_account, window)]
 
     async def _open(
         self,
@@ -362,6 +366,7 @@ class Identity:
             key_rules.permissions(row["kind"], row["scopes"]),
             user_id=row["user_id"],
             platform_operator=operator,
+            expires_at=row["expires_at"],
         )
 
     async def whoami(self, reader: Reader, caller: Caller) -> dict[str, Any]:

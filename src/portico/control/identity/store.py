@@ -50,8 +50,10 @@ async def insert_account(tx: Tx, user: dict[str, Any], organization: dict[str, A
     await tx.execute(sa.insert(members).values(**membership))
 
 
-async def user_by_email(reader: Reader, email: str) -> Row | None:
-    """The person with this address, with the oldest membership."""
+async def user_by_email(reader: Reader, email: str, address: str | None) -> Row | None:
+    """The person with this e-mail address, with the oldest membership; ``known_address``: signed in from there before."""
+    earlier = sign_in_sessions.c
+    known = sa.exists().where(earlier.user_id == users.c.id, earlier.address == address)
     query = (
         sa.select(
             users.c.id,
@@ -60,6 +62,7 @@ async def user_by_email(reader: Reader, email: str) -> Row | None:
             users.c.disabled_at,
             organizations.c.id.label("organization_id"),
             organizations.c.name.label("organization_name"),
+            known.label("known_address"),
         )
         .select_from(users)
         .outerjoin(members, members.c.user_id == users.c.id)

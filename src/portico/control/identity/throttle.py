@@ -1,13 +1,15 @@
 """Counting windows for attempts: sign-in, registration, device codes.
 
 An attempt is counted *before* it is carried out, so that a thousand parallel guesses cannot all pass a check that none
-of them has failed yet; a success takes its count back. Buckets live in PostgreSQL: they hold across API processes and
-restarts, and are stored as digests.
+of them has failed yet; a success takes its count back. An attempt that is refused here counts nowhere: else one address,
+long past its own limit, could go on to fill an account's and keep its owner out. Buckets live in PostgreSQL: they hold
+across API processes and restarts, and are stored as digests.
 """
 
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -34,14 +36,26 @@ class Bucket:
         return hashlib.sha256(self.name.encode("utf-8", "replace")).digest()
 
 
+def network(address: str | None) -> str:
+    """Whom an address stands for: itself, or its /64, of which one IPv6 customer has every address."""
+    try:
+        found = ipaddress.ip_address(address or "")
+    except ValueError:
+        return str(address)
+    if found.version == 4:
+        return str(found)
+    return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
+
+
 async def count(db: Database, buckets: Sequence[Bucket]) -> None:
-    """Count one attempt in every bucket; raises ``auth.throttled`` when one of them is over its limit."""
+    """Count one attempt in every bucket; raises ``auth.throttled``, and counts in none, when one of them is full."""
     async with db.transaction() as tx:
         # In order of digest, so that two attempts that share buckets cannot deadlock.
         full = [wait for b in sorted(buckets, key=lambda b: b.digest) if (wait := await _count(tx, b)) is not None]
-    if full:
-        wait = max(1, max(full))
-        raise Problem("auth.throttled", f"too many attempts; wait {wait} seconds", headers={"Retry-After": str(wait)})
+        if full:  # rolls back
+            wait = max(1, max(full))
+            detail = f"too many attempts; wait {wait} seconds"
+            raise Problem("auth.throttled", detail, headers={"Retry-After": str(wait)})
 
 
 async def _count(tx: Tx, bucket: Bucket) -> int | None:

@@ -7,10 +7,10 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from portico.control.access import Caller, InTx, Paging, Reading, credential_of, identify, require
-from portico.control.requests import JsonRoute, UnitOfWork, once
+from portico.control.requests import JsonRoute, UnitOfWork, once, shown
 from portico.control.tunnels.service import Tunnels
 from portico.control.tunnels.sessions import AgentFacts, Sessions, TunnelSpec
 from portico.errors import Problem
@@ -42,8 +42,9 @@ Connects = Annotated[Caller, Depends(require("agent:connect"))]
 Id = Annotated[str, Path(max_length=64)]
 
 Label = Annotated[str, StringConstraints(min_length=1, max_length=63)]
-# Display only. No control characters: it is printed in terminals.
-Shown = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Shown = Annotated[
+    str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$"), AfterValidator(shown)
+]
 AgentId = Annotated[str, StringConstraints(min_length=8, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
 Region = Annotated[str, StringConstraints(min_length=1, max_length=32, pattern=r"^[a-z0-9-]+$")]
 Protocol = Literal["http", "tcp", "tls"]
