@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import Depends, Query, Request
@@ -53,6 +54,7 @@ class Caller:
     user_id: str | None = None  # the person behind the credential, if one is
     session_id: str | None = None  # the sign-in session of a person
     platform_operator: bool = False
+    expires_at: datetime | None = None  # of a key; what it makes does not outlive it
     request_id: str | None = None
     address: str | None = None
 

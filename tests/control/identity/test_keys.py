@@ -84,7 +84,7 @@ class TestCreate:
         answer = await owner.client.post("/v1/api-keys", json={"kind": "operator", "name": "x"})
         problem(answer, 422, "request.invalid")
 
-    @pytest.mark.parametrize("name", ["", " ", "x" * 101, "a\nb"])
+    @pytest.mark.parametrize("name", ["a\x9bb", "a\u202eb", "a\u2028b", "", " ", "x" * 101, "a\nb"])
     async def test_bad_names(self, owner: Account, name: str) -> None:
         answer = await owner.client.post("/v1/api-keys", json={"kind": "agent", "name": name})
         problem(answer, 422, "request.invalid")
@@ -123,6 +123,28 @@ class TestExpiry:
     async def test_nonsense_is_refused(self, owner: Account, when: str) -> None:
         body = {"kind": "agent", "name": "x", "expires_at": when}
         problem(await owner.client.post("/v1/api-keys", json=body), 422, "request.invalid")
+
+
+class TestExpiringCallers:
+    """The end of a key would mean nothing if it could make one that goes on."""
+
+    async def test_make_keys_that_end_with_them(self, owner: Account, connect: Any) -> None:
+        soon = datetime.now(UTC) + timedelta(hours=1)
+        parent = await owner.key("api", expires_at=soon.isoformat())
+        client = connect(parent["key"])
+        made = (await client.post("/v1/api-keys", json={"kind": "agent", "name": "child"})).json()
+        assert made["expires_at"] == parent["expires_at"]
+        later = {"kind": "agent", "name": "child", "expires_at": (soon + timedelta(seconds=1)).isoformat()}
+        problem(await client.post("/v1/api-keys", json=later), 403, "auth.forbidden")
+        earlier = {"kind": "agent", "name": "child", "expires_at": (soon - timedelta(seconds=1)).isoformat()}
+        assert (await client.post("/v1/api-keys", json=earlier)).status_code == 201
+
+    async def test_rotate_only_what_ends_no_later(self, owner: Account, connect: Any) -> None:
+        soon = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+        parent, lasting = await owner.key("api", expires_at=soon), await owner.key()
+        client = connect(parent["key"])
+        problem(await client.post(f"/v1/api-keys/{lasting['id']}/rotate"), 403, "auth.forbidden")
+        assert (await client.post(f"/v1/api-keys/{parent['id']}/rotate")).status_code == 201
 
 
 class TestRevoke:
@@ -209,6 +231,23 @@ class TestRotate:
         made = await owner.key()
         await owner.client.delete(f"/v1/api-keys/{made['id']}")
         problem(await owner.client.post(f"/v1/api-keys/{made['id']}/rotate"), 404, "request.not_found")
+
+    async def test_an_overlap_does_not_pass_the_limit(
+        self, settings: ApiSettings, db: Database, owner: Account
+    ) -> None:
+        app = create_app(replace(settings, max_keys_per_organization=2), db=db)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        headers = {"Authorization": f"Bearer {owner.access}"}
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://api.test", headers=headers) as client,
+        ):
+            key = (await client.post("/v1/api-keys", json={"kind": "agent", "name": "one"})).json()
+            rotate = f"/v1/api-keys/{key['id']}/rotate"
+            answers = await asyncio.gather(*(client.post(rotate, json={"overlap_seconds": 60}) for _ in range(5)))
+            assert sorted(a.status_code for a in answers) == [201, 403, 403, 403, 403]
+            assert {a.json().get("code") for a in answers} == {None, "key.limit_reached"}
+            assert (await client.post(rotate)).status_code == 201  # one for one
 
 
 class TestLastUsed:

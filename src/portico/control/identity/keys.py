@@ -1,8 +1,8 @@
 """Agent keys and API keys: made, listed, rotated, revoked.
 
 A key is shown once and stored as its SHA-256. Nobody can mint, or obtain by rotation, a key that may do more than the
-credential that asks for it. Revocation runs ``on_revoked`` in the same transaction, so that whoever holds state made
-with the key (tunnels: agent sessions) ends it together with the key.
+credential that asks for it, or that outlives it. Revocation runs ``on_revoked`` in the same transaction, so that whoever
+holds state made with the key (tunnels: agent sessions) ends it together with the key.
 """
 
 from __future__ import annotations
@@ -75,16 +75,22 @@ class Keys:
         """
         chosen = self._scopes(caller, kind, scopes)
         now = self._clock.wall()
+        expires_at = expires_at or caller.expires_at
+        self._not_after(caller, expires_at)
         if expires_at is not None and expires_at <= now:
             raise Problem("auth.expiry_invalid")
-        await store.lock_organization(tx, caller.org)
-        if await store.count_keys(tx, caller.org, now) >= self._settings.max_keys_per_organization:
-            limit = self._settings.max_keys_per_organization
-            raise Problem("key.limit_reached", f"an organization has at most {limit} keys", limit=limit)
+        await self._room(tx, caller, now)
         made = await issue(tx, now, caller.org, caller.user_id, kind, name, chosen, expires_at)
         facts = {"kind": kind, "name": name, "scopes": chosen, "prefix": made.prefix, **(details or {})}
         await audit.record(tx, caller, "key.create", made.id, details=facts)
         return made
+
+    async def _room(self, tx: Tx, caller: Caller, now: datetime) -> None:
+        """Raises ``key.limit_reached``; until the transaction ends nobody else may add a key."""
+        await store.lock_organization(tx, caller.org)
+        if await store.count_keys(tx, caller.org, now) >= self._settings.max_keys_per_organization:
+            limit = self._settings.max_keys_per_organization
+            raise Problem("key.limit_reached", f"an organization has at most {limit} keys", limit=limit)
 
     def _scopes(self, caller: Caller, kind: KeyKind, scopes: list[str] | None) -> list[str]:
         if kind == "agent":
@@ -104,6 +110,17 @@ class Keys:
         if beyond := sorted(wanted - caller.permissions):
             raise Problem("auth.forbidden", f"this credential lacks {beyond[0]} itself", permission=beyond[0])
 
+    @staticmethod
+    def _not_after(caller: Caller, expires_at: datetime | None) -> None:
+        """A key that expires cannot obtain one that lives longer: its end would mean nothing."""
+        if caller.expires_at is not None and (expires_at is None or expires_at > caller.expires_at):
+            raise Problem(
+                "auth.forbidden",
+                "this credential expires before the key that it asks for",
+                hint="Give an earlier expires_at, or ask with a credential that lives longer.",
+                permission="keys:write",
+            )
+
     async def listing(self, reader: Reader, caller: Caller, page: pages.PageRequest) -> dict[str, Any]:
         """A page of the organization's live keys, newest first."""
         before = page.after[0] if page.after else None
@@ -118,10 +135,16 @@ class Keys:
         await audit.record(tx, caller, "key.revoke", row.id, details={"kind": row.kind, "name": row.name})
 
     async def rotate(self, tx: Tx, caller: Caller, key_id: str, overlap_seconds: int = 0) -> NewKey:
-        """A new key with the rights and expiry of ``key_id``, which ends now, or after ``overlap_seconds``."""
+        """A new key with the rights and expiry of ``key_id``, which ends now, or after ``overlap_seconds``.
+
+        Raises ``request.not_found``, ``auth.forbidden``, and with an overlap ``key.limit_reached``.
+        """
+        now = self._clock.wall()
+        if overlap_seconds:
+            await self._room(tx, caller, now)
         row = await self._lock(tx, caller, key_id)
         self._not_above(caller, permissions(row.kind, row.scopes))
-        now = self._clock.wall()
+        self._not_after(caller, row.expires_at)
         made = await issue(
             tx,
             now,
