@@ -91,6 +91,7 @@ class Inbound(_Quiet):
             ping_interval=limits.ping_interval_seconds,
             ping_timeout=limits.ping_timeout_seconds,
             on_lost=self._lost,
+            on_open=lambda: peers.inbound.add(self),
         )
 
     def on_hello(self, body: dict[str, Any]) -> None:
@@ -161,6 +162,7 @@ class Outbound(_Quiet):
                 self.url,
                 websocket_handshake_timeout=CONNECT_SECONDS,
                 max_frame_size=MAX_MESSAGE,
+                enable_auto_pong=False,
                 max_redirects=0,
                 extra_headers={"Authorization": f"Bearer {key}", "Sec-WebSocket-Protocol": f.PROTOCOL},
             )
@@ -310,10 +312,8 @@ class Peers:
         agents.on_dropped.append(self._dropped)
 
     def accept(self) -> Inbound:
-        """A peer passed the key check."""
-        peer = Inbound(self)
-        self.inbound.add(peer)
-        return peer
+        """A peer passed the key check; it is one of ``inbound`` once its WebSocket is open."""
+        return Inbound(self)
 
     def _bound(self, live: LiveTunnel) -> None:
         for link in self.outbound.values():

@@ -89,8 +89,9 @@ class AgentConnection:
             ping_interval=limits.ping_interval_seconds,
             ping_timeout=limits.ping_timeout_seconds,
             on_lost=self._lost,
+            on_open=self._opened,
         )
-        self._hello = asyncio.get_running_loop().call_later(limits.hello_timeout_seconds, self._no_hello)
+        self._hello: asyncio.TimerHandle | None = None
 
     @property
     def order(self) -> tuple[int, int]:
@@ -103,8 +104,18 @@ class AgentConnection:
             self.agents.drop(live)
         self.carrier.end(WSCloseCode.POLICY_VIOLATION, code)
 
+    def _opened(self) -> None:
+        """The upgrade succeeded; one whose other header fields were wrong never comes here, nor does its end."""
+        limit = self.agents.settings.hello_timeout_seconds
+        self._hello = asyncio.get_running_loop().call_later(limit, self._no_hello)
+        self.agents.connections.add(self)
+
+    def _greeted(self) -> None:
+        if self._hello is not None:
+            self._hello.cancel()
+
     def _lost(self, detail: str) -> None:
-        self._hello.cancel()
+        self._greeted()
         for timer in self.pending.values():
             timer.cancel()
         self.agents.connection_lost(self, detail)
@@ -115,7 +126,7 @@ class AgentConnection:
 
     # ── session events ────────────────────────────────────────────────────────────────────────────────────────────
     def on_hello(self, body: dict[str, Any]) -> None:
-        self._hello.cancel()
+        self._greeted()
         self.connect = body["connect"]
         self.version = str(body.get("agent", ""))[:64]
         if not self.agents.greet(self):
@@ -269,7 +280,10 @@ class Agents:
         return limits.grant_outage_grace_seconds if 0 <= since_back < limits.grant_refresh_grace_seconds else 0.0
 
     def connect(self, authorization: str | None) -> AgentConnection:
-        """A new connection for an ``Authorization`` header; raises a problem that refuses the upgrade."""
+        """A new connection for an ``Authorization`` header; raises a problem that refuses the upgrade.
+
+        It is in the table once the WebSocket is open.
+        """
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Problem("session.token_invalid", "the Authorization header carries no session token")
@@ -277,9 +291,7 @@ class Agents:
             raise Problem("session.relay_draining", "this relay is shutting down")
         if len(self.connections) >= self.settings.max_sessions:
             raise Problem("session.relay_full", "this relay holds as many sessions as it may")
-        connection = AgentConnection(self, self.verify(token.strip()))
-        self.connections.add(connection)
-        return connection
+        return AgentConnection(self, self.verify(token.strip()))
 
     def greet(self, connection: AgentConnection) -> bool:
         """Put a connection in its order; ``False`` when a later one of the same session is here."""
@@ -308,7 +320,7 @@ class Agents:
         bound = connection.binds.get(bind)
         if bound is not None and bound.grant.tun != grant.tun:
             raise Problem("tunnel.grant_invalid", "this bind id holds another tunnel")
-        if bound is None and len(connection.binds) >= self.settings.max_tunnels_per_session:
+        if bound is None and len(connection.binds) + len(connection.pending) >= self.settings.max_tunnels_per_session:
             raise Problem("tunnel.too_many_binds", "this session has as many tunnels as a relay takes")
         holder = self.by_tunnel.get(grant.tun)
         if holder is None or holder.connection is connection or holder.connection.session.closed:
@@ -316,7 +328,7 @@ class Agents:
         elif holder.connection.claims.sid == connection.claims.sid:
             self._succeed(connection, bind, grant, holder)
         else:
-            self._contend(connection, bind, grant, holder)
+            self._contend(connection, bind, token, holder)
 
     def _check_grant(self, connection: AgentConnection, token: str) -> GrantClaims:
         limits, now = self.settings, self._wall()
@@ -374,7 +386,7 @@ class Agents:
 
         asyncio.get_running_loop().call_later(self.settings.takeover_probe_seconds, judge)
 
-    def _contend(self, connection: AgentConnection, bind: int, grant: GrantClaims, holder: LiveTunnel) -> None:
+    def _contend(self, connection: AgentConnection, bind: int, token: str, holder: LiveTunnel) -> None:
         """Another instance asks for a held tunnel: the holder keeps it if it answers a ping within the deadline."""
         if bind in connection.pending:
             return
@@ -387,7 +399,7 @@ class Agents:
             timer.cancel()
             problem = Problem(
                 "tunnel.in_use",
-                f"tunnel {grant.name} is online from another agent ({old.claims.agent})",
+                f"tunnel {holder.grant.name} is online from another agent ({old.claims.agent})",
             )
             if not connection.session.closed:
                 connection.refuse(bind, problem)
@@ -396,8 +408,11 @@ class Agents:
             connection.pending.pop(bind, None)
             if connection.session.closed:
                 return
-            old.carrier.abort("took no part in a take-over within the deadline")
-            self._install(connection, bind, grant)
+            if self.by_tunnel.get(holder.grant.tun) is holder:
+                old.carrier.abort("took no part in a take-over within the deadline")
+                self.drop(holder)
+            # Asked anew: meanwhile the tunnel may have been stopped, or another one who waited may hold it.
+            connection.on_bind(bind, token)
 
         loop = asyncio.get_running_loop()
         connection.pending[bind] = loop.call_later(self.settings.takeover_probe_seconds, dead)
