@@ -102,6 +102,7 @@ class Link:
                 websocket_handshake_timeout=self._settings.connect_timeout_seconds,
                 # Above the protocol's own limit on purpose, so that a message over it is refused by name.
                 max_frame_size=self._settings.websocket_message_max_bytes,
+                enable_auto_pong=False,  # the carrier answers
                 extra_headers={"Authorization": f"Bearer {token}", "Sec-WebSocket-Protocol": f.PROTOCOL},
                 max_redirects=0,
             )

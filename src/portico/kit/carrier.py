@@ -95,7 +95,11 @@ class Carrier(WSListener):
         elif kind == WSMsgType.CLOSE:
             self._reason = frame.get_close_reason() or "closed by the other side"
             transport.disconnect()
-        elif kind not in (WSMsgType.PING, WSMsgType.PONG):
+        elif kind == WSMsgType.PING:
+            # picows would answer without a look at what is unsent: a peer that reads nothing could fill our memory.
+            if transport.underlying_transport.get_write_buffer_size() < HIGH_WATER:
+                transport.send_pong(frame.get_payload_as_bytes())
+        elif kind != WSMsgType.PONG:
             self.end(WSCloseCode.UNSUPPORTED_DATA, "only whole binary messages are spoken here")
 
     def on_ws_disconnected(self, transport: WSTransport) -> None:
