@@ -198,6 +198,8 @@ class RelaySettings:
     head_timeout_seconds: float = 10.0
     # Seconds that a keep-alive connection may wait between requests; above the 60 s of common clients.
     idle_timeout_seconds: float = 75.0
+    # Seconds in which a visitor must take some of a last answer's rest, else its connection is cut off.
+    close_timeout_seconds: float = 30.0
     # Seconds without a response head after the request was forwarded, then 504; 0 is no limit. Agents have it too.
     first_byte_timeout_seconds: float = 300.0
     # Open visitor connections of one client address; above it 429 and close.

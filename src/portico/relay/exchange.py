@@ -185,8 +185,8 @@ class Exchange:
 
     # ── the answer ────────────────────────────────────────────────────────────────────────────────────────────────
     def on_interim(self, status: int, head: list[bytes]) -> None:
-        if self.http10 or self.responded:
-            return
+        if self.http10 or self.responded or self.conn.paused:
+            return  # nobody owes us credit for them: they may not pile up before a visitor that does not read
         out = [heads.STATUS_LINES[status, head[0]]]
         self._fields(out, head)
         out.append(b"\r\n")
@@ -211,6 +211,10 @@ class Exchange:
             conn.become_raw()
             return
         self._frame(out, status, length, end)
+        if end and self.framing == COUNTED and length:
+            # The visitor would read the next answer on its connection as the rest of this one.
+            self._target_invalid("it ended before the length that it announced")
+            return
         if conn.draining:
             self.keep_alive = False
         if not self.keep_alive:

@@ -53,7 +53,7 @@ class Visitor(asyncio.BufferedProtocol):
         "address", "closed", "current", "deadline", "draining", "eof", "expect_close", "fault", "fields", "forwarded",
         "head_bytes", "host_given", "host_normal", "in_head", "leftover", "lingered", "lingering", "parser", "parsing",
         "paused", "paused_at", "port", "queue", "quiet_bytes", "raw", "reading", "scheme", "server", "target", "transport",
-        "unwritten", "written", "written_at_eof",
+        "unsent", "unwritten", "written", "written_at_eof",
     )  # fmt: skip
 
     def __init__(self, server: PublicServer, scheme: bytes) -> None:
@@ -84,6 +84,7 @@ class Visitor(asyncio.BufferedProtocol):
         self.expect_close = False
         self.written = self.written_at_eof = 0
         self.unwritten = b""
+        self.unsent = -1  # bytes that the visitor had not taken at the last look after the close; -1 before it
         self.forwarded: tuple[bytes, tuple[bytes, ...]] = (b"", ())
 
     # ── transport events ──────────────────────────────────────────────────────────────────────────────────────────
@@ -95,7 +96,11 @@ class Visitor(asyncio.BufferedProtocol):
         settings = self.server.settings
         self.transport.set_write_buffer_limits(high=settings.visitor_write_buffer_bytes)
         self.deadline = self.server.now + settings.head_timeout_seconds
-        if not self.server.admit(self):
+        if self.server.admit(self):
+            return
+        if not self.server.turn_away(self):
+            self.transport.abort()
+        else:
             self._respond("edge.too_many_connections", request_id(), html=False, keep_alive=False)
             self._linger()
 
@@ -175,6 +180,9 @@ class Visitor(asyncio.BufferedProtocol):
 
     # ── parsing ───────────────────────────────────────────────────────────────────────────────────────────────────
     def _parse(self, data: memoryview) -> None:
+        if self.parsing is not None and self.parsing.upgrade:
+            self._keep_leftover(bytes(data))
+            return
         was_in_head = self.in_head
         try:
             self.parser.feed_data(data)
@@ -200,9 +208,9 @@ class Visitor(asyncio.BufferedProtocol):
             self.update_reading()
 
     def _keep_leftover(self, rest: bytes) -> None:
-        """What follows an upgrade request: raw bytes if the target agrees, else HTTP again. Nothing is read until then."""
+        """What follows an upgrade request: raw bytes if the target agrees, else HTTP again. No more is read until then."""
         if self.fault is None:
-            self.leftover = rest
+            self.leftover += rest
             self.update_reading()
 
     def _refuse_parse(self, code: str) -> None:
@@ -442,7 +450,8 @@ class Visitor(asyncio.BufferedProtocol):
         """Answer an exchange with a refusal and go on, or close when its request is not whole yet."""
         exchange.release_place()
         whole = exchange.received or not (exchange.with_body or exchange.upgrade)
-        keep = exchange.keep_alive and whole and not self.draining
+        # The page has no field that would tell an HTTP/1.0 client that the connection stays.
+        keep = exchange.keep_alive and whole and not self.draining and not exchange.http10
         html = self.server.wants_html(exchange)
         self._respond(
             code,
@@ -485,7 +494,7 @@ class Visitor(asyncio.BufferedProtocol):
         if self.closed:
             return
         if self.raw:
-            self.transport.close()
+            self._close()
         elif not exchange.keep_alive or (self.draining and not self.queue):
             self._close_after(exchange)
         elif self.queue:
@@ -496,7 +505,7 @@ class Visitor(asyncio.BufferedProtocol):
             self._respond(self.fault, request_id(), html=False, keep_alive=False)
             self._linger()
         elif self.eof:
-            self.transport.close()
+            self._close()
         else:
             self.deadline = self.server.now + self.server.settings.idle_timeout_seconds
             self.update_reading()
@@ -523,9 +532,15 @@ class Visitor(asyncio.BufferedProtocol):
     def _close_after(self, exchange: Exchange) -> None:
         if exchange.received or not (exchange.with_body or exchange.upgrade):
             self.queue.clear()
-            self.transport.close()
+            self._close()
         else:
             self._linger()
+
+    def _close(self) -> None:
+        """Close once the visitor took what is written; it has to go on taking it, else the sweep cuts it off."""
+        self.unsent = self.transport.get_write_buffer_size()
+        self.deadline = self.server.now + self.server.settings.close_timeout_seconds
+        self.transport.close()
 
     def _linger(self) -> None:
         """Close so that the answer arrives: a close with unread input would reset the connection under it (RFC 9112, 9.6)."""
@@ -554,10 +569,14 @@ class Visitor(asyncio.BufferedProtocol):
         self.update_reading()
 
     def end_writing(self) -> None:
-        """Half-close towards the visitor of an upgraded connection."""
+        """Half-close towards the visitor of an upgraded connection; TLS has none, so that it is closed both ways."""
         self.flush()
-        if not self.closed and not self.eof and self.transport.can_write_eof():
+        if self.closed or self.eof:
+            return
+        if self.transport.can_write_eof():
             self.transport.write_eof()
+        else:
+            self._close()
 
     def break_off(self, *, reset: bool) -> None:
         """End the connection so that an incomplete answer shows; ``reset`` where a plain close would look complete."""
@@ -566,7 +585,7 @@ class Visitor(asyncio.BufferedProtocol):
         if reset:
             reset_transport(self.transport)
         else:
-            self.transport.close()
+            self._close()
 
     # ── time ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def expire(self) -> None:
@@ -574,6 +593,13 @@ class Visitor(asyncio.BufferedProtocol):
         current = self.current
         if self.lingering or self.closed:
             self.transport.abort()
+        elif self.unsent >= 0:
+            unsent = self.transport.get_write_buffer_size()
+            if unsent < self.unsent:
+                self.unsent = unsent
+                self.deadline = self.server.now + self.server.settings.close_timeout_seconds
+            else:
+                self.transport.abort()
         elif current is None:
             if self.in_head:
                 self._respond("edge.head_timeout", request_id(), html=False, keep_alive=False)

@@ -31,6 +31,8 @@ from portico.wire.frames import PROTOCOL
 log = logging.getLogger("portico.relay.listeners")
 
 SWEEP_SECONDS = 0.5
+#: Connections over a limit that are told so and given a moment to read it; those above this number are cut off unheard.
+MAX_TURNED_AWAY = 1024
 _LOOPBACK = ("127.", "::1", "")
 _REASONS = {
     408: b"Request Timeout",
@@ -52,6 +54,7 @@ class PublicServer:
         self.buffer = memoryview(bytearray(READ_SIZE))
         self.buffer_view = self.buffer[:]
         self.connections: set[Visitor] = set()
+        self.turned_away: set[Visitor] = set()
         self.refusals: Counter[str] = Counter()
         self._by_address: Counter[str] = Counter()
         self._by_host = agents.by_host
@@ -77,7 +80,15 @@ class PublicServer:
         visitor.draining = self._draining
         return True
 
+    def turn_away(self, visitor: Visitor) -> bool:
+        """Whether a connection that was not admitted may be answered; the sweep ends it when it stays."""
+        if len(self.turned_away) >= MAX_TURNED_AWAY:
+            return False
+        self.turned_away.add(visitor)
+        return True
+
     def leave(self, visitor: Visitor) -> None:
+        self.turned_away.discard(visitor)
         if visitor in self.connections:
             self.connections.remove(visitor)
             self._by_address[visitor.address] -= 1
@@ -88,8 +99,9 @@ class PublicServer:
 
     def _sweep(self) -> None:
         self.now = self.loop.time()
-        for visitor in [v for v in self.connections if v.deadline < self.now]:
-            visitor.expire()
+        for visitors in (self.connections, self.turned_away):
+            for visitor in [v for v in visitors if v.deadline < self.now]:
+                visitor.expire()
         self._sweeper = self.loop.call_later(SWEEP_SECONDS, self._sweep)
 
     async def drain(self, seconds: float) -> int:
@@ -101,7 +113,7 @@ class PublicServer:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._empty.wait(), seconds)
         left = list(self.connections)
-        for visitor in left:
+        for visitor in (*left, *self.turned_away):
             visitor.transport.abort()
         self._sweeper.cancel()
         return len(left)
@@ -247,4 +259,5 @@ async def serve_control(
         backlog=backlog,
         websocket_handshake_timeout=agents.settings.hello_timeout_seconds,
         max_frame_size=MAX_MESSAGE,
+        enable_auto_pong=False,  # the carrier answers
     )
