@@ -431,6 +431,10 @@ class ApiSettings:
     redis_pause_seconds: float = 1.0
 
     # == Requests
+    # Bytes of a request head: address, names and values; a token has at most 4 kB.
+    request_head_max_bytes: int = 32_768
+    # Seconds from a connection, or a request's first byte, to the end of its head.
+    request_head_timeout_seconds: float = 10.0
     # Bytes of a request body.
     request_body_max_bytes: int = 1_048_576
     # Bytes of a request body that a relay sends.

@@ -210,3 +210,9 @@ class TestCatalogue:
         """422 is for the payload's shape alone (system.md section 5)."""
         shapes = {code for code, spec in catalogue().items() if spec.status == 422}
         assert shapes <= {"request.invalid", "idempotency.mismatch", "tunnel.name_invalid", "tunnel.policy_invalid"}
+
+
+@pytest.mark.parametrize("name", ["Authorization", "Idempotency-Key", "Content-Type"])
+async def test_a_header_that_has_one_meaning_is_sent_once(owner: Account, name: str) -> None:
+    headers = [(name, "Bearer x"), (name, "Bearer y")]
+    problem(await owner.client.post("/v1/tunnels", json={}, headers=headers), 400, "request.malformed")

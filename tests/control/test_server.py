@@ -141,6 +141,65 @@ async def test_starts_without_a_database_and_is_not_ready() -> None:
         assert await running.stop() < 3
 
 
+def _problem(answer: bytes, status: int, code: str) -> None:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.split()[1] == str(status).encode(), head
+    head = head.lower()
+    assert b"content-type: application/problem+json" in head
+    document = json.loads(body)
+    assert document["code"] == code
+    assert f"x-request-id: {document['request_id']}".encode() in head
+
+
+async def _ask(running: Api, sent: bytes, limit: float = 5.0) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+    with contextlib.suppress(ConnectionError):
+        writer.write(sent)
+        await writer.drain()
+    answer = b""
+    with contextlib.suppress(ConnectionError):
+        answer = await asyncio.wait_for(reader.read(), limit)
+    writer.close()
+    return answer
+
+
+async def test_what_never_reaches_the_application_is_answered_in_its_words(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PORTICO_REQUEST_HEAD_TIMEOUT_SECONDS", "0.5")
+    monkeypatch.setenv("PORTICO_MAX_CONCURRENCY", "4")
+    async with api(database_url) as running:
+        await running.ready(200, "/healthz")
+        begin = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+        assert b" 200 " in await _ask(running, begin + b"X: " + b"a" * 30_000 + b"\r\nConnection: close\r\n\r\n")
+        for broken in (b"BREW / HTTP/1.1\r\n\r\n", begin + b"Content-Length: -1\r\n\r\n", begin + b"X: a\0b\r\n\r\n"):
+            _problem(await _ask(running, broken), 400, "request.malformed")
+        for large in (b"X: " + b"a" * 33_000, b"\r\n".join(b"X: " + b"a" * 100 for _ in range(400))):
+            _problem(await _ask(running, begin + large + b"\r\n\r\n"), 431, "request.head_too_large")
+        _problem(await _ask(running, begin + b"X: a"), 408, "request.timeout")
+        assert await _ask(running, b"") == b""  # one that says nothing is closed, too
+        others = [await asyncio.open_connection("127.0.0.1", running.port) for _ in range(4)]
+        await asyncio.sleep(0.1)
+        _problem(await _ask(running, begin + b"\r\n"), 503, "service.unavailable")
+        for _, writer in others:
+            writer.close()
+
+
+async def test_a_head_without_end_does_not_fill_the_memory(database_url: str) -> None:
+    async with api(database_url) as running:
+        await running.ready(200, "/healthz")
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            writer.write(b"GET /healthz HTTP/1.1\r\nX: ")
+            while sent < 32 * 1024 * 1024 and not reader.at_eof():
+                writer.write(b"a" * 65536)
+                await writer.drain()
+                sent += 65536
+        writer.close()
+        assert sent < 16 * 1024 * 1024
+
+
 @pytest.mark.parametrize(
     "request_head", [b"\x16\x03\x01\x02", b"GET / HTTP/9\r\n\r\n", b"GET /%zz HTTP/1.1\r\nHost: x\r\n\r\n"]
 )

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 PROBLEM_TYPE = "application/problem+json"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_ERRORS = 20
+# Of two that differ, one program would believe the first and another the last.
+_SINGLE = ("authorization", "content-type", "idempotency-key")
 
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -97,6 +99,9 @@ class Exchange:
         """The body limit of this request; raises for what its head alone rules out."""
         if "\0" in scope["path"] or b"%00" in scope["query_string"] or _unprintable(scope["path"]):
             raise Problem("request.malformed", "the address holds control characters")
+        for name in _SINGLE:
+            if len(headers.getlist(name)) > 1:
+                raise Problem("request.malformed", f"the header {name} is there twice", hint="Send it once.")
         edge = scope["path"].startswith("/v1/edge/")
         limit = self.settings.edge_body_max_bytes if edge else self.settings.request_body_max_bytes
         declared = headers.get("content-length", "0")

@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from portico.control.app import create_app
+from portico.control.protocol import protocol
 from portico.settings import ApiSettings
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def _config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
         app,
         host=settings.api_host,
         port=settings.api_port,
-        http="httptools",
+        http=protocol(settings),
         ws="none",
         lifespan="on",
         loop="none",  # the caller runs the loop (kit/loop.py)
@@ -71,7 +72,6 @@ def _config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
         server_header=False,
         # X-Forwarded-For is read by control/access.py, from trusted proxies alone.
         proxy_headers=False,
-        limit_concurrency=settings.max_concurrency,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, int(settings.shutdown_seconds)),
     )
