@@ -123,6 +123,36 @@ class TestUpgrades:
         await visitor.read_head()
         await until(lambda: bytes(stream.body) == GET + b"more")
 
+    @pytest.mark.parametrize("token", [b"h2c", b"x", b"websocket"])
+    @pytest.mark.parametrize("chunked", [False, True])
+    @pytest.mark.parametrize("whole", [False, True])
+    async def test_a_body_stays_a_body(
+        self, agent: ScriptedAgent, visit: Visit, token: bytes, chunked: bool, whole: bool
+    ) -> None:
+        """Some clients ask for HTTP/2 on every request, also with a body. Taken for what follows an upgrade, the body
+        would be read as a request of its own."""
+        agent.on_stream = lambda s: None
+        body = GET.replace(b"/", b"/smuggled", 1)
+        framing = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % len(body)
+        sent = b"%x\r\n%b\r\n0\r\nX-Sum: 1\r\n\r\n" % (len(body), body) if chunked else body
+        head = b"POST / HTTP/1.1\r\nHost: web.localhost\r\nConnection: Upgrade\r\nUpgrade: %b\r\n%b\r\n\r\n"
+        data = head % (token, framing) + sent + GET.replace(b"/", b"/next", 1)
+        visitor = await visit()
+        for part in (data,) if whole else (data[at : at + 7] for at in range(0, len(data), 7)):
+            visitor.send(part)
+            await asyncio.sleep(0)
+        await until(lambda: agent.streams and agent.streams[0].ended.is_set())
+        (first,) = agent.streams
+        assert bytes(first.body) == body
+        assert first.trailers == ([b"X-Sum", b"1"] if chunked else [])
+        assert not first.get(b"Upgrade")
+        first.answer(body=b"one")
+        assert (await visitor.response())[::2] == (200, b"one")
+        await until(lambda: len(agent.streams) == 2)
+        assert (agent.streams[1].method, agent.streams[1].target) == (b"GET", b"/next")
+        agent.streams[1].answer(body=b"two")
+        assert (await visitor.response())[::2] == (200, b"two")
+
     async def test_the_targets_end_reaches_a_visitor_over_tls(self, relay: Relay, agent: ScriptedAgent) -> None:
         """TLS has no half-close here: without a close a WebSocket client waits for its own time limit."""
         agent.on_stream = lambda s: None

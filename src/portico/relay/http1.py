@@ -52,8 +52,8 @@ class Visitor(asyncio.BufferedProtocol):
     __slots__ = (
         "address", "closed", "current", "deadline", "draining", "eof", "expect_close", "fault", "fields", "forwarded",
         "head_bytes", "host_given", "host_normal", "in_head", "leftover", "lingered", "lingering", "parser", "parsing",
-        "paused", "paused_at", "port", "queue", "quiet_bytes", "raw", "reading", "scheme", "server", "target", "transport",
-        "unsent", "unwritten", "written", "written_at_eof",
+        "paused", "paused_at", "port", "queue", "quiet_bytes", "raw", "reading", "scheme", "server", "skipped", "target",
+        "transport", "unsent", "unwritten", "written", "written_at_eof",
     )  # fmt: skip
 
     def __init__(self, server: PublicServer, scheme: bytes) -> None:
@@ -79,6 +79,7 @@ class Visitor(asyncio.BufferedProtocol):
         self.host_normal: bytes | None = None
         self.fault: str | None = None
         self.leftover = b""
+        self.skipped = b""  # the field that frames a body which the parser took for what follows an upgrade
         self.lingering = False
         self.lingered = 0
         self.expect_close = False
@@ -187,6 +188,9 @@ class Visitor(asyncio.BufferedProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
+            if self.skipped:
+                self._read_body(bytes(data[upgrade.args[0] :]))
+                return
             self._keep_leftover(bytes(data[upgrade.args[0] :]))
         except httptools.HttpParserCallbackError as err:
             log.error("fault while handling a request", exc_info=err.__context__ or err)
@@ -211,6 +215,23 @@ class Visitor(asyncio.BufferedProtocol):
         """What follows an upgrade request: raw bytes if the target agrees, else HTTP again. No more is read until then."""
         if self.fault is None:
             self.leftover += rest
+            self.update_reading()
+
+    def _read_body(self, rest: bytes) -> None:
+        """The body of a request that has an Upgrade field. The parser reads none then: what is a body to everybody else
+        would be read as the next request. Another parser, which knows of no upgrade, reads it and what comes after."""
+        framing, self.skipped = self.skipped, b""
+        if self.lingering:
+            return
+        kept = self.parsing, self.expect_close, self.deadline
+        self.expect_close = True  # the head that goes before makes no exchange
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % framing)
+        self.parsing, self.expect_close, self.deadline = kept
+        self.head_bytes = 0
+        if rest:
+            self._parse(memoryview(rest))
+        else:
             self.update_reading()
 
     def _refuse_parse(self, code: str) -> None:
@@ -299,7 +320,7 @@ class Visitor(asyncio.BufferedProtocol):
 
     def on_message_complete(self) -> None:
         exchange = self.parsing
-        if exchange is None or self.fault is not None:
+        if exchange is None or self.fault is not None or self.skipped:
             return
         if exchange.upgrade:
             return  # its direction goes on, as bytes or as the body of nothing
@@ -375,6 +396,8 @@ class Visitor(asyncio.BufferedProtocol):
             return None
         if upgrade is not None and b"upgrade" in named and not exchange.with_body and not exchange.http10:
             self._ask_upgrade(exchange, upgrade)
+        if exchange.with_body and self.parser.should_upgrade():
+            self.skipped = b"Content-Length: %d" % length if length else b"Transfer-Encoding: chunked"
         if te_trailers:
             exchange.head += (b"TE", b"trailers")
         return exchange
