@@ -189,6 +189,22 @@ class TestRequestBody:
             assert visit.reset is not None and visit.reset[0] == f.NO_ERROR
             assert not tunnel.forwarder.pool.open
 
+    async def test_an_early_answer_before_a_close_is_heard(self) -> None:
+        """The close resets the connection, since the target left the body unread: our next write fails."""
+
+        async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await read_head(reader)
+            writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nbig")
+
+        async with target_server(refuse) as port, tunnel_to(Target("tcp", "127.0.0.1", port)) as tunnel:
+            for _ in range(20):
+                visit = tunnel.request(
+                    [b"POST", b"/", b"Host", b"web.localhost", b"Content-Length", b"3000000"], end=False
+                )
+                await visit.send(bytes(3_000_000), end=True)
+                await visit.over()
+                assert (visit.status, bytes(visit.body)) == (413, b"big"), visit.reset
+
     async def test_a_target_that_does_not_read_holds_the_sender(self) -> None:
         go = asyncio.Event()
 
@@ -527,6 +543,11 @@ class TestUnreachable:
         async with tunnel_to(Target("tcp", "no-such-host.invalid", 80)) as tunnel:
             visit = await tunnel.get().over()
             assert visit.reset == (f.TARGET_REFUSED, "the name no-such-host.invalid cannot be resolved")
+
+    async def test_a_name_that_cannot_be_one(self) -> None:
+        async with tunnel_to(Target("tcp", "a..b", 80)) as tunnel:
+            visit = await tunnel.get().over()
+            assert visit.reset == (f.TARGET_REFUSED, "the name a..b cannot be resolved")
 
     async def test_no_unix_socket(self, tmp_path: Any) -> None:
         async with tunnel_to(Target("unix", path=str(tmp_path / "none.sock"))) as tunnel:

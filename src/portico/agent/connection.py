@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
@@ -136,8 +137,26 @@ class TargetConnection(asyncio.BufferedProtocol):
         self.pool.forget(self)
         if self.raw is not None:
             self.raw.lost(exc)
-        elif self.exchange is not None:
+            return
+        if exc is not None and self.exchange is not None and not self.complete:
+            self._read_rest()
+        if self.exchange is not None:
             self._ended(self.exchange, exc)
+
+    def _read_rest(self) -> None:
+        """A write failed since the target wants no more of the request; why it does not, it said before: that is still
+        in the kernel, and the loop does not read it any more."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is None or self.transport.get_extra_info("ssl_object") is not None or not hasattr(os, "readv"):
+            return
+        while self.exchange is not None and not self.held:
+            try:
+                size = os.readv(sock.fileno(), [self.get_buffer(-1)])
+            except OSError:
+                return
+            if not size:
+                return
+            self.buffer_updated(size)
 
     def _ended(self, exchange: Exchange, exc: Exception | None) -> None:
         """The target closed the connection while it owed (part of) a response."""

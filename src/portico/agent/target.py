@@ -157,6 +157,13 @@ def tls_context(target: Target, verify: bool | None) -> ssl.SSLContext | None:
 
 async def dial(target: Target, factory: Callable[[], Any], context: ssl.SSLContext | None, timeout: float) -> Any:
     """Connect ``factory``'s protocol to the target and return it; raises ``OSError`` (``TimeoutError`` among them)."""
+    try:
+        return await _dial(target, factory, context, timeout)
+    except UnicodeError as err:  # a host that looks like a name and is none, such as one with an empty label
+        raise socket.gaierror(socket.EAI_NONAME, "not a host name") from err
+
+
+async def _dial(target: Target, factory: Callable[[], Any], context: ssl.SSLContext | None, timeout: float) -> Any:
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(timeout):
         if target.kind == "unix":
