@@ -101,3 +101,16 @@ def test_trailers_cannot_change_the_message(name: bytes) -> None:
 def test_fields_named_by_connection_are_dropped() -> None:
     assert heads.tokens(b" Close ,X-Hop,, x-b") == [b"close", b"x-hop", b"x-b"]
     assert heads.without([b"X-Hop", b"1", b"X-A", b"2", b"x-hop", b"3"], {b"x-hop"}) == [b"X-A", b"2"]
+
+
+def test_sequences_of_made_up_names_are_not_remembered() -> None:
+    """A head has room for 48 KB of names: a table of such would be what a stranger makes of our memory."""
+    for plans in (heads.REQUEST_PLANS, heads.RESPONSE_PLANS):
+        for names in (
+            (b"Host", *(b"X%d" % at for at in range(100))),
+            (b"Host", *(b"%d" % at * 200 for at in range(10))),
+        ):
+            before = len(plans)
+            assert plans[names] is not None
+            assert len(plans) == before
+        assert plans[(b"Host", b"X-Usual")] is plans[(b"Host", b"X-Usual")]

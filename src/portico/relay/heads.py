@@ -69,6 +69,9 @@ _NOT_IN_TRAILERS = frozenset(
 
 _TABLE_MAX = 4096
 _PLANS_MAX = 2048
+#: Names in a sequence that is remembered, and bytes in them: no browser's head has more, and others fill memory.
+_PLAN_NAMES_MAX = 64
+_PLAN_BYTES_MAX = 1536
 
 
 class FieldKinds(dict[bytes, int]):
@@ -105,10 +108,16 @@ class RequestPlans(dict[tuple[bytes, ...], "RequestPlan | None"]):
 
     def __missing__(self, names: tuple[bytes, ...]) -> RequestPlan | None:
         plan = _request_plan(names)
+        if not _worth_keeping(names):
+            return plan
         if len(self) >= _PLANS_MAX:
             self.clear()
         self[names] = plan
         return plan
+
+
+def _worth_keeping(names: tuple[bytes, ...]) -> bool:
+    return len(names) <= _PLAN_NAMES_MAX and sum(map(len, names)) <= _PLAN_BYTES_MAX
 
 
 def _request_plan(names: tuple[bytes, ...]) -> RequestPlan | None:
@@ -130,6 +139,8 @@ class ResponsePlans(dict[tuple[bytes, ...], "tuple[bytes, int] | None"]):
 
     def __missing__(self, names: tuple[bytes, ...]) -> tuple[bytes, int] | None:
         plan = _response_plan(names)
+        if not _worth_keeping(names):
+            return plan
         if len(self) >= _PLANS_MAX:
             self.clear()
         self[names] = plan
