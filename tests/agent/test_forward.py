@@ -190,20 +190,24 @@ class TestRequestBody:
             assert not tunnel.forwarder.pool.open
 
     async def test_an_early_answer_before_a_close_is_heard(self) -> None:
-        """The close resets the connection, since the target left the body unread: our next write fails."""
-
-        async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await read_head(reader)
-            writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nbig")
-
-        async with target_server(refuse) as port, tunnel_to(Target("tcp", "127.0.0.1", port)) as tunnel:
-            for _ in range(20):
+        """The close resets the connection, since the target left the body unread; our next write comes before our read."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            async with tunnel_to(local(server.getsockname()[1])) as tunnel:
                 visit = tunnel.request(
-                    [b"POST", b"/", b"Host", b"web.localhost", b"Content-Length", b"3000000"], end=False
+                    [b"POST", b"/", b"Host", b"web.localhost", b"Content-Length", b"100000"], end=False
                 )
-                await visit.send(bytes(3_000_000), end=True)
+                await visit.send(bytes(10_000))
+                pool = tunnel.forwarder.pool
+                await asyncio.sleep(0.1)
+                target, _ = server.accept()
+                (connection,) = pool.open
+                target.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nbig")
+                target.close()
+                for _ in range(2):
+                    connection.transport.write(bytes(10_000))
                 await visit.over()
                 assert (visit.status, bytes(visit.body)) == (413, b"big"), visit.reset
+                assert not tunnel.forwarder.stats.open
 
     async def test_a_target_that_does_not_read_holds_the_sender(self) -> None:
         go = asyncio.Event()
