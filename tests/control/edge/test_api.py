@@ -296,6 +296,16 @@ class TestUsage:
         assert await tunnel_total(db, tunnel) == 3
         assert await organization_total(db, owner.organization) == 3
 
+    async def test_more_than_a_total_can_hold(self, relay: httpx.AsyncClient, owner: Account, db: Database) -> None:
+        """A fault here would be reported again and again, and nothing of the relay counted any more."""
+        tunnel = await new_tunnel(owner.client)
+        rows = [row(tunnel, owner.organization, 2**53 - 1) for _ in range(1100)]
+        for seq in (1, 2):
+            answer = await relay.post("/v1/edge/usage", json=usage_body(batch(seq, *rows), boot="vast"))
+            assert answer.status_code == 200 and answer.json() == {"acknowledged": seq}
+        assert await tunnel_total(db, tunnel) == 2**63 - 1
+        assert await organization_total(db, owner.organization) == 2**63 - 1
+
     async def test_simultaneous_duplicates_are_counted_once(
         self, relay: httpx.AsyncClient, owner: Account, db: Database
     ) -> None:

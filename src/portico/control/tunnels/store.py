@@ -7,7 +7,7 @@ JSON passes through raw statements as text, so that it does not matter which cod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, insert
@@ -505,25 +505,26 @@ _CLAIM_BATCHES = """
 INSERT INTO edge_usage_batches (relay, boot, seq) SELECT $1, $2, unnest($3::bigint[])
 ON CONFLICT DO NOTHING RETURNING seq
 """
-_ADD_TUNNEL_USAGE = """
+_COUNTS: Final = ("requests", "connections", "bytes_in", "bytes_out", "errors")
+# What a total can hold. A relay that reports nonsense fills it up, and its report is not a fault that it repeats for ever.
+MAX_TOTAL: Final = 2**63 - 1
+
+
+def _added(table: str) -> str:
+    return ", ".join(f"{c} = least({table}.{c}::numeric + excluded.{c}, {MAX_TOTAL})::bigint" for c in _COUNTS)
+
+
+_ADD_TUNNEL_USAGE = f"""
 INSERT INTO tunnel_usage (tunnel_id, hour, organization_id, requests, connections, bytes_in, bytes_out, errors)
 SELECT * FROM unnest($1::text[], $2::timestamptz[], $3::text[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[],
                      $8::bigint[])
-ON CONFLICT (tunnel_id, hour) DO UPDATE SET
-    requests = tunnel_usage.requests + excluded.requests, connections = tunnel_usage.connections + excluded.connections,
-    bytes_in = tunnel_usage.bytes_in + excluded.bytes_in, bytes_out = tunnel_usage.bytes_out + excluded.bytes_out,
-    errors = tunnel_usage.errors + excluded.errors
-"""
-_ADD_ORGANIZATION_USAGE = """
+ON CONFLICT (tunnel_id, hour) DO UPDATE SET {_added("tunnel_usage")}
+"""  # noqa: S608 - our own names
+_ADD_ORGANIZATION_USAGE = f"""
 INSERT INTO organization_usage (organization_id, hour, requests, connections, bytes_in, bytes_out, errors)
 SELECT * FROM unnest($1::text[], $2::timestamptz[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[])
-ON CONFLICT (organization_id, hour) DO UPDATE SET
-    requests = organization_usage.requests + excluded.requests,
-    connections = organization_usage.connections + excluded.connections,
-    bytes_in = organization_usage.bytes_in + excluded.bytes_in,
-    bytes_out = organization_usage.bytes_out + excluded.bytes_out,
-    errors = organization_usage.errors + excluded.errors
-"""
+ON CONFLICT (organization_id, hour) DO UPDATE SET {_added("organization_usage")}
+"""  # noqa: S608 - our own names
 
 
 async def claim_batches(tx: Tx, relay: str, boot: str, seqs: list[int]) -> set[int]:

@@ -48,8 +48,14 @@ def _hour(since: datetime, now: datetime) -> datetime:
 
 
 def _add(left: Counts, right: Counts) -> Counts:
-    a, b = left, right
-    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4]
+    a, b, most = left, right, store.MAX_TOTAL
+    return (
+        min(a[0] + b[0], most),
+        min(a[1] + b[1], most),
+        min(a[2] + b[2], most),
+        min(a[3] + b[3], most),
+        min(a[4] + b[4], most),
+    )
 
 
 async def count(tx: Tx, relay: str, boot: str, batches: Sequence[Batch], now: datetime) -> int:
