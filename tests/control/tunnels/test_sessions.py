@@ -216,6 +216,7 @@ class TestOpen:
             ({"policy": {"concurrency": True}}, "tunnel.policy_invalid"),
             ({"policy": {"version": 2}}, "tunnel.policy_invalid"),
             ({"protocol": "tcp"}, "tunnel.protocol_unavailable"),
+            ({"domain": "app.example.com"}, "tunnel.domain_unavailable"),
         ],
     )
     async def test_refused_specs_change_nothing(

@@ -90,6 +90,7 @@ class TestCreate:
             ({"subdomain": "api"}, 403, "tunnel.name_reserved"),
             ({"policy": {"cocurrency": 3}}, 400, "tunnel.policy_invalid"),
             ({"protocol": "tls"}, 400, "tunnel.protocol_unavailable"),
+            ({"domain": "app.example.com"}, 400, "tunnel.domain_unavailable"),
             ({"protocol": "udp"}, 422, "request.invalid"),
             ({"nmae": "typo"}, 422, "request.invalid"),
             ({"name": 5}, 422, "request.invalid"),

@@ -48,7 +48,14 @@ Shown = Annotated[
 AgentId = Annotated[str, StringConstraints(min_length=8, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
 Region = Annotated[str, StringConstraints(min_length=1, max_length=32, pattern=r"^[a-z0-9-]+$")]
 Protocol = Literal["http", "tcp", "tls"]
+Domain = Annotated[str, StringConstraints(min_length=1, max_length=253), Field(description="A domain of your own")]
 Document = Annotated[dict[str, Any], Field(description="Policy of the tunnel; unknown keys are refused")]
+
+
+def _check_domain(domain: str | None) -> None:
+    """Raises ``tunnel.domain_unavailable``: served under another name than was asked for, a tunnel would be no use."""
+    if domain is not None:
+        raise Problem("tunnel.domain_unavailable", f"{domain[:80]!r} is not a domain of your organization")
 
 
 class Body(BaseModel):
@@ -63,6 +70,7 @@ class TunnelBody(Body):
     protocol: Protocol = "http"
     name: Label | None = None
     subdomain: Label | None = None
+    domain: Domain | None = None
     target: Shown | None = None
     policy: Document | None = None
 
@@ -117,6 +125,7 @@ async def list_tunnels(reader: Reading, who: Reads, tunnels: Service, page: Pagi
 @tunnels.post("", response_model=Tunnel, status_code=201)
 async def create_tunnel(tx: InTx, who: Writes, tunnels: Service, body: TunnelBody) -> Any:
     """Make a tunnel, and so reserve its name and subdomain. It goes online when an agent session names it."""
+    _check_domain(body.domain)
     return await tunnels.create(
         tx,
         who,
@@ -171,10 +180,12 @@ class SpecBody(BaseModel):
     protocol: Protocol = "http"
     name: Label | None = None
     subdomain: Label | None = None
+    domain: Domain | None = None
     target: Shown | None = None
     policy: Document | None = None
 
     def spec(self) -> TunnelSpec:
+        _check_domain(self.domain)
         return TunnelSpec(self.protocol, self.name, self.subdomain, self.target, self.policy)
 
 
