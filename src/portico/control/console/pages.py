@@ -1,5 +1,6 @@
-"""/device: sign in, compare the code with the terminal's, approve or deny.
+"""Pages for people: `/` says what this is; /device signs in, compares the code with the terminal's, approves or denies.
 
+    GET  /                   what this is, how to connect a machine
     GET  /device?code=…      sign-in form, or the code form, or what asks for approval
     POST /device/sign-in     → back to /device
     POST /device/sign-out    → back to /device
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import jinja2
 from fastapi import APIRouter, Request, Response
@@ -24,6 +25,7 @@ from portico.control.console import browser
 from portico.control.identity.device import normal_code, shown_code
 from portico.control.identity.service import Client, Identity
 from portico.errors import Problem
+from portico.settings import ApiSettings
 
 router = APIRouter(include_in_schema=False)
 
@@ -46,6 +48,18 @@ _SHOWN = frozenset(
 async def style() -> Response:
     """The one style sheet."""
     return Response(_STYLE, media_type="text/css", headers={"Cache-Control": "public, max-age=300"})
+
+
+@router.api_route("/", methods=["GET", "HEAD"])
+async def index(request: Request) -> Response:
+    """What a person finds who opens the address of the API; nothing here needs or starts a session."""
+    settings: ApiSettings = request.app.state.settings
+    public = urlsplit(settings.public_url)
+    port = f":{public.port}" if public.port is not None else ""
+    html = _templates.get_template("index.html").render(
+        who=None, api_url=settings.api_url.rstrip("/"), pattern=f"{public.scheme}://NAME.{settings.base_domain}{port}"
+    )
+    return HTMLResponse(html, headers={"Content-Security-Policy": browser.CONTENT_SECURITY_POLICY})
 
 
 @router.get("/device")
