@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from sqlalchemy import exc as sa_exc
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from portico.errors import Problem
@@ -83,6 +84,14 @@ class Exchange:
             if started:
                 raise
             await answer(problem, request_id)(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            log.debug("the client left before its body was whole", extra={"f": {"request": request_id}})
+        except asyncio.CancelledError:
+            # The server's patience with open requests at its end is over. In the middle of an answer it cuts by itself.
+            if started or not scope["app"].state.stopping.is_set():
+                raise
+            log.info("request ended with the process", extra={"f": {"request": request_id}})
+            await answer(_stopping(), request_id)(scope, receive, send_with_headers)
         except Exception:
             log.exception("request failed", extra={"f": {"request": request_id, "path": scope["path"]}})
             if started:
@@ -134,6 +143,12 @@ class Exchange:
         return bounded
 
 
+def _stopping() -> Problem:
+    return Problem(
+        "service.unavailable", "this process is stopping", headers={"Retry-After": "1", "Connection": "close"}
+    )
+
+
 def _request_id(offered: str | None) -> str:
     """The client's own id when it is harmless in a log line and a header, else a new one."""
     return offered if offered and _REQUEST_ID.fullmatch(offered) else new_id("req")
@@ -169,7 +184,8 @@ async def _on_validation(request: Request, err: Exception) -> Response:
     if any(e["type"] == "json_invalid" for e in errors):
         return answer(Problem("request.malformed", "the body is not valid JSON"), _id(request))
     shown = [_field_error(e) for e in errors[:_MAX_ERRORS]]
-    where = ", ".join(sorted({e["field"] for e in shown}))[:200]
+    first, rest = shown[0], len(errors) - 1
+    where = f"{first['field']}: {first['message']}" + (f" (and {rest} more)" if rest else "")
     return answer(Problem("request.invalid", f"the request does not fit: {where}", errors=shown), _id(request))
 
 
@@ -185,7 +201,8 @@ async def _on_http(request: Request, err: Exception) -> Response:
     if isinstance(err.__cause__, Problem):  # raised by the bounded body, wrapped by FastAPI
         return answer(err.__cause__, _id(request))
     if err.status_code == 404:
-        return answer(Problem("request.not_found", "there is nothing at this address"), _id(request))
+        hint = "Check the path; /openapi.json at the root lists every operation, and all of them are under /v1."
+        return answer(Problem("request.not_found", "there is nothing at this address", hint=hint), _id(request))
     if err.status_code == 405:
         return answer(Problem("request.method_not_allowed", headers=dict(err.headers or {})), _id(request))
     if 400 <= err.status_code < 500:
