@@ -66,6 +66,22 @@ class TestHelp:
 
 class TestErrors:
     @pytest.mark.parametrize(
+        ("typed", "says"),
+        [
+            (["frobnicate"], "no such command 'frobnicate'. See: portico --help"),
+            (["--frob"], "no such option: --frob. See: portico --help"),
+            (["http", "8000", "--frob"], "no such option: --frob. See: portico http --help"),
+            (["http"], "missing argument 'TARGET'. See: portico http --help"),
+            (["up", "--http-port", "x"], "unable to parse string as an integer. See: portico up --help"),
+        ],
+    )
+    def test_wrong_usage_is_one_line(self, typed: list[str], says: str) -> None:
+        told = run(*typed)
+        assert told.returncode == output.USAGE
+        assert told.stderr.startswith("portico: ") and told.stderr.endswith(f"{says}\n"), told.stderr
+        assert told.stderr.count("\n") == 1 and told.stdout == ""
+
+    @pytest.mark.parametrize(
         ("code", "expected"),
         [
             ("config.invalid", output.USAGE),
@@ -77,6 +93,25 @@ class TestErrors:
     )
     def test_exit_codes(self, code: str, expected: int) -> None:
         assert output.exit_code(Problem(code)) == expected
+
+    def test_an_operator_key_is_told_from_a_mistyped_one(self, tmp_path: Path) -> None:
+        from portico.kit.ids import new_token
+
+        env = {"PORTICO_CONFIG_DIR": str(tmp_path)}
+        told = run("login", "--server", "http://127.0.0.1:1", "--token", new_token("opr"), env=env)
+        assert told.returncode == output.REFUSED and "operator key" in told.stderr and "agent_key" in told.stderr
+
+    @pytest.mark.parametrize("address", ["foo bar", "ftp://x", "http://", "http://x:0"])
+    def test_what_is_no_address_is_not_asked(self, address: str, tmp_path: Path) -> None:
+        env = {"PORTICO_CONFIG_DIR": str(tmp_path)}
+        told = run("login", "--server", address, "--token", "x", env=env)
+        assert told.returncode == output.USAGE and "is not the address of an API" in told.stderr
+
+    def test_a_reader_that_has_seen_enough_is_no_fault(self, tmp_path: Path) -> None:
+        shell = f"{sys.executable} -P -m portico.cli --help | true"
+        env = os.environ | {"XDG_STATE_HOME": str(tmp_path)}
+        told = subprocess.run(["/bin/sh", "-c", shell], capture_output=True, text=True, timeout=30, env=env)
+        assert told.stderr == "" and not (tmp_path / "portico").exists()
 
     def test_a_refusal_is_one_line(self) -> None:
         told = run("up", "--http-port", "70000", "--data", "/nonexistent")

@@ -74,7 +74,13 @@ def server_url(text: str) -> str:
         url = f"https://{url}" if not _local(url.split(":")[0]) else f"http://{url}"
     try:
         parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        valid = (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and url.isprintable()
+            and " " not in url
+            and (parts.port is None or parts.port > 0)
+        )
     except ValueError:
         valid = False
     if not valid:

@@ -84,7 +84,14 @@ async def _login(config: settings.AgentSettings, server: str, token: str | None)
             token = await _by_device(api)
         finally:
             await api.aclose()
-    if check_token(token) not in ("agt", "sk"):
+    kind = check_token(token)
+    if kind == "opr":
+        raise Problem(
+            "auth.key_invalid",
+            "this is an operator key, which serves no tunnels",
+            hint="Give an agent key (tnl_agt_…), such as agent_key in credentials.json.",
+        )
+    if kind not in ("agt", "sk"):
         raise Problem(
             "auth.key_invalid",
             "this is not a whole agent key",

@@ -8,6 +8,7 @@ alone takes 0.3 s.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Annotated, Any
 
@@ -100,7 +101,17 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit: one line for every refusal, no traceback."""
     args = sys.argv[1:] if argv is None else argv
     try:
-        build(_needed(args))(args=args, prog_name="portico")
+        # Not standalone: typer would print usage errors in four lines of its own. An exit code is returned then.
+        code = build(_needed(args))(args=args, prog_name="portico", standalone_mode=False)
+        sys.exit(code or output.OK)
+    except typer.TyperException as err:
+        output.usage_line(err)
+        sys.exit(output.USAGE)
+    except typer.Abort:
+        sys.exit(output.INTERRUPTED)
+    except BrokenPipeError:  # `portico ls | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush into the pipe
+        sys.exit(output.FAILED)
     except Problem as problem:
         output.error_line(problem)
         sys.exit(output.exit_code(problem))

@@ -56,6 +56,19 @@ def error_line(problem: Problem) -> None:
     note(f"{label} {problem.line()}")
 
 
+def usage_line(err: Any) -> None:
+    """What is wrong with a command line, and where its help is; or the help itself, when nothing was typed."""
+    message = str(err.format_message()).strip()
+    if "\n" in message:  # a command that cannot do anything without arguments shows its help
+        note(message)
+        return
+    context = getattr(err, "ctx", None)
+    command = context.command_path if context is not None else "portico"
+    end = "" if message.endswith(("?", "!", ".")) else "."
+    label = "\x1b[1;31mportico:\x1b[0m" if settings.color_wanted(sys.stderr) else "portico:"
+    note(f"{label} {message[:1].lower()}{message[1:]}{end} See: {command} --help")
+
+
 def fault(err: BaseException) -> None:
     """An error that nobody foresaw: one line, the rest into a file; with PORTICO_DEBUG=1 all of it here."""
     text = "".join(traceback.format_exception(err))
