@@ -473,6 +473,8 @@ class PlatformSettings:
     control_port: int = 7081
     # TCP port of the API and console.
     api_port: int = 7000
+    # Range of ports kept free for TCP tunnels, first-last; this version opens none of them.
+    tcp_ports: str = "7100-7199"
     # Relay processes; all accept visitors on the ports above, and agents each on a port of its own.
     relays: int = 1
     # Control ports of the further relays, the second's first; empty takes free ones.

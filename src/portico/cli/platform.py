@@ -40,6 +40,14 @@ def up(
     https_port: Annotated[int | None, _port("the public HTTPS listener [7443]")] = None,
     control_port: Annotated[int | None, _port("the listener for agents [7081]")] = None,
     api_port: Annotated[int | None, _port("the API and console [7000]")] = None,
+    tcp_ports: Annotated[
+        str | None,
+        typer.Option(
+            help="Ports kept for TCP tunnels, which this version does not have yet [7100-7199].",
+            metavar="FIRST-LAST",
+            show_default=False,
+        ),
+    ] = None,
     pg_bin: Annotated[
         Path | None, typer.Option(help="Folder of PostgreSQL's programs.", metavar="DIR", show_default=False)
     ] = None,
@@ -62,6 +70,7 @@ def up(
             "http_port": http_port,
             "https_port": https_port,
             "control_port": control_port,
+            "tcp_ports": tcp_ports,
             "api_port": api_port,
             "pg_bin": pg_bin,
             "log_level": log_level,

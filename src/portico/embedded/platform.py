@@ -151,6 +151,7 @@ class Platform:
     def _wanted_ports(self) -> list[tuple[str, int, str, str]]:
         """Name, port, what it is and the option that changes it; checked before anything is touched."""
         s = self.settings
+        ports.check_range(s.tcp_ports, {s.http_port, s.https_port, s.control_port, s.api_port})
         wanted = [
             ("api", s.api_port, "API", "--api-port"),
             ("public", s.http_port, "public HTTP", "--http-port"),

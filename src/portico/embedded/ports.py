@@ -65,3 +65,17 @@ def _listening_inodes(port: int) -> Iterable[str]:
                 fields = line.split()
                 if fields[3] == _LISTEN and int(fields[1].rsplit(":", 1)[1], 16) == port:
                     yield f"socket:[{fields[9]}]"
+
+
+def check_range(text: str, others: set[int]) -> range:
+    """The ports of ``first-last`` (the setting ``tcp_ports``); raises ``config.invalid``, also when one of ``others`` is among them."""
+    first, _, last = text.partition("-")
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last) < 65_536):
+        raise Problem(
+            "config.invalid", f"setting tcp_ports: {text!r} is not a range such as 7100-7199", key="tcp_ports"
+        )
+    chosen = range(int(first), int(last) + 1)
+    taken = sorted(port for port in others if port in chosen)
+    if taken:
+        raise Problem("config.invalid", f"setting tcp_ports: port {taken[0]} is another listener's", key="tcp_ports")
+    return chosen
