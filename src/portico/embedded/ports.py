@@ -68,7 +68,10 @@ def _listening_inodes(port: int) -> Iterable[str]:
 
 
 def check_range(text: str, others: set[int]) -> range:
-    """The ports of ``first-last`` (the setting ``tcp_ports``); raises ``config.invalid``, also when one of ``others`` is among them."""
+    """The ports of ``first-last`` (the setting ``tcp_ports``).
+
+    Raises ``config.invalid``, also when one of ``others`` is among them.
+    """
     first, _, last = text.partition("-")
     if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last) < 65_536):
         raise Problem(
