@@ -70,7 +70,7 @@ def problem_of(code: str, detail: str, hint: str | None = None) -> Problem:
 def server_url(text: str) -> str:
     """An API address as typed: scheme added, trailing slash and /v1 dropped; raises ``config.invalid``."""
     url = text.strip().rstrip("/").removesuffix("/v1")
-    if "://" not in url:
+    if "://" not in text:
         url = f"https://{url}" if not _local(url.split(":")[0]) else f"http://{url}"
     try:
         parts = urlsplit(url)
@@ -79,6 +79,7 @@ def server_url(text: str) -> str:
             and bool(parts.hostname)
             and url.isprintable()
             and " " not in url
+            and not parts.netloc.endswith(":")
             and (parts.port is None or parts.port > 0)
         )
     except ValueError:
