@@ -381,6 +381,8 @@ class TestInvalidAnswers:
             b"HTTP/1.1 700 OK\r\nContent-Length: 0\r\n\r\n",
             b"HTTP/2.0 200 OK\r\nContent-Length: 0\r\n\r\n",
             b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+            b"HTTP/1.1 199 Early\r\nContent-Length: 3\r\n\r\nyesHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+            b"HTTP/1.1 103 Early\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nyes\r\n0\r\n\r\n",
             b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 257 + b"Content-Length: 0\r\n\r\n",
             b"HTTP/1.1 200 OK\r\n" + b"A" * 300 + b": b\r\nContent-Length: 0\r\n\r\n",
             b"HTTP/1.1 200 OK\r\nA: " + b"b" * 80_000 + b"\r\nContent-Length: 0\r\n\r\n",

@@ -230,11 +230,15 @@ class TargetConnection(asyncio.BufferedProtocol):
 
     def _interim(self, exchange: Exchange, status: int, head: ResponseHead) -> None:
         if status == 101:
-            if not exchange.upgrade or not head.upgrade:
+            # Without "Connection: upgrade" the parser does not switch either, and nobody would ever take the bytes.
+            if not exchange.upgrade or not head.upgrade or not self.parser.should_upgrade():
                 raise HeadError("it switched protocols without being asked")
             self.head = head
             self.skip_body = True
             return
+        if head.length > 0 or head.chunked:
+            # The parser would read a body, which no frame may carry here: it would end the session of all tunnels.
+            raise HeadError(f"an interim answer ({status}) with a body")
         exchange.touched()
         exchange.stream.send_interim(status, head.fields)
 
