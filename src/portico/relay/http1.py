@@ -142,7 +142,7 @@ class Visitor(asyncio.BufferedProtocol):
             return False
         if self.raw:
             current.end()
-            return not self.closed
+            return not self.closed and self.scheme == b"http"
         if not current.received:
             return False  # the request can never be complete
         self.written_at_eof = self.written
@@ -301,6 +301,8 @@ class Visitor(asyncio.BufferedProtocol):
             self.fault = "edge.head_too_large"
             return
         exchange = self._exchange()
+        if exchange is None and self._strip_values():
+            exchange = self._exchange()
         if exchange is None:
             self._found("edge.bad_request")
             return
@@ -349,6 +351,13 @@ class Visitor(asyncio.BufferedProtocol):
         for at in drop:
             del head[at : at + 2]
         return self._make(head, fields[host_at], length > 0, chunked=False)
+
+    def _strip_values(self) -> bool:
+        """Take off the white space that the parser leaves after values; whether there was any. Only a head that was not
+        acceptable with it is looked at again: elsewhere it has no meaning."""
+        fields = self.fields
+        self.fields = [part.strip(b" \t") for part in fields]
+        return self.fields != fields
 
     def _by_field(self) -> Exchange | None:
         """As :meth:`_exchange`, for heads with fields that say more than their values: field by field."""
