@@ -22,6 +22,15 @@ def test_a_bound_socket_queues_connections_before_anybody_accepts() -> None:
             assert served.recv(5) == b"early"
 
 
+def test_accepted_connections_are_asked_whether_they_live() -> None:
+    with bind_tcp("127.0.0.1", 0) as sock, socket.create_connection(("127.0.0.1", port_of(sock)), timeout=2):
+        served, _ = sock.accept()
+        with served:
+            assert served.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            if hasattr(socket, "TCP_KEEPIDLE"):
+                assert served.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == sockets.KEEPALIVE[0]
+
+
 def test_a_taken_port_is_named_with_the_option_that_changes_it() -> None:
     with bind_tcp("127.0.0.1", 0) as sock:
         with pytest.raises(Problem) as caught:

@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from portico.errors import Problem
 
 BACKLOG = 4096
+#: Seconds of silence after which the kernel asks whether the other side still exists, seconds between such questions, and how
+#: many stay unanswered until the connection ends. A visitor whose machine vanished would hold an idle stream for ever.
+KEEPALIVE = (60, 15, 4)
 
 
 def inherited(value: str) -> dict[str, socket.socket]:
@@ -66,6 +69,7 @@ def bind_tcp(host: str, port: int, *, what: str = "", option: str = "", backlog:
         # listeners share a port.
         if os.name == "posix":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _keep_alive(sock)
         sock.bind(address)
         sock.listen(backlog)
     except OSError as err:
@@ -73,6 +77,14 @@ def bind_tcp(host: str, port: int, *, what: str = "", option: str = "", backlog:
         raise _refusal(err, host, port, what, option) from None
     sock.setblocking(False)
     return sock
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    """Accepted connections inherit it: no system call for each."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), KEEPALIVE, strict=True):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _refusal(err: OSError, host: str, port: int, what: str, option: str) -> Problem:
