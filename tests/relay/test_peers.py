@@ -187,7 +187,7 @@ class TestRoutes:
         agent.on_stream = lambda s: s.answer(body=b"back")
         assert (await (await visit(front, GET)).response())[2] == b"back"
 
-    @pytest.mark.parametrize("key", [None, "", "wrong", "sharedx"])
+    @pytest.mark.parametrize("key", [None, "", "wrong", "sharedx", "shar\N{LATIN SMALL LETTER E WITH ACUTE}d"])
     async def test_nobody_else_is_a_peer(self, pair: tuple[Relay, Relay], key: str | None) -> None:
         headers = {
             "Sec-WebSocket-Protocol": f.PROTOCOL,

@@ -142,7 +142,7 @@ class Visitor(asyncio.BufferedProtocol):
             return False
         if self.raw:
             current.end()
-            return not self.closed and self.scheme == b"http"
+            return self.scheme == b"http"  # TLS has no half-close: the connection ends both ways
         if not current.received:
             return False  # the request can never be complete
         self.written_at_eof = self.written

@@ -242,7 +242,7 @@ class ControlListener:
     def _peer(self, authorization: str | None) -> Any:
         """Another relay, by the shared key; without a key set nobody is one."""
         key = self.agents.settings.peer_key
-        given = (authorization or "").removeprefix("Bearer ").encode()
+        given = (authorization or "").removeprefix("Bearer ").encode(errors="replace")
         if key is None or not hmac.compare_digest(given, key.reveal().encode()):
             raise Problem("session.token_invalid", "the Authorization header carries no key of a peer relay")
         return self.peers.accept()
