@@ -201,13 +201,21 @@ async def test_what_never_reaches_the_application_is_answered_in_its_words(
             writer.close()
 
 
-async def test_a_head_without_end_does_not_fill_the_memory(database_url: str) -> None:
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"GET /healthz HTTP/1.1\r\nX: ",
+        b"POST /v1/auth/login HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nX: ",
+        b"POST /v1/auth/login HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1;",
+    ],
+)
+async def test_a_head_without_end_does_not_fill_the_memory(database_url: str, begin: bytes) -> None:
     async with api(database_url) as running:
         await running.ready(200, "/healthz")
         reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
         sent = 0
         with contextlib.suppress(ConnectionError):
-            writer.write(b"GET /healthz HTTP/1.1\r\nX: ")
+            writer.write(begin)
             while sent < 32 * 1024 * 1024 and not reader.at_eof():
                 writer.write(b"a" * 65536)
                 await writer.drain()

@@ -33,7 +33,9 @@ class Protocol(HttpToolsProtocol):
         self._serve = self.app
         self._in_head = False
         self._head_bytes = 0  # of names and values read
-        self._head_chunks = 0  # of chunks that came while the head is not whole
+        self._unread = (
+            0  # bytes since the parser last had something to say: it gathers a name or value until it is whole
+        )
         self._head_timer: asyncio.TimerHandle | None = None
         self._refusal = Problem("request.malformed", "this is not valid HTTP/1.1", hint="Correct the client.")
 
@@ -48,15 +50,15 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._unread += len(data)
         super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
-            self._head_chunks += len(data)
-            if self._head_chunks > 2 * self.settings.request_head_max_bytes:
-                self._refuse(self._too_large())
+        # In trailers and chunk extensions too, which no other limit sees.
+        if self._unread > 2 * self.settings.request_head_max_bytes and not self.transport.is_closing():
+            self._refuse(self._too_large())
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head, self._head_bytes, self._head_chunks = True, 0, 0
+        self._in_head, self._head_bytes, self._unread = True, 0, 0
         if self._head_timer is None:
             self._arm()
 
@@ -68,8 +70,12 @@ class Protocol(HttpToolsProtocol):
         self._count(len(name) + len(value))
         super().on_header(name, value)
 
+    def on_body(self, body: bytes) -> None:
+        self._unread = 0
+        super().on_body(body)
+
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        self._in_head, self._unread = False, 0
         self._disarm()
         limit = self.settings.max_concurrency
         busy = len(self.connections) >= limit or len(self.tasks) >= limit
@@ -77,6 +83,7 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _count(self, size: int) -> None:
+        self._unread = 0
         self._head_bytes += size
         if self._head_bytes > self.settings.request_head_max_bytes:
             self._refusal = self._too_large()
