@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from portico.agent.heads import HeadError, ResponseHead, trailer_fields
+from portico.agent.heads import HeadError, RequestWriter, ResponseHead, trailer_fields
 from portico.wire import frames as f
 
 
@@ -42,3 +42,15 @@ class TestTrailers:
     def test_the_largest_trailers_pass_the_codec(self) -> None:
         fields = trailer_fields([b"X", b"v" * (f.MAX_PAYLOAD - 7)])
         assert f.decode_trailers(f.encode_trailers(fields)) == fields
+
+
+def test_long_sequences_of_names_are_not_remembered() -> None:
+    """Visitors choose the names of a request: a table of such heads would be what a stranger makes of our memory."""
+    writer = RequestWriter(None, b"localhost")
+    for _ in range(2):
+        out, left = writer.write([b"GET", b"/", b"Host", b"a", b"X" * 200, b"v", *[b"Y" * 250, b"v"] * 20], f.F_END)
+        assert out.startswith(b"GET / HTTP/1.1\r\nHost: a\r\n")
+        assert left == 0
+    assert not writer._plans
+    writer.write([b"GET", b"/", b"Host", b"a"], f.F_END)
+    assert len(writer._plans) == 1

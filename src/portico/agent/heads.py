@@ -28,6 +28,8 @@ _BY_NAME = {
 _KINDS: dict[bytes, int] = {}
 _KINDS_MAX = 4096
 _PLANS_MAX = 1024
+#: Bytes of a template that is remembered: no browser's head has more, and visitors could fill memory with others.
+_PLAN_BYTES_MAX = 4096
 _NAME_MAX = 256
 #: What fits into one frame beside a status and two separators.
 _HEAD_MAX = f.MAX_PAYLOAD - 4
@@ -85,7 +87,8 @@ class RequestWriter:
             plan = self._plan(names, flags, head[0] in _METHODS_WITH_BODY)
             if len(self._plans) >= _PLANS_MAX:
                 self._plans.clear()
-            self._plans[key] = plan
+            if len(plan[0]) <= _PLAN_BYTES_MAX:
+                self._plans[key] = plan
         template, at = plan
         out = template % (head[0], head[1], *head[3::2])
         if at >= 0:
