@@ -11,6 +11,7 @@ from collections.abc import Callable
 from portico.wire import frames as f
 from portico.wire.frames import WireError
 from portico.wire.session import HEADROOM, Session, Stream
+from tests.fuzz import http
 from tests.wire.recorder import Recorder, wire_bytes
 from tests.wire.vectors import AGENT_HELLO, RELAY_HELLO
 
@@ -146,4 +147,9 @@ def heads(data: bytes) -> None:
         pass
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {"wire": wire, "heads": heads}
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "wire": wire,
+    "heads": heads,
+    "http1": http.visitor,
+    "response": http.target,
+}
