@@ -76,6 +76,15 @@ class TestVisitors:
         await until(lambda: not relay.public.connections)
         writer.close()
 
+    @pytest.mark.parametrize("relay_settings", [{"head_timeout_seconds": 0.5}])
+    async def test_a_head_begun_under_an_answer_has_its_time_too(self, agent: ScriptedAgent, visit: Visit) -> None:
+        agent.on_stream = lambda s: None
+        visitor = await visit(GET + GET[:9])
+        await until(lambda: agent.streams)
+        agent.streams[0].answer(body=b"one")
+        assert (await visitor.response())[0] == 200
+        assert b" 408 " in await asyncio.wait_for(visitor.read_head(), 4)
+
     async def test_a_refusal_of_http10_ends_its_connection(self, relay: Relay, visit: Visit) -> None:
         """Without the field that says so, an HTTP/1.0 client does not know that the connection stays."""
         visitor = await visit(b"GET / HTTP/1.0\r\nHost: nobody.localhost\r\nConnection: keep-alive\r\n\r\n")

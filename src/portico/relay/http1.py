@@ -539,7 +539,9 @@ class Visitor(asyncio.BufferedProtocol):
         elif self.eof:
             self._close()
         else:
-            self.deadline = self.server.now + self.server.settings.idle_timeout_seconds
+            limits = self.server.settings
+            limit = limits.head_timeout_seconds if self.in_head else limits.idle_timeout_seconds
+            self.deadline = self.server.now + limit
             self.update_reading()
 
     def _next(self) -> None:
