@@ -228,6 +228,8 @@ async def test_the_platforms_word_ends_a_live_session(
                     await asyncio.wait_for(stream.chunk(), REACH_SECONDS)
             stream.close()
             exit_code = await agent.exit(EXIT_SECONDS)
+            # The agent may be gone within one beat of the poller; what visitors are told from now on is the question.
+            await poller.until(good=False, since=time.monotonic(), limit=REACH_SECONDS)
         print(f"{what} took effect after {took * 1000:.0f} ms")
         assert last_good - began < REACH_SECONDS
         refused = poller.since(last_good + 0.001)
