@@ -17,27 +17,32 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
-from portico.embedded.accounts import Account, own_name, server_account
-from portico.embedded.folders import SocketFolder, make_home, server_folder
-from portico.embedded.lock import OwnerLock
+from portico.embedded.accounts import own_name
+from portico.embedded.folders import server_folder
 from portico.embedded.pg_install import PgInstall, find_install, reachable_bin
-from portico.embedded.spawn import describe_exit, end_orphans, run_tool, spawn
+from portico.embedded.server import EmbeddedServer
+from portico.embedded.spawn import describe_exit, end_orphans, run_tool
 from portico.errors import Problem
 
 INIT_TIMEOUT_SECONDS = 120.0
-START_TIMEOUT_SECONDS = 60.0
-#: Crash recovery of a busy cluster may take this long before a start is given up on.
-STOP_TIMEOUT_SECONDS = 10.0
 LOG_LIMIT_BYTES = 8 * 1024 * 1024
-_POLL_SECONDS = 0.01
 _SOCKET_FILE = ".s.PGSQL.5432"
 
 
-class EmbeddedPostgres:
+class EmbeddedPostgres(EmbeddedServer):
     """See the module. ``log`` is a file descriptor for the server's log; without it, ``HOME/logs/postgres.log``."""
+
+    TITLE = "PostgreSQL"
+    FAILED = "up.postgres_failed"
+    NAME = "postgres"
+    # Fast ("open transactions roll back"); past the limit immediate (recovers from its log at the next start); then the kernel.
+    STOP_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL)
+    #: Crash recovery of a busy cluster may take this long before a start is given up on.
+    START_SECONDS = 60.0
+    STOP_SECONDS = 10.0
+    POLL_SECONDS = 0.01
 
     def __init__(
         self,
@@ -48,14 +53,10 @@ class EmbeddedPostgres:
         max_connections: int = 100,
         log: int | None = None,
     ) -> None:
-        self.home = Path(home).resolve()
-        self.process: subprocess.Popen[bytes] | None = None
+        super().__init__(home, "pg", _SOCKET_FILE, log)
         self.install: PgInstall | None = None
-        self._pg_bin, self._durable, self._max_connections, self._log = pg_bin, durable, max_connections, log
+        self._pg_bin, self._durable, self._max_connections = pg_bin, durable, max_connections
         self._data = self.home / "pg" / "data"
-        self._lock = OwnerLock(self.home / "run" / "postgres.lock")
-        self._socket = SocketFolder(self.home, "pg", _SOCKET_FILE)
-        self._account: Account | None = None
         self._programs = Path()
 
     @property
@@ -66,68 +67,7 @@ class EmbeddedPostgres:
     def uri_for(self, database: str) -> str:
         return f"postgresql://postgres@/{database}?host={self._socket.path}"
 
-    def log_to(self, log: int | None) -> None:
-        """Where the next launch sends the server's log."""
-        self._log = log
-
-    @property
-    def log_path(self) -> Path:
-        return self.home / "logs" / "postgres.log"
-
-    # -- the whole --------------------------------------------------------------------------------------------------
-
-    def start(self, timeout: float = START_TIMEOUT_SECONDS) -> bool:
-        """Start, or find, the server and wait until it accepts. True when we own it.
-
-        Raises ``up.data_unusable``, ``up.no_account``, ``up.postgres_missing``, ``up.postgres_version``,
-        ``up.orphans`` or ``up.postgres_failed``.
-        """
-        deadline = time.monotonic() + timeout
-        owner = self.acquire()
-        try:
-            if owner and self.process is None:
-                self.prepare()
-                self.launch()
-            while not self.ready():
-                if time.monotonic() > deadline:
-                    raise Problem(
-                        "up.postgres_failed", f"PostgreSQL was not ready within {timeout:.0f} s; see {self.log_path}"
-                    )
-                time.sleep(_POLL_SECONDS)
-        except BaseException:
-            self.stop()
-            raise
-        return owner
-
-    def stop(self, timeout: float = STOP_TIMEOUT_SECONDS) -> None:
-        """Shut the server down if we own it ("fast": open transactions roll back), and give up ownership."""
-        if self.process is not None:
-            # Fast; past the limit immediate (recovers from its log at the next start); then the kernel.
-            for signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
-                with contextlib.suppress(ProcessLookupError):
-                    self.process.send_signal(signum)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(timeout)
-                    break
-            self.process = None
-        if self._lock.held:
-            self._socket.remove()
-            self._lock.release()
-
-    def __enter__(self) -> EmbeddedPostgres:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    # -- the steps, for a supervisor that may not block ------------------------------------------------------------
-
-    def acquire(self) -> bool:
-        """Make the home folder and try to own the cluster."""
-        self._account = server_account(self._data)
-        make_home(self.home, self._account)
-        return self._lock.acquire()
+    # -- the steps -------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Programs, leftovers of an earlier run, a new cluster: all before the server itself. May run in a thread."""
@@ -139,29 +79,10 @@ class EmbeddedPostgres:
         self._write_access_rules()
         self._clear_leftovers()
 
-    def launch(self) -> subprocess.Popen[bytes]:
-        """Start the server process (main thread only). It is usable when :meth:`ready` says so."""
-        folder = self._socket.make(self._account)
-        log = self._log if self._log is not None else self._open_log()
-        try:
-            self.process = spawn(
-                [self._programs / "postgres", "-D", self._data, *self._options(folder)],
-                account=self._account,
-                output=log,
-                death_signal=signal.SIGINT,
-            )
-        except (OSError, subprocess.SubprocessError) as err:
-            raise Problem("up.postgres_failed", f"PostgreSQL could not be started: {err}") from None
-        finally:
-            if self._log is None:
-                os.close(log)
-        return self.process
+    def _command(self, socket_folder: Path) -> tuple[list[str | Path], Path, signal.Signals]:
+        return [self._programs / "postgres", "-D", self._data, *self._options(socket_folder)], Path("/"), signal.SIGINT
 
-    def ready(self) -> bool:
-        """Whether the server accepts connections. Raises ``up.postgres_failed`` when ours has ended."""
-        if self.process is not None and self.process.poll() is not None:
-            code, self.process = self.process.returncode, None
-            raise Problem("up.postgres_failed", f"PostgreSQL ended at once ({describe_exit(code)}){self._last_words()}")
+    def _answers(self) -> bool:
         pid, status = self._pid_file()
         return status == "ready" and (self.process is None or pid == self.process.pid)
 
@@ -214,7 +135,7 @@ class EmbeddedPostgres:
         """We hold the lock, so whatever still lives in the data folder has lost its owner. Its files are removed only
         once no process is left: the pid in them may belong to somebody else by now."""
         pid, _ = self._pid_file()
-        patience = STOP_TIMEOUT_SECONDS
+        patience = self.STOP_SECONDS
         end_orphans(
             self._data,
             "PostgreSQL",
@@ -253,7 +174,7 @@ class EmbeddedPostgres:
         with contextlib.suppress(OSError):
             if self.log_path.stat().st_size > LOG_LIMIT_BYTES:
                 self.log_path.replace(self.log_path.with_suffix(".log.1"))
-        return os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        return super()._open_log()
 
     def _pid_file(self) -> tuple[int | None, str]:
         """The server's pid and state, as it writes them: lines 1 and 8 of ``postmaster.pid``."""
