@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from portico.kit.jwt import KeySet
 from portico.wire import grants
 from tests.control.conftest import Account, MovableClock, heartbeat_body
 
+AGENT = "agt-0123456789"
 SPEC = {"protocol": "http", "target": "http://127.0.0.1:8000"}
 
 
@@ -76,6 +78,30 @@ class TestOpen:
             "organization": {"id": owner.organization, "name": "Acme"}, "plan": "free", "user": owner.email,
         }  # fmt: skip
         assert got["refresh_after"] == 600 and got["expires_at"].endswith("Z")
+
+    async def test_nothing_outlives_the_key_that_asked_for_it(
+        self,
+        owner: Account,
+        relay: httpx.AsyncClient,
+        connect: Callable[..., httpx.AsyncClient],
+        keys: KeySet,
+        clock: MovableClock,
+    ) -> None:
+        ends = clock.wall() + timedelta(seconds=120)
+        agent = connect((await owner.key(expires_at=ends.isoformat()))["key"])
+        got = await opened(agent, {**SPEC, "name": "brief"})
+        refreshed = (await agent.post(f"/v1/agent/sessions/{got['session']}/refresh", json={"agent_id": AGENT})).json()
+        reopened = await opened(agent, {**SPEC, "name": "brief"})
+        added = await agent.post(f"/v1/agent/sessions/{got['session']}/tunnels", json={**SPEC, "name": "more"})
+        now = clock.wall().timestamp()
+        for answer in (got, refreshed, reopened):
+            assert 0 < answer["refresh_after"] <= 80
+            assert grants.verify_session(answer["token"], keys, now).exp <= ends.timestamp()
+        for row in (*got["grants"], *refreshed["grants"], *reopened["grants"], *added.json()["grants"]):
+            assert grants.verify_grant(row["grant"], keys, now).exp <= ends.timestamp()
+        clock.advance(121)
+        answer = await agent.post(f"/v1/agent/sessions/{got['session']}/refresh", json={"agent_id": AGENT})
+        assert code(answer, 401) == "auth.key_invalid"
 
     async def test_tokens_fit_their_limit_with_the_longest_of_everything(self, agent: httpx.AsyncClient) -> None:
         name = "x" * 63

@@ -118,7 +118,7 @@ class Sessions:
         rows, others = await self._resolve(tx, caller, session["id"], agent.hostname, specs)
         await self._bind_exactly(tx, session["id"], rows, others)
         signer = await self._keys.current_signer(tx)
-        return self._answer(signer, key_id, caller.org, agent, session, rows, account, edges)
+        return self._answer(signer, key_id, caller, agent, session, rows, account, edges)
 
     async def continued(
         self, reader: Reader, caller: Caller, agent: AgentFacts, specs: Sequence[TunnelSpec]
@@ -137,7 +137,7 @@ class Sessions:
         account = await self._accounts.of(reader, key_id)
         session = {"id": found[0]["session"], "generation": found[0]["session_generation"]}
         signer = await self._keys.current_signer(reader)
-        return self._answer(signer, key_id, caller.org, agent, session, rows, account, edges)
+        return self._answer(signer, key_id, caller, agent, session, rows, account, edges)
 
     async def refresh(self, reader: Reader, caller: Caller, session_id: str, agent_id: str) -> dict[str, Any]:
         """New tokens for a live session and its active tunnels. Raises ``session.not_found`` or why the session ended."""
@@ -151,7 +151,7 @@ class Sessions:
         agent = AgentFacts(agent_id, "", "", rows[0]["region"])
         active = [_parsed(row) for row in rows if row["state"] == "active"]
         signer = await self._keys.current_signer(reader)
-        return self._answer(signer, key_id, caller.org, agent, session, active, account, edges)
+        return self._answer(signer, key_id, caller, agent, session, active, account, edges)
 
     async def add(self, tx: Tx, caller: Caller, session_id: str, spec: TunnelSpec) -> dict[str, Any]:
         """One more tunnel in a live session: ``{"grants": [one]}``. Raises as ``open`` does, and ``session.not_found``."""
@@ -169,7 +169,8 @@ class Sessions:
             await store.bind(tx, session_id, {row["id"]: position}, [row["id"]])
         now = int(self._clock.wall().timestamp())
         signer = await self._keys.current_signer(tx)
-        return {"grants": [self._grant(signer, session_id, caller.org, row, now)]}
+        life = _within_key(caller, now, self._settings.grant_life_seconds)
+        return {"grants": [self._grant(signer, session_id, caller.org, row, now, life)]}
 
     async def remove(self, tx: Tx, caller: Caller, session_id: str, tunnel_id: str) -> None:
         """Take a tunnel out of a live session: the next refresh has no grant for it. Twice is no error."""
@@ -280,7 +281,7 @@ class Sessions:
         self,
         signer: SigningKey,
         key_id: str,
-        organization: str,
+        caller: Caller,
         agent: AgentFacts,
         session: Any,
         rows: Sequence[dict[str, Any]],
@@ -289,17 +290,18 @@ class Sessions:
     ) -> dict[str, Any]:
         settings = self._settings
         now = int(self._clock.wall().timestamp())
+        token_life = _within_key(caller, now, settings.session_token_seconds)
+        grant_life = _within_key(caller, now, settings.grant_life_seconds)
         claims = grants.session_claims(
             key=key_id,
             session=session["id"],
-            organization=organization,
+            organization=caller.org,
             agent=agent.agent_id,
             region=agent.region,
             generation=session["generation"],
             now=now,
-            life=settings.session_token_seconds,
+            life=token_life,
         )
-        shortest = min(settings.session_token_seconds, settings.grant_life_seconds)
         who: dict[str, Any] = {
             "organization": {"id": account.organization, "name": account.organization_name},
             "plan": account.plan,
@@ -310,14 +312,14 @@ class Sessions:
             "session": session["id"],
             "token": signer.sign(grants.SESSION_TYP, claims),
             "expires_at": _rfc3339(claims["exp"]),
-            "refresh_after": max(1, shortest * 2 // 3),
+            "refresh_after": max(1, min(token_life, grant_life) * 2 // 3),
             "edges": edges,
             "account": who,
-            "grants": [self._grant(signer, session["id"], organization, row, now) for row in rows],
+            "grants": [self._grant(signer, session["id"], caller.org, row, now, grant_life) for row in rows],
         }
 
     def _grant(
-        self, signer: SigningKey, session_id: str, organization: str, row: dict[str, Any], now: int
+        self, signer: SigningKey, session_id: str, organization: str, row: dict[str, Any], now: int, life: int
     ) -> dict[str, Any]:
         addresses = self._tunnels.addresses
         url = addresses.url(row["subdomain"])
@@ -334,7 +336,7 @@ class Sessions:
             policy=row["policy"],
             url=url,
             now=now,
-            life=self._settings.grant_life_seconds,
+            life=life,
         )
         try:
             token = signer.sign(grants.GRANT_TYP, claims)
@@ -349,6 +351,13 @@ class Sessions:
             "grant": token,
             "expires_at": _rfc3339(claims["exp"]),
         }
+
+
+def _within_key(caller: Caller, now: int, seconds: int) -> int:
+    """``seconds``, or less where the key ends sooner: what a key gives out does not outlive it."""
+    if caller.expires_at is None:
+        return seconds
+    return max(1, min(seconds, int(caller.expires_at.timestamp()) - now))
 
 
 class _Choice:
