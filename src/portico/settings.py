@@ -214,13 +214,9 @@ class RelaySettings:
     visitor_write_buffer_bytes: int = 32768
 
     # == Agent sessions and the wire
-    # Bytes of credit that a stream starts with; small enough that 200 slow readers cost 13 MB.
-    stream_window_bytes: int = 65536
     # Bytes of credit that a stream can grow to while its reader keeps up.
     stream_window_max_bytes: int = 1048576
-    # Bytes in flight of all streams of one session in one direction.
-    session_window_bytes: int = 16777216
-    # Bytes that all windows of the process together may grow beyond their start; bounds memory under many fast readers.
+    # Bytes that all windows of one session together may grow beyond their start; bounds memory under many fast readers.
     window_growth_budget_bytes: int = 16777216
     # Streams open at once on one session.
     max_streams_per_session: int = 4096
@@ -617,7 +613,7 @@ class AgentSettings:
     refresh_retry_max_seconds: float = 15.0
     # Seconds to connect to a relay: TCP, TLS, upgrade and hello together.
     connect_timeout_seconds: float = 10.0
-    # Seconds for a relay to answer a BIND; longer than its take-over probe.
+    # Seconds for a relay to answer a BIND, then another is tried; longer than a take-over probe.
     bind_timeout_seconds: float = 15.0
     # Longest first wait in seconds before a lost connection is tried again (the wait is random below it).
     reconnect_first_seconds: float = 0.2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -305,6 +306,13 @@ class TestReconnect:
         old.carrier.transport.underlying_transport.pause_reading()
         await world.relay.until(lambda: len(world.relay.connections) == 2)
         await world.online(2)
+
+    async def test_a_relay_that_does_not_answer_a_bind_is_left(self, world: World) -> None:
+        world.relay.on_bind = lambda *_: "" if len(world.relay.connections) == 1 else None
+        await world.start(dataclasses.replace(FAST, bind_timeout_seconds=0.2)).online()
+        assert len(world.relay.connections) == 2
+        await asyncio.sleep(0.4)  # and one that answered is kept
+        assert len(world.relay.connections) == 2 and not world.relay.connections[1].lost
 
 
 class TestDrain:

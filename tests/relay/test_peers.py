@@ -153,6 +153,16 @@ class TestHop:
         assert (status, fields[b"portico-error"]) == (429, [b"edge.concurrency_exceeded"])
         del held
 
+    async def test_a_session_out_of_streams_refuses_one_request_and_counts_none(
+        self, pair: tuple[Relay, Relay], agent: ScriptedAgent
+    ) -> None:
+        live = pair[1].agents.by_tunnel["tun_web"]
+        live.connection.session.last_stream = 2**32 - 1
+        status, fields, _ = await (await visit(pair[0], GET)).response()
+        assert (status, fields[b"portico-error"]) == (429, [b"edge.concurrency_exceeded"])
+        assert (live.inflight, live.counters.requests) == (0, 0)
+        assert pair[0].peers.inbound and next(iter(pair[0].peers.inbound)).session.closed is False
+
 
 class TestRoutes:
     async def test_routes_follow_what_is_live(self, pair: tuple[Relay, Relay], agent: ScriptedAgent) -> None:

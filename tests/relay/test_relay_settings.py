@@ -7,6 +7,7 @@ import pytest
 
 from portico.errors import Problem
 from portico.settings import RelaySettings, Secret, load
+from portico.wire.frames import SESSION_WINDOW, STREAM_WINDOW
 
 
 def test_a_relay_without_a_key_refuses_to_start() -> None:
@@ -40,6 +41,6 @@ def test_limits_agree_with_each_other() -> None:
     limits = RelaySettings(relay_key=Secret("x"))
     numbers = [getattr(limits, f.name) for f in dataclasses.fields(limits) if f.type in ("int", "float")]
     assert len(numbers) > 40 and all(number > 0 for number in numbers)
-    assert limits.stream_window_bytes <= limits.stream_window_max_bytes <= limits.session_window_bytes
+    assert STREAM_WINDOW <= limits.stream_window_max_bytes <= SESSION_WINDOW
     assert limits.max_head_bytes < 65536  # a head travels in one frame
     assert limits.edge_backoff_max_seconds <= 1.0  # revocations apply within 2 s of the control plane's return

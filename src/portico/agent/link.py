@@ -59,6 +59,7 @@ class Link:
         self._owner = owner
         self._settings = settings
         self._error: Problem | None = None
+        self._unanswered: dict[int, asyncio.TimerHandle] = {}
         self._hello: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.session = _Session(
             self,
@@ -130,8 +131,18 @@ class Link:
 
     # ── what the agent says ───────────────────────────────────────────────────────────────────────────────────────
     def bind(self, bind: int, grant: str) -> None:
-        """Ask for a tunnel, or renew its grant."""
+        """Ask for a tunnel, or renew its grant. A relay that does not answer in time is left: another may."""
         self.session.control(f.BIND, bind, grant=grant)
+        self._answered(bind)
+        limit = self._settings.bind_timeout_seconds
+        self._unanswered[bind] = asyncio.get_running_loop().call_later(
+            limit, self.carrier.abort, f"no answer to BIND within {limit:g} s"
+        )
+
+    def _answered(self, bind: int) -> None:
+        timer = self._unanswered.pop(bind, None)
+        if timer is not None:
+            timer.cancel()
 
     def auth(self, token: str) -> None:
         """Renew the session token."""
@@ -139,6 +150,7 @@ class Link:
 
     def unbind(self, bind: int) -> None:
         """Give a tunnel back; streams in flight finish."""
+        self._answered(bind)
         self.session.control(f.UNBIND, bind, code="tunnel.stopped", detail="the agent ended the tunnel")
 
     def say_goodbye(self) -> None:
@@ -167,13 +179,16 @@ class Link:
         self.carrier.probe()
 
     def on_bound(self, bind: int, tunnel: str, name: str, url: str) -> None:
+        self._answered(bind)
         self._owner.link_bound(self, bind, url)
 
     def on_refused(self, bind: int, code: str, detail: str, retryable: bool) -> None:
+        self._answered(bind)
         self.bound.pop(bind, None)
         self._owner.link_refused(self, bind, problem_of(code, detail), retryable)
 
     def on_unbind(self, bind: int, code: str, detail: str) -> None:
+        self._answered(bind)
         # Requests that crossed this frame are still answered: the entry stays until the link is gone.
         self._owner.link_unbound(self, bind, problem_of(code, detail))
 
@@ -215,6 +230,8 @@ class Link:
 
     def _on_lost(self, detail: str) -> None:
         self.lost = True
+        for bind in list(self._unanswered):
+            self._answered(bind)
         problem = self._error or self.session.failure or self._unreachable(detail)
         if not self._hello.done():
             self._hello.set_exception(problem)

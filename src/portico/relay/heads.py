@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-PASS, DROP, CONNECTION, HOST, LENGTH, ENCODING, UPGRADE, TE, EXPECT, TOO_LONG = range(10)
+PASS, DROP, CONNECTION, HOST, LENGTH, ENCODING, UPGRADE, TE, TOO_LONG = range(9)
 
 #: Bytes of a field name, as many as a frame carries: a longer one would end the agent's session.
 MAX_NAME = 256

@@ -20,7 +20,7 @@ import picows
 from portico.kit.carrier import MAX_MESSAGE, Carrier
 from portico.relay.control_link import Backoff
 from portico.relay.meter import Counters
-from portico.relay.sessions import Agents, LiveTunnel
+from portico.relay.sessions import Agents, LiveTunnel, new_session
 from portico.settings import RelaySettings
 from portico.wire import frames as f
 from portico.wire.session import IGNORE, Session, Sink, Stream
@@ -67,17 +67,6 @@ class _Quiet:
         return None
 
 
-def _session(handler: Any, settings: RelaySettings, *, relay: bool) -> Session:
-    return Session(
-        handler,
-        relay=relay,
-        max_streams=settings.max_streams_per_session,
-        max_binds=settings.max_tunnels_per_session,
-        max_window=settings.stream_window_max_bytes,
-        growth=settings.window_growth_budget_bytes,
-    )
-
-
 class Inbound(_Quiet):
     """A peer that connected to us: its announcements fill the remote table, our requests go to it."""
 
@@ -85,7 +74,7 @@ class Inbound(_Quiet):
         limits = peers.settings
         self.peers = peers
         self.tunnels: dict[int, RemoteTunnel] = {}
-        self.session = _session(self, limits, relay=True)
+        self.session = new_session(self, limits, relay=True)
         self.carrier = Carrier(
             self.session,
             ping_interval=limits.ping_interval_seconds,
@@ -146,7 +135,7 @@ class Outbound(_Quiet):
         self.lost = asyncio.Event()
         self.greeted = asyncio.Event()
         self._serial = 0
-        self.session = _session(self, limits, relay=False)
+        self.session = new_session(self, limits, relay=False)
         self.carrier = Carrier(
             self.session,
             ping_interval=limits.ping_interval_seconds,
@@ -208,7 +197,11 @@ class Outbound(_Quiet):
         if live.inflight >= live.concurrency:
             stream.reset(f.TOO_MANY_STREAMS, "the tunnel has no room")
             return None
-        return Hop(stream, live, head, flags).asking
+        try:
+            return Hop(stream, live, head, flags).asking
+        except (ValueError, OverflowError):
+            stream.reset(f.TOO_MANY_STREAMS, "the agent's session takes no more")
+            return None
 
 
 class Hop:
@@ -216,12 +209,12 @@ class Hop:
 
     def __init__(self, incoming: Stream, live: LiveTunnel, head: list[bytes], flags: int) -> None:
         self.live = live
+        self.answering = _Side(self, live.open(head, flags, IGNORE))  # may raise: nothing is counted yet
         self.asking = _Side(self, incoming)  # the peer's stream: request bytes come from it
         live.inflight += 1
         live.counters.requests += 1
         self.counted = True
         incoming.sink = self.asking
-        self.answering = _Side(self, live.open(head, flags, IGNORE))
         self.answering.stream.sink = self.answering
         self.asking.other, self.answering.other = self.answering, self.asking
 

@@ -26,7 +26,7 @@ from portico.relay.snapshot import Change, Snapshot
 from portico.settings import RelaySettings
 from portico.wire import frames as f
 from portico.wire.grants import GrantClaims, SessionClaims, verify_grant, verify_session
-from portico.wire.session import Session, Sink, Stream
+from portico.wire.session import Handler, Session, Sink, Stream
 
 log = logging.getLogger("portico.relay.sessions")
 
@@ -64,6 +64,17 @@ class LiveTunnel:
         return self.connection.session.open_request(self.bind, head, flags, sink, parsed=True)
 
 
+def new_session(handler: Handler, limits: RelaySettings, *, relay: bool) -> Session:
+    """A session with this relay's limits, towards an agent or a peer."""
+    return Session(
+        handler,
+        relay=relay,
+        max_streams=limits.max_streams_per_session,
+        max_window=limits.stream_window_max_bytes,
+        growth=limits.window_growth_budget_bytes,
+    )
+
+
 class AgentConnection:
     """One WebSocket of an agent: the relay's side of the session protocol."""
 
@@ -76,14 +87,7 @@ class AgentConnection:
         self.binds: dict[int, LiveTunnel] = {}
         self.pending: dict[int, asyncio.TimerHandle] = {}
         self.alive: list[Callable[[], None]] = []
-        self.session = Session(
-            self,
-            relay=True,
-            max_streams=limits.max_streams_per_session,
-            max_binds=limits.max_tunnels_per_session,
-            max_window=limits.stream_window_max_bytes,
-            growth=limits.window_growth_budget_bytes,
-        )
+        self.session = new_session(self, limits, relay=True)
         self.carrier = Carrier(
             self.session,
             ping_interval=limits.ping_interval_seconds,

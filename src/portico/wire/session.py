@@ -269,7 +269,6 @@ class Session:
         relay: bool,
         wake: Callable[[], None] = lambda: None,
         max_streams: int = 4096,
-        max_binds: int = 4096,
         max_window: int = 1_048_576,
         growth: int = 16_777_216,
     ) -> None:
@@ -277,7 +276,6 @@ class Session:
         self.relay = relay
         self.wake = wake
         self.max_streams = max_streams
-        self.max_binds = max_binds
         self.max_window = max_window
         self.growth = growth
         self.reserve = growth // 2

@@ -160,12 +160,6 @@ async def revoke_operator_keys(tx: Tx, now: datetime) -> None:
     await tx.execute(sa.update(api_keys).where(live).values(revoked_at=now))
 
 
-async def has_operator_key(reader: Reader) -> bool:
-    """Whether a live operator key exists."""
-    query = sa.select(api_keys.c.id).where(api_keys.c.kind == "operator", api_keys.c.revoked_at.is_(None)).limit(1)
-    return await reader.fetch_one(query) is not None
-
-
 async def touch_keys(tx: Tx, used: Iterable[tuple[str, datetime]]) -> None:
     """Write when keys were last used; never moves a time back."""
     sql = """UPDATE api_keys k SET last_used_at = greatest(k.last_used_at, v.at)
