@@ -5,7 +5,7 @@ SHELL := /bin/sh
 
 # The interpreter for .venv; empty: python3, or the newest known that is at least 3.11.
 PYTHON ?=
-# More arguments for pytest: make test ARGS="tests/wire -x"
+# More arguments for pytest or the benchmark: make test ARGS="tests/wire -x"
 ARGS ?=
 # Seconds that each fuzzer runs.
 FUZZ_SECONDS ?= 60
@@ -49,6 +49,10 @@ docs: $(DEV) ## Build the documentation into site/
 .PHONY: fuzz
 fuzz: $(DEV) ## Run the coverage-guided fuzzers (FUZZ_SECONDS=60 each)
 	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS)
+
+.PHONY: bench
+bench: $(DEV) ## Measure Portico beside nginx and other tunnels (ARGS="--quick --only small-get" for some)
+	$(BIN)/python -m bench $(ARGS)
 
 .PHONY: lock
 lock: ## Resolve uv.lock anew and export it to requirements/ (needs uv)

@@ -25,7 +25,7 @@ CHECKS: dict[str, list[str]] = {
     "reference pages": [PYTHON, "tools/reference.py", "--check"],
     "openapi": [PYTHON, "tools/openapi.py", "--check"],
     "layers": [str(BIN / "lint-imports"), "--no-cache"],
-    "types": [str(BIN / "mypy"), "--strict", "src/portico", "tools"],
+    "types": [str(BIN / "mypy"), "--strict", "src/portico", "tools", "bench"],
     "docs build": [str(BIN / "mkdocs"), "build", "--strict", "--quiet", "--site-dir", "build/site-check"],
 }
 

@@ -1,0 +1,77 @@
+"""What Portico must reach, as rows: a figure, its limit, met or missed; or why it was not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bench import results
+from bench.figures import Median
+from bench.results import Document
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """``measure`` is ``None`` when what it needs was not there. ``least``: the figure must be at least the limit."""
+
+    title: str
+    unit: str
+    limit: float
+    measure: Callable[[Document], Median | None]
+    least: bool = False
+
+    def verdict(self, document: Document) -> str:
+        """``met``, ``missed by N %``, or ``not measured``."""
+        found = self.measure(document)
+        if found is None:
+            return "not measured"
+        good = found.value >= self.limit if self.least else found.value <= self.limit
+        return "met" if good else f"missed by {abs(found.value / self.limit - 1):.0%}"
+
+
+def _cpu(case: str, candidate: str = "portico") -> Callable[[Document], Median | None]:
+    return lambda document: results.cpu_median(document, case, candidate)
+
+
+def _ratio(case: str, ours: str, theirs: str) -> Callable[[Document], Median | None]:
+    return lambda document: results.cpu_ratio(document, case, ours, theirs)
+
+
+def _above(case: str, role: str) -> Callable[[Document], Median | None]:
+    return lambda document: results.above_idle(document, case, "portico", role)
+
+
+def _platform(name: str, member: str) -> Callable[[Document], Median | None]:
+    return lambda document: results.platform(document, name, member)
+
+
+TARGETS: tuple[Target, ...] = (
+    Target("small GET, 64 connections: CPU of relay + agent", "µs", 30, _cpu("small-get")),
+    Target("the same against rathole's plain TCP tunnel", "×", 1.25, _ratio("small-get", "portico", "rathole")),
+    Target("the same against frp's HTTP mode", "×", 1 / 8, _ratio("small-get", "portico", "frp-http")),
+    Target("small GET, 4 connections: CPU", "µs", 50, _cpu("small-get-4")),
+    Target("the same against frp's HTTP mode", "×", 1 / 2, _ratio("small-get-4", "portico", "frp-http")),
+    Target("small GET, TLS at the edge against plain", "×", 1.4, _ratio("small-get", "portico-tls", "portico")),
+    Target("a new connection for each request: CPU", "µs", 80, _cpu("close")),
+    Target("the same against frp's HTTP mode", "×", 1 / 3, _ratio("close", "portico", "frp-http")),
+    Target(
+        "added latency at 1 connection, p50",
+        "µs",
+        150,
+        lambda document: results.added_latency(document, "small-get-1", "portico"),
+    ),
+    Target("download: CPU of relay + agent", "s/GiB", 1.4, _cpu("download")),
+    Target("upload: CPU of relay + agent", "s/GiB", 1.4, _cpu("upload")),
+    Target("download, TLS at the edge: CPU", "s/GiB", 2.2, _cpu("download", "portico-tls")),
+    Target("upload, TLS at the edge: CPU", "s/GiB", 2.2, _cpu("upload", "portico-tls")),
+    Target("download: memory of the relay above idle", "MiB", 40, _above("download", "relay")),
+    Target("download: memory of the agent above idle", "MiB", 40, _above("download", "agent")),
+    Target("upload: memory of the relay above idle", "MiB", 40, _above("upload", "relay")),
+    Target("upload: memory of the agent above idle", "MiB", 40, _above("upload", "agent")),
+    Target("first request after `portico http`", "s", 0.5, _platform("first-request", "seconds")),
+    Target("1,000 idle tunnels on one session: memory of the relay", "MiB", 10, _platform("idle-tunnels", "relay_mib")),
+    Target(
+        "1,000 idle tunnels on one session: CPU of the relay", "%", 1, _platform("idle-tunnels", "relay_cpu_percent")
+    ),
+    Target("grants on one API process", "/s", 500, _platform("grants", "per_second"), least=True),
+)
