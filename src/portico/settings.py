@@ -580,6 +580,22 @@ def color_wanted(stream: typing.IO[str], environ: Mapping[str, str] | None = Non
     return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
 
 
+def proxy_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that programs share about proxies, by lower-case name; the lower-case spelling wins, as in curl.
+
+    HTTP_PROXY in capitals is left out where a web server could have set it from a visitor's header (CGI).
+    """
+    environ = os.environ if environ is None else environ
+    found: dict[str, str] = {}
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        value = environ.get(name) or environ.get(name.upper(), "")
+        if name == "http_proxy" and "REQUEST_METHOD" in environ:
+            value = environ.get(name, "")
+        if value:
+            found[name] = value
+    return found
+
+
 def debug_enabled(environ: Mapping[str, str] | None = None) -> bool:
     """PORTICO_DEBUG=1: an unexpected error shows its traceback."""
     return (os.environ if environ is None else environ).get("PORTICO_DEBUG", "") not in ("", "0")
@@ -603,6 +619,8 @@ class AgentSettings:
     ca_file: Path | None = None
     # Preferred region; empty lets the platform choose.
     region: str = ""
+    # Proxy to relays and API: http://, socks5:// or socks5h://[user:password@]host:port; none: not even the environment's.
+    proxy_url: Secret | None = None
 
     # == Connection to the platform
     # Seconds for one API call to be answered; the API answers in milliseconds, a proxy in front may queue.
@@ -613,6 +631,8 @@ class AgentSettings:
     refresh_retry_max_seconds: float = 15.0
     # Seconds to connect to a relay: TCP, TLS, upgrade and hello together.
     connect_timeout_seconds: float = 10.0
+    # Seconds for a proxy to open one connection; below connect_timeout_seconds, so that the proxy is named as the one that hangs.
+    proxy_timeout_seconds: float = 8.0
     # Seconds for a relay to answer a BIND, then another is tried; longer than a take-over probe.
     bind_timeout_seconds: float = 15.0
     # Longest first wait in seconds before a lost connection is tried again (the wait is random below it).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -81,8 +82,8 @@ class TestApi:
     def count(self, route: str) -> int:
         return sum(f"{method} {path}" == route for method, path, _, _ in self.calls)
 
-    async def start(self, port: int = 0) -> TestApi:
-        self.server = await asyncio.start_server(self._serve, "127.0.0.1", port, reuse_address=True)
+    async def start(self, port: int = 0, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> TestApi:
+        self.server = await asyncio.start_server(self._serve, host, port, reuse_address=True, ssl=tls)
         self.port = self.server.sockets[0].getsockname()[1]
         return self
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
@@ -204,6 +205,7 @@ class Relay:
         self.connections: list[RelayConnection] = []
         self.refuse: dict[str, Any] | None = None
         self.refused = 0
+        self.hosts: list[str] = []
         self.mute = False
         self.pings = {"ping_interval_ms": 5000, "ping_timeout_ms": 5000}
         self.on_bind: Callable[[RelayConnection, int, str], str | None] = lambda *_: None
@@ -226,6 +228,7 @@ class Relay:
                 None,
             )
         token = request.headers["Authorization"].removeprefix("Bearer ")
+        self.hosts.append(request.headers["Host"])
         connection = RelayConnection(self, token)
         self.connections.append(connection)
         self.news.set()
@@ -236,9 +239,9 @@ class Relay:
             connection.carrier,
         )
 
-    async def start(self, port: int = 0) -> Relay:
+    async def start(self, port: int = 0, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> Relay:
         self.server = await ws_create_server(
-            self._accept, "127.0.0.1", port, max_frame_size=2 * 1024 * 1024, reuse_address=True
+            self._accept, host, port, max_frame_size=2 * 1024 * 1024, reuse_address=True, ssl=tls
         )
         self.port = self.server.sockets[0].getsockname()[1]
         return self

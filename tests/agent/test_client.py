@@ -79,6 +79,7 @@ class World:
 
     def __init__(self, api: TestApi, relay: Relay) -> None:
         self.api = api
+        self.api_url = api.url
         self.relay = relay
         self.seen = Seen()
         self.serves = Hello()
@@ -87,7 +88,7 @@ class World:
         self.http: Api | None = None
 
     def start(self, settings: AgentSettings = FAST, names: tuple[str, ...] = ("web",)) -> World:
-        self.http = Api(self.api.url, Secret(KEY), settings)
+        self.http = Api(self.api_url, Secret(KEY), settings)
         specs = [({"name": name}, self.serves, "http://localhost:8000") for name in names]
         self.agent = Agent(settings, self.http, specs, self.seen)
         self.task = asyncio.create_task(self.agent.run())

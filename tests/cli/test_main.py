@@ -70,7 +70,7 @@ class TestErrors:
         [
             (["frobnicate"], "no such command 'frobnicate'. See: portico --help"),
             (["--frob"], "no such option: --frob. See: portico --help"),
-            (["http", "8000", "--frob"], "no such option: --frob. See: portico http --help"),
+            (["http", "8000", "--zzz"], "no such option: --zzz. See: portico http --help"),
             (["http"], "missing argument 'TARGET'. See: portico http --help"),
             (["up", "--http-port", "x"], "unable to parse string as an integer. See: portico up --help"),
         ],

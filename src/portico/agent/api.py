@@ -5,13 +5,15 @@ from __future__ import annotations
 import ssl
 from dataclasses import dataclass
 from datetime import datetime
-from ipaddress import ip_address
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 import httpx
 
+from portico.agent import proxy as proxies
+from portico.agent.transport import Transport
 from portico.errors import Problem, catalogue
+from portico.kit.dial import authority, bracketed, is_address, is_loopback
 from portico.settings import AgentSettings, Secret
 
 VERSION = "0.1.0"
@@ -71,16 +73,16 @@ def server_url(text: str) -> str:
     """An API address as typed: scheme added, trailing slash and /v1 dropped; raises ``config.invalid``."""
     url = text.strip().rstrip("/").removesuffix("/v1")
     if "://" not in text:
-        url = f"https://{url}" if not _local(url.split(":")[0]) else f"http://{url}"
+        url = bracketed(url) if is_address(url) else url
+        host = url.partition("]")[0] if url.startswith("[") else url.partition(":")[0]
+        url = f"http://{url}" if is_loopback(host) else f"https://{url}"
     try:
         parts = urlsplit(url)
         valid = (
             parts.scheme in ("http", "https")
-            and bool(parts.hostname)
+            and _is_place(parts.netloc, parts.hostname or "", parts.port)
             and url.isprintable()
             and " " not in url
-            and not parts.netloc.endswith(":")
-            and (parts.port is None or parts.port > 0)
         )
     except ValueError:
         valid = False
@@ -91,13 +93,10 @@ def server_url(text: str) -> str:
     return url
 
 
-def _local(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+def _is_place(netloc: str, host: str, port: int | None) -> bool:
+    """Whether ``netloc`` is a host with or without a port and nothing else, such as credentials or a half bracket."""
+    written = bracketed(host) if port is None else authority(host, port)
+    return bool(host) and (":" not in host or is_address(host)) and port != 0 and netloc.lower() == written
 
 
 class Api:
@@ -112,12 +111,14 @@ class Api:
         verify: ssl.SSLContext | bool = False  # no context is built for plain http, which saves 30 ms
         if parts.scheme == "https":
             verify = ssl.create_default_context(cafile=str(settings.ca_file) if settings.ca_file else None)
+        #: The proxy on the way, if there is one.
+        self.proxy = proxies.choose(settings, server)
         self._http = httpx.AsyncClient(
             base_url=server + "/v1/",
             headers=headers,
             timeout=settings.api_timeout_seconds,
-            verify=verify,
-            trust_env=not _local(parts.hostname or ""),
+            transport=Transport(self.proxy, verify, settings.proxy_timeout_seconds),
+            trust_env=False,  # which proxy is used is decided above, for relays and API alike
             follow_redirects=False,
         )
 
@@ -127,7 +128,7 @@ class Api:
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None
     ) -> dict[str, Any]:
-        """One call; raises the API's problem, ``api.unreachable`` or ``api.unexpected``."""
+        """One call; raises the API's problem, ``api.unreachable``, ``api.unexpected`` or a ``proxy.…``."""
         limit = httpx.USE_CLIENT_DEFAULT if timeout is None else httpx.Timeout(timeout)
         try:
             response = await self._http.request(method, path, json=body, timeout=limit)
@@ -198,7 +199,5 @@ class Api:
 
 
 def _reason(err: Exception) -> str:
-    text = str(err)
-    if "refused" in text or "All connection attempts failed" in text:
-        return "connection refused"
-    return text or type(err).__name__
+    text = str(err) or type(err).__name__
+    return text[:1].lower() + text[1:]

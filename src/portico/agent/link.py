@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
 from typing import Any, Protocol
 
 from picows import WSCloseCode, WSError, ws_connect
+from picows.url import WSParsedURL
 
+from portico.agent import proxy as proxies
 from portico.agent.api import VERSION, problem_of
 from portico.errors import Problem
 from portico.kit.carrier import Carrier
+from portico.kit.dial import connect_tcp, reason
 from portico.settings import AgentSettings
 from portico.wire import frames as f
 from portico.wire.session import Session, Sink, Stream
@@ -76,7 +80,7 @@ class Link:
         )
 
     async def open(self, token: str) -> None:
-        """Connect and exchange HELLO; raises the relay's problem, or ``edge.agent_unreachable`` for a failed connection."""
+        """Connect and exchange HELLO; raises the relay's problem, that of a proxy, or ``edge.agent_unreachable``."""
         try:
             async with asyncio.timeout(self._settings.connect_timeout_seconds):
                 await self._upgrade(token)
@@ -106,15 +110,25 @@ class Link:
                 enable_auto_pong=False,  # the carrier answers
                 extra_headers={"Authorization": f"Bearer {token}", "Sec-WebSocket-Protocol": f.PROTOCOL},
                 max_redirects=0,
+                socket_factory=self._dial,
             )
         except WSError as err:
             raise self._refusal(err) from None
+        except ssl.SSLCertVerificationError as err:
+            raise self._unreachable(f"its certificate is not trusted ({err.verify_message})") from None
         except OSError as err:
-            raise self._unreachable(err.strerror or str(err)) from None
+            raise self._unreachable(reason(err)) from None
         if transport.response is None:  # lost in the very moment of the upgrade: a relay that is shutting down
             raise self._unreachable("it closed the connection during the upgrade")
         if transport.response.headers.get("Sec-WebSocket-Protocol") != f.PROTOCOL:
             raise Problem("wire.version_unsupported", f"{self.url} does not speak {f.PROTOCOL}")
+
+    async def _dial(self, url: WSParsedURL) -> socket.socket:
+        """The TCP connection below it all: through a proxy where there is one, else to the first address that answers."""
+        through = proxies.choose(self._settings, self.url)
+        if through is None:
+            return await connect_tcp(url.host, url.port)
+        return await proxies.connect(through, url.host, url.port, self._settings.proxy_timeout_seconds)
 
     def _refusal(self, err: WSError) -> Problem:
         """The problem document of a refused upgrade."""

@@ -20,6 +20,20 @@ ServerOption = Annotated[
     typer.Option("--server", help="Address of the API [the one of the sign-in].", show_default=False),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ProxyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--proxy",
+        metavar="URL",
+        help="Proxy to the platform: http://, socks5:// or socks5h://[user:password@]host:port; none for no proxy. Better in "
+        "PORTICO_PROXY_URL, where ps does not show the password [HTTPS_PROXY, ALL_PROXY].",
+        show_default=False,
+    ),
+]
+
+
+#: What a proxy says for a moment; a sign-in that waits for a person goes on.
+PROXY_PASSING = ("proxy.unreachable", "proxy.timeout", "proxy.target_unreachable")
 
 
 def signed_in(server: str | None) -> tuple[settings.AgentSettings, Credentials]:
@@ -53,13 +67,14 @@ def login(
         str | None,
         typer.Option("--token", help="An agent key; - reads it from standard input.", show_default=False),
     ] = None,
+    proxy: ProxyOption = None,
 ) -> None:
     """Sign this machine in, by browser or with an agent key."""
     from portico.agent import credentials
     from portico.agent.api import server_url
     from portico.kit import loop
 
-    config = settings.agent_settings({"server": server})
+    config = settings.agent_settings({"server": server, "proxy_url": proxy})
     stored = None if config.server else credentials.read(config.config_dir)
     address = server_url(config.server or (stored.server if stored is not None else credentials.DEFAULT_SERVER))
     if token == "-":  # noqa: S105 - a dash, not a secret
@@ -131,7 +146,7 @@ async def _by_device(api: Api) -> str:
         except Problem as problem:
             if problem.code == "device.slow_down":
                 interval += 5
-            elif problem.code not in ("device.authorization_pending", "api.unreachable"):
+            elif problem.code not in ("device.authorization_pending", "api.unreachable", *PROXY_PASSING):
                 raise
 
 

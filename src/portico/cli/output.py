@@ -1,7 +1,7 @@
 """What every command prints alike: the error line, JSON, tables; and its exit codes.
 
 0  done                                3  the credential was refused
-1  failed                              4  the API cannot be reached
+1  failed                              4  the API cannot be reached, or the proxy before it
 2  wrong usage or an invalid setting   5  the tunnel was refused
                                      130  interrupted
 """
@@ -30,7 +30,13 @@ _EXIT_BY_CODE = {
     "api.unreachable": UNREACHABLE,
     "service.unavailable": UNREACHABLE,
 }
-_EXIT_BY_AREA = {"auth": REFUSED, "device": REFUSED, "tunnel": TUNNEL_REFUSED, "session": TUNNEL_REFUSED}
+_EXIT_BY_AREA = {
+    "auth": REFUSED,
+    "device": REFUSED,
+    "proxy": UNREACHABLE,
+    "session": TUNNEL_REFUSED,
+    "tunnel": TUNNEL_REFUSED,
+}
 
 
 def exit_code(problem: Problem) -> int:

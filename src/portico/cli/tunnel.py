@@ -10,7 +10,7 @@ import typer
 
 from portico import settings
 from portico.cli import output
-from portico.cli.account import JsonOption, ServerOption, signed_in, with_api
+from portico.cli.account import JsonOption, ProxyOption, ServerOption, signed_in, with_api
 from portico.errors import Problem
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def http(
     region: Annotated[str | None, typer.Option(help="Preferred region.", show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
     server: ServerOption = None,
+    proxy: ProxyOption = None,
     log_level: Annotated[
         str | None, typer.Option("--log-level", help="DEBUG, INFO, WARNING or ERROR.", show_default=False)
     ] = None,
@@ -53,7 +54,7 @@ def http(
     _check_host(host_header)
     del inspect  # taken already so that scripts may say it; captures are kept at the relay
     config, found = signed_in(server)
-    config = _with(config, region=region, log_level=log_level)
+    config = _with(config, region=region, log_level=log_level, proxy_url=settings.Secret(proxy) if proxy else None)
     spec: dict[str, Any] = {"protocol": "http"}
     if name:
         spec["name"] = name
