@@ -4,6 +4,7 @@ errors.md   every error code, from contracts/errors.toml
 limits.md   every setting with its default, environment variable and meaning, from the settings dataclasses; the
             meaning is the comment beside or above the field (`make check` refuses a field without one), and a
             comment `# == Title` begins a section
+portico-yml.md   every key of portico.yml, from the table that checks it
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from portico import errors, settings
+from portico.agent import tunnel_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "reference"
@@ -161,6 +163,63 @@ def uncommented() -> Iterator[str]:
                 yield f"src/portico/settings.py: {cls.__name__}.{name} has no comment that says what it is"
 
 
+_FILE_INTRO = """# portico.yml
+
+`portico start` serves the tunnels of this file in one session. It reads `portico.yml` (or `portico.yaml`) in the working
+directory, else the one in `PORTICO_CONFIG_DIR`, else what `--config` names.
+
+```yaml
+version: 1
+tunnels:
+  web:
+    addr: 8000
+  shop:
+    addr: https://localhost:8443
+    subdomain: my-shop
+    host_header: rewrite
+  docs:
+    addr: file:./site
+    ttl: 2h
+```
+
+`portico start web docs` starts two of them, `portico start --all` every one. `portico config check` names each fault with its
+line and column, all at once (exit code 2), and `--json` says the same to programs.
+
+- **The file is followed while it changes.** A tunnel that appears is added, one that disappears is taken out with its requests
+  in flight finished, one whose `addr` changed is served from the new target without going offline. The others do not notice. A
+  file with a fault changes nothing and is warned of. SIGHUP reads the file at once. Keys at the top need a restart.
+- **One tunnel that is refused does not end the others.** It is tried again when its entry changes. The command ends when every
+  tunnel has ended.
+- **Several files are one.** `--config a.yml --config b.yml`: keys at the top of the later file go before those of the earlier
+  one, and a tunnel of the same name replaces the earlier one whole.
+- **Command line and environment go before the file**, and the file before `portico.toml`.
+- Anchors, aliases and `<<` of YAML work. Numbers are taken as they are typed.
+"""
+
+
+def file_page() -> str:
+    """Every key of portico.yml."""
+    lines = [NOTICE, _FILE_INTRO.rstrip()]
+    for title, table in (("At the top", tunnel_keys.TOP), ("Of a tunnel", tunnel_keys.TUNNEL)):
+        lines += ["", f"## {title}", "", "| key | value | default | meaning |", "|---|---|---|---|"]
+        for key in table:
+            if key.not_yet:
+                continue
+            value = f"{key.kind}, such as `{key.example}`" if key.example not in ("", key.kind) else key.kind
+            fallback = "required" if key.required else key.default or "none"
+            lines.append(f"| `{key.name}` | {cell(value)} | {cell(fallback)} | {cell(key.about)} |")
+    missing = [key for key in (*tunnel_keys.TOP, *tunnel_keys.TUNNEL) if key.not_yet]
+    lines += [
+        "",
+        "## Refused",
+        "",
+        "These are refused with the reason, so that nothing that is written down is passed over:",
+        "",
+    ]
+    lines += ["| key | reason |", "|---|---|", *(f"| `{key.name}` | {cell(key.not_yet)} |" for key in missing)]
+    return "\n".join(lines) + "\n"
+
+
 def stale(path: Path, text: str) -> Iterator[str]:
     """The difference between the committed page and the fresh one."""
     old = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -169,7 +228,11 @@ def stale(path: Path, text: str) -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> int:
-    pages = {OUT / "errors.md": errors_page(), OUT / "limits.md": limits_page()}
+    pages = {
+        OUT / "errors.md": errors_page(),
+        OUT / "limits.md": limits_page(),
+        OUT / "portico-yml.md": file_page(),
+    }
     if arguments == ["--write"]:
         OUT.mkdir(parents=True, exist_ok=True)
         for path, text in pages.items():

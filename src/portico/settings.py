@@ -678,6 +678,12 @@ class AgentSettings:
     # Entries of a folder that its listing shows.
     listing_max_entries: int = 10000
 
+    # == portico.yml
+    # Bytes of one file; beyond it the file is refused.
+    config_max_bytes: int = 1048576
+    # Seconds between two looks at whether a file changed; it is read when it is the same for two looks.
+    config_poll_seconds: float = 0.5
+
     # == Screen and log
     # Lowest level of log records that are written.
     log_level: str = "INFO"
@@ -689,10 +695,24 @@ class AgentSettings:
     request_lines_per_second: int = 100
 
 
-def agent_settings(overrides: Mapping[str, Any] | None = None) -> AgentSettings:
-    """The agent's settings; its file is `portico.toml` in the config folder, table `[agent]`, when there is one."""
+def agent_settings(
+    overrides: Mapping[str, Any] | None = None, below_environment: Mapping[str, Any] | None = None
+) -> AgentSettings:
+    """The agent's settings; its file is `portico.toml` in the config folder, table `[agent]`, when there is one.
+
+    ``below_environment``: values that go before that file, but not before the environment.
+    """
     folder = load(AgentSettings, overrides=overrides).config_dir.expanduser()
-    file = folder / "portico.toml"
-    if not file.is_file():
-        return load(AgentSettings, overrides={**(overrides or {}), "config_dir": folder})
-    return load(AgentSettings, table="agent", file=file, overrides={**(overrides or {}), "config_dir": folder})
+    path = folder / "portico.toml"
+    unset = {k: v for k, v in (below_environment or {}).items() if f"PORTICO_{k.upper()}" not in os.environ}
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    own = {**unset, **given, "config_dir": folder}
+    file = path if path.is_file() else None
+    return load(AgentSettings, table="agent" if file else None, file=file, overrides=own)
+
+
+def secret_from_environment(name: str) -> Secret:
+    """The secret in a variable that a person named; raises ``config.invalid`` when it is not set."""
+    if value := os.environ.get(name, "").strip():
+        return Secret(value)
+    raise Problem("config.invalid", f"the environment variable {name} is not set")

@@ -38,8 +38,11 @@ class TestApi:
             "POST /v1/agent/sessions": self.open,
             f"POST /v1/agent/sessions/{self.session}/refresh": self.refresh,
             f"DELETE /v1/agent/sessions/{self.session}": lambda body: (204, {}),
+            f"POST /v1/agent/sessions/{self.session}/tunnels": self.add,
         }
         self.names: list[str] = []
+        #: Tunnels that are refused, by name.
+        self.refuse_names: dict[str, Answer] = {}
         self.server: asyncio.Server | None = None
         self.port = 0
         self._writers: set[asyncio.StreamWriter] = set()
@@ -49,9 +52,24 @@ class TestApi:
         return f"http://127.0.0.1:{self.port}"
 
     def open(self, body: dict[str, Any]) -> Answer:
+        for spec in body["tunnels"]:
+            if spec.get("name") in self.refuse_names:
+                return self.refuse_names[spec["name"]]
         self.generation += 1
         self.names = [spec.get("name") or "made-up" for spec in body["tunnels"]]
         return 201, self.document()
+
+    def add(self, body: dict[str, Any]) -> Answer:
+        name = body["name"]
+        if name in self.refuse_names:
+            return self.refuse_names[name]
+        if name not in self.names:
+            self.names.append(name)
+            path = f"/v1/agent/sessions/{self.session}/tunnels/tun_{name}"
+            self.routes[f"DELETE {path}"] = lambda body: self.names.remove(name) or (204, {})  # type: ignore[func-returns-value]
+        host = body.get("subdomain", name)
+        grants = [g for g in self.document()["grants"] if g["name"] == name]
+        return 201, {"grants": [{**g, "url": f"http://{host}.localhost:7080"} for g in grants]}
 
     def refresh(self, body: dict[str, Any]) -> Answer:
         self.refreshes += 1

@@ -15,7 +15,7 @@ from portico.kit import dial
 from portico.settings import AgentSettings, Secret
 from tests.agent.api_server import KEY, TestApi
 from tests.agent.harness import Relay, SilentOwner
-from tests.agent.test_client import World
+from tests.agent.world import World
 from tests.kit.test_dial import address, blackhole
 
 

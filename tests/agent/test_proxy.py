@@ -25,7 +25,7 @@ from portico.settings import AgentSettings, Secret
 from tests.agent.api_server import KEY, TestApi
 from tests.agent.harness import Relay, SilentOwner
 from tests.agent.proxies import TestProxy, proxy
-from tests.agent.test_client import FAST, World
+from tests.agent.world import FAST, World
 
 KINDS = pytest.mark.parametrize("kind", ["http", "socks5"])
 

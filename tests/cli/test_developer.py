@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import stat
-import sys
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,74 +13,7 @@ import pytest
 
 from tests.agent.api_server import KEY, TestApi, problem
 from tests.agent.harness import Relay, answering, target_server
-
-WHO = {
-    "kind": "agent_key", "user": {"id": "usr_1", "email": "a@b.c"},
-    "organization": {"id": "org_1", "name": "Org", "plan": "free"},
-    "key": {"id": "key_1", "name": "k", "prefix": "tnl_agt_0123"},
-}  # fmt: skip
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-
-
-@dataclass
-class Done:
-    """A command that ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Cli:
-    """Runs `portico` with a config folder of its own."""
-
-    def __init__(self, folder: Path, api: TestApi) -> None:
-        self.folder = folder
-        self.api = api
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith("PORTICO_")}
-        self.env |= {"PORTICO_CONFIG_DIR": str(folder), "NO_COLOR": "1"}
-
-    async def start(self, *args: str, **env: str) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "portico.cli", *args, env=self.env | env,
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-
-    async def run(self, *args: str, stdin: str = "", **env: str) -> Done:
-        process = await self.start(*args, **env)
-        out, err = await asyncio.wait_for(process.communicate(stdin.encode()), 30)
-        return Done(process.returncode or 0, out.decode(), err.decode())
-
-    async def login(self) -> None:
-        done = await self.run("login", "--server", self.api.url, "--token", KEY)
-        assert done.code == 0, done.err
-
-
-@pytest.fixture
-async def api() -> AsyncIterator[TestApi]:
-    api = await TestApi().start()
-    api.routes["GET /v1/whoami"] = lambda body: (200, WHO)
-    yield api
-    await api.stop()
-
-
-@pytest.fixture
-async def relay(api: TestApi) -> AsyncIterator[Relay]:
-    relay = await Relay().start()
-    api.edges = [relay.url]
-    yield relay
-    await relay.stop()
-
-
-@pytest.fixture
-def cli(tmp_path: Path, api: TestApi) -> Cli:
-    return Cli(tmp_path / "config", api)
-
-
-def only_line(text: str) -> str:
-    """The one line of an error."""
-    assert text.count("\n") == 1 and text.startswith("portico: "), text
-    return text
+from tests.cli.commands import OK, WHO, Cli, only_line
 
 
 class TestLogin:

@@ -9,9 +9,7 @@ import signal
 from tests.agent.api_server import KEY
 from tests.agent.harness import Relay, answering, target_server
 from tests.agent.proxies import proxy
-from tests.cli.test_developer import OK, Cli, api, cli, only_line, relay
-
-__all__ = ["api", "cli", "relay"]
+from tests.cli.commands import OK, Cli, only_line
 
 
 class TestProxyOption:

@@ -174,6 +174,19 @@ class Api:
         path = f"agent/sessions/{quote(session, safe='')}/refresh"
         return SessionInfo.parse(await self.call("POST", path, {"agent_id": agent_id}, timeout))
 
+    async def add_tunnel(self, session: str, spec: dict[str, Any]) -> Grant:
+        """One more tunnel in a live session, or a change of one that it has (by name)."""
+        answer = await self.call("POST", f"agent/sessions/{quote(session, safe='')}/tunnels", spec)
+        try:
+            (grant,) = answer["grants"]
+            return Grant(grant["tunnel"], grant["name"], grant["url"], grant["grant"])
+        except (KeyError, TypeError, ValueError) as err:
+            raise Problem("api.unexpected", f"the API's answer lacks what an agent needs ({err!r})") from None
+
+    async def remove_tunnel(self, session: str, tunnel_id: str) -> None:
+        """Take a tunnel out of a live session; the tunnel itself stays."""
+        await self.call("DELETE", f"agent/sessions/{quote(session, safe='')}/tunnels/{quote(tunnel_id, safe='')}")
+
     async def close_session(self, session: str, timeout: float) -> None:
         """End a session."""
         await self.call("DELETE", f"agent/sessions/{quote(session, safe='')}", timeout=timeout)

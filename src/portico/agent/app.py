@@ -6,25 +6,32 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from portico.agent.api import Api
 from portico.agent.client import Agent
 from portico.agent.credentials import Credentials
 from portico.agent.files import FileServer
+from portico.agent.fleet import Fleet
 from portico.agent.forward import Forwarder
 from portico.agent.stats import Stats
-from portico.agent.status import Display, make_display
+from portico.agent.status import make_display
 from portico.agent.target import Target
 from portico.kit import telemetry
 from portico.settings import AgentSettings
+
+if TYPE_CHECKING:
+    from portico.agent.follow import FileSource, Follower
+    from portico.agent.tunnel_file import Config
 
 log = logging.getLogger("portico.agent")
 
 #: Exit code after Ctrl-C, as shells have it.
 INTERRUPTED = 130
+#: SIGHUP; 0 where the system has none.
+HANG_UP = int(getattr(signal, "SIGHUP", 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,8 @@ class TunnelOptions:
     spec: dict[str, Any]
     host_header: str = "preserve"
     tls_verify: bool | None = None
+    #: Seconds after which the tunnel ends itself.
+    ttl: float | None = None
 
 
 async def serve(
@@ -44,32 +53,42 @@ async def serve(
     mode: str,
     *,
     color: bool = False,
+    source: tuple[FileSource, Config] | None = None,
 ) -> int:
-    """Serve ``tunnels``; ``mode`` is ``screen``, ``lines`` or ``json``. Returns the exit code; raises what ended it."""
+    """Serve ``tunnels``; ``mode`` is ``screen``, ``lines`` or ``json``. Returns the exit code; raises what ended it.
+
+    With a ``source`` (and what was read of it) they are its tunnels, and follow it while it changes.
+    """
     telemetry.configure("agent", settings.log_level if mode != "screen" else "WARNING")
     _raise_open_files()
     stats = Stats()
-    forwarders = [_forwarder(options, settings, stats) for options in tunnels]
     display = make_display(mode, settings, stats, color=color)
     api = Api(credentials.server, credentials.agent_key, settings)
-    pairs = [(o.spec, f, o.target.url) for o, f in zip(tunnels, forwarders, strict=True)]
-    agent = Agent(settings, api, pairs, display)
-    display.agent = agent
+    fleet = Fleet(lambda options: _forwarder(options, settings, stats), display)
+    agent = Agent(settings, api, fleet.begin(tunnels), display)
+    fleet.agent = display.agent = agent
+    follower = _follower(source, fleet, settings) if source is not None else None
     stopped_by: list[int] = []
-    with _signals(agent, stopped_by):
-        watching = asyncio.create_task(_warn_of_dead_targets(agent, forwarders, display))
-        drawing = asyncio.create_task(display.run())
+    with _signals(agent, stopped_by, follower.hang_up if follower is not None else None):
+        beside = [asyncio.create_task(work) for work in (fleet.run(), display.run())]
+        if follower is not None:
+            beside.append(asyncio.create_task(follower.run()))
         try:
             await agent.run()
         finally:
-            watching.cancel()
-            drawing.cancel()
-            await asyncio.gather(watching, drawing, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
             display.close()
-            for forwarder in forwarders:
-                await forwarder.abort()
+            await fleet.abort()
             await api.aclose()
     return INTERRUPTED if stopped_by[:1] == [signal.SIGINT] else 0
+
+
+def _follower(source: tuple[FileSource, Config], fleet: Fleet, settings: AgentSettings) -> Follower:
+    from portico.agent.follow import Follower  # and with it the YAML parser, which `portico http` does without
+
+    return Follower(*source, fleet, settings)
 
 
 def _forwarder(options: TunnelOptions, settings: AgentSettings, stats: Stats) -> Forwarder | FileServer:
@@ -78,27 +97,23 @@ def _forwarder(options: TunnelOptions, settings: AgentSettings, stats: Stats) ->
     return Forwarder(options.target, settings, stats, host_header=options.host_header, tls_verify=options.tls_verify)
 
 
-async def _warn_of_dead_targets(agent: Agent, forwarders: Sequence[Forwarder | FileServer], display: Display) -> None:
-    """Say at the start that a target is not there: the tunnel is online all the same."""
-    await agent.started.wait()
-    for forwarder in forwarders:
-        why = await forwarder.probe()
-        if why is not None:
-            display.warning(f"{why} yet; visitors get 502 until the app answers there")
-
-
 @contextlib.contextmanager
-def _signals(agent: Agent, got: list[int]) -> Any:
-    """SIGINT and SIGTERM end the agent cleanly; a second one at once. Where loops have no signals, Ctrl-C raises."""
+def _signals(agent: Agent, got: list[int], hang_up: Callable[[], bool] | None) -> Any:
+    """SIGINT and SIGTERM end the agent cleanly; a second one at once. Where loops have no signals, Ctrl-C raises.
+
+    SIGHUP goes to ``hang_up``, where there is one; what it does not take ends the agent like the others.
+    """
     loop = asyncio.get_running_loop()
 
     def stop(number: int) -> None:
+        if number == HANG_UP and hang_up is not None and hang_up():
+            return
         got.append(number)
         if len(got) > 1:
             raise KeyboardInterrupt
         agent.stop()
 
-    numbers: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+    numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM) + ((HANG_UP,) if hang_up is not None and HANG_UP else ())
     try:
         for number in numbers:
             loop.add_signal_handler(number, stop, number)

@@ -4,20 +4,22 @@
      ▲                          ▲                       │
      └── refresh before expiry  └──── GOAWAY: the replacement first, the old one finishes
 
-It gives up only when the credential is refused or when the platform ended every tunnel. While the API is away the
-agent goes on with the tokens it has, expired or not: the relay decides by its grace.
+It gives up only when the credential is refused or when every tunnel has ended. While the API is away the agent goes on
+with the tokens it has, expired or not: the relay decides by its grace. Tunnels come and go in the live session
+(``add``, ``change``, ``remove``, ``finish``) without a word to the others.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 import secrets
 import socket
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from portico.agent.api import VERSION, Api, Grant, SessionInfo
@@ -44,9 +46,18 @@ def credential_refused(problem: Problem) -> bool:
     return problem.code == "session.revoked" or (problem.code.startswith("auth.") and problem.status in (401, 403))
 
 
+def tunnel_refused(problem: Problem) -> bool:
+    """Whether the API refused what one tunnel asks for, which says nothing about the others."""
+    return problem.code.startswith("tunnel.") or problem.code == "request.invalid"
+
+
 @dataclass(slots=True, eq=False)
 class Tunnel:
-    """One tunnel of this agent. ``state``: ``starting``, ``online``, ``offline`` (trying), ``ended``."""
+    """One tunnel of this agent. ``state``: ``starting``, ``online``, ``offline`` (trying), ``ended``, ``removed``.
+
+    ``ended`` with a ``problem``: the platform's word; without: its own time was up (``ttl`` seconds from its first
+    moment online; ``ends_at`` on the clock of :func:`portico.kit.clock.uptime`).
+    """
 
     spec: dict[str, Any]
     serves: Serves
@@ -59,10 +70,24 @@ class Tunnel:
     problem: Problem | None = None
     attempt: int = 0
     link: Link | None = None
+    ttl: float | None = None
+    ends_at: float | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.state in ("ended", "removed")
 
     @property
     def name(self) -> str:
         return self.grant.name if self.grant is not None else str(self.spec.get("name") or "")
+
+
+def _asked(tunnel: Tunnel) -> dict[str, Any]:
+    """What the API is asked for."""
+    spec = {"protocol": "http", **tunnel.spec, "target": tunnel.target}
+    if tunnel.grant is not None:
+        spec["name"] = tunnel.grant.name  # the name that was made up stays
+    return spec
 
 
 class Events:
@@ -72,10 +97,13 @@ class Events:
         """The session's state: ``connecting``, ``online``, ``reconnecting``, ``ended``."""
 
     def tunnel(self, tunnel: Tunnel) -> None:
-        """A tunnel changed its state."""
+        """A tunnel changed its state, or (still ``online``) its target or address."""
 
     def warning(self, text: str) -> None:
         """Something that a person may want to act on; the agent goes on."""
+
+    def note(self, text: str) -> None:
+        """Something that went as a person wanted it."""
 
 
 class Agent:
@@ -92,7 +120,11 @@ class Agent:
         self.api = api
         self.events = events or Events()
         self.agent_id = "agt-" + secrets.token_hex(12)
-        self.tunnels = [Tunnel(spec, serves, shown, i + 1) for i, (spec, serves, shown) in enumerate(tunnels)]
+        self._binds = itertools.count(1)
+        self.tunnels: list[Tunnel] = []
+        self._by_bind: dict[int, Tunnel] = {}
+        for spec, serves, shown in tunnels:
+            self._enlist(Tunnel(spec, serves, shown, next(self._binds)))
         self.info: SessionInfo | None = None
         self.link: Link | None = None
         self.old_links: set[Link] = set()
@@ -106,13 +138,14 @@ class Agent:
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         self._refresh_now = asyncio.Event()
+        self._asking = asyncio.Lock()
         self._timers: set[asyncio.TimerHandle] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────────
     async def run(self) -> None:
         """Be online until :meth:`stop`; raises what ended it otherwise (``api.unreachable`` only at the first start)."""
-        self._adopt(await self.api.open_session(self._opening()))
+        self._adopt(await self._open_session())
         refreshing = asyncio.create_task(self._keep_fresh())
         try:
             await self._stay_connected()
@@ -130,29 +163,44 @@ class Agent:
         self._stopping.set()
         self._changed.set()
 
-    def _opening(self) -> dict[str, Any]:
-        live = [t for t in self.tunnels if t.state != "ended"]
-        specs = []
-        for tunnel in live:
-            spec = {"protocol": "http", **tunnel.spec, "target": tunnel.target}
-            if tunnel.grant is not None:
-                spec["name"] = tunnel.grant.name  # the name that was made up stays
-            specs.append(spec)
+    def _live(self) -> list[Tunnel]:
+        return [t for t in self.tunnels if not t.over]
+
+    def _opening(self, tunnels: Sequence[Tunnel]) -> dict[str, Any]:
         return {
             "agent_id": self.agent_id,
             "hostname": socket.gethostname()[:255],
             "version": VERSION,
             "region": self.settings.region or None,
-            "tunnels": specs,
+            "tunnels": [_asked(tunnel) for tunnel in tunnels],
         }
 
+    async def _open_session(self, limit: float | None = None) -> SessionInfo:
+        """A session with all tunnels; when the API refuses one of several, a session with the others."""
+        live = self._live()
+        try:
+            return await self.api.open_session(self._opening(live), limit)
+        except Problem as problem:
+            if len(live) < 2 or not tunnel_refused(problem):
+                raise
+        # Which one it is the answer does not say for certain: ask for each.
+        info = await self.api.open_session(self._opening(()), limit)
+        grants = []
+        for tunnel in live:
+            try:
+                grants.append(await self.api.add_tunnel(info.session, _asked(tunnel)))
+            except Problem as problem:
+                if not tunnel_refused(problem):
+                    raise
+                self._tunnel_over(tunnel, problem)
+        return replace(info, grants=tuple(grants))
+
     def _adopt(self, info: SessionInfo) -> None:
-        """Take a session answer over: its token, and its grants by name (at first by position)."""
-        live = [t for t in self.tunnels if t.state != "ended"]
+        """Take a session answer over: its token, and its grants by name (at first by position, where a name was made up)."""
         by_name = {grant.name: grant for grant in info.grants}
-        for index, tunnel in enumerate(live):
+        for index, tunnel in enumerate(self._live()):
             grant = by_name.get(tunnel.name) if tunnel.name else None
-            if grant is None and tunnel.grant is None and index < len(info.grants):
+            if grant is None and tunnel.grant is None and not tunnel.name and index < len(info.grants):
                 grant = info.grants[index]
             if grant is not None:
                 tunnel.grant = grant
@@ -162,7 +210,7 @@ class Agent:
 
     async def _leave(self) -> None:
         """Give the tunnels back, let requests finish, end the session (best effort)."""
-        links = [link for link in {self.link, *self.old_links} if link is not None and not link.lost]
+        links = self._links()
         for link in links:
             link.say_goodbye()
         await asyncio.gather(*(link.drained(self.settings.drain_seconds) for link in links))
@@ -223,14 +271,17 @@ class Agent:
 
     async def _pause(self, attempt: int) -> None:
         """Full jitter, from ``reconnect_first_seconds`` doubling to ``reconnect_max_seconds``; a relay's hint comes first."""
-        limits = self.settings
-        ceiling = min(limits.reconnect_max_seconds, limits.reconnect_first_seconds * 2 ** min(max(attempt, 0), 20))
-        delay = min(self._hint, HINT_MAX_SECONDS) + random.uniform(0, ceiling)  # noqa: S311 - jitter, no secret
+        delay = min(self._hint, HINT_MAX_SECONDS) + self._jitter(attempt)
         self._hint = 0.0
         try:
             await asyncio.wait_for(self._stopping.wait(), delay)
         except TimeoutError:
             pass
+
+    def _jitter(self, attempt: int) -> float:
+        limits = self.settings
+        ceiling = min(limits.reconnect_max_seconds, limits.reconnect_first_seconds * 2 ** min(max(attempt, 0), 20))
+        return random.uniform(0, ceiling)  # noqa: S311 - jitter, no secret
 
     async def _connect(self) -> None:
         """Open and bind one new link; raises the last problem when no relay takes us."""
@@ -278,7 +329,7 @@ class Agent:
         """
         limit = None if patient else self.settings.renew_timeout_seconds
         try:
-            self._adopt(await self.api.open_session(self._opening(), limit))
+            self._adopt(await self._open_session(limit))
         except Problem as problem:
             if credential_refused(problem):
                 raise
@@ -289,10 +340,13 @@ class Agent:
         old, self.link = self.link, link
         if old is not None and not old.lost:
             self.old_links.add(old)
-        for tunnel in self.tunnels:
-            if tunnel.state != "ended" and tunnel.grant is not None:
-                link.bound[tunnel.bind] = tunnel.serves
-                link.bind(tunnel.bind, tunnel.grant.grant)
+        for tunnel in self._live():
+            self._bind(link, tunnel)
+
+    def _bind(self, link: Link, tunnel: Tunnel) -> None:
+        if tunnel.grant is not None:
+            link.bound[tunnel.bind] = tunnel.serves
+            link.bind(tunnel.bind, tunnel.grant.grant)
 
     async def _retire(self, old: Link) -> None:
         """The replacement is bound: let the old link finish, then close it."""
@@ -332,7 +386,7 @@ class Agent:
         except Problem as problem:
             if problem.code not in TOKEN_OLD:
                 raise
-            info = await self.api.open_session(self._opening())
+            info = await self._open_session()
         self._adopt(info)
         link = self.link
         if link is None or link.lost:
@@ -342,41 +396,138 @@ class Agent:
             self._changed.set()
             return
         link.auth(info.token)
-        for tunnel in self.tunnels:
-            if tunnel.state != "ended" and tunnel.grant is not None:
-                link.bound[tunnel.bind] = tunnel.serves
-                link.bind(tunnel.bind, tunnel.grant.grant)
+        for tunnel in self._live():
+            self._bind(link, tunnel)
+
+    # ── tunnels that come and go ──────────────────────────────────────────────────────────────────────────────────
+    def _enlist(self, tunnel: Tunnel) -> Tunnel:
+        self.tunnels.append(tunnel)
+        self._by_bind[tunnel.bind] = tunnel
+        return tunnel
+
+    def add(self, spec: dict[str, Any], serves: Serves, target: str) -> Tunnel:
+        """One more tunnel in the running session."""
+        tunnel = self._enlist(Tunnel(spec, serves, target, next(self._binds)))
+        self._spawn(self._admit(tunnel))
+        return tunnel
+
+    def change(self, tunnel: Tunnel, spec: dict[str, Any], serves: Serves, target: str) -> None:
+        """Serve a tunnel otherwise: requests from now on by ``serves``; its URL stays online, or changes if ``spec`` says so."""
+        declared, moved = (spec, target) != (tunnel.spec, tunnel.target), target != tunnel.target
+        tunnel.spec, tunnel.serves, tunnel.target = spec, serves, target
+        for link in self._links():
+            if tunnel.bind in link.bound:
+                link.bound[tunnel.bind] = serves
+        if declared:
+            self._spawn(self._admit(tunnel))
+        if moved:
+            self.events.tunnel(tunnel)
+
+    def remove(self, tunnel: Tunnel) -> None:
+        """Take a tunnel out of the session; its requests in flight finish."""
+        self._give_back(tunnel, "removed")
+        self.tunnels.remove(tunnel)
+        del self._by_bind[tunnel.bind]
+        self.events.tunnel(tunnel)
+
+    def finish(self, tunnel: Tunnel) -> None:
+        """A tunnel's time is up. With the last one the agent ends."""
+        self._give_back(tunnel, "ended")
+        self.events.tunnel(tunnel)
+        self._end_with_the_last()
+
+    def _give_back(self, tunnel: Tunnel, state: str) -> None:
+        was_over, tunnel.state = tunnel.over, state
+        if was_over:
+            return
+        tunnel.problem = None
+        for link in self._links():
+            if tunnel.bind in link.bound:
+                link.unbind(tunnel.bind)
+                # Requests that cross the UNBIND are still answered; after that nothing may keep the forwarder alive.
+                self._later(self.settings.drain_seconds, lambda link=link: link.bound.pop(tunnel.bind, None))
+        if self.info is not None and tunnel.grant is not None:
+            self._spawn(self._withdraw(self.info.session, tunnel.grant.tunnel))
+
+    async def _withdraw(self, session: str, tunnel_id: str) -> None:
+        try:
+            await self.api.remove_tunnel(session, tunnel_id)
+        except Problem as problem:  # the next session that is opened does not name it
+            log.debug("the end of a tunnel was not reported: %s", problem)
+
+    async def _admit(self, tunnel: Tunnel) -> None:
+        """Ask for a tunnel's grant, and bind it; while the API is away, again and again."""
+        attempt = 0
+        asked = _asked(tunnel)
+        while self.info is not None and not self._over():
+            try:
+                async with self._asking:  # one after the other: an older wish may not arrive after a newer one
+                    if tunnel.over or asked != _asked(tunnel):
+                        return
+                    grant = await self.api.add_tunnel(self.info.session, asked)
+            except Problem as problem:
+                if credential_refused(problem):
+                    self._end(problem)
+                    return
+                if tunnel_refused(problem):
+                    self._refused_live(tunnel, problem)
+                    return
+                if problem.code in TOKEN_OLD:
+                    self._refresh_now.set()  # the session that is opened then names this tunnel too
+                    return
+                if attempt == 0:
+                    self.events.warning(f"{tunnel.name} waits for the API: {problem.detail}")
+                await asyncio.sleep(self._jitter(attempt))
+                attempt += 1
+                continue
+            if tunnel not in self._live():  # it was removed meanwhile
+                await self._withdraw(self.info.session, grant.tunnel)
+                return
+            tunnel.grant = grant
+            if self.link is not None and not self.link.lost:
+                self._bind(self.link, tunnel)
+            return
+
+    def _refused_live(self, tunnel: Tunnel, problem: Problem) -> None:
+        """The API refused a tunnel that was added, or the change of one that runs: that one stays what the relays know."""
+        if tunnel.grant is None:
+            self._tunnel_over(tunnel, problem)
+        else:
+            self.events.warning(f"{tunnel.name}: the change was refused: {problem.detail}")
+
+    def _links(self) -> list[Link]:
+        return [link for link in {self.link, *self.old_links} if link is not None and not link.lost]
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     # ── what a link reports ───────────────────────────────────────────────────────────────────────────────────────
-    def _tunnel(self, bind: int) -> Tunnel | None:
-        return self.tunnels[bind - 1] if 0 < bind <= len(self.tunnels) else None
-
     def link_bound(self, link: Link, bind: int, url: str) -> None:
-        tunnel = self._tunnel(bind)
-        if tunnel is None or tunnel.state == "ended":
+        tunnel = self._by_bind.get(bind)
+        if tunnel is None or tunnel.over:
             link.unbind(bind)
             return
         if link is not self.link:
             return
-        renewed = tunnel.link is link and tunnel.state == "online"
+        renewed = tunnel.link is link and tunnel.state == "online" and url in ("", tunnel.url)
         tunnel.link, tunnel.url = link, url or tunnel.url
         tunnel.attempt, tunnel.problem, tunnel.was_online = 0, None, True
         if not renewed:
             tunnel.state = "online"
             self.events.tunnel(tunnel)
             self.started.set()
-        if all(t.state in ("online", "ended") for t in self.tunnels):
+        if all(t.state == "online" or t.over for t in self.tunnels):
             if self.state != "online":
                 self._say("online", "")
             for old in self.old_links:
-                task = asyncio.get_running_loop().create_task(self._retire(old))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._spawn(self._retire(old))
             self.old_links.clear()
 
     def link_refused(self, link: Link, bind: int, problem: Problem, retryable: bool) -> None:
-        tunnel = self._tunnel(bind)
-        if tunnel is None or link is not self.link or tunnel.state == "ended":
+        tunnel = self._by_bind.get(bind)
+        if tunnel is None or link is not self.link or tunnel.over:
             return
         if problem.code in TUNNEL_OVER:
             self._tunnel_over(tunnel, problem)
@@ -388,8 +539,8 @@ class Agent:
             self._try_again(tunnel, problem, refresh=False)
 
     def link_unbound(self, link: Link, bind: int, problem: Problem) -> None:
-        tunnel = self._tunnel(bind)
-        if tunnel is None or tunnel.state == "ended" or link is not self.link:
+        tunnel = self._by_bind.get(bind)
+        if tunnel is None or tunnel.over or link is not self.link:
             return
         if problem.code in TUNNEL_OVER:
             self._tunnel_over(tunnel, problem)
@@ -399,23 +550,29 @@ class Agent:
     def _tunnel_over(self, tunnel: Tunnel, problem: Problem) -> None:
         tunnel.state, tunnel.problem = "ended", problem
         self.events.tunnel(tunnel)
-        if all(t.state == "ended" for t in self.tunnels):
-            self._end(problem)
+        self._end_with_the_last()
+
+    def _end_with_the_last(self) -> None:
+        """Every tunnel has ended: so does the agent, with the last refusal if there was one."""
+        if not self.tunnels or self._live():
+            return
+        problems = [t.problem for t in self.tunnels if t.problem is not None]
+        if problems:
+            self._end(problems[-1])
+        else:
+            self.stop()
 
     def _try_again(self, tunnel: Tunnel, problem: Problem, refresh: bool) -> None:
         tunnel.state, tunnel.problem = "offline", problem
         self.events.tunnel(tunnel)
-        limits = self.settings
-        ceiling = min(limits.reconnect_max_seconds, limits.reconnect_first_seconds * 2 ** min(tunnel.attempt, 20))
+        delay = self._jitter(tunnel.attempt)
         tunnel.attempt += 1
-        delay = random.uniform(0, ceiling)  # noqa: S311 - jitter, no secret
         self._later(delay, self._refresh_now.set if refresh else lambda: self._rebind(tunnel))
 
     def _rebind(self, tunnel: Tunnel) -> None:
         link = self.link
-        if link is not None and not link.lost and tunnel.state == "offline" and tunnel.grant is not None:
-            link.bound[tunnel.bind] = tunnel.serves
-            link.bind(tunnel.bind, tunnel.grant.grant)
+        if link is not None and not link.lost and tunnel.state == "offline":
+            self._bind(link, tunnel)
 
     def _later(self, delay: float, call: Any) -> None:
         def run() -> None:

@@ -312,7 +312,12 @@ class FileServer:
         is_dir = await asyncio.to_thread(Path(self.target.path).is_dir)
         return None if is_dir else f"{self.target.path} is not a folder"
 
-    def close(self) -> None:
+    @property
+    def busy(self) -> bool:
+        """Whether requests are in flight."""
+        return bool(self._tasks)
+
+    def retire(self) -> None:
         """Nothing is kept open between requests."""
 
     async def abort(self) -> None:

@@ -85,9 +85,14 @@ class Forwarder:
         connection.abort()
         return None
 
-    def close(self) -> None:
-        """Keep no idle connection any more."""
-        self.pool.close()
+    @property
+    def busy(self) -> bool:
+        """Whether requests are in flight."""
+        return self.pool.busy
+
+    def retire(self) -> None:
+        """Another forwarder takes the requests from now on: finish those in flight and keep nothing."""
+        self.pool.retire()
 
     async def abort(self) -> None:
         """Cut everything."""

@@ -38,7 +38,7 @@ class Pool:
         self.dialling = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._closed = False
+        self._closed = self._retired = False
 
     # ── taking and giving back ────────────────────────────────────────────────────────────────────────────────────
     def take(self, careful: bool) -> TargetConnection | None:
@@ -68,7 +68,7 @@ class Pool:
             if not exchange.over:
                 exchange.attach(connection)
                 return
-        if self._closed or len(self.idle) >= self.settings.target_idle_max:
+        if self._closed or self._retired or len(self.idle) >= self.settings.target_idle_max:
             connection.abort()
             return
         connection.idle_since = self.loop.time()
@@ -169,6 +169,17 @@ class Pool:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are being served, or wait to be."""
+        return bool(self.open or self.dialling or self.waiting)
+
+    def retire(self) -> None:
+        """No new requests are expected: keep no connection longer than its request."""
+        self._retired = True
+        for connection in list(self.idle):
+            connection.abort()
 
     async def abort(self) -> None:
         """Close everything, dials in progress included."""

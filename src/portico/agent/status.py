@@ -7,15 +7,19 @@ Nothing here runs per request: a display wakes a few times a second, reads the c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from portico.agent.api import VERSION
 from portico.agent.client import Agent, Events, Tunnel
+from portico.agent.durations import shown_duration
 from portico.agent.stats import Record, Stats
 from portico.settings import AgentSettings
 
@@ -33,6 +37,13 @@ def printable(text: str) -> str:
 def path_of(record: Record) -> str:
     """The path of a request, for showing."""
     return printable(record.path.decode("utf-8", "replace"))
+
+
+def end_of(tunnel: Tunnel) -> str:
+    """Why a tunnel without a problem is over."""
+    if tunnel.state == "removed" or tunnel.ttl is None:
+        return f"tunnel {tunnel.name} removed"
+    return f"tunnel {tunnel.name} ended after its {shown_duration(tunnel.ttl)}"
 
 
 class Display(Events):
@@ -81,12 +92,17 @@ class Lines(Display):
             sys.stdout.write(f"{tunnel.url} -> {tunnel.target}\n")
             sys.stdout.flush()
             log.info("tunnel online", extra={"f": {"name": tunnel.name, "url": tunnel.url, "target": tunnel.target}})
-        elif tunnel.problem is not None:
+        elif tunnel.problem is not None and tunnel.state != "removed":
             fields = {"name": tunnel.name, "code": tunnel.problem.code, "detail": tunnel.problem.detail}
             log.warning("tunnel %s", tunnel.state, extra={"f": fields})
+        elif tunnel.over:
+            log.info("%s", end_of(tunnel), extra={"f": {"url": tunnel.url}})
 
     def warning(self, text: str) -> None:
         log.warning("%s", text)
+
+    def note(self, text: str) -> None:
+        log.info("%s", text)
 
     def requests(self, records: list[Record], skipped: int) -> None:
         if skipped > 0:
@@ -97,7 +113,11 @@ class Lines(Display):
 
 
 class JsonLines(Display):
-    """One JSON object a line on stdout. The first of each tunnel is its ``online`` (or an ``error`` if it never was)."""
+    """One JSON object a line on stdout. The first of each tunnel is its ``online`` (or an ``error`` if it never was).
+
+    An ``online`` that comes again says that the tunnel is back, or what its target or URL is now; the last of a tunnel is
+    ``error`` (by the platform), ``ended`` (its ttl) or ``removed`` (from the file).
+    """
 
     def __init__(self, settings: AgentSettings, stats: Stats, out: TextIO | None = None) -> None:
         super().__init__(settings, stats)
@@ -117,16 +137,21 @@ class JsonLines(Display):
         members: dict[str, Any] = {"name": tunnel.name, "url": tunnel.url, "target": tunnel.target}
         if tunnel.grant is not None:
             members["tunnel"] = tunnel.grant.tunnel
-        if tunnel.problem is not None and tunnel.state != "online":
+        if tunnel.problem is not None and tunnel.state in ("offline", "ended"):
             members |= {"code": tunnel.problem.code, "detail": tunnel.problem.detail}
-        event = {"ended": "error", "offline": "offline", "online": "online"}[tunnel.state]
-        if event == "offline" and not tunnel.was_online:
+        event = {"ended": "error" if tunnel.problem is not None else "ended"}.get(tunnel.state, tunnel.state)
+        if event == "starting" or (event == "offline" and not tunnel.was_online):
             return
+        if event == "ended":
+            members["reason"] = "ttl"
         self._put(event, **members)
         self._out.flush()
 
     def warning(self, text: str) -> None:
         log.warning("%s", text)
+
+    def note(self, text: str) -> None:
+        log.info("%s", text)
 
     def requests(self, records: list[Record], skipped: int) -> None:
         if skipped > 0:
@@ -173,7 +198,7 @@ class Screen(Display):
         self._console = console or RichConsole(highlight=False, no_color=not color)
         self._live = Live(console=self._console, auto_refresh=False, screen=True, transient=True)
         self._handler = _LastLine(self)
-        self._open = False
+        self._open = self._gone = False
 
     def _start(self) -> None:
         root = logging.getLogger()
@@ -188,8 +213,13 @@ class Screen(Display):
         self._dirty = True
         if tunnel.state == "ended" and tunnel.problem is not None:
             self.message = f"{tunnel.name}: {tunnel.problem.detail}"
+        elif tunnel.over:
+            self.message = end_of(tunnel)
 
     def warning(self, text: str) -> None:
+        self.message, self._dirty = text, True
+
+    def note(self, text: str) -> None:
         self.message, self._dirty = text, True
 
     def requests(self, records: list[Record], skipped: int) -> None:
@@ -199,12 +229,24 @@ class Screen(Display):
     def tick(self) -> None:
         super().tick()
         latency = self._latency()
-        if not self._dirty and latency == self._drawn_latency:
+        if self._gone or (not self._dirty and latency == self._drawn_latency):
             return
         self._dirty, self._drawn_latency = False, latency
-        if not self._open:
-            self._start()
-        self._live.update(self.render(), refresh=True)
+        with self._terminal():
+            if not self._open:
+                self._start()
+            self._live.update(self.render(), refresh=True)
+
+    @contextlib.contextmanager
+    def _terminal(self) -> Iterator[None]:
+        """Around what is written: a terminal that went away (its window was closed) is no fault, and is left alone then."""
+        try:
+            yield
+        except OSError:
+            self._gone = True
+            null = os.open(os.devnull, os.O_WRONLY)
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(null, stream.fileno())
 
     def _latency(self) -> str:
         link = self.agent.link if self.agent is not None else None
@@ -270,9 +312,10 @@ class Screen(Display):
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._open:
-            self._live.stop()
+        if self._open and not self._gone:
             self._open = False
+            with self._terminal():
+                self._live.stop()
 
 
 def make_display(mode: str, settings: AgentSettings, stats: Stats, *, color: bool) -> Display:

@@ -22,6 +22,8 @@ from portico.errors import Problem
 SECTIONS: dict[str, dict[str, str]] = {
     "For developers": {
         "http": "tunnel",
+        "start": "start",
+        "config": "config",
         "ls": "tunnel",
         "stop": "tunnel",
         "rm": "tunnel",

@@ -47,11 +47,14 @@ def http(
 ) -> None:
     """A public URL for a local app."""
     from portico.agent import app
-    from portico.agent.target import parse_target
+    from portico.agent.target import check_host_header, parse_target
     from portico.kit import loop
 
     parsed = parse_target(target)
-    _check_host(host_header)
+    try:
+        check_host_header(host_header)
+    except ValueError as err:
+        raise Problem("config.invalid", f"--host-header {err}") from None
     del inspect  # taken already so that scripts may say it; captures are kept at the relay
     config, found = signed_in(server)
     config = _with(config, region=region, log_level=log_level, proxy_url=settings.Secret(proxy) if proxy else None)
@@ -71,14 +74,6 @@ def _with(config: settings.AgentSettings, **changes: Any) -> settings.AgentSetti
     import dataclasses
 
     return dataclasses.replace(config, **{key: value for key, value in changes.items() if value is not None})
-
-
-def _check_host(value: str) -> None:
-    printable = value.isascii() and value.isprintable() and " " not in value and 0 < len(value) <= 255
-    if not printable:
-        raise Problem(
-            "config.invalid", f"--host-header {value!r} is not a host name", hint="Give preserve, rewrite or a name."
-        )
 
 
 def ls(server: ServerOption = None, json: JsonOption = False) -> None:

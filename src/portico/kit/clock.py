@@ -28,3 +28,8 @@ class SystemClock:
 
     def monotonic(self) -> float:
         return time.monotonic()
+
+
+def uptime() -> float:
+    """Seconds on a clock that never jumps and goes on while the machine sleeps (where the system has one)."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

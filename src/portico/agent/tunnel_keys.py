@@ -1,0 +1,194 @@
+"""The keys of `portico.yml`, in one table: what the file is checked against, what its errors say and what its page shows.
+
+A key whose part of the platform does not exist yet is here too, with the sentence that refuses it: nothing that a person
+writes down is passed over in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from portico.agent.durations import parse_duration
+from portico.agent.target import check_host_header, parse_target
+from portico.errors import Problem
+
+VERSION = 1
+#: The names by which the file is found where none is given.
+FILE_NAMES = ("portico.yml", "portico.yaml")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def check_name(text: str) -> str:
+    """A tunnel's name or a subdomain: the API takes the same ones."""
+    if _LABEL.fullmatch(text) is None:
+        raise ValueError(f"{text[:80]!r} is not 1 to 63 lower-case letters, digits and inner hyphens")
+    return text
+
+
+def _text(text: str, folder: Path) -> str:
+    if not text:
+        raise ValueError("is empty")
+    return text
+
+
+def _switch(text: str, folder: Path) -> bool:
+    if text.lower() not in _SWITCH:
+        raise ValueError(f"{text!r} is not true or false")
+    return _SWITCH[text.lower()]
+
+
+def _version(text: str, folder: Path) -> int:
+    if text != str(VERSION):
+        other = "; versions 2 and 3 are ngrok's: see the page “Coming from ngrok”" if text in ("2", "3") else ""
+        raise ValueError(f"{text!r} is not a version of this file; write version: {VERSION}{other}")
+    return VERSION
+
+
+def _log_level(text: str, folder: Path) -> str:
+    if text.upper() not in LOG_LEVELS:
+        raise ValueError(f"{text!r} is not one of {', '.join(LOG_LEVELS)}")
+    return text.upper()
+
+
+def _server(text: str, folder: Path) -> str:
+    from portico.agent.api import server_url
+
+    return str(_worded(server_url, text))
+
+
+def _path(text: str, folder: Path) -> Path:
+    return folder / Path(text).expanduser()
+
+
+def _environment(text: str, folder: Path) -> str:
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) is None:
+        raise ValueError(f"{text[:40]!r} is not the name of an environment variable")
+    return text
+
+
+def _protocol(text: str, folder: Path) -> str:
+    if text in PROTOCOLS:
+        return text
+    if text in ("tls", "tcp", "udp"):
+        raise ValueError(f"{text} tunnels do not exist yet; there is: {', '.join(PROTOCOLS)}")
+    raise ValueError(f"{text[:40]!r} is not a protocol; there is: {', '.join(PROTOCOLS)}")
+
+
+def _target(text: str, folder: Path) -> str:
+    """A TARGET; a relative path is one below the file's folder."""
+    for scheme in ("file:", "unix:"):
+        if text.startswith((scheme + "./", scheme + "../")):
+            text = f"{scheme}{(folder / text[len(scheme) :]).resolve()}"
+    _worded(parse_target, text)
+    return text
+
+
+def _worded(check: Callable[[str], Any], text: str) -> Any:
+    """A check that raises a problem, as one that raises ``ValueError`` with its detail."""
+    try:
+        return check(text)
+    except Problem as problem:
+        raise ValueError(problem.detail.removeprefix("target ")) from None
+
+
+#: What ``protocol`` may be.
+PROTOCOLS = ("http",)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key. ``read`` makes its value of the text, or raises ``ValueError`` with a sentence.
+
+    ``not_yet``: the platform has nothing behind it; the sentence says so. ``kind`` is what the page calls the value.
+    """
+
+    name: str
+    kind: str = "text"
+    read: Callable[[str, Path], Any] = _text
+    about: str = ""
+    default: str = ""
+    example: str = ""
+    required: bool = False
+    not_yet: str = ""
+
+
+def _missing(name: str, sentence: str) -> Key:
+    return Key(name, not_yet=sentence)
+
+
+TOP = (
+    Key("version", "1", _version, "Version of this format.", example="1", required=True),
+    Key(
+        "server", "URL", _server, "Address of the API. The sign-in of this machine must be for it, unless a key is named.",
+        "the one of `portico login`", "https://portico.example.com",
+    ),
+    Key("agent_key_env", "variable", _environment, "Environment variable that holds the agent key.", example="CI_TUNNEL_KEY"),
+    Key("agent_key_file", "path", _path, "File that holds the agent key alone; a relative path is one below this file.",
+        example="./agent.key"),
+    Key("ca_file", "path", _path, "CA bundle for an https API or wss relay with a private CA.", "the public ones", "./ca.pem"),
+    Key("region", "text", _text, "Preferred region.", "the platform chooses", "eu"),
+    Key("log_level", "level", _log_level, "Lowest level of log records: " + ", ".join(LOG_LEVELS) + ".", "INFO", "WARNING"),
+    Key("tunnels", "map", about="Tunnels by name. A name is also the subdomain where `subdomain` says nothing else.",
+        required=True),
+    _missing("agent_key", "a key does not belong into a file that is shared; use agent_key_env or agent_key_file"),
+)  # fmt: skip
+
+TUNNEL = (
+    Key("protocol", "name", _protocol, "What the tunnel carries: " + ", ".join(PROTOCOLS) + ".", "http", "http"),
+    Key(
+        "addr", "TARGET", _target,
+        "What visitors reach: `8000`, `host:port`, `http(s)://host[:port]`, `unix:/path` or `file:///dir`. "
+        "`unix:./path` and `file:./dir` are below this file's folder.",
+        example="8000", required=True,
+    ),
+    Key("subdomain", "name", lambda text, folder: check_name(text), "Subdomain of the URL.", "the tunnel's name", "shop"),
+    Key(
+        "host_header", "rule", lambda text, folder: check_host_header(text),
+        "Host that the target sees: `preserve` (the visitor's), `rewrite` (its own), or a name.", "preserve", "rewrite",
+    ),
+    Key(
+        "target_tls_verify", "switch", _switch, "Check the certificate of an https target.",
+        "yes, except on this machine", "false",
+    ),
+    Key("inspect", "switch", _switch, "Keep requests for inspection.", "true", "false"),
+    Key("ttl", "duration", lambda text, folder: parse_duration(text),
+        "The tunnel ends itself this long after it came online, such as `90s`, `15m` or `1h30m`.", "it stays", "2h"),
+    _missing("pool", "several agents behind one tunnel do not exist yet; one agent serves a tunnel, another takes over"),
+    _missing("domain", "domains of your own do not exist yet; use subdomain"),
+    _missing("remote_port", "TCP tunnels do not exist yet"),
+    _missing("proxy_protocol", "TCP tunnels do not exist yet"),
+    _missing("basic_auth", "visitor passwords do not exist yet: the tunnel would be open to everybody"),
+    _missing("allow_cidr", "address rules do not exist yet: the tunnel would be open to everybody"),
+    _missing("deny_cidr", "address rules do not exist yet: the tunnel would be open to everybody"),
+    _missing("policy", "policies in this file do not exist yet: the tunnel would be open to everybody"),
+    _missing("policy_file", "policies in this file do not exist yet: the tunnel would be open to everybody"),
+)  # fmt: skip
+
+#: What people of other tunnels type, and what it is called here (`-`: there is no such thing, with the reason).
+OTHER_NAMES = {
+    "top": {
+        "endpoints": "tunnels", "ingress": "tunnels", "proxies": "tunnels", "apps": "tunnels",
+        "authtoken": "agent_key_env", "auth_token": "agent_key_env", "token": "agent_key_env", "api_key": "agent_key_env",
+        "credentials-file": "agent_key_file", "connect_url": "server", "server_addr": "server", "serverAddr": "server",
+        "connect_cas": "ca_file", "loglevel": "log_level",
+    },
+    "tunnel": {
+        "proto": "protocol", "type": "protocol", "schemes": "protocol",
+        "upstream": "addr", "target": "addr", "service": "addr", "port": "addr", "localPort": "addr", "local_port": "addr",
+        "url": "subdomain", "hostname": "domain", "hostnames": "domain", "customDomains": "domain",
+        "remotePort": "remote_port", "remote_addr": "remote_port",
+        "hostHeader": "host_header", "host-header": "host_header", "hostHeaderRewrite": "host_header",
+        "httpHostHeader": "host_header", "verify_upstream_tls": "target_tls_verify", "noTLSVerify": "target_tls_verify",
+        "pooling_enabled": "pool", "loadBalancer": "pool", "traffic_policy": "policy", "auth": "basic_auth",
+        "httpUser": "basic_auth", "cidr_allow": "allow_cidr", "cidr_deny": "deny_cidr", "deadline": "ttl",
+    },
+}  # fmt: skip
+#: Keys that hold other keys elsewhere; here those stand one level higher.
+UNNEST = {"agent": "its keys stand at the top of the file here"}

@@ -1,0 +1,272 @@
+"""`portico.yml`: what it may say, and every fault with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portico.agent import tunnel_keys
+from portico.agent.durations import parse_duration, shown_duration
+from portico.agent.follow import tunnel_options
+from portico.agent.tunnel_file import Config, Fault, read
+from portico.control.tunnels import names
+
+LIMIT = 1 << 20
+
+
+def parsed(folder: Path, *texts: str) -> Config:
+    """The files with these texts as one."""
+    paths = []
+    for number, text in enumerate(texts):
+        path = folder / f"{number}.yml"
+        path.write_text(text, encoding="utf-8")
+        paths.append(path)
+    return read(paths, LIMIT)
+
+
+def faults(folder: Path, text: str) -> list[tuple[int, int, str]]:
+    return [(f.line, f.column, f.message) for f in parsed(folder, text).faults]
+
+
+def tunnel(folder: Path, *lines: str) -> list[tuple[int, int, str]]:
+    """The faults of a file with one tunnel whose keys begin in line 4."""
+    return faults(folder, "version: 1\ntunnels:\n  web:\n" + "".join(f"    {line}\n" for line in lines))
+
+
+class TestValues:
+    def test_everything(self, tmp_path: Path) -> None:
+        config = parsed(
+            tmp_path,
+            """
+            version: 1
+            server: https://portico.example.com
+            agent_key_file: ./key
+            region: eu
+            log_level: warning
+            tunnels:
+              web: {addr: 8000}
+              shop:
+                addr: "https://10.0.0.1:8443"
+                protocol: http
+                subdomain: my-shop
+                host_header: rewrite
+                target_tls_verify: no
+                inspect: false
+                ttl: 1h30m
+            """,
+        )
+        assert config.faults == []
+        assert config.settings == {
+            "version": 1, "server": "https://portico.example.com", "agent_key_file": tmp_path / "key", "region": "eu",
+            "log_level": "WARNING",
+        }  # fmt: skip
+        assert list(config.tunnels) == ["web", "shop"]
+        options = tunnel_options(config.tunnels["shop"])
+        assert options.spec == {"name": "shop", "protocol": "http", "subdomain": "my-shop"}
+        assert options.target.url == "https://10.0.0.1:8443"
+        assert (options.host_header, options.tls_verify, options.ttl) == ("rewrite", False, 5400.0)
+        assert tunnel_options(config.tunnels["web"]).spec == {"name": "web", "protocol": "http"}
+
+    def test_numbers_are_taken_as_typed(self, tmp_path: Path) -> None:
+        """YAML 1.1 reads 22:22 as 1342 and 010 as 8."""
+        config = parsed(
+            tmp_path, "version: 1\ntunnels:\n  a:\n    addr: 22:22\n  b:\n    addr: 1000\n    subdomain: 010\n"
+        )
+        assert config.tunnels["a"].values["addr"] == "22:22" and config.tunnels["b"].values["subdomain"] == "010"
+
+    def test_relative_paths_are_below_the_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "site").mkdir()
+        monkeypatch.chdir("/")
+        config = parsed(tmp_path, "version: 1\ntunnels:\n  a:\n    addr: file:./site\n  b:\n    addr: unix:./a.sock\n")
+        assert config.tunnels["a"].values["addr"] == f"file:{tmp_path}/site"
+        assert config.tunnels["b"].values["addr"] == f"unix:{tmp_path}/a.sock"
+
+    def test_anchors_and_merge_keys(self, tmp_path: Path) -> None:
+        text = "version: 1\ntunnels:\n  a: &a\n    addr: 1\n    ttl: 5m\n  b:\n    <<: *a\n    addr: 2\n"
+        config = parsed(tmp_path, text)
+        assert config.faults == [] and config.tunnels["b"].values == {"addr": "2", "ttl": 300.0}
+
+    def test_later_files_go_before_earlier_ones(self, tmp_path: Path) -> None:
+        one = "version: 1\nregion: eu\nlog_level: INFO\ntunnels:\n  a:\n    addr: 1\n    ttl: 5m\n  b:\n    addr: 2\n"
+        two = "version: 1\nregion: us\ntunnels:\n  a:\n    addr: 3\n"
+        config = parsed(tmp_path, one, two)
+        assert (config.settings["region"], config.settings["log_level"]) == ("us", "INFO")
+        assert {name: t.values for name, t in config.tunnels.items()} == {"a": {"addr": "3"}, "b": {"addr": "2"}}
+
+    @pytest.mark.parametrize(
+        ("text", "seconds"), [("90s", 90), ("15m", 900), ("1h30m", 5400), ("2d", 172_800), ("1d2h3m4s", 93_784)]
+    )
+    def test_durations(self, text: str, seconds: float) -> None:
+        assert parse_duration(text) == seconds
+        assert parse_duration(shown_duration(seconds)) <= seconds
+
+    @pytest.mark.parametrize("text", ["", "15", "0s", "m", "-1m", "1.5h", "1m1h", "999999999d", "1m\n"])
+    def test_not_durations(self, text: str) -> None:
+        with pytest.raises(ValueError):
+            parse_duration(text)
+
+    @pytest.mark.parametrize("name", ["a", "a-b", "0", "a" * 63, "", "-a", "a-", "A", "a_b", "a" * 64, "ä", "a\n"])
+    def test_names_are_those_of_the_api(self, name: str) -> None:
+        def taken(check: Any) -> bool:
+            try:
+                check(name)
+            except Exception:
+                return False
+            return True
+
+        assert taken(tunnel_keys.check_name) == taken(names.check_name)
+
+
+class TestFaults:
+    def test_all_at_once_in_order(self, tmp_path: Path) -> None:
+        text = "version: 2\nservr: x\ntunnels:\n  Web:\n    subdomian: x\n  web:\n    addr: 99999\n"
+        assert [(line, column) for line, column, _ in faults(tmp_path, text)] == [
+            (1, 10),
+            (2, 1),
+            (4, 3),
+            (4, 3),
+            (5, 5),
+            (7, 11),
+        ]
+
+    @pytest.mark.parametrize(
+        ("text", "line", "column", "says"),
+        [
+            ("", 1, 1, "the file is empty"),
+            ("# nothing\n", 1, 1, "the file is empty"),
+            ("- 1\n", 1, 1, "must be a map"),
+            ("version: 1\n", 1, 1, "the file has no tunnels"),
+            ("tunnels: {}\n", 1, 1, "the file has no version; write version: 1"),
+            ("version: 3\ntunnels: {}\n", 1, 10, "versions 2 and 3 are ngrok's"),
+            ("version: [1]\ntunnels: {}\n", 1, 10, "must be one value (1), not a list"),
+            ("version: 1\ntunnels:\n  - name: web\n", 3, 3, "a map, not a list"),
+            ("version: 1\ntunnels: 5\n", 2, 10, "must be a map of names"),
+            ("version: 1\ntunnels:\n  web: 8000\n", 3, 8, "must be a map of keys, such as addr: 8000"),
+            ("version: 1\ntunnels:\n  web:\n", 3, 7, "must be a map of keys"),
+            ("version: 1\ntunnels:\n  web: {ttl: 5m}\n", 3, 3, "tunnel 'web' has no addr; write addr: 8000"),
+            ("version: 1\ntunnels: {}\ntunnels: {}\n", 3, 1, "the key 'tunnels' is there twice; first in line 2"),
+            ("version: 1\ntunnels:\n  a: {addr: 1}\n  a: {addr: 2}\n", 4, 3, "the tunnel 'a' is there twice; first in line 3"),
+            ("version: 1\ntunnels:\n\tweb:\n", 3, 1, "a tab cannot indent YAML"),
+            ("version: 1\ntunnels:\n  web:\n    addr: a: b\n", 4, 12, "check the indentation"),
+            ("version: 1\ntunnels:\n  a: {addr: 1}\n  web\nregion: x\n", 4, 3, "a key needs a colon"),
+            ("version: 1\ntunnels: {web: [}\n", 2, 17, "this is not YAML"),
+            ("version: 1\n---\nversion: 1\n", 2, 1, "not YAML"),
+            ("version: 1\nregion: \x07\ntunnels: {}\n", 2, 9, "a control character"),
+            ("version: 1\nregion: !!python/object:os.system x\ntunnels: {}\n", 2, 9, "means nothing here"),
+            ("version: 1\n? [a]\n: b\ntunnels: {}\n", 2, 3, "a key must be plain text"),
+            ("version: 1\ntunnels:\n  a:\n    addr: 1\n    <<: 5\n", 5, 9, "<< needs a map"),
+            ("version: 1\nagent_key_env: A\nagent_key_file: b\ntunnels: {}\n", 3, 17, "not both"),
+            ("version: 1\nagent_key_env: a b\ntunnels: {}\n", 2, 16, "not the name of an environment variable"),
+            ("version: 1\nagent_key: tnl_agt_x\ntunnels: {}\n", 2, 1, "does not belong into a file"),
+            ("version: 1\nlog_level: LOUD\ntunnels: {}\n", 2, 12, "not one of DEBUG"),
+            ("version: 1\nserver: 'http://'\ntunnels: {}\n", 2, 9, "not the address of an API"),
+        ],
+    )  # fmt: skip
+    def test_the_document(self, tmp_path: Path, text: str, line: int, column: int, says: str) -> None:
+        found = faults(tmp_path, text)
+        assert found and found[0][:2] == (line, column) and says in found[0][2], found
+
+    @pytest.mark.parametrize(
+        ("line", "column", "says"),
+        [
+            ("addr: 99999", 11, "addr: '99999': the port must be 1 to 65535"),
+            ("addr: http://x/path", 11, "a path in the target is not supported"),
+            ("addr: [8000]", 11, "must be one value (TARGET), not a list"),
+            ("addr:", 10, "has no value"),
+            ("addr: ''", 11, "addr:"),
+            ("protocol: tls", 15, "tls tunnels do not exist yet"),
+            ("protocol: gopher", 15, "'gopher' is not a protocol"),
+            ("subdomain: on", 16, "YAML reads on as true or false; put it in quotes"),
+            ("subdomain: My_Shop", 16, "'My_Shop' is not 1 to 63 lower-case letters"),
+            ("host_header: 'a b'", 18, "'a b' is not a host name"),
+            ("inspect: maybe", 14, "'maybe' is not true or false"),
+            ("ttl: 15", 10, "write it with units"),
+        ],
+    )
+    def test_values(self, tmp_path: Path, line: str, column: int, says: str) -> None:
+        first = ["addr: 8000"] if not line.startswith("addr") else []
+        found = tunnel(tmp_path, *first, line)
+        assert len(found) == 1 and found[0][:2] == (4 + len(first), column) and says in found[0][2], found
+
+    @pytest.mark.parametrize("key", [key for key in tunnel_keys.TUNNEL if key.not_yet], ids=lambda key: key.name)
+    def test_what_does_not_exist_yet_is_refused(self, tmp_path: Path, key: tunnel_keys.Key) -> None:
+        assert tunnel(tmp_path, "addr: 8000", f"{key.name}: x") == [(5, 5, f"{key.name}: {key.not_yet}")]
+
+    @pytest.mark.parametrize(
+        ("level", "theirs", "ours"),
+        [(level, theirs, ours) for level, table in tunnel_keys.OTHER_NAMES.items() for theirs, ours in table.items()],
+    )
+    def test_names_of_other_tunnels_are_told_ours(self, tmp_path: Path, level: str, theirs: str, ours: str) -> None:
+        if level == "top":
+            found = faults(tmp_path, f"version: 1\n{theirs}: x\ntunnels: {{}}\n")
+            table = tunnel_keys.TOP
+        else:
+            found = [(line - 3, *rest) for line, *rest in tunnel(tmp_path, "addr: 8000", f"{theirs}: x")]
+            table = tunnel_keys.TUNNEL
+        key = next(key for key in table if key.name == ours)
+        expected = (
+            f"unknown key {theirs!r}: {key.not_yet}"
+            if key.not_yet
+            else f"unknown key {theirs!r}; did you mean {ours!r}?"
+        )
+        assert [f[-1] for f in found] == [expected]
+
+    def test_a_key_that_is_like_none_gets_the_list(self, tmp_path: Path) -> None:
+        ((_, _, message),) = tunnel(tmp_path, "addr: 8000", "zzz: 1")
+        assert message.startswith("unknown key 'zzz'; there are: protocol, addr, subdomain")
+
+    def test_ngroks_agent_map(self, tmp_path: Path) -> None:
+        found = faults(tmp_path, "version: 3\nagent:\n  authtoken: x\nendpoints:\n  - name: web\n")
+        assert [f[0] for f in found] == [1, 2, 4]
+        assert "its keys stand at the top" in found[1][2] and "did you mean 'tunnels'?" in found[2][2]
+
+    def test_a_subdomain_twice(self, tmp_path: Path) -> None:
+        text = "version: 1\ntunnels:\n  a: {addr: 1, subdomain: x}\n  b: {addr: 2, subdomain: x}\n"
+        assert faults(tmp_path, text) == [(4, 27, "the subdomain 'x' is that of tunnel 'a' (line 3) already")]
+
+    def test_a_fault_in_a_merged_map_is_said_once(self, tmp_path: Path) -> None:
+        text = "version: 1\ntunnels:\n  a: &a {addr: 1, tll: 1m}\n  b: {<<: *a}\n  c: {<<: *a}\n"
+        assert faults(tmp_path, text) == [(3, 19, "unknown key 'tll'; did you mean 'ttl'?")]
+
+    def test_endless_documents(self, tmp_path: Path) -> None:
+        assert faults(tmp_path, "[" * 100_000)[0][2] == "the file is nested too deeply"
+        endless = "version: 1\ntunnels:\n  a: &a\n    addr: 1\n    <<: *a\n"
+        assert "<< needs a map" in faults(tmp_path, endless)[0][2]
+
+    def test_bytes_that_are_no_text(self, tmp_path: Path) -> None:
+        (tmp_path / "x.yml").write_bytes(b"version: 1\nregion: \xff\n")
+        (fault,) = read([tmp_path / "x.yml"], LIMIT).faults
+        assert (fault.line, fault.column) == (2, 9) and "not UTF-8" in fault.message
+
+    def test_files_that_cannot_be_read(self, tmp_path: Path) -> None:
+        (tmp_path / "big.yml").write_bytes(b"#" * 11)
+        messages = [f.text() for f in read([tmp_path / "none.yml", tmp_path / "big.yml", tmp_path], 10).faults]
+        assert sorted(messages) == sorted(
+            [
+                f"{tmp_path}/none.yml: does not exist",
+                f"{tmp_path}/big.yml: is larger than 10 bytes",
+                f"{tmp_path}: cannot be read: Is a directory",
+            ]
+        )
+
+
+class TestShown:
+    def test_the_line_and_a_caret(self, tmp_path: Path) -> None:
+        config = parsed(tmp_path, "version: 1\ntunnels:\n  web:\n    addr: 99999\n")
+        assert config.faults[0].text() == (
+            f"{tmp_path}/0.yml:4:11: addr: '99999': the port must be 1 to 65535\n"
+            "    4 |     addr: 99999\n"
+            "      |           ^^^^^"
+        )
+
+    def test_a_long_line_with_tabs_and_control_characters(self) -> None:
+        fault = Fault("f", 1, 300, "no", "\tx" * 150 + "\x1b[2J", 900)
+        _, shown, marks = fault.text().splitlines()
+        assert "\x1b" not in shown and len(shown) <= 108
+        assert set(marks[8:].rstrip("^")) <= {"\t", " "}
+
+    def test_colours_only_where_wanted(self) -> None:
+        fault = Fault("f", 1, 1, "no", "x")
+        assert "\x1b" in fault.text(color=True) and "\x1b" not in fault.text()
