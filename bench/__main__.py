@@ -19,11 +19,15 @@ from bench.candidates import BUILDERS, Candidate, Ground, Missing
 from bench.cases import CASES, Case
 from bench.figures import Refused
 from bench.load import generator
+from bench.platform import MEASURES
 from bench.proc import MIB, idle_memory
 from bench.processes import ROOT, NotStarted, Run
 from bench.results import Document, cpu
 
+#: Cases are put on every candidate; measures are Portico's alone.
+EVERYTHING = [*CASES, *MEASURES]
 LAST = Path(__file__).parent / "results" / "last.json"
+#: The page, and beside it its chart and the results that both are drawn from.
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 
@@ -37,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(report.terminal(document))
     if options.write or options.render:
         write_page(document)
-        print(f"\nwritten: {PAGE.relative_to(ROOT)} and its chart")
+        print(f"\nwritten: {PAGE.relative_to(ROOT)}, its chart and its results")
     return 0
 
 
@@ -45,14 +49,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make bench ARGS=…", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", type=names(CASES), default=list(CASES), help=f"cases, of {', '.join(CASES)}")
+    parser.add_argument("--only", type=names(EVERYTHING), default=EVERYTHING, help=f"of {', '.join(EVERYTHING)}")
     parser.add_argument("--candidates", type=names(BUILDERS), default=list(BUILDERS), help=f"of {', '.join(BUILDERS)}")
     parser.add_argument("--repeats", type=positive(int), help="rounds [5; 3 with --quick]")
     parser.add_argument("--seconds", type=positive(float), help="of load for each sample [4; 3 with --quick]")
     parser.add_argument("--mebibytes", type=positive(int), default=256, help="of a bulk transfer [256]")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md and its chart too")
-    parser.add_argument("--render", action="store_true", help="measure nothing: write them from the last results")
+    parser.add_argument("--render", action="store_true", help="measure nothing: write the page from the last run")
     options = parser.parse_args(argv)
     options.repeats = options.repeats or (3 if options.quick else 5)
     options.seconds = options.seconds or (3.0 if options.quick else 4.0)
@@ -105,7 +109,11 @@ def measure(options: argparse.Namespace) -> Document:
             roles = next(iter(one.roles.values()), {})
             idle = {role: round(size / MIB, 2) for role, size in idle_memory(roles).items()}
             document["candidates"][one.name] = {"title": one.title, "version": one.version, "idle_mib": idle}
-        rounds(document, candidates, options)
+        rounds(document, candidates, [CASES[name] for name in options.only if name in CASES], options)
+        if any(one.name == "portico" for one in candidates):
+            for name in options.only:
+                if name in MEASURES:
+                    take(document, name, ground, options.repeats)
     return document
 
 
@@ -121,9 +129,10 @@ def start(ground: Ground, wanted: Sequence[str]) -> tuple[list[Candidate], dict[
     return candidates, skipped
 
 
-def rounds(document: Document, candidates: Sequence[Candidate], options: argparse.Namespace) -> None:
+def rounds(
+    document: Document, candidates: Sequence[Candidate], cases: Sequence[Case], options: argparse.Namespace
+) -> None:
     """All cases on all candidates in turn, round after round; the order of the candidates moves on by one each time."""
-    cases = [CASES[name] for name in options.only]
     document["cases"] = {case.name: {one.name: [] for one in candidates} for case in cases}
     for number in range(options.repeats):
         shift = number % len(candidates) if candidates else 0
@@ -154,6 +163,23 @@ def sample(document: Document, case: Case, candidate: Candidate, number: int, op
     )
 
 
+def take(document: Document, name: str, ground: Ground, repeats: int) -> None:
+    """One measure of Portico alone into the document."""
+    try:
+        figures = MEASURES[name](ground, repeats)
+    except (Refused, NotStarted, OSError) as err:
+        document["skipped"][name] = str(err)
+        say(f"REFUSED {name}: {err}")
+        return
+    document["platform"][name] = figures
+    shown = ", ".join(f"{key} {_short(value)}" for key, value in figures.items())
+    say(f"{time.strftime('%H:%M:%S')}  {name}: {shown}")
+
+
+def _short(value: object) -> str:
+    return " ".join(f"{one:.2f}" for one in value) if isinstance(value, list) else f"{value:.2f}"
+
+
 def keep(document: Document) -> None:
     LAST.parent.mkdir(exist_ok=True)
     LAST.write_text(json.dumps(document, indent=1) + "\n")
@@ -162,6 +188,7 @@ def keep(document: Document) -> None:
 def write_page(document: Document) -> None:
     PAGE.write_text(report.markdown(document))
     PAGE.with_suffix(".svg").write_text(chart.chart(document))
+    PAGE.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

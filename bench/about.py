@@ -48,6 +48,7 @@ def about(repeats: int, seconds: float, mebibytes: int, generator: str, app: str
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": commit(),
         "machine": machine(),
+        "load": round(os.getloadavg()[0], 1),
         "repeats": repeats,
         "seconds": seconds,
         "mebibytes": mebibytes,

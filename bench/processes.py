@@ -133,8 +133,8 @@ class Run:
 
     def home(self, name: str) -> Path:
         """A folder of its own for one candidate."""
-        folder = self.folder / name
-        folder.mkdir(exist_ok=True, mode=0o711)
+        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.folder))
+        folder.chmod(0o711)  # the account that PostgreSQL runs as for root passes through
         return folder
 
 

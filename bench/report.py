@@ -101,10 +101,11 @@ TARGET_HEAD: Row = ("what", "measured", "target", "")
 def text_table(head: Row, rows: Iterable[Row]) -> str:
     """Columns as wide as they need, the first to the left, the others to the right."""
     table = [list(head), *(list(row) for row in rows)]
-    for row in table:  # a refusal is one long cell: it may not widen its column
-        row[:] = [*row[:2]] if len(row) > 1 and row[1].startswith("refused:") else row
-    widths = [max(len(row[i]) for row in table if len(row) > 2) for i in range(len(head))]
-    widths[0] = max(widths[0], *(len(row[0]) for row in table))
+    whole = [row for row in table if len(row) == len(head) and not row[1].startswith("refused:")]
+    # A refusal is one long cell: it may not widen its column.
+    table = [row if row in whole else row[:2] for row in table]
+    widths = [max(len(row[i]) for row in whole) for i in range(len(head))]
+    widths[0] = max(len(row[0]) for row in table)
     lines = []
     for row in table:
         cells = [
@@ -121,7 +122,10 @@ def terminal(document: Document) -> str:
         parts += [f"\n{case}: {case_title(document, case)}", text_table(case_head(case), case_rows(document, case))]
     if any(row for row in memory_rows(document)):
         parts += ["\nresident memory, MiB", text_table(MEMORY_HEAD, memory_rows(document))]
-    parts += ["\ntargets", text_table(TARGET_HEAD, target_rows(document))]
+    if extra := platform_rows(document):
+        parts += ["\nthe platform", text_table(("", "measured"), extra)]
+    measured = [row for row in target_rows(document) if row[3] != "not measured"]
+    parts += ["\ntargets", text_table(TARGET_HEAD, measured)]
     if document["skipped"]:
         parts += ["\nskipped", *(f"  {name}: {why}" for name, why in document["skipped"].items())]
     return "\n".join(parts)
@@ -139,7 +143,7 @@ def markdown_table(head: Row, rows: Iterable[Row]) -> str:
 INTRO = """# Benchmarks
 
 What Portico costs, measured beside others on the same machine, in the same minutes, on the same work. This page is written by
-`make bench ARGS=--write`; do not edit it.
+`make bench ARGS=--write` from [benchmarks.json](benchmarks.json); do not edit it.
 
 ![CPU per request and per GiB, by candidate](benchmarks.svg)
 
@@ -178,7 +182,7 @@ def markdown(document: Document) -> str:
     parts.append(
         f"Measured on {about['date']} at commit `{about['commit']}`: {machine['cores']} cores ({machine['cpu']}), "
         f"{machine['memory_gib']:g} GiB, Linux {machine['kernel']}, Python {machine['python']}; {about['repeats']} rounds of "
-        f"{about['seconds']:g} s. Load by {about['generator']}; the app is {about['app']}.\n\n"
+        f"{about['seconds']:g} s. Load by {about['generator']}; the app is {about['app']}.{_busy(document)}\n\n"
     )
     parts += ["## Targets\n\n", markdown_table(TARGET_HEAD, target_rows(document)), "\n\n"]
     for case in case_names(document):
@@ -194,6 +198,14 @@ def markdown(document: Document) -> str:
         parts += ["\nSkipped: ", "; ".join(f"{name} ({why})" for name, why in document["skipped"].items()), ".\n"]
     parts.append(METHOD)
     return "".join(parts)
+
+
+def _busy(document: Document) -> str:
+    """A warning when others used the machine before the run began."""
+    about = document["about"]
+    if about["load"] <= about["machine"]["cores"] / 4:
+        return ""
+    return f" **The machine was busy with other work (load {about['load']:g}): only the ratios mean much.**"
 
 
 PLATFORM: tuple[tuple[str, str, str, str], ...] = (

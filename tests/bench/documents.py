@@ -34,7 +34,15 @@ def document(**cases: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "rathole": "rathole",
     }
     machine = {"cores": 2, "cpu": "Some CPU", "memory_gib": 24.0, "kernel": "6.1.0", "python": "3.11.2"}
-    about = {"date": "2026-01-02", "commit": "abc", "machine": machine, "repeats": 3, "seconds": 4.0, "mebibytes": 256}
+    about = {
+        "date": "2026-01-02",
+        "commit": "abc",
+        "machine": machine,
+        "load": 0.1,
+        "repeats": 3,
+        "seconds": 4.0,
+        "mebibytes": 256,
+    }
     return {
         "about": about | {"generator": "wrk", "app": "nginx 1.22"},
         "skipped": {"frp-http": "frps and frpc are not on PATH"},

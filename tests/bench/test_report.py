@@ -59,6 +59,12 @@ def test_the_page_names_machine_commit_and_what_was_skipped() -> None:
     assert heads and all(tables[i].count("|") == tables[i - 1].count("|") for i in heads)
 
 
+def test_the_page_says_when_the_machine_was_busy() -> None:
+    about = DOCUMENT["about"]
+    assert "busy" not in report.markdown(DOCUMENT)
+    assert "busy with other work (load 7.5)" in report.markdown(DOCUMENT | {"about": about | {"load": 7.5}})
+
+
 def test_the_terminal_has_every_case_and_no_empty_end() -> None:
     text = report.terminal(DOCUMENT)
     assert "small-get: small GET, 64 keep-alive connections" in text
