@@ -575,9 +575,16 @@ def default_state_dir(environ: Mapping[str, str] | None = None) -> Path:
 
 
 def color_wanted(stream: typing.IO[str], environ: Mapping[str, str] | None = None) -> bool:
-    """Colours only on a terminal that can, for people who have not said no (https://no-color.org)."""
+    """Colours only on a terminal that can, for people who have not said no (https://no-color.org).
+
+    FORCE_COLOR and CLICOLOR_FORCE ask for them elsewhere too, in a CI log for instance; NO_COLOR is stronger than both.
+    """
     environ = os.environ if environ is None else environ
-    return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+    if environ.get("NO_COLOR"):
+        return False
+    if any(environ.get(name, "0") not in ("", "0") for name in ("FORCE_COLOR", "CLICOLOR_FORCE")):
+        return True
+    return stream.isatty() and environ.get("TERM") != "dumb" and environ.get("CLICOLOR") != "0"
 
 
 def proxy_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -684,6 +691,12 @@ class AgentSettings:
     # Seconds between two looks at whether a file changed; it is read when it is the same for two looks.
     config_poll_seconds: float = 0.5
 
+    # == Diagnosis (`portico diagnose`)
+    # Seconds for each step of the diagnosis to be answered.
+    diagnose_step_seconds: float = 3.0
+    # Seconds for the whole diagnosis; steps become shorter towards its end.
+    diagnose_seconds: float = 15.0
+
     # == Screen and log
     # Lowest level of log records that are written.
     log_level: str = "INFO"
@@ -693,6 +706,24 @@ class AgentSettings:
     screen_redraws: float = 4.0
     # Requests a second that are written as lines (plain and --json); the rest are counted in one line.
     request_lines_per_second: int = 100
+
+
+def agent_sources(
+    overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Where the agent's settings came from, of those that somebody set: command line, variable or file, by key."""
+    environ = os.environ if environ is None else environ
+    file = agent_settings(overrides).config_dir / "portico.toml"
+    table = read_table(file, "agent") if file.is_file() else {}
+    found: dict[str, str] = {}
+    for key in (field.name for field in dataclasses.fields(AgentSettings)):
+        if (overrides or {}).get(key) is not None:
+            found[key] = "command line"
+        elif f"PORTICO_{key.upper()}" in environ:
+            found[key] = f"PORTICO_{key.upper()}"
+        elif key in table:
+            found[key] = str(file)
+    return found
 
 
 def agent_settings(

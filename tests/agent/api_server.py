@@ -9,6 +9,7 @@ import ssl
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from email.utils import formatdate
 from typing import Any
 
 KEY = "tnl_agt_0123456789abcdefghijABCDEFGHIJ3mpbCX"
@@ -40,6 +41,10 @@ class TestApi:
             f"DELETE /v1/agent/sessions/{self.session}": lambda body: (204, {}),
             f"POST /v1/agent/sessions/{self.session}/tunnels": self.add,
         }
+        self.routes["GET /readyz"] = lambda body: (200, {"status": "ready"})
+        self.routes["GET /openapi.json"] = lambda body: (200, {"info": {"version": "0.1.0"}})
+        #: Seconds that this API's clock is ahead.
+        self.clock_ahead = 0.0
         self.names: list[str] = []
         #: Tunnels that are refused, by name.
         self.refuse_names: dict[str, Answer] = {}
@@ -127,6 +132,9 @@ class TestApi:
                 status, answer = self.refuse or (route(body) if route else problem(404, "request.not_found"))
                 data = b"" if status == 204 else json.dumps(answer).encode()
                 length = "" if status == 204 else f"Content-Length: {len(data)}\r\n"
-                writer.write(f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n{length}\r\n".encode() + data)
+                date = f"Date: {formatdate(time.time() + self.clock_ahead, usegmt=True)}\r\n"
+                writer.write(
+                    f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n{date}{length}\r\n".encode() + data
+                )
         self._writers.discard(writer)
         writer.close()

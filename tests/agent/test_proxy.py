@@ -5,16 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import ssl
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from portico.agent import proxy as proxies
 from portico.agent.api import Api
@@ -23,6 +18,7 @@ from portico.errors import Problem
 from portico.kit import dial
 from portico.settings import AgentSettings, Secret
 from tests.agent.api_server import KEY, TestApi
+from tests.agent.certificates import certificate
 from tests.agent.harness import Relay, SilentOwner
 from tests.agent.proxies import TestProxy, proxy
 from tests.agent.world import FAST, World
@@ -321,29 +317,6 @@ class TestSocks5:
         async with proxy("socks5") as way:
             problem = await refusal(settings(way.url), f"ws://{'a' * 300}.example:1/")
         assert problem.code == "proxy.target_unreachable" and "not a host name" in problem.detail
-
-
-def certificate(folder: Path, name: str) -> tuple[ssl.SSLContext, Path]:
-    """A server context for ``name``, and the file that clients trust it by."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder(
-            subject, subject, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=30)
-        )
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), False)
-        .add_extension(x509.BasicConstraints(True, None), True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = folder / f"{name}.pem"
-    pem.write_bytes(
-        made.public_bytes(serialization.Encoding.PEM)
-        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem)
-    return context, pem
 
 
 @KINDS

@@ -12,8 +12,8 @@ import pytest
 
 from portico.embedded.demo import Demo, _unchunk, fetch
 from portico.embedded.sample_app import SampleApp
-from portico.embedded.summary import Paint
 from portico.errors import Problem
+from portico.kit.paint import Paint
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from portico.embedded import doctor
-from portico.embedded.doctor import Finding, examine, running_pid
+from portico.embedded.doctor import examine, running_pid
 from portico.embedded.lock import OwnerLock
 from portico.embedded.secretfiles import write_credentials
+from portico.kit.findings import Finding
 from portico.kit.sockets import bind_tcp, port_of
 from portico.settings import PlatformSettings, Secret
 

@@ -11,7 +11,7 @@ from urllib.parse import quote, urlsplit
 import httpx
 
 from portico.agent import proxy as proxies
-from portico.agent.transport import Transport
+from portico.agent.transport import Transport, trust
 from portico.errors import Problem, catalogue
 from portico.kit.dial import authority, bracketed, is_address, is_loopback
 from portico.settings import AgentSettings, Secret
@@ -110,7 +110,7 @@ class Api:
         parts = urlsplit(server)
         verify: ssl.SSLContext | bool = False  # no context is built for plain http, which saves 30 ms
         if parts.scheme == "https":
-            verify = ssl.create_default_context(cafile=str(settings.ca_file) if settings.ca_file else None)
+            verify = trust(settings)
         #: The proxy on the way, if there is one.
         self.proxy = proxies.choose(settings, server)
         self._http = httpx.AsyncClient(

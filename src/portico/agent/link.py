@@ -13,6 +13,7 @@ from picows.url import WSParsedURL
 
 from portico.agent import proxy as proxies
 from portico.agent.api import VERSION, problem_of
+from portico.agent.transport import trust
 from portico.errors import Problem
 from portico.kit.carrier import Carrier
 from portico.kit.dial import connect_tcp, reason
@@ -95,10 +96,7 @@ class Link:
         self.opened_at = asyncio.get_running_loop().time()
 
     async def _upgrade(self, token: str) -> None:
-        context = None
-        if self.url.startswith("wss:"):
-            ca_file = self._settings.ca_file
-            context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
+        context = trust(self._settings) if self.url.startswith("wss:") else None
         try:
             transport, _ = await ws_connect(
                 lambda: self.carrier,

@@ -18,7 +18,9 @@ import httpx
 
 from portico.agent import proxy as proxies
 from portico.agent.proxy import Proxy
+from portico.errors import Problem
 from portico.kit.dial import connect_tcp, reason
+from portico.settings import AgentSettings
 
 
 class Transport(httpx.AsyncHTTPTransport):
@@ -29,6 +31,16 @@ class Transport(httpx.AsyncHTTPTransport):
         context = verify if isinstance(verify, ssl.SSLContext) else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         super().__init__(verify=context, trust_env=False)
         self._pool = httpcore.AsyncConnectionPool(ssl_context=context, network_backend=_Backend(proxy, timeout))
+
+
+def trust(settings: AgentSettings) -> ssl.SSLContext:
+    """The TLS client context for the platform: its private CA (`ca_file`), or the public ones; raises ``config.invalid``."""
+    file = settings.ca_file
+    try:
+        return ssl.create_default_context(cafile=str(file.expanduser()) if file else None)
+    except OSError as err:  # ssl.SSLError, for a file that holds no certificate, is one too
+        why = "holds no certificate" if isinstance(err, ssl.SSLError) else str(err.strerror)
+        raise Problem("config.invalid", f"setting ca_file: {file}: {why}") from None
 
 
 class _Backend(httpcore.AsyncNetworkBackend):

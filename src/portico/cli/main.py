@@ -30,6 +30,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "login": "account",
         "logout": "account",
         "whoami": "account",
+        "diagnose": "diagnose",
     },
     "Portico on one machine": {"demo": "platform", "up": "platform", "doctor": "platform"},
     "For operators: one process each": {

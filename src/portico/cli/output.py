@@ -113,7 +113,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str =
 
     Cells are shown as text: nothing in them is markup, and control characters are made visible.
     """
-    cells = [[_printable(cell) for cell in row] for row in rows]
+    cells = [[printable(cell) for cell in row] for row in rows]
     if not cells:
         note(empty)
         return
@@ -124,5 +124,6 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str =
         echo(f"{bold[0]}{line}{bold[1]}" if number == 0 else line)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """``text`` with control characters made visible: nothing that came from elsewhere drives the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

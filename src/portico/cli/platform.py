@@ -84,7 +84,8 @@ async def _stay(platform: Platform) -> int:
     import asyncio
     import sys
 
-    from portico.embedded.summary import Paint, summary
+    from portico.embedded.summary import summary
+    from portico.kit.paint import Paint
 
     platform.logs.write(summary(platform, Paint(settings.color_wanted(sys.stderr)), sys.stderr.isatty()))
     await asyncio.to_thread(platform.logs.flush)
@@ -145,7 +146,7 @@ def _demo(chosen: settings.PlatformSettings, home: Path, once: bool) -> int:
     import sys
 
     from portico.embedded.demo import Demo
-    from portico.embedded.summary import Paint
+    from portico.kit.paint import Paint
 
     async def body(platform: Platform) -> int:
         demo = Demo(Paint(settings.color_wanted(sys.stdout)), output.echo)
@@ -177,6 +178,7 @@ def doctor(
     """
     import asyncio
 
+    from portico.cli.report import Report
     from portico.embedded import doctor as checks
 
     chosen = settings.load(settings.PlatformSettings, table="platform", file=config, overrides={"data_dir": data})
@@ -185,25 +187,11 @@ def doctor(
     if as_json:
         output.print_json([finding.document() for finding in findings])
     else:
-        _show(findings)
+        report = Report(max(len(finding.check) for finding in findings))
+        for finding in findings:
+            report.show(finding)
+        report.end()
     raise typer.Exit(output.FAILED if any(finding.level == "FAIL" for finding in findings) else output.OK)
-
-
-def _show(findings: list[Any]) -> None:
-    import sys
-
-    from portico.embedded.summary import Paint
-
-    paint = Paint(settings.color_wanted(sys.stdout))
-    style = {"OK": paint.good, "WARN": paint.warn, "FAIL": paint.bad}
-    width = max(len(finding.check) for finding in findings)
-    for finding in findings:
-        output.echo(f"{style[finding.level](f'{finding.level:<4}')}  {finding.check:<{width}}  {finding.says}")
-        if finding.advice:
-            output.echo(f"      {'':<{width}}  {paint.dim('→ ' + finding.advice)}")
-    count = {level: sum(finding.level == level for finding in findings) for level in style}
-    output.echo("")
-    output.echo(f"{count['OK']} fine, {count['WARN']} to look at, {count['FAIL']} broken")
 
 
 def register(app: typer.Typer) -> None:

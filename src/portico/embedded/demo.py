@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 
 from portico.embedded.platform import Platform
 from portico.embedded.sample_app import SampleApp
-from portico.embedded.summary import Paint, key_text
+from portico.embedded.summary import key_text
 from portico.embedded.units import ProcessUnit
 from portico.errors import Problem
+from portico.kit.paint import Paint
 
 REQUEST_TIMEOUT_SECONDS = 10.0
 ANSWER_MAX_BYTES = 256 * 1024

@@ -6,7 +6,6 @@ Nothing is started or changed. A platform that does not run is not a fault: then
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import importlib.util
 import json
 import os
@@ -17,7 +16,7 @@ import stat
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,29 +28,15 @@ from portico.embedded.lock import OwnerLock
 from portico.embedded.pg_install import find_install
 from portico.embedded.valkey import find_program
 from portico.errors import Problem
+from portico.kit.findings import Finding, clock
 from portico.kit.sockets import bind_tcp
 from portico.settings import PlatformSettings
 
 OLDEST_PYTHON = (3, 11)
 DISK_WARN_BYTES, DISK_FAIL_BYTES = 2 * 1024**3, 200 * 1024**2
 OPEN_FILES_WARN = 8192
-#: Tokens tolerate a minute of difference (`token_leeway_seconds`); half of it is time to look at the clock.
-CLOCK_WARN_SECONDS, CLOCK_FAIL_SECONDS = 30.0, 60.0
 ASK_TIMEOUT_SECONDS = 3.0
 _WHEELS = ("uvloop", "httptools", "picows", "cryptography")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report."""
-
-    check: str
-    level: str
-    says: str
-    advice: str = ""
-
-    def document(self) -> dict[str, str]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +255,7 @@ async def api(case: Case) -> list[Finding]:
         return [
             Finding("API", "FAIL", f"{case.server} answers {status} to /readyz: {body[:120].decode(errors='replace')}")
         ]
-    return [Finding("API", "OK", f"{case.server} is ready{await _api_version(case.server)}"), _clock(headers, middle)]
+    return [Finding("API", "OK", f"{case.server} is ready{await _api_version(case.server)}"), clock(headers, middle)]
 
 
 async def _api_version(server: str) -> str:
@@ -279,22 +264,6 @@ async def _api_version(server: str) -> str:
         return f", version {json.loads(body)['info']['version']}"
     except Exception:  # a version is only nice to have
         return ""
-
-
-def _clock(headers: dict[str, str], middle: float) -> Finding:
-    """The difference to the API's clock, from its Date header (whole seconds)."""
-    try:
-        theirs = email.utils.parsedate_to_datetime(headers["date"]).timestamp() + 0.5
-    except (KeyError, ValueError):
-        return Finding("Clock", "WARN", "the API sends no Date: the difference is not known")
-    off = abs(theirs - middle)
-    level = "FAIL" if off > CLOCK_FAIL_SECONDS else "WARN" if off > CLOCK_WARN_SECONDS else "OK"
-    advice = (
-        "Tokens are refused past a minute: set this machine's clock (timedatectl set-ntp true)."
-        if level != "OK"
-        else ""
-    )
-    return Finding("Clock", level, f"{off:.0f} s from the API's", advice)
 
 
 async def keys(case: Case) -> list[Finding]:

@@ -11,6 +11,7 @@ import contextlib
 import ipaddress
 import os
 import socket
+import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import chain, zip_longest
@@ -72,10 +73,37 @@ async def resolve(host: str, port: int) -> list[Address]:
     if host == "localhost" or host.endswith(".localhost"):
         return [_loopback(socket.AF_INET, "127.0.0.1", port), _loopback(socket.AF_INET6, "::1", port)]
     try:
-        found: Sequence[Any] = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await _look_up(host, port)
     except UnicodeError:  # a host that looks like a name and is none, such as one with an empty label
         raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
     return interleaved(found)
+
+
+async def _look_up(host: str, port: int) -> list[Any]:
+    """``getaddrinfo`` in a thread of its own: one that hangs (a dead name server) does not keep the process from ending."""
+    if is_address(host):
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[list[Any]] = loop.create_future()
+
+    def tell(result: list[Any] | BaseException) -> None:
+        if answer.done():  # given up
+            return
+        if isinstance(result, BaseException):
+            answer.set_exception(result)
+        else:
+            answer.set_result(result)
+
+    def ask() -> None:
+        try:
+            result: list[Any] | BaseException = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as err:
+            result = err
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell, result)
+
+    threading.Thread(target=ask, name="getaddrinfo", daemon=True).start()
+    return await answer
 
 
 def _loopback(family: int, address: str, port: int) -> Address:
