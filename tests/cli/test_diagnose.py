@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 
 from tests.agent.harness import Relay
-from tests.cli.test_developer import Cli, api, cli, only_line, relay
-
-__all__ = ["api", "cli", "relay"]
+from tests.cli.commands import Cli, only_line
 
 
 class TestDiagnose:
