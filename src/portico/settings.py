@@ -176,6 +176,8 @@ class RelaySettings:
     control_host: str = "127.0.0.1"
     # TCP port of the listener that agents connect to.
     control_port: int = 7081
+    # Address on which the ports of TCP tunnels are opened, each while its tunnel is online here.
+    tcp_host: str = "127.0.0.1"
     # Tunnels without a domain of their own are names directly below this one.
     base_domain: str = "localhost"
     # The public HTTP listener as visitors reach it.
@@ -210,6 +212,12 @@ class RelaySettings:
     max_connections: int = 50000
     # Requests in flight of one tunnel when its grant names no limit; above it 429.
     default_concurrency: int = 100
+    # Seconds for a TCP tunnel's port to be let go by whoever has it (a relay that just died or drains), then the bind is refused.
+    tcp_bind_seconds: float = 3.0
+    # Seconds for the agent to reach the target of a TCP connection; longer than the agent's own limit for it.
+    tcp_open_timeout_seconds: float = 20.0
+    # Seconds without a byte either way after which a TCP connection is ended; 0 is no limit. Dead peers end by keep-alive.
+    tcp_idle_timeout_seconds: float = 86400.0
     # Bytes waiting to be written to one visitor before its stream stops giving credit to the agent.
     visitor_write_buffer_bytes: int = 32768
 
@@ -309,6 +317,10 @@ class ApiSettings:
     base_domain: str = "localhost"
     # How a public URL is written: scheme and port that visitors use (http://web.localhost:7080).
     public_url: str = "http://localhost:7080"
+    # Public ports of TCP tunnels, first-last, all of them open to visitors on the relays; empty: no TCP tunnels.
+    tcp_ports: str = "7100-7199"
+    # Host in the URLs of TCP tunnels; empty: the base domain.
+    tcp_url_host: str = ""
     # Listening sockets inherited from the parent, as name=fd,…; set by `portico up`.
     listen_fds: str = ""
     # Proxies whose X-Forwarded-For is believed, as addresses or networks; empty: nobody's.
@@ -387,6 +399,10 @@ class ApiSettings:
     session_max_tunnels: int = 1000
     # Requests in flight that one tunnel may have; its policy can lower it.
     tunnel_concurrency: int = 100
+    # TCP connections that one tunnel may have open; its policy can lower it (`concurrency`).
+    tunnel_connections: int = 1000
+    # Seconds after a deletion in which its port goes to no other organization: who still connects must not reach a stranger.
+    tcp_port_quarantine_seconds: int = 600
     # Seconds that events of a tunnel, and the numbers of counted usage batches, are kept.
     tunnel_history_seconds: int = 2_592_000
 
@@ -469,7 +485,7 @@ class PlatformSettings:
     control_port: int = 7081
     # TCP port of the API and console.
     api_port: int = 7000
-    # Range of ports kept free for TCP tunnels, first-last; this version opens none of them.
+    # Public ports of TCP tunnels, first-last; each is opened while a tunnel that has it is online.
     tcp_ports: str = "7100-7199"
     # Relay processes; all accept visitors on the ports above, and agents each on a port of its own.
     relays: int = 1

@@ -14,11 +14,12 @@ from portico.agent.api import Api
 from portico.agent.client import Agent
 from portico.agent.credentials import Credentials
 from portico.agent.files import FileServer
-from portico.agent.fleet import Fleet
+from portico.agent.fleet import Fleet, Served
 from portico.agent.forward import Forwarder
 from portico.agent.stats import Stats
 from portico.agent.status import make_display
 from portico.agent.target import Target
+from portico.agent.tcp import TcpForwarder
 from portico.kit import telemetry
 from portico.settings import AgentSettings
 
@@ -44,6 +45,8 @@ class TunnelOptions:
     tls_verify: bool | None = None
     #: Seconds after which the tunnel ends itself.
     ttl: float | None = None
+    #: Version of the PROXY protocol header that a TCP target gets; 0: none.
+    proxy_protocol: int = 0
 
 
 async def serve(
@@ -91,7 +94,9 @@ def _follower(source: tuple[FileSource, Config], fleet: Fleet, settings: AgentSe
     return Follower(*source, fleet, settings)
 
 
-def _forwarder(options: TunnelOptions, settings: AgentSettings, stats: Stats) -> Forwarder | FileServer:
+def _forwarder(options: TunnelOptions, settings: AgentSettings, stats: Stats) -> Served:
+    if options.spec.get("protocol") == "tcp":
+        return TcpForwarder(options.target, settings, stats, proxy_protocol=options.proxy_protocol)
     if options.target.kind == "file":
         return FileServer(options.target, settings, stats)
     return Forwarder(options.target, settings, stats, host_header=options.host_header, tls_verify=options.tls_verify)

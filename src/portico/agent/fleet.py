@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from portico.agent.client import Agent, Events, Tunnel
 from portico.agent.files import FileServer
 from portico.agent.forward import Forwarder
+from portico.agent.tcp import TcpForwarder
 from portico.kit.clock import uptime
 
 if TYPE_CHECKING:
     from portico.agent.app import TunnelOptions
 
-Served = Forwarder | FileServer
+Served = Forwarder | FileServer | TcpForwarder
 #: Seconds between two looks at forwarders that finish their last requests.
 _RETIRED_LOOK_SECONDS = 0.5
 
@@ -82,7 +83,8 @@ class Fleet:
     async def _warn(self, served: Served) -> None:
         why = await served.probe()
         if why is not None:
-            self.events.warning(f"{why} yet; visitors get 502 until the app answers there")
+            then = "are turned away" if isinstance(served, TcpForwarder) else "get 502"
+            self.events.warning(f"{why} yet; visitors {then} until the app answers there")
 
     # ── change ────────────────────────────────────────────────────────────────────────────────────────────────────
     def apply(self, wanted: Mapping[str, TunnelOptions]) -> list[str]:
@@ -166,4 +168,4 @@ def _another(new: TunnelOptions, old: TunnelOptions) -> bool:
 
 def _serving(options: TunnelOptions) -> tuple[Any, ...]:
     """What a forwarder is made of."""
-    return (options.target, options.host_header, options.tls_verify)
+    return (options.target, options.host_header, options.tls_verify, options.proxy_protocol)

@@ -58,23 +58,9 @@ class Forwarder:
         return None if exchange.over else exchange
 
     def on_open(self, stream: Stream, info: dict[str, Any]) -> Sink | None:
-        """Start serving one TCP connection."""
-        self.stats.opened()
-        pipe = RawPipe(stream, self.stats.closed)
-        self.pool.keep(self._dial_raw(pipe))
-        return pipe
-
-    async def _dial_raw(self, pipe: RawPipe) -> None:
-        try:
-            connection = await self.pool.connect(lambda: TargetConnection(self.pool))
-        except OSError as err:
-            pipe.fail(f.TARGET_REFUSED, self.pool.why(err))
-            return
-        if pipe.over:
-            connection.abort()
-            return
-        pipe.stream.send_opened()
-        pipe.attach(connection)
+        """No relay asks for it: an HTTP tunnel has no port."""
+        stream.reset(f.NO_SUCH_BIND, "this tunnel carries HTTP")
+        return None
 
     async def probe(self) -> str | None:
         """Why the target cannot be reached now, or ``None``."""

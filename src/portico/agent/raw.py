@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from portico.wire import frames as f
 from portico.wire.session import Stream
 
-if TYPE_CHECKING:
-    from portico.agent.connection import TargetConnection
+
+class Connection(Protocol):
+    """A connection to the target that is bytes both ways: after a 101, or from its start."""
+
+    transport: Any
+    raw: RawPipe | None
+    lost: bool
+    write_paused: bool
+
+    def hold(self) -> None:
+        """Stop reading until the relay grants credit."""
+
+    def unpause(self) -> None:
+        """Read again."""
+
+    def abort(self) -> None:
+        """Close at once; nothing more is heard of the connection."""
 
 
 class RawPipe:
@@ -29,7 +44,7 @@ class RawPipe:
 
     def __init__(self, stream: Stream, done: Callable[[], None]) -> None:
         self.stream = stream
-        self.connection: TargetConnection | None = None
+        self.connection: Connection | None = None
         self.over = False
         self._done = done
         self._to_target: list[bytes] = []
@@ -37,7 +52,7 @@ class RawPipe:
         self._read_ended = self._write_ended = False
         self._uncredited = 0
 
-    def attach(self, connection: TargetConnection) -> None:
+    def attach(self, connection: Connection) -> None:
         """The connection is there: send what arrived before it."""
         self.connection = connection
         connection.raw = self
@@ -133,7 +148,7 @@ class RawPipe:
     def on_opened(self) -> None: ...
 
     # ── towards the target ────────────────────────────────────────────────────────────────────────────────────────
-    def _write(self, connection: TargetConnection, data: bytes) -> None:
+    def _write(self, connection: Connection, data: bytes) -> None:
         connection.transport.write(data)
         if connection.write_paused:
             self._uncredited += len(data)
@@ -145,7 +160,7 @@ class RawPipe:
         size, self._uncredited = self._uncredited, 0
         self.stream.consumed(size)
 
-    def _write_eof(self, connection: TargetConnection) -> None:
+    def _write_eof(self, connection: Connection) -> None:
         if self._read_ended and not self._to_relay:
             # Both ways ended. The session closes the stream once this callback returns.
             self._finish(graceful=True)

@@ -29,6 +29,7 @@ class Stats:
         self.total = 0
         self.open = 0
         self.last_failure = ""
+        self.failures = 0
         self.records: deque[tuple[bytes, bytes, int, float, float]] = deque(maxlen=RECORDS)
         self.written = 0
         self.rate_1 = self.rate_5 = 0.0
@@ -52,6 +53,7 @@ class Stats:
     def failed(self, detail: str) -> None:
         """The target could not answer."""
         self.last_failure = detail
+        self.failures += 1
 
     def since(self, seen: int) -> tuple[list[Record], int]:
         """The records after the first ``seen`` ones that are still kept, and how many there were by now."""

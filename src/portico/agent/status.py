@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("portico.agent")
 
 
+#: Seconds before the same failure of the target is told again.
+WARN_SECONDS = 10.0
+
+
 def printable(text: str) -> str:
     """``text`` without anything that could drive a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -54,6 +58,8 @@ class Display(Events):
         self.stats = stats
         self.agent: Agent | None = None
         self._seen = 0
+        self._failures = 0
+        self._warned: tuple[str, float] = ("", -WARN_SECONDS)
 
     async def run(self) -> None:
         """Write what is new until cancelled."""
@@ -64,6 +70,7 @@ class Display(Events):
     def tick(self) -> None:
         """One look at the counters."""
         self.stats.sample()
+        self._warn_of_failures()
         before = self._seen
         if self.stats.written == before:
             return
@@ -71,6 +78,18 @@ class Display(Events):
         most = max(1, int(self.settings.request_lines_per_second / self.settings.screen_redraws))
         shown = records[-most:]
         self.requests(shown, self._seen - before - len(shown))
+
+    def _warn_of_failures(self) -> None:
+        """Say why the target cannot be reached: at once, and the same again only after a while."""
+        new = self.stats.failures - self._failures
+        if not new:
+            return
+        why, now = self.stats.last_failure, time.monotonic()
+        if why == self._warned[0] and now - self._warned[1] < WARN_SECONDS:
+            return
+        self._failures += new
+        self._warned = (why, now)
+        self.warning(why if new == 1 else f"{why} ({new} times)")
 
     def requests(self, records: list[Record], skipped: int) -> None:
         """Requests that ended since the last look; ``skipped`` more are not shown."""

@@ -11,7 +11,7 @@ import re
 import socket
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -24,13 +24,14 @@ LOCALHOST = ("127.0.0.1", "::1")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A parsed TARGET. ``kind`` is ``tcp``, ``unix`` or ``file``; ``tls`` only with ``tcp``."""
+    """A parsed TARGET. ``kind`` is ``tcp``, ``unix`` or ``file``; ``tls`` only with ``tcp``; ``raw``: of a TCP tunnel."""
 
     kind: str
     host: str = ""
     port: int = 0
     path: str = ""
     tls: bool = False
+    raw: bool = False
 
     @property
     def authority(self) -> str:
@@ -43,6 +44,8 @@ class Target:
     @property
     def url(self) -> str:
         """As shown to people and to the API."""
+        if self.kind == "tcp" and self.raw:
+            return f"tcp://{self.place}"
         if self.kind == "tcp":
             return f"http{'s' if self.tls else ''}://{self.authority}"
         return f"unix:{self.path}" if self.kind == "unix" else f"file://{self.path}"
@@ -145,6 +148,19 @@ def parse_target(text: str) -> Target:
     if not colon or not (port.isascii() and port.isdecimal()):
         raise _refuse(text, "add a port, as in 8000 or localhost:8000")
     return _host_port(text, host.removeprefix("[").removesuffix("]"), int(port[:6]), False)
+
+
+def parse_tcp_target(text: str) -> Target:
+    """The TARGET of a TCP tunnel: 8000, host:port, tcp://host:port or unix:/path; raises ``target.invalid``."""
+    text = text.strip()
+    scheme, _, rest = text.partition("://")
+    if rest and scheme.lower() == "tcp":
+        text = rest.rstrip("/")
+    elif rest and scheme.lower() != "unix":
+        raise _refuse(text, "a TCP tunnel carries bytes: give a port, host:port, tcp://host:port or unix:/path")
+    if text.lower().startswith("file:"):
+        raise _refuse(text, "a folder is served by portico http")
+    return replace(parse_target(text), raw=True)
 
 
 def tls_context(target: Target, verify: bool | None) -> ssl.SSLContext | None:

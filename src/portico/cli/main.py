@@ -22,6 +22,7 @@ from portico.errors import Problem
 SECTIONS: dict[str, dict[str, str]] = {
     "For developers": {
         "http": "tunnel",
+        "tcp": "tcp",
         "start": "start",
         "config": "config",
         "ls": "tunnel",

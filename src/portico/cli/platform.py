@@ -43,7 +43,7 @@ def up(
     tcp_ports: Annotated[
         str | None,
         typer.Option(
-            help="Ports kept for TCP tunnels, which this version does not have yet [7100-7199].",
+            help="Public ports of TCP tunnels [7100-7199].",
             metavar="FIRST-LAST",
             show_default=False,
         ),

@@ -57,7 +57,9 @@ def http(
         raise Problem("config.invalid", f"--host-header {err}") from None
     del inspect  # taken already so that scripts may say it; captures are kept at the relay
     config, found = signed_in(server)
-    config = _with(config, region=region, log_level=log_level, proxy_url=settings.Secret(proxy) if proxy else None)
+    config = with_options(
+        config, region=region, log_level=log_level, proxy_url=settings.Secret(proxy) if proxy else None
+    )
     spec: dict[str, Any] = {"protocol": "http"}
     if name:
         spec["name"] = name
@@ -70,7 +72,8 @@ def http(
         raise typer.Exit(code)
 
 
-def _with(config: settings.AgentSettings, **changes: Any) -> settings.AgentSettings:
+def with_options(config: settings.AgentSettings, **changes: Any) -> settings.AgentSettings:
+    """The settings with what was said on the command line."""
     import dataclasses
 
     return dataclasses.replace(config, **{key: value for key, value in changes.items() if value is not None})

@@ -142,6 +142,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     try:
         try:
             await signing_keys.ensure(app.state.db, app.state.signing_keys)
+            async with app.state.db.transaction() as tx:
+                await app.state.tunnels.ports.prepare(tx)
         except (Problem, sa.exc.ProgrammingError) as err:  # away, or not migrated yet: housekeeping tries again
             log.warning("not ready yet", extra={"f": {"error": f"{type(err).__name__}: {err}"[:200]}})
         yield

@@ -220,7 +220,12 @@ class Platform:
         return ProcessUnit(
             "api",
             ["api"],
-            self.environment(api_host=self.settings.host, api_port=port_of(sock), shutdown_seconds=_API_DRAIN_SECONDS),
+            self.environment(
+                api_host=self.settings.host,
+                api_port=port_of(sock),
+                tcp_ports=self.settings.tcp_ports,
+                shutdown_seconds=_API_DRAIN_SECONDS,
+            ),
             listeners={"api": sock},
             health=(self.host, port_of(sock), "/readyz"),
         )
@@ -243,6 +248,7 @@ class Platform:
                 public_port=at.http,
                 https_host=self.settings.host,
                 https_port=at.https,
+                tcp_host=self.settings.host,
                 control_host=self.settings.host,
                 control_port=at.control,
                 peers=",".join(self._at("ws", port, "/v1/peer") for port in others),

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from portico.errors import Problem
-from portico.kit.sockets import bind_tcp
+from portico.kit.sockets import bind_tcp, port_range
 
 _LISTEN = "0A"
 
@@ -72,12 +72,7 @@ def check_range(text: str, others: set[int]) -> range:
 
     Raises ``config.invalid``, also when one of ``others`` is among them.
     """
-    first, _, last = text.partition("-")
-    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last) < 65_536):
-        raise Problem(
-            "config.invalid", f"setting tcp_ports: {text!r} is not a range such as 7100-7199", key="tcp_ports"
-        )
-    chosen = range(int(first), int(last) + 1)
+    chosen = port_range(text, "tcp_ports")
     taken = sorted(port for port in others if port in chosen)
     if taken:
         raise Problem("config.invalid", f"setting tcp_ports: port {taken[0]} is another listener's", key="tcp_ports")

@@ -50,6 +50,14 @@ def check_port(port: int, name: str) -> None:
         raise Problem("config.invalid", f"{name}: {port} is not a TCP port (0 to 65535)")
 
 
+def port_range(text: str, name: str) -> range:
+    """The ports of ``first-last`` (the setting ``name``). Raises ``config.invalid``."""
+    first, _, last = text.partition("-")
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last) < 65_536):
+        raise Problem("config.invalid", f"setting {name}: {text!r} is not a range such as 7100-7199", key=name)
+    return range(int(first), int(last) + 1)
+
+
 def bind_tcp(host: str, port: int, *, what: str = "", option: str = "", backlog: int = BACKLOG) -> socket.socket:
     """A listening, non-blocking TCP socket; port 0 takes a free one.
 

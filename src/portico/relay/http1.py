@@ -649,6 +649,10 @@ class Visitor(asyncio.BufferedProtocol):
         elif not current.responded:
             current.time_out()
 
+    def cut_off(self) -> None:
+        """The time for that is over."""
+        self.transport.abort()
+
     def drain(self) -> None:
         """Finish what is under way, then close; an idle connection closes now."""
         self.draining = True

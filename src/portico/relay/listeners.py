@@ -12,7 +12,7 @@ import logging
 import socket
 import ssl
 from collections import Counter
-from typing import Any
+from typing import Any, Protocol
 
 import picows
 
@@ -42,6 +42,23 @@ _REASONS = {
 }
 
 
+class Guest(Protocol):
+    """A visitor's connection, of whatever protocol, as the server counts and times it."""
+
+    address: str
+    deadline: float
+    draining: bool
+
+    def expire(self) -> None:
+        """Its deadline passed."""
+
+    def drain(self) -> None:
+        """The relay stops: finish what is under way."""
+
+    def cut_off(self) -> None:
+        """The time for that is over."""
+
+
 class PublicServer:
     """What all visitor connections of a process share: the read buffer, the clock of deadlines, look-ups, counts."""
 
@@ -53,8 +70,8 @@ class PublicServer:
         self.now = self.loop.time()
         self.buffer = memoryview(bytearray(READ_SIZE))
         self.buffer_view = self.buffer[:]
-        self.connections: set[Visitor] = set()
-        self.turned_away: set[Visitor] = set()
+        self.connections: set[Guest] = set()
+        self.turned_away: set[Guest] = set()
         self.refusals: Counter[str] = Counter()
         self._by_address: Counter[str] = Counter()
         self._by_host = agents.by_host
@@ -66,7 +83,7 @@ class PublicServer:
         self._sweeper = self.loop.call_later(SWEEP_SECONDS, self._sweep)
 
     # ── connections ───────────────────────────────────────────────────────────────────────────────────────────────
-    def admit(self, visitor: Visitor) -> bool:
+    def admit(self, visitor: Guest) -> bool:
         """Count a connection in; ``False`` when its address or the process holds too many."""
         limits = self.settings
         address = visitor.address
@@ -87,7 +104,7 @@ class PublicServer:
         self.turned_away.add(visitor)
         return True
 
-    def leave(self, visitor: Visitor) -> None:
+    def leave(self, visitor: Guest) -> None:
         self.turned_away.discard(visitor)
         if visitor in self.connections:
             self.connections.remove(visitor)
@@ -114,7 +131,7 @@ class PublicServer:
                 await asyncio.wait_for(self._empty.wait(), seconds)
         left = list(self.connections)
         for visitor in (*left, *self.turned_away):
-            visitor.transport.abort()
+            visitor.cut_off()
         self._sweeper.cancel()
         return len(left)
 

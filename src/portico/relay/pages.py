@@ -82,6 +82,11 @@ _ADVICE = {
         "Close other tabs of this site, wait a moment, then reload.",
         "The limit for one client address is the relay’s connections_per_address.",
     ),
+    "edge.connection_idle": Advice(
+        "nothing was sent in either direction for longer than the relay allows.",
+        "Connect again. A program that stays connected for days should send a keep-alive now and then.",
+        "The relay’s limit for TCP tunnels is tcp_idle_timeout_seconds.",
+    ),
     "edge.agent_unreachable": Advice(
         "the connection to the owner’s machine was lost while it worked on your request.",
         "Reload in a few seconds; the connection comes back by itself.",

@@ -1,7 +1,8 @@
 """One relay process: wires the parts, serves, and leaves in order.
 
     control plane ──edge stream──► ControlLink ─► Snapshot ─► Agents ◄── agents (control port)
-                  ◄──usage──────── Meter ◄─ counters ─┘  └─► PublicServer ◄── visitors (public ports)
+                  ◄──usage──────── Meter ◄─ counters ─┘  ├─► PublicServer ◄── visitors (public ports)
+                                                         └─► TcpPorts ◄────── visitors (a port per TCP tunnel)
 
 Start order: the kept edge state first (a relay may start while the control plane is away), then the agents' port, then the
 public ports; ready when all accept. Stop order: agents are asked to leave, public requests in flight finish, usage is sent.
@@ -26,6 +27,7 @@ from portico.relay.meter import Meter
 from portico.relay.peers import Peers
 from portico.relay.sessions import Agents
 from portico.relay.snapshot import Snapshot, SnapshotStore
+from portico.relay.tcp import TcpPorts
 from portico.settings import RelaySettings
 
 log = logging.getLogger("portico.relay")
@@ -52,6 +54,7 @@ class Relay:
         )
         self.peers = Peers(settings, self.agents)
         self.public = PublicServer(settings, self.snapshot, self.agents, self.peers)
+        self.ports = TcpPorts(self.public, self.agents)
         self.servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = False
@@ -119,6 +122,7 @@ class Relay:
         self._stopped = True
         for server in self.servers:
             server.close()
+        self.ports.close()
         self.link.draining = True
         self.agents.go_away()
         self.link.poke()

@@ -63,6 +63,10 @@ class LiveTunnel:
         """A new request stream; raises as :meth:`wire.session.Session.open_request`."""
         return self.connection.session.open_request(self.bind, head, flags, sink, parsed=True)
 
+    def open_tcp(self, info: dict[str, Any], sink: Sink) -> Stream:
+        """A new TCP stream; raises ``OverflowError`` at a limit."""
+        return self.connection.session.open_tcp(self.bind, info, sink)
+
 
 def new_session(handler: Handler, limits: RelaySettings, *, relay: bool) -> Session:
     """A session with this relay's limits, towards an agent or a peer."""
@@ -235,6 +239,10 @@ class Agents:
         self.by_session: dict[str, AgentConnection] = {}
         self.on_bound: list[Callable[[LiveTunnel], None]] = []
         self.on_dropped: list[Callable[[LiveTunnel], None]] = []
+        #: The platform ended a tunnel, with this code: what is in flight on it ends too, where it has no end of its own.
+        self.on_ended: list[Callable[[LiveTunnel, str], None]] = []
+        #: Opens what a tunnel needs beside its hosts. ``False``: :meth:`announce` or :meth:`refuse` is called later.
+        self.listen: Callable[[LiveTunnel], bool] = lambda live: True
         self._connected_since = math.inf
         self._wall = wall
         snapshot.on_change(self._on_change)
@@ -366,8 +374,20 @@ class Agents:
             self.by_host[host] = live
         for callback in self.on_bound:
             callback(live)
-        connection.session.control(f.BOUND, bind, tunnel=grant.tun, name=grant.name, url=grant.url)
+        if self.listen(live):
+            self.announce(live)
+
+    def announce(self, live: LiveTunnel) -> None:
+        """Tell the agent that its tunnel is bound."""
+        grant = live.grant
+        live.connection.session.control(f.BOUND, live.bind, tunnel=grant.tun, name=grant.name, url=grant.url)
         log.info("tunnel bound", extra={"f": {"tunnel": grant.tun, "name": grant.name, "session": grant.sid}})
+
+    def refuse(self, live: LiveTunnel, problem: Problem) -> None:
+        """Take back a bind that could not be completed."""
+        log.warning("tunnel refused", extra={"f": {"tunnel": live.grant.tun, "why": problem.detail}})
+        live.connection.refuse(live.bind, problem)
+        self.drop(live)
 
     def _succeed(self, connection: AgentConnection, bind: int, grant: GrantClaims, holder: LiveTunnel) -> None:
         """The same instance on a newer connection takes over at once; what is in flight on the old one finishes there."""
@@ -450,13 +470,18 @@ class Agents:
         if live is None:
             return
         if change.kind == "tunnel_removed":
-            live.connection.unbind(live, change.code, "the tunnel was deleted")
+            self._end(live, change.code, "the tunnel was deleted")
         elif change.row is not None and change.row.generation > live.grant.gen:
             if change.row.active:
                 live.connection.unbind(live, "tunnel.grant_stale", "the tunnel changed; ask for a new grant")
             else:
                 code = _STATE_CODES.get(change.row.state, "tunnel.stopped")
-                live.connection.unbind(live, code, f"the tunnel is {change.row.state}")
+                self._end(live, code, f"the tunnel is {change.row.state}")
+
+    def _end(self, live: LiveTunnel, code: str, detail: str) -> None:
+        live.connection.unbind(live, code, detail)
+        for callback in self.on_ended:
+            callback(live, code)
 
     def sweep(self) -> None:
         """End what is too old: grants and tokens past their time and the grace that holds now."""

@@ -141,6 +141,7 @@ class GrantClaims:
     nbf: int
     exp: int
     policy: Mapping[str, Any] = field(default_factory=dict)
+    port: int | None = None  # public port, of a tcp tunnel alone
 
     @classmethod
     def parse(cls, claims: Mapping[str, Any]) -> GrantClaims:
@@ -163,6 +164,7 @@ class GrantClaims:
                 nbf=_whole(claims, "nbf", MAX_TIME),
                 exp=_whole(claims, "exp", MAX_TIME),
                 policy=_mapping(claims, "policy"),
+                port=_port(claims),
             )
         except _Malformed as err:
             raise Problem("tunnel.grant_invalid", f"the grant is not valid: {err}") from None
@@ -191,6 +193,15 @@ def _host(row: Any) -> GrantHost:
     if not isinstance(tls, str) or tls not in _TLS_MODES:
         raise _Malformed("claim hosts holds a TLS mode that is not terminate or passthrough")
     return GrantHost(host, cast(TlsMode, tls))
+
+
+def _port(claims: Mapping[str, Any]) -> int | None:
+    if claims.get("proto") != "tcp":
+        return None
+    port = _whole(claims, "port", 65_535)
+    if not port:
+        raise _Malformed("claim port is 0")
+    return port
 
 
 def _limits(claims: Mapping[str, Any]) -> dict[str, int]:
@@ -225,13 +236,15 @@ def grant_claims(
     url: str,
     now: int,
     life: int,
+    port: int | None = None,
 ) -> dict[str, Any]:
-    """The claims that the control plane signs as ``GRANT_TYP``."""
-    return {
+    """The claims that the control plane signs as ``GRANT_TYP``; ``port`` is there for a tcp tunnel alone."""
+    claims: dict[str, Any] = {
         "iss": ISSUER, "aud": AUDIENCE, "sid": session, "org": organization, "tun": tunnel, "name": name,
         "proto": protocol, "hosts": hosts, "limits": dict(limits), "gen": generation, "policy_hash": policy_hash,
         "policy": dict(policy), "url": url, "iat": now, "nbf": now, "exp": now + life,
     }  # fmt: skip
+    return claims if port is None else claims | {"port": port}
 
 
 def _check_times(

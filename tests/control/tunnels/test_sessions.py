@@ -241,7 +241,7 @@ class TestOpen:
             ({"policy": {"concurrency": 0}}, "tunnel.policy_invalid"),
             ({"policy": {"concurrency": True}}, "tunnel.policy_invalid"),
             ({"policy": {"version": 2}}, "tunnel.policy_invalid"),
-            ({"protocol": "tcp"}, "tunnel.protocol_unavailable"),
+            ({"protocol": "tls"}, "tunnel.protocol_unavailable"),
             ({"domain": "app.example.com"}, "tunnel.domain_unavailable"),
         ],
     )

@@ -1,4 +1,4 @@
-"""From a subdomain to its public host and URL, and to the row that relays hold."""
+"""From a tunnel to its public host, port and URL, and to the row that relays hold."""
 
 from __future__ import annotations
 
@@ -22,22 +22,32 @@ class Addresses:
         self._scheme = parts.scheme
         self._port = f":{parts.port}" if parts.port is not None else ""
         self._base = settings.base_domain.lower().strip(".")
+        tcp_host = settings.tcp_url_host or self._base
+        self._tcp_host = f"[{tcp_host}]" if ":" in tcp_host else tcp_host
 
     def host(self, subdomain: str) -> str:
         """The host, lower-case and without port."""
         return f"{subdomain}.{self._base}"
 
-    def url(self, subdomain: str) -> str:
-        """The URL as a visitor types it."""
-        return f"{self._scheme}://{subdomain}.{self._base}{self._port}"
+    def url(self, row: Columns) -> str:
+        """The URL of a tunnel as a visitor types it."""
+        if row["protocol"] == "tcp":
+            return f"tcp://{self._tcp_host}:{row['port']}"
+        return f"{self._scheme}://{row['subdomain']}.{self._base}{self._port}"
+
+    def hosts(self, row: Columns) -> list[str]:
+        """The public hosts of a tunnel; a TCP tunnel has a port instead."""
+        return [self.host(row["subdomain"])] if row["subdomain"] else []
 
     def edge_row(self, row: Columns) -> dict[str, Any]:
         """A tunnel as relays hold it (``contracts/edge-stream.schema.json``)."""
-        subdomain = row["subdomain"]
-        return {
+        found = {
             "id": row["id"],
             "organization": row["organization_id"],
-            "hosts": [self.host(subdomain)] if subdomain else [],
+            "hosts": self.hosts(row),
             "state": row["state"],
             "generation": row["generation"],
         }
+        if row["port"] is not None:
+            found["port"] = row["port"]
+        return found

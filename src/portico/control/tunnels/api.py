@@ -48,6 +48,9 @@ Shown = Annotated[
 AgentId = Annotated[str, StringConstraints(min_length=8, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
 Region = Annotated[str, StringConstraints(min_length=1, max_length=32, pattern=r"^[a-z0-9-]+$")]
 Protocol = Literal["http", "tcp", "tls"]
+RemotePort = Annotated[
+    int, Field(ge=1, le=65_535, strict=True, description="Public port of a TCP tunnel, of the platform's range")
+]
 Domain = Annotated[str, StringConstraints(min_length=1, max_length=253), Field(description="A domain of your own")]
 Document = Annotated[dict[str, Any], Field(description="Policy of the tunnel; unknown keys are refused")]
 
@@ -65,11 +68,14 @@ class Body(BaseModel):
 
 
 class TunnelBody(Body):
-    """A new tunnel. Without `name` or `subdomain` they are derived from each other, or made up."""
+    """A new tunnel. Without `name` or `subdomain` they are derived from each other, or made up.
+
+    A tunnel with `protocol` `tcp` has a public port instead of a subdomain: `remote_port`, or a free one."""
 
     protocol: Protocol = "http"
     name: Label | None = None
     subdomain: Label | None = None
+    remote_port: RemotePort | None = None
     domain: Domain | None = None
     target: Shown | None = None
     policy: Document | None = None
@@ -80,6 +86,7 @@ class TunnelPatch(Body):
 
     name: Label | None = None
     subdomain: Label | None = None
+    remote_port: RemotePort | None = None
     target: Shown | None = None
     policy: Document | None = None
 
@@ -98,6 +105,7 @@ class Tunnel(BaseModel):
     name: str
     protocol: Protocol
     subdomain: str | None
+    remote_port: int | None
     url: str
     state: Literal["offline", "online", "stopped", "suspended"]
     target: str | None
@@ -132,6 +140,7 @@ async def create_tunnel(tx: InTx, who: Writes, tunnels: Service, body: TunnelBod
         protocol=body.protocol,
         name=body.name,
         subdomain=body.subdomain,
+        remote_port=body.remote_port,
         target=body.target,
         policy_document=body.policy,
     )
@@ -145,10 +154,13 @@ async def get_tunnel(reader: Reading, who: Reads, tunnels: Service, tunnel_id: I
 
 @tunnels.patch("/{tunnel_id}", response_model=Tunnel)
 async def change_tunnel(tx: InTx, who: Writes, tunnels: Service, tunnel_id: Id, body: TunnelPatch) -> Any:
-    """Change a tunnel. A new subdomain or policy fences the grants given before; agents get new ones by themselves."""
+    """Change a tunnel. A new subdomain, port or policy fences the grants given before; agents get new ones by
+    themselves."""
     wanted = body.model_dump(exclude_unset=True)
-    if any(wanted.get(key, "") is None for key in ("name", "subdomain")):
-        raise Problem("tunnel.name_invalid", "a tunnel has a name and a subdomain; give one or leave the member out")
+    if any(wanted.get(key, "") is None for key in ("name", "subdomain", "remote_port")):
+        raise Problem("tunnel.name_invalid", "a tunnel keeps its name and address; give one or leave the member out")
+    if "remote_port" in wanted:
+        wanted["port"] = wanted.pop("remote_port")
     return await tunnels.update(tx, who, tunnel_id, wanted)
 
 
@@ -180,13 +192,14 @@ class SpecBody(BaseModel):
     protocol: Protocol = "http"
     name: Label | None = None
     subdomain: Label | None = None
+    remote_port: RemotePort | None = None
     domain: Domain | None = None
     target: Shown | None = None
     policy: Document | None = None
 
     def spec(self) -> TunnelSpec:
         _check_domain(self.domain)
-        return TunnelSpec(self.protocol, self.name, self.subdomain, self.target, self.policy)
+        return TunnelSpec(self.protocol, self.name, self.subdomain, self.target, self.policy, self.remote_port)
 
 
 class SessionBody(BaseModel):

@@ -11,6 +11,7 @@ from portico.settings import ApiSettings
 async def housekeeping(db: Database, settings: ApiSettings) -> None:
     """One round. Safe to run in several processes at once: every step is an idempotent delete."""
     async with db.transaction() as tx:
+        await store.free_orphaned_ports(tx)
         await store.clear(
             tx, grace_seconds=settings.grant_outage_grace_seconds, history_seconds=settings.tunnel_history_seconds
         )

@@ -3,9 +3,10 @@
     state        offline | online   an active tunnel, by whether a relay has it bound
                  stopped            by its owner; naming it in a new agent session makes it active again
                  suspended          by the operator
-    generation   rises with every change that must fence grants issued before it: stop, start, new host, new policy
+    generation   rises with every change that must fence grants issued before it: stop, start, new host or port, new policy
 
-Names and subdomains are unique by constraints, never by looking first: of any number of simultaneous creations of one
+An HTTP tunnel has a subdomain, a TCP tunnel a port (:mod:`~portico.control.tunnels.ports`); both are kept until it is
+deleted. Names and subdomains are unique by constraints, never by looking first: of any number of simultaneous creations of one
 subdomain, one succeeds. Every write appends its audit row, its event and its edge change in the caller's transaction.
 """
 
@@ -21,6 +22,7 @@ from portico.control.access import Caller
 from portico.control.audit import service as audit
 from portico.control.tunnels import names, policy, presence, store
 from portico.control.tunnels.addresses import Addresses
+from portico.control.tunnels.ports import Ports
 from portico.control.tunnels.relays import RelayDirectory
 from portico.errors import Problem
 from portico.kit import pages
@@ -30,7 +32,6 @@ from portico.kit.redis import Redis
 from portico.settings import ApiSettings
 
 _RANDOM_ATTEMPTS = 8
-PROTOCOLS = ("http",)
 
 
 class Tunnels:
@@ -41,6 +42,7 @@ class Tunnels:
         self._directory = directory
         self._redis = redis
         self.addresses = Addresses(settings)
+        self.ports = Ports(settings)
 
     # -- reading
 
@@ -91,7 +93,8 @@ class Tunnels:
             "name": row.name,
             "protocol": row.protocol,
             "subdomain": row.subdomain,
-            "url": self.addresses.url(row.subdomain),
+            "remote_port": row.port,
+            "url": self.addresses.url(row._mapping),
             "state": state,
             "target": row.target,
             "policy": row.policy,
@@ -110,16 +113,25 @@ class Tunnels:
         protocol: str,
         name: str | None = None,
         subdomain: str | None = None,
+        remote_port: int | None = None,
         target: str | None = None,
         policy_document: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """A new tunnel.
 
         Raises ``tunnel.name_taken``, ``tunnel.subdomain_taken``, ``tunnel.name_invalid``, ``tunnel.name_reserved``,
-        ``tunnel.limit_reached``, ``tunnel.policy_invalid``, ``tunnel.protocol_unavailable``.
+        ``tunnel.limit_reached``, ``tunnel.policy_invalid``, ``tunnel.protocol_unavailable``, ``tunnel.port_invalid``,
+        ``tunnel.port_taken``, ``tunnel.ports_exhausted``.
         """
         row = await self.insert(
-            tx, caller, protocol=protocol, name=name, subdomain=subdomain, target=target, document=policy_document
+            tx,
+            caller,
+            protocol=protocol,
+            name=name,
+            subdomain=subdomain,
+            remote_port=remote_port,
+            target=target,
+            document=policy_document,
         )
         if row is None:
             raise Problem("tunnel.name_taken", f"there is already a tunnel named {name}")
@@ -135,10 +147,11 @@ class Tunnels:
         subdomain: str | None,
         target: str | None,
         document: dict[str, Any] | None,
+        remote_port: int | None = None,
         origin: str | None = None,
     ) -> Any:
         """The row of a new tunnel with its audit row, event and edge change; ``None`` when ``name`` is taken."""
-        check_protocol(protocol)
+        self.check_shape(protocol, subdomain, remote_port)
         checked = policy.check(document or {})
         if name is not None:
             names.check_name(name)
@@ -150,7 +163,7 @@ class Tunnels:
             if name is not None and await store.tunnel_by_name(tx, caller.org, name) is not None:
                 return None
             raise Problem("tunnel.limit_reached", f"your organization has {limit} tunnels already", limit=limit)
-        for chosen, public in _candidates(name, subdomain):
+        for chosen, public in _candidates(name, subdomain) if protocol == "http" else _names(name):
             row = await store.insert_tunnel(
                 tx,
                 {
@@ -166,6 +179,9 @@ class Tunnels:
                 },
             )
             if row is not None:
+                if protocol == "tcp":
+                    port = await self.ports.lease(tx, caller.org, remote_port)
+                    row = await store.update_tunnel(tx, caller.org, row.id, {"port": port})
                 await self._created(tx, caller, row)
                 return row
             if name is not None and await store.tunnel_by_name(tx, caller.org, name) is not None:
@@ -173,13 +189,14 @@ class Tunnels:
         raise Problem("tunnel.subdomain_taken", f"the subdomain {subdomain or name} is taken")
 
     async def _created(self, tx: Tx, caller: Caller, row: Any) -> None:
-        facts = {"name": row.name, "subdomain": row.subdomain}
+        facts = _identity(row)
         await audit.record(tx, caller, "tunnel.create", row.id, details=facts)
         await store.add_events(tx, [event(row.id, "created", facts)])
         changes.append(tx, changes.tunnel(self.addresses.edge_row(row._mapping)))
 
     async def update(self, tx: Tx, caller: Caller, tunnel_id: str, wanted: dict[str, Any]) -> dict[str, Any]:
-        """Change ``name``, ``subdomain``, ``target`` or ``policy``; raises as ``create`` does, and ``tunnel.not_found``."""
+        """Change ``name``, ``subdomain``, ``port``, ``target`` or ``policy``; raises as ``create`` does, and
+        ``tunnel.not_found``."""
         row = await self._lock(tx, caller, tunnel_id)
         changed = await self.apply(tx, caller, row._mapping, wanted)
         if changed is None:
@@ -191,7 +208,12 @@ class Tunnels:
         values = _differences(row, wanted)
         if not values:
             return None
-        if fences := values.keys() & {"subdomain", "policy", "state"}:
+        if "subdomain" in values or "port" in values:
+            self.check_shape(row["protocol"], values.get("subdomain"), values.get("port"))
+        if "port" in values:
+            await self.ports.lease(tx, caller.org, values["port"])
+            await store.free_port(tx, row["port"])
+        if fences := values.keys() & {"subdomain", "port", "policy", "state"}:
             values["generation"] = store.tunnels.c.generation + 1
         try:
             async with tx.savepoint():
@@ -200,7 +222,7 @@ class Tunnels:
             raise _taken(err, values) from err
         if changed is None:
             raise Problem("tunnel.not_found")
-        shown = ("name", "subdomain", "target", "policy", "state")
+        shown = ("name", "subdomain", "port", "target", "policy", "state")
         facts: dict[str, Any] = {key: values[key] for key in shown if key in values}
         kind = {"stopped": "stopped", "active": "started"}.get(values.get("state", ""), "changed")
         action = {"stopped": "tunnel.stop", "started": "tunnel.start"}.get(kind, "tunnel.update")
@@ -218,11 +240,12 @@ class Tunnels:
         return (await self._render(tx, caller.org, [row]))[0]
 
     async def delete(self, tx: Tx, caller: Caller, tunnel_id: str) -> None:
-        """Delete the tunnel and free its name and subdomain; its live session is told within 2 s."""
+        """Delete the tunnel and free its name, subdomain and port; its live session is told within 2 s."""
         row = await self._lock(tx, caller, tunnel_id)
         await store.delete_tunnel(tx, caller.org, tunnel_id)
-        facts = {"name": row.name, "subdomain": row.subdomain}
-        await audit.record(tx, caller, "tunnel.delete", tunnel_id, details=facts)
+        if row.port is not None:
+            await store.free_port(tx, row.port)
+        await audit.record(tx, caller, "tunnel.delete", tunnel_id, details=_identity(row))
         changes.append(tx, changes.tunnel_removed(tunnel_id, "tunnel.deleted"))
 
     async def _lock(self, tx: Tx, caller: Caller, tunnel_id: str) -> Any:
@@ -231,6 +254,15 @@ class Tunnels:
             raise Problem("tunnel.not_found")
         return row
 
+    def check_shape(self, protocol: str, subdomain: str | None, port: int | None) -> None:
+        """Raises when no relay of this installation serves the protocol, or when it has no such address."""
+        if protocol not in ("http", "tcp") or (protocol == "tcp" and not self.ports.offered):
+            raise Problem("tunnel.protocol_unavailable", f"{protocol} tunnels are not available")
+        if protocol == "tcp" and subdomain is not None:
+            raise Problem("tunnel.name_invalid", "a TCP tunnel has a port and no subdomain", hint="Leave it out.")
+        if protocol != "tcp" and port is not None:
+            raise Problem("tunnel.port_invalid", "an HTTP tunnel has a subdomain and no port", hint="Leave it out.")
+
     # -- what relays hold
 
     async def edge_rows(self, reader: Reader) -> list[dict[str, Any]]:
@@ -238,15 +270,25 @@ class Tunnels:
         return [self.addresses.edge_row(row) for row in await store.edge_tunnels(reader)]
 
 
-def check_protocol(protocol: str) -> None:
-    """Raises ``tunnel.protocol_unavailable`` for what no relay of this version serves."""
-    if protocol not in PROTOCOLS:
-        raise Problem("tunnel.protocol_unavailable", f"{protocol} tunnels are not available")
-
-
 def event(tunnel_id: str, kind: str, details: dict[str, Any]) -> dict[str, Any]:
     """A row of a tunnel's history."""
     return {"id": new_id("evt"), "tunnel_id": tunnel_id, "kind": kind, "details": details}
+
+
+def _identity(row: Any) -> dict[str, Any]:
+    """What a tunnel is known by, for the audit log and its history."""
+    if row.port is not None:
+        return {"name": row.name, "port": row.port}
+    return {"name": row.name, "subdomain": row.subdomain}
+
+
+def _names(name: str | None) -> Iterator[tuple[str, None]]:
+    """As :func:`_candidates`, for a tunnel without a subdomain."""
+    if name is not None:
+        yield name, None
+        return
+    for _ in range(_RANDOM_ATTEMPTS):
+        yield names.random_name(), None
 
 
 def _candidates(name: str | None, subdomain: str | None) -> Iterator[tuple[str, str]]:
@@ -267,7 +309,7 @@ def _candidates(name: str | None, subdomain: str | None) -> Iterator[tuple[str, 
 
 def _differences(row: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     """The columns to write, checked; empty when the tunnel is as wanted."""
-    plain = ("name", "subdomain", "target", "state")
+    plain = ("name", "subdomain", "port", "target", "state")
     values: dict[str, Any] = {key: wanted[key] for key in plain if key in wanted and wanted[key] != row[key]}
     if "name" in values:
         names.check_name(values["name"])

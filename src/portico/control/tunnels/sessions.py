@@ -24,7 +24,7 @@ from portico.control.identity.facts import Account
 from portico.control.identity.signing_keys import SigningKeys
 from portico.control.tunnels import policy, store
 from portico.control.tunnels.relays import RelayDirectory
-from portico.control.tunnels.service import Tunnels, check_protocol
+from portico.control.tunnels.service import Tunnels
 from portico.errors import Problem
 from portico.kit.clock import Clock
 from portico.kit.db import Reader, Tx
@@ -48,6 +48,7 @@ class TunnelSpec:
     subdomain: str | None = None
     target: str | None = None
     policy: dict[str, Any] | None = None
+    remote_port: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +205,7 @@ class Sessions:
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """One tunnel per spec, in order, an existing one made to fit or a new one; and what else the session has."""
         for spec in specs:
-            check_protocol(spec.protocol)
+            self._tunnels.check_shape(spec.protocol, spec.subdomain, spec.remote_port)
         origins = _origins(_key_of(caller), hostname, specs)
         found = await store.session_candidates(
             tx,
@@ -213,6 +214,7 @@ class Sessions:
             [spec.name for spec in specs if spec.name],
             [spec.subdomain for spec in specs if spec.subdomain],
             [origin for origin in origins if origin],
+            [spec.remote_port for spec in specs if spec.remote_port],
         )
         choice = _Choice([_parsed(row) for row in found])
         if any(origins):
@@ -242,6 +244,7 @@ class Sessions:
                 protocol=spec.protocol,
                 name=spec.name,
                 subdomain=spec.subdomain,
+                remote_port=spec.remote_port,
                 target=spec.target,
                 document=spec.policy,
                 origin=origin,
@@ -253,12 +256,17 @@ class Sessions:
         raise Problem("tunnel.name_taken", f"the tunnel {spec.name} comes and goes; try again")
 
     async def _fit(self, tx: Tx, caller: Caller, row: dict[str, Any], spec: TunnelSpec) -> dict[str, Any]:
-        """Start a stopped tunnel, and give it the subdomain, target and policy that its agent declares."""
+        """Start a stopped tunnel, and give it the subdomain or port, target and policy that its agent declares."""
+        if row["protocol"] != spec.protocol:
+            kind = f"an {row['protocol'].upper()}" if row["protocol"] == "http" else f"a {row['protocol'].upper()}"
+            raise Problem("tunnel.protocol_mismatch", f"the tunnel {row['name']} is {kind} tunnel")
         if row["state"] == "suspended":
             raise Problem("tunnel.suspended", f"the tunnel {row['name']} is suspended")
         wanted: dict[str, Any] = {"state": "active"}
         if spec.subdomain is not None:
             wanted["subdomain"] = spec.subdomain
+        if spec.remote_port is not None:
+            wanted["port"] = spec.remote_port
         if spec.target is not None:
             wanted["target"] = spec.target
         if spec.policy is not None:
@@ -322,15 +330,17 @@ class Sessions:
         self, signer: SigningKey, session_id: str, organization: str, row: dict[str, Any], now: int, life: int
     ) -> dict[str, Any]:
         addresses = self._tunnels.addresses
-        url = addresses.url(row["subdomain"])
+        url = addresses.url(row)
+        most = self._settings.tunnel_connections if row["protocol"] == "tcp" else self._settings.tunnel_concurrency
         claims = grants.grant_claims(
             session=session_id,
             organization=organization,
             tunnel=row["id"],
             name=row["name"],
             protocol=row["protocol"],
-            hosts=[{"host": addresses.host(row["subdomain"]), "tls": "terminate"}],
-            limits=policy.limits(row["policy"], concurrency=self._settings.tunnel_concurrency),
+            hosts=[{"host": host, "tls": "terminate"} for host in addresses.hosts(row)],
+            port=row["port"],
+            limits=policy.limits(row["policy"], concurrency=most),
             generation=row["generation"],
             policy_hash=row["policy_hash"],
             policy=row["policy"],
@@ -368,6 +378,7 @@ class _Choice:
         self.busy: set[str] = set()
         self._by_name = {row["name"]: row for row in rows}
         self._by_subdomain = {row["subdomain"]: row for row in rows}
+        self._by_port = {row["port"]: row for row in rows}
         self._used: set[str] = set()
 
     def take(self, spec: TunnelSpec, origin: str | None) -> dict[str, Any] | None:
@@ -376,6 +387,8 @@ class _Choice:
             row = self._by_name.get(spec.name)
         elif spec.subdomain is not None:
             row = self._by_subdomain.get(spec.subdomain)
+        elif spec.remote_port is not None:
+            row = self._by_port.get(spec.remote_port)
         else:
             row = self._of_origin(origin)
         if row is not None:
@@ -397,10 +410,12 @@ def _origins(key_id: str, hostname: str, specs: Sequence[TunnelSpec]) -> list[st
     seen: Counter[str] = Counter()
     origins: list[str | None] = []
     for spec in specs:
-        if spec.name is not None or spec.subdomain is not None:
+        if spec.name is not None or spec.subdomain is not None or spec.remote_port is not None:
             origins.append(None)
             continue
         base = f"{key_id}\0{hostname}\0{spec.target or ''}"
+        if spec.protocol != "http":
+            base += f"\0{spec.protocol}"
         origins.append(hashlib.sha256(f"{base}\0{seen[base]}".encode()).hexdigest()[:32])
         seen[base] += 1
     return origins
@@ -413,6 +428,7 @@ def _fits(row: dict[str, Any], spec: TunnelSpec) -> bool:
         and row["state"] == "active"
         and row["protocol"] == spec.protocol
         and spec.subdomain in (None, row["subdomain"])
+        and spec.remote_port in (None, row["port"])
         and spec.target in (None, row["target"])
         and (spec.policy is None or policy.digest(policy.check(spec.policy)) == row["policy_hash"])
     )

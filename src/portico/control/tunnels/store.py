@@ -30,6 +30,20 @@ def _counts() -> list[sa.Column[Any]]:
     return [sa.Column(name, sa.BigInteger, nullable=False, server_default="0") for name in names]
 
 
+# A row per port that was ever offered to TCP tunnels: leased, or free since `freed_at`, or never used.
+tcp_ports = sa.Table(
+    "tcp_ports",
+    metadata,
+    sa.Column("port", sa.Integer, primary_key=True, autoincrement=False),
+    # Who has it, or had it last.
+    sa.Column("organization_id", sa.Text),
+    _time("leased_at"),
+    _time("freed_at"),
+    sa.Index(
+        "tcp_ports_free_ix", sa.text("freed_at NULLS FIRST"), "port", postgresql_where=sa.text("leased_at IS NULL")
+    ),
+)
+
 tunnels = sa.Table(
     "tunnels",
     metadata,
@@ -46,6 +60,8 @@ tunnels = sa.Table(
     sa.Column("state", sa.Text, nullable=False, server_default="active"),
     # Null, or what an unnamed tunnel is found again by: a digest of agent key, machine and target.
     sa.Column("origin", sa.Text),
+    # Public port of a TCP tunnel.
+    sa.Column("port", sa.Integer, sa.ForeignKey("tcp_ports.port"), unique=True),
     _time("created_at", default=True),
     _time("updated_at", default=True),
     sa.UniqueConstraint("organization_id", "name"),
@@ -219,6 +235,57 @@ async def delete_tunnel(tx: Tx, organization: str, tunnel_id: str) -> None:
     await tx.execute(sa.delete(tunnels).where(_T.organization_id == organization, _T.id == tunnel_id))
 
 
+# -- ports of TCP tunnels -----------------------------------------------------------------------------------------------
+
+_FREE = """leased_at IS NULL AND (freed_at IS NULL OR freed_at < now() - make_interval(secs => $2)"""
+_LEASE = """
+UPDATE tcp_ports SET organization_id = $1, leased_at = now(), freed_at = NULL
+WHERE port = (SELECT port FROM tcp_ports WHERE {which} FOR UPDATE SKIP LOCKED)
+RETURNING port
+"""
+_LEASE_ONE = _LEASE.format(which=f"port = $3 AND {_FREE} OR organization_id = $1)")
+# Ports that nobody had before come first, then those that have been free for the longest.
+_LEASE_ANY = _LEASE.format(which=f"{_FREE}) AND port BETWEEN $3 AND $4 ORDER BY freed_at NULLS FIRST, port LIMIT 1")
+_FREE_ORPHANS = """
+UPDATE tcp_ports SET leased_at = NULL, freed_at = now()
+WHERE leased_at IS NOT NULL AND NOT EXISTS (SELECT FROM tunnels WHERE tunnels.port = tcp_ports.port)
+"""
+
+
+async def add_ports(tx: Tx, ports: range) -> int:
+    """Make the rows of ports that are not there yet; how many."""
+    status: str = await tx.raw.execute(
+        "INSERT INTO tcp_ports (port) SELECT generate_series($1::int, $2::int) ON CONFLICT DO NOTHING",
+        ports.start,
+        ports.stop - 1,
+    )
+    return int(status.rpartition(" ")[2])
+
+
+async def lease_port(tx: Tx, organization: str, port: int, quarantine_seconds: float) -> int | None:
+    """Lease this port; ``None`` when somebody has it, is about to have it, or had it within the quarantine."""
+    leased: int | None = await tx.raw.fetchval(_LEASE_ONE, organization, float(quarantine_seconds), port)
+    return leased
+
+
+async def lease_any_port(tx: Tx, organization: str, ports: range, quarantine_seconds: float) -> int | None:
+    """Lease a free port of the range; ``None`` when there is none."""
+    leased: int | None = await tx.raw.fetchval(
+        _LEASE_ANY, organization, float(quarantine_seconds), ports.start, ports.stop - 1
+    )
+    return leased
+
+
+async def free_port(tx: Tx, port: int) -> None:
+    """The port's tunnel is gone or has another one: its quarantine begins."""
+    await tx.raw.execute("UPDATE tcp_ports SET leased_at = NULL, freed_at = now() WHERE port = $1", port)
+
+
+async def free_orphaned_ports(tx: Tx) -> None:
+    """Free the ports of tunnels that went with their organization."""
+    await tx.raw.execute(_FREE_ORPHANS)
+
+
 async def add_events(tx: Tx, rows: list[dict[str, Any]]) -> None:
     if rows:
         await tx.execute(sa.insert(tunnel_events), rows)
@@ -234,14 +301,14 @@ async def list_events(reader: Reader, tunnel_id: str, limit: int, before: str | 
 
 # -- agent sessions -----------------------------------------------------------------------------------------------------
 
-# Tunnels that a session's specs may mean: by name, subdomain or origin, or bound to it already.
+# Tunnels that a session's specs may mean: by name, subdomain, origin or port, or bound to it already.
 # FOR KEY SHARE: none of them can be deleted before the session that names it is committed.
 _CANDIDATES = """
 SELECT t.id, t.organization_id, t.name, t.protocol, t.subdomain, t.target, t.policy::text, t.policy_hash, t.generation,
-       t.state, t.origin, b.position
+       t.state, t.origin, t.port, b.position
 FROM tunnels t LEFT JOIN agent_session_tunnels b ON b.session_id = $2 AND b.tunnel_id = t.id
 WHERE t.organization_id = $1
-  AND (t.name = ANY($3) OR t.subdomain = ANY($4) OR t.origin = ANY($5)
+  AND (t.name = ANY($3) OR t.subdomain = ANY($4) OR t.origin = ANY($5) OR t.port = ANY($6)
        OR t.id IN (SELECT tunnel_id FROM agent_session_tunnels WHERE session_id = $2))
 ORDER BY t.id
 FOR KEY SHARE OF t
@@ -274,7 +341,7 @@ WITH session AS (
     RETURNING id, generation, region
 )
 SELECT session.id AS session, session.generation AS session_generation, session.region, t.id, t.name, t.protocol,
-       t.subdomain, t.target, t.policy::text, t.policy_hash, t.generation, t.state, t.origin, b.position
+       t.subdomain, t.target, t.policy::text, t.policy_hash, t.generation, t.state, t.origin, t.port, b.position
 FROM session
 LEFT JOIN agent_session_tunnels b ON b.session_id = session.id
 LEFT JOIN tunnels t ON t.id = b.tunnel_id
@@ -308,10 +375,16 @@ async def open_session(
 
 
 async def session_candidates(
-    tx: Tx, organization: str, session_id: str, names: list[str], subdomains: list[str], origins: list[str]
+    tx: Tx,
+    organization: str,
+    session_id: str,
+    names: list[str],
+    subdomains: list[str],
+    origins: list[str],
+    ports: list[int],
 ) -> list[Any]:
-    """Tunnels that a session's specs may mean: by name, subdomain or origin, or bound to the session already."""
-    return list(await tx.raw.fetch(_CANDIDATES, organization, session_id, names, subdomains, origins))
+    """Tunnels that a session's specs may mean: by name, subdomain, origin or port, or bound to the session already."""
+    return list(await tx.raw.fetch(_CANDIDATES, organization, session_id, names, subdomains, origins, ports))
 
 
 async def busy_tunnels(tx: Tx, tunnel_ids: list[str], session_id: str, lease_seconds: float) -> set[str]:
@@ -395,7 +468,7 @@ async def end_sessions_of_key(tx: Tx, key_id: str, code: str, grace_seconds: flo
 
 # -- what relays hold ---------------------------------------------------------------------------------------------------
 
-_EDGE_TUNNELS = "SELECT id, organization_id, subdomain, state, generation FROM tunnels"
+_EDGE_TUNNELS = "SELECT id, organization_id, subdomain, port, state, generation FROM tunnels"
 _EDGE_ENDED = """
 SELECT id, ended_code, ceil(extract(epoch FROM refused_until))::bigint AS until
 FROM agent_sessions WHERE refused_until > to_timestamp($1)
