@@ -203,12 +203,13 @@ def file_page() -> str:
     for title, table in (("At the top", tunnel_keys.TOP), ("Of a tunnel", tunnel_keys.TUNNEL)):
         lines += ["", f"## {title}", "", "| key | value | default | meaning |", "|---|---|---|---|"]
         for key in table:
-            if key.not_yet:
+            if key.refusal:
                 continue
             value = f"{key.kind}, such as `{key.example}`" if key.example not in ("", key.kind) else key.kind
             fallback = "required" if key.required else key.default or "none"
-            lines.append(f"| `{key.name}` | {cell(value)} | {cell(fallback)} | {cell(key.about)} |")
-    missing = [key for key in (*tunnel_keys.TOP, *tunnel_keys.TUNNEL) if key.not_yet]
+            only = f" Only for {key.only} tunnels." if key.only else ""
+            lines.append(f"| `{key.name}` | {cell(value)} | {cell(fallback)} | {cell(key.about + only)} |")
+    missing = [key for key in (*tunnel_keys.TOP, *tunnel_keys.TUNNEL) if key.refusal]
     lines += [
         "",
         "## Refused",
@@ -216,7 +217,7 @@ def file_page() -> str:
         "These are refused with the reason, so that nothing that is written down is passed over:",
         "",
     ]
-    lines += ["| key | reason |", "|---|---|", *(f"| `{key.name}` | {cell(key.not_yet)} |" for key in missing)]
+    lines += ["| key | reason |", "|---|---|", *(f"| `{key.name}` | {cell(key.refusal)} |" for key in missing)]
     return "\n".join(lines) + "\n"
 
 

@@ -16,6 +16,7 @@ from portico.agent.client import Tunnel
 from portico.agent.stats import RECORDS, Stats
 from portico.agent.status import JsonLines, Lines, Screen, make_display
 from portico.errors import Problem
+from portico.kit.clock import uptime
 from portico.settings import AgentSettings
 
 SETTINGS = AgentSettings(request_lines_per_second=40, screen_redraws=4)
@@ -116,29 +117,127 @@ class TestLines:
         assert messages[:4] == ["tunnel online", "session reconnecting", "nothing listens", "tunnel ended"]
         assert messages[4] == "requests not shown" and messages[5] == "GET /x\\x1b[2J" and len(messages) == 15
 
+    def test_ends(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+        display = make_display("lines", SETTINGS, Stats(), color=False)
+        over = tunnel("ended")
+        over.ttl = 900
+        display.tunnel(over)
+        display.tunnel(tunnel("removed"))
+        assert [r.getMessage() for r in caplog.records] == ["tunnel web ended after its 15m", "tunnel web removed"]
+
+    def test_the_code_is_on_stderr_once_so_that_programs_can_read_the_urls(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for mode in ("lines", "json"):
+            display = make_display(mode, SETTINGS, Stats(), color=False)
+            display.qr = True
+            display.tunnel(tunnel())
+            display.tunnel(tunnel())
+            told = capsys.readouterr()
+            assert "█" not in told.out and told.err.count("http://web.localhost:7080") == 1
+            assert sum("██" in line for line in told.err.splitlines()) > 15
+
+
+class Link:
+    lost, region, relay = False, "local", "relay-1"
+
+    class carrier:
+        rtt = 0.0042
+
+
+class Info:
+    account, plan = "a@b.c · Org", "free"
+
 
 class TestScreen:
-    def screen(self, stats: Stats, color: bool = False) -> tuple[Screen, io.StringIO]:
+    def screen(
+        self, stats: Stats, color: bool = False, height: int = 40, width: int = 100
+    ) -> tuple[Screen, io.StringIO]:
         out = io.StringIO()
-        console = Console(file=out, width=100, height=40, force_terminal=True, no_color=not color)
+        console = Console(file=out, width=width, height=height, force_terminal=True, no_color=not color)
         return Screen(SETTINGS, stats, color=color, console=console), out
 
-    def text(self, screen: Screen) -> str:
-        console = Console(file=io.StringIO(), width=100)
+    def text(self, screen: Screen, width: int = 100) -> str:
+        console = Console(file=io.StringIO(), width=width)
         with console.capture() as got:
             console.print(screen.render())
         return got.get()
 
+    def many(self, *tunnels: Tunnel, height: int = 24, qr: bool = False) -> list[str]:
+        """The rows of a window of 80 columns with these tunnels and ten requests."""
+
+        class Agent:
+            link, info = Link, Info
+
+        Agent.tunnels = tunnels  # type: ignore[attr-defined]
+        stats = Stats()
+        screen, _ = self.screen(stats, height=height, width=80)
+        screen.agent = Agent  # type: ignore[assignment]
+        screen.qr = qr
+        screen.connection("online", "")
+        screen.warning("look here " * 20)
+        serve(stats, 20, b"/a-long-path" * 20)
+        screen.tick()
+        lines = self.text(screen, 80).splitlines()
+        screen.close()
+        assert len(lines) <= height - 1 and max(map(len, lines)) <= 80, "\n".join(lines)
+        return lines
+
+    def named(self, name: str, state: str = "online", problem: Problem | None = None) -> Tunnel:
+        made = tunnel(state, problem)
+        made.grant = Grant("t", name, f"http://{name}.localhost:7080", "jwt")
+        made.url = made.grant.url
+        return made
+
+    @pytest.mark.parametrize("height", [10, 16, 24, 50])
+    @pytest.mark.parametrize("count", [1, 3, 7, 8, 30, 300])
+    def test_many_tunnels_fit_the_window(self, count: int, height: int) -> None:
+        lines = self.many(*(self.named(f"app-{i:03}") for i in range(count)), height=height)
+        urls = sum("→" in line for line in lines)
+        hidden = [line for line in lines if " more: " in line]
+        assert urls + (int(hidden[0].split("and ")[1].split()[0]) if hidden else 0) == count
+        if height >= 24:
+            assert sum("GET" in line for line in lines) >= 3
+
+    def test_of_more_than_fit_those_with_trouble_are_shown(self) -> None:
+        good = [self.named(f"app-{i:03}") for i in range(30)]
+        lines = self.many(*good, self.named("broken", "offline", Problem("edge.agent_unreachable")))
+        (first,) = [line for line in lines if line.startswith("Forwarding")]
+        assert "broken" in first and first.rstrip().endswith("offline")
+        assert any(line.strip().endswith(" online") and "more:" in line for line in lines)
+
+    def test_how_long_a_tunnel_has(self) -> None:
+        for name, arrow in (("a" * 10, True), ("a" * 30, False)):
+            short = self.named(name)
+            short.target = "http://a-very-long-host-name.example.com:8000"
+            short.ttl, short.ends_at = 3600, uptime() + 61.4
+            (line,) = [line for line in self.many(short) if line.startswith("Forwarding")]
+            assert line.rstrip().endswith("ends in 1m1s") and ("→ http://a-very" in line) is arrow
+
+    def test_the_code_and_what_there_is_room_for_beside_it(self) -> None:
+        lines = self.many(self.named("web"), qr=True)
+        assert sum("▀" in line or "█" in line for line in lines) >= 15 and any("http://web" in line for line in lines)
+        lines = self.many(self.named("web"), qr=True, height=16)
+        assert not any("█" in line for line in lines) and any("→" in line for line in lines)
+        lines = self.many(self.named("web"), qr=True, height=50)
+        assert any("HTTP requests" in line for line in lines) and any("Account" in line for line in lines)
+
+    def test_a_window_too_small_for_the_code_says_so(self) -> None:
+        screen, _ = self.screen(Stats(), height=16)
+        screen.qr, screen.agent = True, type("Agent", (), {"link": Link, "info": Info, "tunnels": (tunnel(),)})  # type: ignore[assignment]
+        assert "the QR code needs a window of 33 × 21" in self.text(screen)
+
+    def test_the_terminal_keeps_why_tunnels_ended(self) -> None:
+        screen, out = self.screen(Stats())
+        screen.tick()
+        over = tunnel("ended")
+        over.ttl = 90
+        screen.tunnel(over)
+        screen.close()
+        assert out.getvalue().rstrip().endswith("tunnel web ended after its 1m30s")
+
     def test_shows_what_ngrok_users_look_for(self) -> None:
-        class Link:
-            lost, region, relay = False, "local", "relay-1"
-
-            class carrier:
-                rtt = 0.0042
-
-        class Info:
-            account, plan = "a@b.c · Org", "free"
-
         class Agent:
             link, info, tunnels = Link, Info, (tunnel(),)
 

@@ -10,6 +10,7 @@ import pytest
 from portico.agent import tunnel_keys
 from portico.agent.durations import parse_duration, shown_duration
 from portico.agent.follow import tunnel_options
+from portico.agent.target import parse_target
 from portico.agent.tunnel_file import Config, Fault, read
 from portico.control.tunnels import names
 
@@ -69,31 +70,42 @@ class TestValues:
         assert (options.host_header, options.tls_verify, options.ttl) == ("rewrite", False, 5400.0)
         assert tunnel_options(config.tunnels["web"]).spec == {"name": "web", "protocol": "http"}
 
+    def test_tcp(self, tmp_path: Path) -> None:
+        text = "version: 1\ntunnels:\n  ssh: {protocol: tcp, addr: 22, remote_port: 7105, proxy_protocol: 2}\n"
+        config = parsed(tmp_path, text)
+        assert config.faults == []
+        options = tunnel_options(config.tunnels["ssh"])
+        assert options.spec == {"name": "ssh", "protocol": "tcp", "remote_port": 7105}
+        assert (options.target.url, options.proxy_protocol) == ("tcp://localhost:22", 2)
+
     def test_numbers_are_taken_as_typed(self, tmp_path: Path) -> None:
         """YAML 1.1 reads 22:22 as 1342 and 010 as 8."""
         config = parsed(
             tmp_path, "version: 1\ntunnels:\n  a:\n    addr: 22:22\n  b:\n    addr: 1000\n    subdomain: 010\n"
         )
-        assert config.tunnels["a"].values["addr"] == "22:22" and config.tunnels["b"].values["subdomain"] == "010"
+        assert config.tunnels["a"].values["addr"].place == "22:22" and config.tunnels["b"].values["subdomain"] == "010"
 
     def test_relative_paths_are_below_the_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "site").mkdir()
         monkeypatch.chdir("/")
         config = parsed(tmp_path, "version: 1\ntunnels:\n  a:\n    addr: file:./site\n  b:\n    addr: unix:./a.sock\n")
-        assert config.tunnels["a"].values["addr"] == f"file:{tmp_path}/site"
-        assert config.tunnels["b"].values["addr"] == f"unix:{tmp_path}/a.sock"
+        assert config.tunnels["a"].values["addr"].url == f"file://{tmp_path}/site"
+        assert config.tunnels["b"].values["addr"].url == f"unix:{tmp_path}/a.sock"
 
     def test_anchors_and_merge_keys(self, tmp_path: Path) -> None:
         text = "version: 1\ntunnels:\n  a: &a\n    addr: 1\n    ttl: 5m\n  b:\n    <<: *a\n    addr: 2\n"
         config = parsed(tmp_path, text)
-        assert config.faults == [] and config.tunnels["b"].values == {"addr": "2", "ttl": 300.0}
+        assert config.faults == [] and config.tunnels["b"].values == {"addr": parse_target("2"), "ttl": 300.0}
 
     def test_later_files_go_before_earlier_ones(self, tmp_path: Path) -> None:
         one = "version: 1\nregion: eu\nlog_level: INFO\ntunnels:\n  a:\n    addr: 1\n    ttl: 5m\n  b:\n    addr: 2\n"
         two = "version: 1\nregion: us\ntunnels:\n  a:\n    addr: 3\n"
         config = parsed(tmp_path, one, two)
         assert (config.settings["region"], config.settings["log_level"]) == ("us", "INFO")
-        assert {name: t.values for name, t in config.tunnels.items()} == {"a": {"addr": "3"}, "b": {"addr": "2"}}
+        assert {name: t.values for name, t in config.tunnels.items()} == {
+            "a": {"addr": parse_target("3")},
+            "b": {"addr": parse_target("2")},
+        }
 
     @pytest.mark.parametrize(
         ("text", "seconds"), [("90s", 90), ("15m", 900), ("1h30m", 5400), ("2d", 172_800), ("1d2h3m4s", 93_784)]
@@ -176,6 +188,7 @@ class TestFaults:
             ("addr: [8000]", 11, "must be one value (TARGET), not a list"),
             ("addr:", 10, "has no value"),
             ("addr: ''", 11, "addr:"),
+            ("remote_port: 7100", 5, "remote_port: only a tunnel with protocol: tcp has it"),
             ("protocol: tls", 15, "tls tunnels do not exist yet"),
             ("protocol: gopher", 15, "'gopher' is not a protocol"),
             ("subdomain: on", 16, "YAML reads on as true or false; put it in quotes"),
@@ -190,9 +203,9 @@ class TestFaults:
         found = tunnel(tmp_path, *first, line)
         assert len(found) == 1 and found[0][:2] == (4 + len(first), column) and says in found[0][2], found
 
-    @pytest.mark.parametrize("key", [key for key in tunnel_keys.TUNNEL if key.not_yet], ids=lambda key: key.name)
+    @pytest.mark.parametrize("key", [key for key in tunnel_keys.TUNNEL if key.refusal], ids=lambda key: key.name)
     def test_what_does_not_exist_yet_is_refused(self, tmp_path: Path, key: tunnel_keys.Key) -> None:
-        assert tunnel(tmp_path, "addr: 8000", f"{key.name}: x") == [(5, 5, f"{key.name}: {key.not_yet}")]
+        assert tunnel(tmp_path, "addr: 8000", f"{key.name}: x") == [(5, 5, f"{key.name}: {key.refusal}")]
 
     @pytest.mark.parametrize(
         ("level", "theirs", "ours"),
@@ -207,8 +220,8 @@ class TestFaults:
             table = tunnel_keys.TUNNEL
         key = next(key for key in table if key.name == ours)
         expected = (
-            f"unknown key {theirs!r}: {key.not_yet}"
-            if key.not_yet
+            f"unknown key {theirs!r}: {key.refusal}"
+            if key.refusal
             else f"unknown key {theirs!r}; did you mean {ours!r}?"
         )
         assert [f[-1] for f in found] == [expected]
@@ -216,6 +229,26 @@ class TestFaults:
     def test_a_key_that_is_like_none_gets_the_list(self, tmp_path: Path) -> None:
         ((_, _, message),) = tunnel(tmp_path, "addr: 8000", "zzz: 1")
         assert message.startswith("unknown key 'zzz'; there are: protocol, addr, subdomain")
+
+    @pytest.mark.parametrize(
+        ("line", "says"),
+        [
+            ("subdomain: x", "subdomain: only a tunnel with protocol: http has it"),
+            ("remote_port: 70000", "'70000' is not a number from 1 to 65535"),
+            ("proxy_protocol: 3", "'3' is not a number from 1 to 2"),
+        ],
+    )
+    def test_values_of_tcp(self, tmp_path: Path, line: str, says: str) -> None:
+        ((row, _, message),) = tunnel(tmp_path, "protocol: tcp", "addr: 22", line)
+        assert row == 6 and says in message
+
+    def test_a_target_that_tcp_cannot_have(self, tmp_path: Path) -> None:
+        ((row, column, _),) = tunnel(tmp_path, "addr: file:///", "protocol: tcp")
+        assert (row, column) == (4, 11)
+
+    def test_the_protocol_may_be_merged(self, tmp_path: Path) -> None:
+        text = "version: 1\ntunnels:\n  a: &a {protocol: tcp, addr: 22}\n  b: {<<: *a, remote_port: 7100}\n"
+        assert faults(tmp_path, text) == []
 
     def test_ngroks_agent_map(self, tmp_path: Path) -> None:
         found = faults(tmp_path, "version: 3\nagent:\n  authtoken: x\nendpoints:\n  - name: web\n")

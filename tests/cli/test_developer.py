@@ -145,6 +145,43 @@ class TestHttp:
         done = await cli.run("http", "8000", "--host-header", "a b")
         assert done.code == 2 and "--host-header" in only_line(done.err)
 
+    async def test_pools_are_refused_by_name(self, cli: Cli) -> None:
+        done = await cli.run("http", "8000", "--pool")
+        assert done.code == 5 and "(tunnel.pool_unavailable)" in only_line(done.err)
+        assert "--pool" not in (await cli.run("http", "--help")).out
+
+    async def test_a_bad_ttl(self, cli: Cli) -> None:
+        done = await cli.run("http", "8000", "--ttl", "15")
+        assert done.code == 2 and "--ttl: '15' is not a duration; write it with units" in only_line(done.err)
+
+    async def test_it_ends_itself_after_its_ttl(self, cli: Cli, relay: Relay) -> None:
+        await cli.login()
+        done = await cli.run("http", "8000", "--name", "web", "--ttl", "1s")
+        assert done.code == 0 and done.out == "http://web.localhost:7080 -> http://localhost:8000\n"
+        assert "tunnel web ended after its 1s" in done.err
+        assert relay.connections[0].unbinds == [1] and cli.api.calls[-1][:2] == ("DELETE", "/v1/agent/sessions/ses_1")
+
+    async def test_a_request_in_flight_outlives_the_ttl(self, cli: Cli, relay: Relay) -> None:
+        async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            await asyncio.sleep(2)
+            writer.write(OK)
+
+        await cli.login()
+        async with target_server(slow) as port:
+            process = await cli.start("http", str(port), "--name", "web", "--ttl", "1s", "--json")
+            connection = await relay.bound(limit=15)
+            visit = await connection.get().over()
+            assert bytes(visit.body) == b"ok" and connection.unbinds == [1]
+            out, _ = await asyncio.wait_for(process.communicate(), 10)
+        assert process.returncode == 0
+        assert [json.loads(line)["event"] for line in out.splitlines()] == ["online", "ended", "request"]
+
+    async def test_the_url_as_a_qr_code(self, cli: Cli, relay: Relay) -> None:
+        await cli.login()
+        done = await cli.run("http", "8000", "--name", "web", "--ttl", "1s", "--qr")
+        assert done.out.count("\n") == 1 and sum("██" in line for line in done.err.splitlines()) > 15
+
     async def test_a_bad_config_key(self, cli: Cli) -> None:
         await cli.login()
         (cli.folder / "portico.toml").write_text("[agent]\nfirst_bite_timeout_seconds = 3\n")

@@ -56,6 +56,7 @@ async def serve(
     mode: str,
     *,
     color: bool = False,
+    qr: bool = False,
     source: tuple[FileSource, Config] | None = None,
 ) -> int:
     """Serve ``tunnels``; ``mode`` is ``screen``, ``lines`` or ``json``. Returns the exit code; raises what ended it.
@@ -66,6 +67,7 @@ async def serve(
     _raise_open_files()
     stats = Stats()
     display = make_display(mode, settings, stats, color=color)
+    display.qr = qr
     api = Api(credentials.server, credentials.agent_key, settings)
     fleet = Fleet(lambda options: _forwarder(options, settings, stats), display)
     agent = Agent(settings, api, fleet.begin(tunnels), display)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portico.agent.app import TunnelOptions
-from portico.agent.target import parse_target
 from portico.agent.tunnel_file import Config, Declared, read
 from portico.settings import AgentSettings
 
@@ -26,14 +25,14 @@ def tunnel_options(declared: Declared) -> TunnelOptions:
     """A tunnel of a file as the agent takes it."""
     values = declared.values
     spec: dict[str, Any] = {"name": declared.name, "protocol": values.get("protocol", "http")}
-    if "subdomain" in values:
-        spec["subdomain"] = values["subdomain"]
+    spec |= {key: values[key] for key in ("subdomain", "remote_port") if key in values}
     return TunnelOptions(
-        parse_target(values["addr"]),
+        values["addr"],
         spec,
-        values.get("host_header", "preserve"),
-        values.get("target_tls_verify"),
-        values.get("ttl"),
+        host_header=values.get("host_header", "preserve"),
+        tls_verify=values.get("target_tls_verify"),
+        ttl=values.get("ttl"),
+        proxy_protocol=values.get("proxy_protocol", 0),
     )
 
 

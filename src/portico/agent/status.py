@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -21,12 +21,19 @@ from portico.agent.api import VERSION
 from portico.agent.client import Agent, Events, Tunnel
 from portico.agent.durations import shown_duration
 from portico.agent.stats import Record, Stats
-from portico.settings import AgentSettings
+from portico.kit.clock import uptime
+from portico.settings import AgentSettings, color_wanted
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.text import Text
 
 log = logging.getLogger("portico.agent")
+
+#: Rows that requests get before tunnels beyond the first ones do: an empty one, a heading, three requests.
+REQUEST_ROWS = 5
+#: Columns before the values: the longest label and the space behind it.
+LABEL_COLUMNS = 14
 
 
 #: Seconds before the same failure of the target is told again.
@@ -57,6 +64,9 @@ class Display(Events):
         self.settings = settings
         self.stats = stats
         self.agent: Agent | None = None
+        #: Whether URLs are shown as QR codes too.
+        self.qr = False
+        self._shown: set[str] = set()
         self._seen = 0
         self._failures = 0
         self._warned: tuple[str, float] = ("", -WARN_SECONDS)
@@ -91,6 +101,16 @@ class Display(Events):
         self._warned = (why, now)
         self.warning(why if new == 1 else f"{why} ({new} times)")
 
+    def show_qr(self, tunnel: Tunnel) -> None:
+        """The URL of a tunnel that is online for the first time as a QR code on stderr: stdout belongs to programs."""
+        if not self.qr or tunnel.name in self._shown or not tunnel.url.startswith("http"):
+            return
+        self._shown.add(tunnel.name)
+        from portico.agent.qr import qr_lines
+
+        sys.stderr.write("\n".join(["", *qr_lines(tunnel.url, color=color_wanted(sys.stderr)), tunnel.url, ""]) + "\n")
+        sys.stderr.flush()
+
     def requests(self, records: list[Record], skipped: int) -> None:
         """Requests that ended since the last look; ``skipped`` more are not shown."""
 
@@ -111,6 +131,7 @@ class Lines(Display):
             sys.stdout.write(f"{tunnel.url} -> {tunnel.target}\n")
             sys.stdout.flush()
             log.info("tunnel online", extra={"f": {"name": tunnel.name, "url": tunnel.url, "target": tunnel.target}})
+            self.show_qr(tunnel)
         elif tunnel.problem is not None and tunnel.state != "removed":
             fields = {"name": tunnel.name, "code": tunnel.problem.code, "detail": tunnel.problem.detail}
             log.warning("tunnel %s", tunnel.state, extra={"f": fields})
@@ -165,6 +186,8 @@ class JsonLines(Display):
             members["reason"] = "ttl"
         self._put(event, **members)
         self._out.flush()
+        if event == "online":
+            self.show_qr(tunnel)
 
     def warning(self, text: str) -> None:
         log.warning("%s", text)
@@ -187,6 +210,20 @@ class JsonLines(Display):
                 started_at=f"{started}.{millis:03d}Z",
             )
         self._out.flush()
+
+
+def _address(tunnel: Tunnel) -> str:
+    return printable(tunnel.url or tunnel.name or "…")
+
+
+def _time_left(tunnel: Tunnel) -> str:
+    return shown_duration((tunnel.ends_at or 0) - uptime())
+
+
+def _counted(tunnels: list[Tunnel], shown: list[Tunnel]) -> str:
+    """What is not shown: `and 12 more: 11 online, 1 offline`."""
+    rest = Counter(tunnel.state for tunnel in tunnels if tunnel not in shown)
+    return f"and {rest.total()} more: " + ", ".join(f"{count} {state}" for state, count in rest.most_common())
 
 
 class _LastLine(logging.Handler):
@@ -213,11 +250,13 @@ class Screen(Display):
         self.detail = ""
         self._recent: deque[Record] = deque(maxlen=settings.screen_requests)
         self._dirty = True
-        self._drawn_latency = ""
+        self._drawn: tuple[Any, ...] = ()
         self._console = console or RichConsole(highlight=False, no_color=not color)
         self._live = Live(console=self._console, auto_refresh=False, screen=True, transient=True)
         self._handler = _LastLine(self)
         self._open = self._gone = False
+        #: What the terminal keeps when the screen is gone: why tunnels ended.
+        self._last_words: list[str] = []
 
     def _start(self) -> None:
         root = logging.getLogger()
@@ -234,6 +273,8 @@ class Screen(Display):
             self.message = f"{tunnel.name}: {tunnel.problem.detail}"
         elif tunnel.over:
             self.message = end_of(tunnel)
+        if tunnel.state == "ended":
+            self._last_words.append(self.message)
 
     def warning(self, text: str) -> None:
         self.message, self._dirty = text, True
@@ -247,10 +288,10 @@ class Screen(Display):
 
     def tick(self) -> None:
         super().tick()
-        latency = self._latency()
-        if self._gone or (not self._dirty and latency == self._drawn_latency):
+        drawn = (self._latency(), self._times_left(), self._console.size)
+        if self._gone or (not self._dirty and drawn == self._drawn):
             return
-        self._dirty, self._drawn_latency = False, latency
+        self._dirty, self._drawn = False, drawn
         with self._terminal():
             if not self._open:
                 self._start()
@@ -272,30 +313,93 @@ class Screen(Display):
         rtt = link.carrier.rtt if link is not None and not link.lost else None
         return f"{rtt * 1000:.0f} ms" if rtt is not None else "–"
 
+    def _times_left(self) -> list[str]:
+        return [_time_left(tunnel) for tunnel in self.agent.tunnels if tunnel.ends_at] if self.agent is not None else []
+
     def render(self) -> RenderableType:
-        """The screen's content."""
+        """The screen's content; as much of it as the window has room for, what is most wanted first."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        stats, agent = self.stats, self.agent
-        info = agent.info if agent is not None else None
-        link = agent.link if agent is not None else None
+        tunnels = list(self.agent.tunnels) if self.agent is not None else []
+        coded, code = self._qr(tunnels)
+        message = self.message or self.stats.last_failure
+        room = self._console.size.height - 3 - (2 if message else 0) - (len(code) + 1 if code else 0)
         facts = Table.grid(padding=(0, 3))
+        about = self._about()
+        tight = coded is not None and room < len(about) + 4
+        if room < len(about) + 4:
+            about = about[:1]
+        for label, text in about:
+            facts.add_row(label, text)
+        room -= len(about) + 2
+        for label, text in self._forwarding(
+            [coded] if coded is not None and tight else tunnels, max(1, room - REQUEST_ROWS)
+        ):
+            facts.add_row(label, text)
+            room -= 1
+        if room >= 0:
+            facts.add_row("Connections", self._counts())
+        gap = [] if tight else [""]
+        parts: list[RenderableType] = [] if tight else [Text("portico", "bold").append("  (Ctrl-C ends)", "dim"), ""]
+        parts.append(facts)
+        if message:
+            parts += [*gap, Text(printable(message), "yellow", overflow="ellipsis", no_wrap=True)]
+        if code:
+            parts += [*gap, *(Text(row, "" if self._console.no_color else "color(16) on color(231)") for row in code)]
+        if self._recent and room > 2:
+            parts += ["", Text("HTTP requests", "bold"), self._request_table(room - 2)]
+        return Group(*parts)
+
+    def _about(self) -> list[tuple[str, RenderableType]]:
+        """What is said of the session; its state first."""
+        from rich.text import Text
+
         style = {"online": "bold green", "ended": "bold red"}.get(self.state, "bold yellow")
-        facts.add_row("Session", Text(f"{self.state}{' · ' + self.detail if self.detail else ''}", style))
+        state = Text(
+            f"{self.state}{' · ' + self.detail if self.detail else ''}", style, no_wrap=True, overflow="ellipsis"
+        )
+        rows: list[tuple[str, RenderableType]] = [("Session", state)]
+        info = self.agent.info if self.agent is not None else None
+        link = self.agent.link if self.agent is not None else None
         if info is not None:
-            facts.add_row("Account", Text(printable(info.account) + (f" ({info.plan})" if info.plan else "")))
-        facts.add_row("Version", VERSION)
+            rows.append(("Account", Text(printable(info.account) + (f" ({info.plan})" if info.plan else ""))))
+        rows.append(("Version", VERSION))
         if link is not None and not link.lost:
-            facts.add_row("Region", Text(printable(f"{link.region or 'default'} · {link.relay}")))
-        facts.add_row("Latency", self._drawn_latency or "–")
-        for tunnel in agent.tunnels if agent is not None else ():
-            arrow = Text(printable(tunnel.url or tunnel.name or "…"), "bold cyan").append(" → ", "default")
-            arrow.append(printable(tunnel.target), "default")
+            rows.append(("Region", Text(printable(f"{link.region or 'default'} · {link.relay}"))))
+        rows.append(("Latency", self._latency()))
+        return rows
+
+    def _forwarding(self, tunnels: list[Tunnel], most: int) -> Iterator[tuple[str, Text]]:
+        """A row for each tunnel; of more than fit those that are not online go first, and the last row counts the rest."""
+        from rich.text import Text
+
+        shown = tunnels
+        if len(tunnels) > most:
+            shown = sorted(tunnels, key=lambda tunnel: tunnel.state == "online")[: most - 1]
+        width = max((len(_address(tunnel)) for tunnel in shown), default=0) if len(shown) > 1 else 0
+        for number, tunnel in enumerate(shown):
+            row = Text(_address(tunnel).ljust(width), "bold cyan", no_wrap=True, overflow="ellipsis")
+            note, style = "", "red" if tunnel.over else "yellow"
             if tunnel.state != "online":
-                arrow.append(f"  {tunnel.state}", "yellow")
-            facts.add_row("Forwarding", arrow)
+                note = f"  {tunnel.state}"
+            elif tunnel.ends_at is not None:
+                note, style = f"  ends in {_time_left(tunnel)}", "dim"
+            target = printable(tunnel.target)
+            left = self._console.width - LABEL_COLUMNS - len(row) - len(note) - 3
+            if left >= min(8, len(target)):  # else the address and its state are all there is room for
+                row.append(" → ", "default")
+                row.append(target if len(target) <= left else target[: left - 1] + "…", "default")
+            row.append(note, style)
+            yield ("Forwarding" if number == 0 else "", row)
+        if len(shown) < len(tunnels):
+            yield ("" if shown else "Forwarding", Text(_counted(tunnels, shown), "dim"))
+
+    def _counts(self) -> RenderableType:
+        from rich.table import Table
+
+        stats = self.stats
         counts = Table.grid(padding=(0, 3))
         for heading in ("ttl", "opn", "rt1", "rt5", "p50", "p90"):
             counts.add_column(heading, justify="right", min_width=6)
@@ -304,23 +408,29 @@ class Screen(Display):
             str(stats.total), str(stats.open), f"{stats.rate_1:.2f}", f"{stats.rate_5:.2f}",
             f"{stats.percentile(0.5) * 1000:.1f}", f"{stats.percentile(0.9) * 1000:.1f}",
         )  # fmt: skip
-        facts.add_row("Connections", counts)
-        parts: list[RenderableType] = [Text("portico", "bold").append("  (Ctrl-C ends)", "dim"), "", facts]
-        if self.message or stats.last_failure:
-            parts += [
-                "",
-                Text(printable(self.message or stats.last_failure), "yellow", overflow="ellipsis", no_wrap=True),
-            ]
-        if self._recent:
-            parts += ["", Text("HTTP requests", "bold"), self._request_table()]
-        return Group(*parts)
+        return counts
 
-    def _request_table(self) -> RenderableType:
+    def _qr(self, tunnels: list[Tunnel]) -> tuple[Tunnel | None, list[str]]:
+        """The first tunnel that is online and its code, if that was asked for and the window has room for it."""
+        online = (tunnel for tunnel in tunnels if tunnel.state == "online" and tunnel.url.startswith("http"))
+        coded = next(online, None) if self.qr else None
+        if coded is None:
+            return None, []
+        from portico.agent.qr import qr_rows
+
+        rows = qr_rows(coded.url, inverse=self._console.no_color)
+        width, height = self._console.size
+        if len(rows) + 4 > height or len(rows[0]) > width:
+            self.message = self.message or f"the QR code needs a window of {len(rows[0])} × {len(rows) + 4}"
+            return None, []
+        return coded, rows
+
+    def _request_table(self, most: int) -> RenderableType:
         from rich.table import Table
         from rich.text import Text
 
         table = Table.grid(padding=(0, 2))
-        for r in reversed(self._recent):
+        for r in list(reversed(self._recent))[:most]:
             at = r.ended - r.seconds
             stamp = time.strftime("%H:%M:%S", time.localtime(at)) + f".{int(at % 1 * 1000):03d}"
             style = "green" if r.status < 400 else "yellow" if r.status < 500 else "red"
@@ -335,6 +445,8 @@ class Screen(Display):
             self._open = False
             with self._terminal():
                 self._live.stop()
+                for line in self._last_words:
+                    self._console.print(line, markup=False)
 
 
 def make_display(mode: str, settings: AgentSettings, stats: Stats, *, color: bool) -> Display:

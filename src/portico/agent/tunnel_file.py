@@ -188,10 +188,17 @@ class _Reader:
             if not isinstance(value, yaml.MappingNode):
                 self._at(value, f"tunnel {name!r} must be a map of keys, such as addr: 8000")
                 continue
-            found = self._keys(value, tunnel_keys.TUNNEL, "tunnel", f"tunnel {name!r}", key)
-            declared = Declared(name, self._values(found, tunnel_keys.TUNNEL), str(self.path), key.start_mark.line + 1)
+            table = tunnel_keys.keys_of(self._protocol(value))
+            found = self._keys(value, table, "tunnel", f"tunnel {name!r}", key)
+            declared = Declared(name, self._values(found, table), str(self.path), key.start_mark.line + 1)
             self.tunnels[name] = declared
             self._check_subdomain(declared, found.get("subdomain"))
+
+    def _protocol(self, node: yaml.MappingNode) -> str:
+        """What kind of tunnel it is: which keys it has depends on that. A fault in it is found later."""
+        known = {**self._merged(node, 0), **{key.value: (key, value) for key, value in node.value}}
+        value = next((known[name][1].value for name in ("protocol", "proto", "type") if name in known), "http")
+        return value if value in tunnel_keys.PROTOCOLS else "http"
 
     def _check_subdomain(self, declared: Declared, node: yaml.Node | None) -> None:
         subdomain = declared.values.get("subdomain")
@@ -245,8 +252,8 @@ class _Reader:
             if name not in known:
                 meant.add(ours := _meant(name, level, known))
                 self._at(at, _unknown(name, level, known, ours))
-            elif known[name].not_yet:
-                self._at(at, f"{name}: {known[name].not_yet}")
+            elif known[name].refusal:
+                self._at(at, f"{name}: {known[name].refusal}")
             else:
                 found[name] = value
         for key in table:
@@ -293,10 +300,10 @@ def _unknown(name: str, level: str, known: dict[str, Key], meant: str | None) ->
     if level == "top" and name in tunnel_keys.UNNEST:
         return f"unknown key {name!r}: {tunnel_keys.UNNEST[name]}"
     if meant is None:
-        names = ", ".join(key.name for key in known.values() if not key.not_yet)
+        names = ", ".join(key.name for key in known.values() if not key.refusal)
         return f"unknown key {name[:60]!r}; there are: {names}"
-    if known[meant].not_yet:
-        return f"unknown key {name[:60]!r}: {known[meant].not_yet}"
+    if known[meant].refusal and not known[meant].only:
+        return f"unknown key {name[:60]!r}: {known[meant].refusal}"
     return f"unknown key {name[:60]!r}; did you mean {meant!r}?"
 
 

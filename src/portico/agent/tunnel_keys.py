@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from portico.agent.durations import parse_duration
-from portico.agent.target import check_host_header, parse_target
+from portico.agent.target import Target, check_host_header, parse_target, parse_tcp_target
 from portico.errors import Problem
+
+T = TypeVar("T")
 
 VERSION = 1
 #: The names by which the file is found where none is given.
@@ -60,7 +62,7 @@ def _log_level(text: str, folder: Path) -> str:
 def _server(text: str, folder: Path) -> str:
     from portico.agent.api import server_url
 
-    return str(_worded(server_url, text))
+    return _worded(server_url, text)
 
 
 def _path(text: str, folder: Path) -> Path:
@@ -76,21 +78,37 @@ def _environment(text: str, folder: Path) -> str:
 def _protocol(text: str, folder: Path) -> str:
     if text in PROTOCOLS:
         return text
-    if text in ("tls", "tcp", "udp"):
+    if text in ("tls", "udp"):
         raise ValueError(f"{text} tunnels do not exist yet; there is: {', '.join(PROTOCOLS)}")
     raise ValueError(f"{text[:40]!r} is not a protocol; there is: {', '.join(PROTOCOLS)}")
 
 
-def _target(text: str, folder: Path) -> str:
+def _target(text: str, folder: Path) -> Target:
     """A TARGET; a relative path is one below the file's folder."""
+    return _worded(parse_target, _below(text, folder))
+
+
+def _tcp_target(text: str, folder: Path) -> Target:
+    return _worded(parse_tcp_target, _below(text, folder))
+
+
+def _below(text: str, folder: Path) -> str:
     for scheme in ("file:", "unix:"):
         if text.startswith((scheme + "./", scheme + "../")):
-            text = f"{scheme}{(folder / text[len(scheme) :]).resolve()}"
-    _worded(parse_target, text)
+            return f"{scheme}{(folder / text[len(scheme) :]).resolve()}"
     return text
 
 
-def _worded(check: Callable[[str], Any], text: str) -> Any:
+def _number(low: int, high: int) -> Callable[[str, Path], int]:
+    def read(text: str, folder: Path) -> int:
+        if not text.isdecimal() or not text.isascii() or not low <= int(text) <= high:
+            raise ValueError(f"{text[:40]!r} is not a number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def _worded(check: Callable[[str], T], text: str) -> T:
     """A check that raises a problem, as one that raises ``ValueError`` with its detail."""
     try:
         return check(text)
@@ -99,14 +117,14 @@ def _worded(check: Callable[[str], Any], text: str) -> Any:
 
 
 #: What ``protocol`` may be.
-PROTOCOLS = ("http",)
+PROTOCOLS = ("http", "tcp")
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
     """One key. ``read`` makes its value of the text, or raises ``ValueError`` with a sentence.
 
-    ``not_yet``: the platform has nothing behind it; the sentence says so. ``kind`` is what the page calls the value.
+    ``refusal``: why the key cannot be used. ``kind`` is what the page calls the value. ``only``: the one protocol that has it.
     """
 
     name: str
@@ -116,11 +134,12 @@ class Key:
     default: str = ""
     example: str = ""
     required: bool = False
-    not_yet: str = ""
+    refusal: str = ""
+    only: str = ""
 
 
 def _missing(name: str, sentence: str) -> Key:
-    return Key(name, not_yet=sentence)
+    return Key(name, refusal=sentence)
 
 
 TOP = (
@@ -145,31 +164,45 @@ TUNNEL = (
     Key(
         "addr", "TARGET", _target,
         "What visitors reach: `8000`, `host:port`, `http(s)://host[:port]`, `unix:/path` or `file:///dir`. "
-        "`unix:./path` and `file:./dir` are below this file's folder.",
+        "`unix:./path` and `file:./dir` are below this file's folder. For tcp: a port, `host:port` or `unix:/path`.",
         example="8000", required=True,
     ),
-    Key("subdomain", "name", lambda text, folder: check_name(text), "Subdomain of the URL.", "the tunnel's name", "shop"),
+    Key("subdomain", "name", lambda text, folder: check_name(text), "Subdomain of the URL.", "the tunnel's name", "shop",
+        only="http"),
     Key(
         "host_header", "rule", lambda text, folder: check_host_header(text),
         "Host that the target sees: `preserve` (the visitor's), `rewrite` (its own), or a name.", "preserve", "rewrite",
+        only="http",
     ),
     Key(
         "target_tls_verify", "switch", _switch, "Check the certificate of an https target.",
-        "yes, except on this machine", "false",
+        "yes, except on this machine", "false", only="http",
     ),
+    Key("remote_port", "port", _number(1, 65_535), "Public port, of the platform's range.", "a free one", "7105", only="tcp"),
+    Key("proxy_protocol", "1 or 2", _number(1, 2), "Tell the target each visitor's address by a PROXY header of this version.",
+        "no header", "2", only="tcp"),
     Key("inspect", "switch", _switch, "Keep requests for inspection.", "true", "false"),
     Key("ttl", "duration", lambda text, folder: parse_duration(text),
         "The tunnel ends itself this long after it came online, such as `90s`, `15m` or `1h30m`.", "it stays", "2h"),
     _missing("pool", "several agents behind one tunnel do not exist yet; one agent serves a tunnel, another takes over"),
     _missing("domain", "domains of your own do not exist yet; use subdomain"),
-    _missing("remote_port", "TCP tunnels do not exist yet"),
-    _missing("proxy_protocol", "TCP tunnels do not exist yet"),
     _missing("basic_auth", "visitor passwords do not exist yet: the tunnel would be open to everybody"),
     _missing("allow_cidr", "address rules do not exist yet: the tunnel would be open to everybody"),
     _missing("deny_cidr", "address rules do not exist yet: the tunnel would be open to everybody"),
     _missing("policy", "policies in this file do not exist yet: the tunnel would be open to everybody"),
     _missing("policy_file", "policies in this file do not exist yet: the tunnel would be open to everybody"),
 )  # fmt: skip
+
+
+def keys_of(protocol: str) -> tuple[Key, ...]:
+    """The keys of a tunnel of this protocol; those of another one are refused."""
+    read = _tcp_target if protocol == "tcp" else _target
+    return tuple(
+        replace(key, read=read) if key.name == "addr"
+        else key if key.only in ("", protocol) else replace(key, refusal=f"only a tunnel with protocol: {key.only} has it")
+        for key in TUNNEL
+    )  # fmt: skip
+
 
 #: What people of other tunnels type, and what it is called here (`-`: there is no such thing, with the reason).
 OTHER_NAMES = {

@@ -32,6 +32,7 @@ def start(
     everything: Annotated[bool, typer.Option("--all", help="Start every tunnel of the file.")] = False,
     config: ConfigOption = None,
     region: Annotated[str | None, typer.Option(help="Preferred region.", show_default=False)] = None,
+    qr: Annotated[bool, typer.Option("--qr", help="Show the URLs as QR codes.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
     server: ServerOption = None,
     proxy: ProxyOption = None,
@@ -64,6 +65,7 @@ def start(
         list(source.wanted(found).values()),
         mode,
         color=settings.color_wanted(sys.stdout),
+        qr=qr,
         source=(source, found),
     )
     if code := loop.run(serving):

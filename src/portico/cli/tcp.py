@@ -9,6 +9,7 @@ import typer
 
 from portico import settings
 from portico.cli.account import ProxyOption, ServerOption, signed_in
+from portico.cli.tunnel import PoolOption, TtlOption, refuse_pool, ttl_seconds, with_options
 
 
 def tcp(
@@ -35,6 +36,8 @@ def tcp(
         ),
     ] = None,
     region: Annotated[str | None, typer.Option(help="Preferred region.", show_default=False)] = None,
+    ttl: TtlOption = None,
+    pool: PoolOption = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
     server: ServerOption = None,
     proxy: ProxyOption = None,
@@ -45,9 +48,10 @@ def tcp(
     """A public port for a local TCP service: SSH, a database, anything."""
     from portico.agent import app
     from portico.agent.target import parse_tcp_target
-    from portico.cli.tunnel import with_options
     from portico.kit import loop
 
+    refuse_pool(pool)
+    seconds = ttl_seconds(ttl)
     parsed = parse_tcp_target(target)
     config, found = signed_in(server)
     config = with_options(
@@ -58,7 +62,7 @@ def tcp(
         spec["name"] = name
     if remote_port:
         spec["remote_port"] = remote_port
-    options = app.TunnelOptions(parsed, spec, proxy_protocol=proxy_protocol or 0)
+    options = app.TunnelOptions(parsed, spec, ttl=seconds, proxy_protocol=proxy_protocol or 0)
     mode = "json" if json else "screen" if sys.stdout.isatty() and sys.stderr.isatty() else "lines"
     code = loop.run(app.serve(config, found, [options], mode, color=settings.color_wanted(sys.stdout)))
     if code:

@@ -16,6 +16,17 @@ from portico.errors import Problem
 if TYPE_CHECKING:
     from portico.agent.api import Api
 
+TtlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ttl",
+        metavar="DURATION",
+        help="End by itself this long after it came online, such as 90s, 15m, 1h30m [stays].",
+        show_default=False,
+    ),
+]
+# Taken and refused with a code of its own, so that nobody believes that it worked; not in the help until it does.
+PoolOption = Annotated[bool, typer.Option("--pool", help="Join other agents of this tunnel.", hidden=True)]
 NamesArgument = Annotated[list[str], typer.Argument(metavar="NAME…", help="Names or ids of tunnels.")]
 
 
@@ -38,6 +49,9 @@ def http(
     ] = None,
     inspect: Annotated[bool, typer.Option("--inspect/--no-inspect", help="Keep requests for inspection.")] = True,
     region: Annotated[str | None, typer.Option(help="Preferred region.", show_default=False)] = None,
+    ttl: TtlOption = None,
+    qr: Annotated[bool, typer.Option("--qr", help="Show the URL as a QR code.")] = False,
+    pool: PoolOption = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
     server: ServerOption = None,
     proxy: ProxyOption = None,
@@ -50,6 +64,8 @@ def http(
     from portico.agent.target import check_host_header, parse_target
     from portico.kit import loop
 
+    refuse_pool(pool)
+    seconds = ttl_seconds(ttl)
     parsed = parse_target(target)
     try:
         check_host_header(host_header)
@@ -65,11 +81,29 @@ def http(
         spec["name"] = name
     if subdomain:
         spec["subdomain"] = subdomain
-    options = app.TunnelOptions(parsed, spec, host_header, target_tls_verify)
+    options = app.TunnelOptions(parsed, spec, host_header, target_tls_verify, ttl=seconds)
     mode = "json" if json else "screen" if sys.stdout.isatty() and sys.stderr.isatty() else "lines"
-    code = loop.run(app.serve(config, found, [options], mode, color=settings.color_wanted(sys.stdout)))
+    code = loop.run(app.serve(config, found, [options], mode, color=settings.color_wanted(sys.stdout), qr=qr))
     if code:
         raise typer.Exit(code)
+
+
+def ttl_seconds(text: str | None) -> float | None:
+    """``--ttl`` in seconds; raises ``config.invalid``."""
+    from portico.agent.durations import parse_duration
+
+    if text is None:
+        return None
+    try:
+        return parse_duration(text)
+    except ValueError as err:
+        raise Problem("config.invalid", f"--ttl: {err}") from None
+
+
+def refuse_pool(pool: bool) -> None:
+    """Raise ``tunnel.pool_unavailable`` if somebody asks for a pool."""
+    if pool:
+        raise Problem("tunnel.pool_unavailable", "--pool: several agents behind one tunnel do not exist yet")
 
 
 def with_options(config: settings.AgentSettings, **changes: Any) -> settings.AgentSettings:

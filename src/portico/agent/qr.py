@@ -1,0 +1,31 @@
+"""A URL as a QR code of half blocks: two modules a character, with the quiet zone that scanners need."""
+
+from __future__ import annotations
+
+import segno
+
+#: Light modules around the code, as the standard asks for.
+QUIET = 4
+#: Black on white, whatever the terminal's own colours are.
+COLORS = ("\x1b[38;5;16;48;5;231m", "\x1b[0m")
+_BLOCKS = {(0, 0): " ", (1, 0): "▀", (0, 1): "▄", (1, 1): "█"}
+
+
+def qr_rows(text: str, *, inverse: bool) -> list[str]:
+    """The rows of the code, all of one width.
+
+    To be written black on white; ``inverse``: for a terminal without colours, light modules as blocks of its own light
+    text on its dark background.
+    """
+    matrix = [list(row) for row in segno.make_qr(text, error="l", boost_error=False).matrix_iter(border=QUIET)]
+    if len(matrix) % 2:
+        matrix.append([0] * len(matrix[0]))
+    flip = 1 if inverse else 0
+    pairs = zip(matrix[::2], matrix[1::2], strict=True)
+    return ["".join(_BLOCKS[top ^ flip, low ^ flip] for top, low in zip(*pair, strict=True)) for pair in pairs]
+
+
+def qr_lines(text: str, *, color: bool) -> list[str]:
+    """The same, ready to be written to a terminal."""
+    rows = qr_rows(text, inverse=not color)
+    return [f"{COLORS[0]}{row}{COLORS[1]}" for row in rows] if color else rows
