@@ -713,6 +713,14 @@ class AgentSettings:
     # Seconds for the whole diagnosis; steps become shorter towards its end.
     diagnose_seconds: float = 15.0
 
+    # == Logs (`portico logs`)
+    # Seconds between two questions for new events while they are followed.
+    logs_poll_seconds: float = 1.0
+    # Longest wait in seconds before the API is asked again after it failed; it doubles from logs_poll_seconds up to this.
+    logs_retry_max_seconds: float = 15.0
+    # Seconds before the newest known event that are asked for again: an event whose transaction took long comes late.
+    logs_overlap_seconds: float = 30.0
+
     # == Screen and log
     # Lowest level of log records that are written.
     log_level: str = "INFO"

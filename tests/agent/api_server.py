@@ -102,6 +102,10 @@ class TestApi:
             ],
         }
 
+    def find(self, method: str, path: str) -> Callable[[dict[str, Any]], Answer] | None:
+        """What answers a call."""
+        return self.routes.get(f"{method} {path}")
+
     def count(self, route: str) -> int:
         return sum(f"{method} {path}" == route for method, path, _, _ in self.calls)
 
@@ -128,7 +132,7 @@ class TestApi:
                 raw = await reader.readexactly(int(fields.get("content-length", 0)))
                 body = json.loads(raw) if raw else {}
                 self.calls.append((method, path, body, fields.get("authorization", "")))
-                route = self.routes.get(f"{method} {path}")
+                route = self.find(method, path)
                 status, answer = self.refuse or (route(body) if route else problem(404, "request.not_found"))
                 data = b"" if status == 204 else json.dumps(answer).encode()
                 length = "" if status == 204 else f"Content-Length: {len(data)}\r\n"

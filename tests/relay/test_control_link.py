@@ -327,7 +327,24 @@ class TestHeartbeats:
             "load": {"sessions": 1},
             "draining": True,
             "bound": [{"tunnel": "tun_a", "session": "ses_1", "generation": 2}],
+            "left": [],
         }
+
+    async def test_why_tunnels_went_is_told_until_it_was_heard(self, api: EdgeApi, rig: Any) -> None:
+        async def no() -> Answer:
+            return 503, b"{}"
+
+        api.on_heartbeat = no
+        api.scripts = [script(whole(3))]
+        async with rig(heartbeat_interval_seconds=0.1) as r:
+            r.link._left |= {"tun_a": "the agent is stopping"}
+            await api.until(lambda: sum(bool(beat["left"]) for beat in api.heartbeats) >= 2)
+            api.on_heartbeat = api._ok
+            await api.until(lambda: not r.link._left)
+            count = len(api.heartbeats)
+            await api.until(lambda: len(api.heartbeats) > count + 1)
+        assert api.heartbeats[-1]["left"] == []
+        assert {"tunnel": "tun_a", "reason": "the agent is stopping"} in api.heartbeats[count - 1]["left"]
 
     async def test_they_come_at_their_interval(self, api: EdgeApi, rig: Any) -> None:
         api.scripts = [script(whole(3))]

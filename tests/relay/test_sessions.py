@@ -233,6 +233,11 @@ class TestPlatform:
         await agent.until(lambda: len(agent.unbound) == 3)
         assert agent.unbound == {1: "tunnel.stopped", 2: "tunnel.deleted", 3: "tunnel.grant_stale"}
         assert relay.agents.by_host == relay.agents.by_tunnel == {}
+        assert relay.agents.left == {
+            "tun_web": "the tunnel is stopped",
+            "tun_b": "the tunnel was deleted",
+            "tun_c": "the tunnel changed; ask for a new grant",
+        }
         end = {"kind": "session_ended", "session": "ses_a", "code": "session.revoked", "until": time.time() + 90}
         delta(relay, end)
         await agent.until(lambda: agent.error is not None and agent.lost is not None)

@@ -28,6 +28,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "ls": "tunnel",
         "stop": "tunnel",
         "rm": "tunnel",
+        "logs": "logs",
         "login": "account",
         "logout": "account",
         "whoami": "account",

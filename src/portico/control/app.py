@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 # Seconds between attempts to make the first signing keys while the database is away.
 _FIRST_RETRY_SECONDS = 1.0
 
-_TUNNELS = (tunnels_api.hot, edge_api.router, tunnels_api.agent, tunnels_api.tunnels)
+_TUNNELS = (tunnels_api.hot, edge_api.router, tunnels_api.agent, tunnels_api.tunnels, tunnels_api.events)
 
 health = APIRouter(tags=["health"])
 

@@ -39,6 +39,12 @@ def new_id(prefix: str) -> str:
     return prefix + "_" + "".join(_CROCKFORD[value >> shift & 31] for shift in range(125, -1, -5))
 
 
+def first_id(prefix: str, seconds: float) -> str:
+    """The smallest id that can have been made at or after a time (seconds since 1970)."""
+    value = int(seconds * 1000) << 80
+    return prefix + "_" + "".join(_CROCKFORD[value >> shift & 31] for shift in range(125, -1, -5))
+
+
 def _base62(number: int, width: int) -> str:
     digits = ""
     while number:

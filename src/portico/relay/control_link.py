@@ -156,7 +156,8 @@ class ControlLink:
     """Owns both loops. ``connected`` is true from the first sound line of a stream until that stream is lost.
 
     ``load()`` and ``bound()`` are called for every heartbeat and must be quick. ``disconnected_since`` is monotonic
-    time, of the start when there was no connection yet, and ``None`` while connected.
+    time, of the start when there was no connection yet, and ``None`` while connected. ``left``: why tunnels went, by id; what a
+    heartbeat has told is taken out of it.
     """
 
     def __init__(
@@ -168,10 +169,12 @@ class ControlLink:
         bound: Bound,
         http: httpx.AsyncClient,
         monotonic: Callable[[], float] = time.monotonic,
+        left: dict[str, str] | None = None,
     ) -> None:
         self._settings = settings
         self._snapshot = snapshot
         self._load, self._bound = load, bound
+        self._left = left if left is not None else {}
         self._http = http
         self._monotonic = monotonic
         self._resync = False
@@ -385,12 +388,16 @@ class ControlLink:
         """One report; the seconds of CPU that building it took (a relay with 10,000 tunnels sends a megabyte)."""
         limits = self._settings
         began = time.perf_counter()
-        request = self._http.build_request("POST", "/heartbeat", json=self._report())
+        told = dict(self._left)
+        request = self._http.build_request("POST", "/heartbeat", json=self._report(told))
         spent = time.perf_counter() - began
         await post(self._http, request, limits.heartbeat_timeout_seconds)
+        for tunnel, why in told.items():
+            if self._left.get(tunnel) is why:
+                del self._left[tunnel]
         return spent
 
-    def _report(self) -> dict[str, Any]:
+    def _report(self, left: dict[str, str]) -> dict[str, Any]:
         limits = self._settings
         return {
             "relay": limits.relay_name,
@@ -401,4 +408,5 @@ class ControlLink:
             "load": dict(self._load()),
             "draining": self.draining,
             "bound": self._bound(),
+            "left": [{"tunnel": tunnel, "reason": why} for tunnel, why in left.items()],
         }

@@ -46,7 +46,9 @@ class Relay:
         self.http = control_link.client(settings)
         self.meter = Meter(settings, http=self.http)
         self.agents = Agents(settings, self.snapshot, self.meter)
-        self.link = ControlLink(settings, self.snapshot, load=self.load, bound=self.agents.bound, http=self.http)
+        self.link = ControlLink(
+            settings, self.snapshot, load=self.load, bound=self.agents.bound, http=self.http, left=self.agents.left
+        )
         self.agents.link = self.link
         self.link.on_connected.append(self.agents.stream_connected)
         self.store = SnapshotStore(

@@ -33,6 +33,8 @@ log = logging.getLogger("portico.relay.sessions")
 #: A grant older than this whose tunnel the (current) edge state does not know belongs to a deleted tunnel; a younger one
 #: may have overtaken its own row on the edge stream.
 ROW_DELAY_SECONDS = 15.0
+#: Departures whose reason is kept while no heartbeat gets through, and characters of a reason.
+MAX_DEPARTURES, REASON_CHARS = 20_000, 120
 
 
 class LiveTunnel:
@@ -109,7 +111,7 @@ class AgentConnection:
         """ERROR with a code, then the connection closes; its tunnels go offline at once."""
         self.session.fail(code, detail, retryable)
         for live in list(self.binds.values()):  # the socket may take its time when the agent does not read
-            self.agents.drop(live)
+            self.agents.drop(live, detail)
         self.carrier.end(WSCloseCode.POLICY_VIOLATION, code)
 
     def _opened(self) -> None:
@@ -170,12 +172,12 @@ class AgentConnection:
             timer.cancel()
         live = self.binds.get(bind)
         if live is not None:
-            self.agents.drop(live)
+            self.agents.drop(live, detail)
 
     def unbind(self, live: LiveTunnel, code: str, detail: str) -> None:
         """Tell the agent that a tunnel is over; streams in flight finish."""
         self.session.control(f.UNBIND, live.bind, code=code, detail=detail)
-        self.agents.drop(live)
+        self.agents.drop(live, detail)
 
     def on_auth(self, token: str) -> None:
         try:
@@ -198,7 +200,7 @@ class AgentConnection:
     def on_goaway(self, code: str, detail: str, retry_after_ms: int) -> None:
         """The agent leaves: it takes no new requests, those in flight finish."""
         for live in list(self.binds.values()):
-            self.agents.drop(live)
+            self.agents.drop(live, detail)
 
     def on_error(self, code: str, detail: str, retryable: bool) -> None:
         log.warning(
@@ -237,6 +239,8 @@ class Agents:
         self.by_host: dict[bytes, LiveTunnel] = {}
         self.by_tunnel: dict[str, LiveTunnel] = {}
         self.by_session: dict[str, AgentConnection] = {}
+        #: Why tunnels went, until a heartbeat has told the control plane.
+        self.left: dict[str, str] = {}
         self.on_bound: list[Callable[[LiveTunnel], None]] = []
         self.on_dropped: list[Callable[[LiveTunnel], None]] = []
         #: The platform ended a tunnel, with this code: what is in flight on it ends too, where it has no end of its own.
@@ -319,7 +323,7 @@ class Agents:
         if self.by_session.get(connection.claims.sid) is connection:
             del self.by_session[connection.claims.sid]
         for live in list(connection.binds.values()):
-            self.drop(live)
+            self.drop(live, detail)
         log.info(
             "session disconnected",
             extra={"f": {"session": connection.claims.sid, "agent": connection.claims.agent, "reason": detail}},
@@ -434,7 +438,7 @@ class Agents:
                 return
             if self.by_tunnel.get(holder.grant.tun) is holder:
                 old.carrier.abort("took no part in a take-over within the deadline")
-                self.drop(holder)
+                self.drop(holder, "another agent took over")
             # Asked anew: meanwhile the tunnel may have been stopped, or another one who waited may hold it.
             connection.on_bind(bind, token)
 
@@ -443,8 +447,10 @@ class Agents:
         old.alive.append(alive)
         old.carrier.probe()
 
-    def drop(self, live: LiveTunnel) -> None:
-        """The tunnel is not live here any more."""
+    def drop(self, live: LiveTunnel, why: str = "") -> None:
+        """The tunnel is not live here any more; ``why`` is for its history."""
+        if why and len(self.left) < MAX_DEPARTURES:
+            self.left[live.grant.tun] = "".join(c if c.isprintable() else "?" for c in why[:REASON_CHARS])
         live.connection.binds.pop(live.bind, None)
         if self.by_tunnel.get(live.grant.tun) is live:
             del self.by_tunnel[live.grant.tun]

@@ -59,6 +59,13 @@ class BoundBody(BaseModel):
     generation: Whole
 
 
+class LeftBody(BaseModel):
+    """Why a tunnel is not bound any more."""
+
+    tunnel: ObjectId
+    reason: Annotated[str, StringConstraints(max_length=200, pattern=r"^[^\x00]*$")]
+
+
 class HeartbeatBody(BaseModel):
     """What a relay says of itself, at most 5 s apart. The first one registers it."""
 
@@ -70,6 +77,7 @@ class HeartbeatBody(BaseModel):
     load: LoadBody = LoadBody()
     draining: bool = False
     bound: Annotated[list[BoundBody], Field(max_length=100_000)] = []
+    left: Annotated[list[LeftBody], Field(max_length=100_000, description="since the heartbeat before")] = []
 
 
 class HeartbeatAnswer(BaseModel):
@@ -153,9 +161,10 @@ async def heartbeat(request: Request, db: Db, key: Key, body: HeartbeatBody) -> 
         load=body.load.model_dump(),
         draining=body.draining,
         bound=[Bound(b.tunnel, b.session, b.generation) for b in body.bound],
+        left={gone.tunnel: gone.reason for gone in body.left},
     )
     async with db.transaction() as tx:
-        new = await relays.heartbeat(tx, key, beat)
+        new = await relays.heartbeat(tx, key, beat, lease=state.settings.relay_lease_seconds)
     if new or beat.draining:
         state.relays.forget()
     told = await relays.report_presence(state.redis, state.settings, beat)

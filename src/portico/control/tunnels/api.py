@@ -6,11 +6,12 @@ import json
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Path, Request, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
 from portico.control.access import Caller, InTx, Paging, Reading, credential_of, identify, require
 from portico.control.requests import JsonRoute, UnitOfWork, once, shown
+from portico.control.tunnels import history
 from portico.control.tunnels.service import Tunnels
 from portico.control.tunnels.sessions import AgentFacts, Sessions, TunnelSpec
 from portico.errors import Problem
@@ -19,6 +20,7 @@ from portico.kit.pages import Page
 
 tunnels = APIRouter(prefix="/tunnels", tags=["tunnels"], route_class=UnitOfWork)
 agent = APIRouter(prefix="/agent/sessions", tags=["tunnels"], route_class=UnitOfWork)
+events = APIRouter(prefix="/events", tags=["tunnels"], route_class=UnitOfWork)
 hot = APIRouter(prefix="/agent/sessions", tags=["tunnels"], route_class=JsonRoute)
 
 
@@ -40,6 +42,7 @@ Reads = Annotated[Caller, Depends(require("tunnels:read"))]
 Writes = Annotated[Caller, Depends(require("tunnels:write"))]
 Connects = Annotated[Caller, Depends(require("agent:connect"))]
 Id = Annotated[str, Path(max_length=64)]
+ObjectId = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 
 Label = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 Shown = Annotated[
@@ -122,6 +125,25 @@ class TunnelEvent(BaseModel):
     at: datetime
     kind: str
     details: dict[str, Any]
+
+
+class OrganizationEvent(TunnelEvent):
+    """One thing that happened to one of the organization's tunnels; `name` is the tunnel's name now."""
+
+    tunnel: str
+    name: str
+
+
+@events.get("", response_model=Page[OrganizationEvent])
+async def list_organization_events(
+    reader: Reading,
+    who: Reads,
+    page: Paging,
+    tunnel: Annotated[list[ObjectId] | None, Query(max_length=100, description="only of these tunnels")] = None,
+    since: Annotated[AwareDatetime | None, Query(description="nothing older than this")] = None,
+) -> Any:
+    """What happened to the organization's tunnels, newest first. To follow: ask again with `since`, leave known ids out."""
+    return await history.organization(reader, who, tunnel or [], since, page)
 
 
 @tunnels.get("", response_model=Page[Tunnel])

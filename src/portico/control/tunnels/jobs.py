@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from portico.control import changes
-from portico.control.tunnels import store
+from portico.control.tunnels import history, store
 from portico.kit.db import Database
 from portico.settings import ApiSettings
 
 
 async def housekeeping(db: Database, settings: ApiSettings) -> None:
     """One round. Safe to run in several processes at once: every step is an idempotent delete."""
+    async with db.transaction() as tx:
+        await history.relays_fell_silent(tx, settings.relay_lease_seconds)
     async with db.transaction() as tx:
         await store.free_orphaned_ports(tx)
         await store.clear(

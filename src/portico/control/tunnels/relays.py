@@ -12,13 +12,13 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.tunnels import presence, store
+from portico.control.tunnels import history, presence, store
 from portico.control.tunnels.presence import Bound
 from portico.errors import Problem
 from portico.kit import ids
@@ -112,6 +112,7 @@ class Heartbeat:
     load: dict[str, float]
     draining: bool
     bound: Sequence[Bound]
+    left: Mapping[str, str] = field(default_factory=dict)
 
 
 def _bound_digest(bound: Sequence[Bound]) -> bytes:
@@ -119,8 +120,8 @@ def _bound_digest(bound: Sequence[Bound]) -> bytes:
     return hashlib.sha256("\n".join(lines).encode()).digest()
 
 
-async def heartbeat(tx: Tx, key: RelayKey, beat: Heartbeat) -> bool:
-    """Register or renew the relay with what it has bound; whether it is new.
+async def heartbeat(tx: Tx, key: RelayKey, beat: Heartbeat, *, lease: float) -> bool:
+    """Register or renew the relay with what it has bound; whether it is new. What came or went is an event of the tunnel.
 
     Raises ``auth.forbidden`` for another relay's key.
     """
@@ -135,6 +136,7 @@ async def heartbeat(tx: Tx, key: RelayKey, beat: Heartbeat) -> bool:
     digest = _bound_digest(beat.bound)
     if row["bound_digest"] != digest:
         latest = {b.tunnel: b for b in beat.bound}
+        before = await store.bindings_of(tx, beat.relay)
         await store.replace_bindings(
             tx,
             beat.relay,
@@ -143,6 +145,8 @@ async def heartbeat(tx: Tx, key: RelayKey, beat: Heartbeat) -> bool:
             [b.session for b in latest.values()],
             [b.generation for b in latest.values()],
         )
+        now = {tunnel: b.session for tunnel, b in latest.items()}
+        await history.presence_changed(tx, beat.relay, before, now, beat.left, lease=lease)
     return bool(row["registered"])
 
 

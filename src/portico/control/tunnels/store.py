@@ -7,6 +7,7 @@ JSON passes through raw statements as text, so that it does not matter which cod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -299,6 +300,47 @@ async def list_events(reader: Reader, tunnel_id: str, limit: int, before: str | 
     return await reader.fetch_all(query.order_by(tunnel_events.c.id.desc()).limit(limit))
 
 
+# A tunnel that is being deleted has no history left to add to; one that is here stays until this is committed.
+_ADD_PRESENCE = """
+INSERT INTO tunnel_events (id, tunnel_id, kind, details)
+SELECT e.id, t.id, e.kind, e.details::jsonb || jsonb_strip_nulls(jsonb_build_object('agent', s.hostname))
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[]) AS e (id, tunnel_id, session_id, kind, details)
+JOIN tunnels t ON t.id = e.tunnel_id
+LEFT JOIN agent_sessions s ON s.id = e.session_id
+FOR KEY SHARE OF t
+"""
+_ORGANIZATION_EVENTS = """
+SELECT e.id, e.kind, e.details, e.at, t.id AS tunnel, t.name
+FROM tunnels t CROSS JOIN LATERAL (
+    SELECT * FROM tunnel_events
+    WHERE tunnel_id = t.id AND id >= $3 AND id < $4 AND at >= $5
+    ORDER BY id DESC LIMIT $6
+) e
+WHERE t.organization_id = $1 AND ($2::text[] IS NULL OR t.id = ANY($2))
+ORDER BY e.id DESC LIMIT $6
+"""
+
+
+async def add_presence(tx: Tx, columns: tuple[list[str], list[str], list[str], list[str], list[str]]) -> None:
+    """Events (id, tunnel, session, kind, details as JSON) of those tunnels that exist, with the machine of the session."""
+    await tx.raw.execute(_ADD_PRESENCE, *columns)
+
+
+async def organization_events(
+    reader: Reader, organization: str, tunnels: list[str] | None, first: str, before: str, since: datetime, limit: int
+) -> list[Any]:
+    """Newest first: ids from ``first`` on and below ``before``, not older than ``since``."""
+    return list(await reader.raw.fetch(_ORGANIZATION_EVENTS, organization, tunnels, first, before, since, limit))
+
+
+async def known_tunnels(reader: Reader, organization: str, tunnel_ids: list[str]) -> set[str]:
+    """Those of the ids that are tunnels of the organization."""
+    rows = await reader.raw.fetch(
+        "SELECT id FROM tunnels WHERE organization_id = $1 AND id = ANY($2)", organization, tunnel_ids
+    )
+    return {row["id"] for row in rows}
+
+
 # -- agent sessions -----------------------------------------------------------------------------------------------------
 
 # Tunnels that a session's specs may mean: by name, subdomain, origin or port, or bound to it already.
@@ -523,6 +565,26 @@ async def replace_bindings(
     await tx.raw.execute(_BOUND_GONE, relay, tunnel_ids)
     await tx.raw.execute(_BOUND_NOW, relay, tunnel_ids, sessions, generations)
     await tx.raw.execute("UPDATE relays SET bound_digest = $2 WHERE name = $1", relay, digest)
+
+
+async def bindings_of(tx: Tx, relay: str) -> dict[str, str]:
+    """The session of each tunnel that the relay had bound at its last heartbeat."""
+    rows = await tx.raw.fetch("SELECT tunnel_id, session_id FROM relay_bindings WHERE relay = $1", relay)
+    return {row["tunnel_id"]: row["session_id"] for row in rows}
+
+
+async def forget_silent_relays(tx: Tx, silent_seconds: float) -> list[Any]:
+    """Take the bindings of relays that report no more: rows ``(relay, tunnel_id, session_id, seen_at)``."""
+    query = """
+        WITH silent AS (
+            SELECT name, seen_at FROM relays
+            WHERE seen_at < now() - make_interval(secs => $1) AND bound_digest IS NOT NULL
+            FOR UPDATE SKIP LOCKED
+        ), told AS (UPDATE relays SET bound_digest = NULL WHERE name IN (SELECT name FROM silent))
+        DELETE FROM relay_bindings b USING silent WHERE b.relay = silent.name
+        RETURNING b.relay, b.tunnel_id, b.session_id, silent.seen_at
+    """
+    return list(await tx.raw.fetch(query, float(silent_seconds)))
 
 
 async def live_relays(reader: Reader, lease_seconds: float) -> list[Any]:
