@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import builtins
 import gc
+import platform
+import subprocess
+import sys
 import weakref
 from typing import Any
 
@@ -52,3 +55,30 @@ def test_the_collector_still_collects_but_seldom() -> None:
     finally:
         gc.set_threshold(*before)
         gc.unfreeze()
+
+
+BURSTS = """
+import resource
+from portico.kit import loop
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(100):
+        burst = [bytearray(65_600) for _ in range(16)]
+        del burst
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+async def main():
+    faults()
+    return faults()
+
+print(faults(), loop.run(main()))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc, with its own allocator")
+def test_bursts_of_buffers_do_not_fault_their_memory_in_again_and_again() -> None:
+    done = subprocess.run([sys.executable, "-c", BURSTS], capture_output=True, text=True, check=True, timeout=30)
+    usual, kept = map(int, done.stdout.split())
+    assert usual > 10_000, "glibc's own defaults have changed: is the setting still of use?"
+    assert kept < 200
