@@ -5,6 +5,8 @@ limits.md   every setting with its default, environment variable and meaning, fr
             meaning is the comment beside or above the field (`make check` refuses a field without one), and a
             comment `# == Title` begins a section
 portico-yml.md   every key of portico.yml, from the table that checks it
+cli.md      every command with its arguments and options, from the application itself
+exit-codes.md   every exit code and the error codes behind it, from the table of cli/output.py
 """
 
 from __future__ import annotations
@@ -21,8 +23,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from typer.main import get_command
+
 from portico import errors, settings
 from portico.agent import tunnel_keys
+from portico.cli import main as cli
+from portico.cli import output
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "reference"
@@ -221,6 +227,81 @@ def file_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+_CLI_INTRO = """# Command line
+
+`portico NAME --help` says the same in a terminal; `-h` works too. Options may stand before and behind arguments. A default in
+[brackets] is what happens without the option. Every setting of a command can also come from the
+[environment or a file](limits.md). [Exit codes](exit-codes.md) have a page of their own.
+"""
+
+
+def cli_page() -> str:
+    """Every command that the help shows, in its order."""
+    group: Any = get_command(cli.build())
+    lines = [NOTICE, _CLI_INTRO.rstrip()]
+    for title, names in cli.SECTIONS.items():
+        lines += ["", f"## {title}"]
+        for name in names:
+            lines += command_lines(group.commands[name], f"portico {name}")
+    return "\n".join(lines) + "\n"
+
+
+def command_lines(command: Any, path: str) -> Iterator[str]:
+    """One command, and those below it."""
+    below = [c for c in getattr(command, "commands", {}).values() if not c.hidden]
+    if below:
+        for child in below:
+            yield from command_lines(child, f"{path} {child.name}")
+        return
+    context = command.context_class(command, info_name=path)
+    shown = [param for param in command.params if not getattr(param, "hidden", False) and param.name != "help"]
+    records = [(param, *param.get_help_record(context)) for param in shown]
+    arguments = [spelled(param, names) for param, names, _ in records if param.param_type_name == "argument"]
+    usage = " ".join([path, *(["[OPTIONS]"] if len(shown) > len(arguments) else []), *arguments])
+    yield from ("", f"### {path}", "", f"    {usage}", "", html_free(inspect.cleandoc(command.help or "")))
+    if shown:
+        yield from ("", "| argument or option | meaning |", "|---|---|")
+    for param, names, meaning in records:
+        code = spelled(param, names).replace("|", "\\|")
+        yield f"| `{code}` | {cell(meaning.replace('[required]', ''))} |"
+
+
+def spelled(param: Any, names: str) -> str:
+    """An argument or option as it is typed, from what the help calls it: `--name <str>`, `[NAME]... <list[str]>`."""
+    name, _, kind = names.rstrip(">").partition(" <")
+    kind = kind.removeprefix("list[").removesuffix("]")
+    if param.param_type_name == "option":
+        words = {"str": "TEXT", "int": "NUMBER", "float": "NUMBER", "Path": "FILE"}
+        return f"{name} {words.get(kind, kind)}" if kind else name
+    if "|" in kind:
+        return kind
+    bare = name.strip("[].…").upper() + ("…" if param.nargs == -1 else "")
+    return bare if param.required else f"[{bare}]"
+
+
+def html_free(text: str) -> str:
+    """Text in which nothing can be a tag."""
+    return text.replace("<", "&lt;")
+
+
+_EXIT_INTRO = """# Exit codes
+
+The same for every command. The error line on stderr ends with the [error code](errors.md) in parentheses; with `--json`, stdout
+holds nothing but JSON.
+"""
+
+
+def exit_codes_page() -> str:
+    """Every exit code, and the error codes that end with it."""
+    lines = [NOTICE, _EXIT_INTRO.rstrip(), "", "| exit code | in a word | when | error codes |", "|---|---|---|---|"]
+    for number, (word, when) in output.EXIT_CODES.items():
+        areas = [f"`{area}.…`" for area, code in output.EXIT_BY_AREA.items() if code == number]
+        codes = [f"`{name}`" for name, code in output.EXIT_BY_CODE.items() if code == number]
+        behind = "all others" if number == output.FAILED else ", ".join(sorted(areas) + sorted(codes))
+        lines.append(f"| {number} | {word} | {cell(when)} | {behind} |")
+    return "\n".join(lines) + "\n"
+
+
 def stale(path: Path, text: str) -> Iterator[str]:
     """The difference between the committed page and the fresh one."""
     old = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -233,6 +314,8 @@ def main(arguments: list[str]) -> int:
         OUT / "errors.md": errors_page(),
         OUT / "limits.md": limits_page(),
         OUT / "portico-yml.md": file_page(),
+        OUT / "cli.md": cli_page(),
+        OUT / "exit-codes.md": exit_codes_page(),
     }
     if arguments == ["--write"]:
         OUT.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "logout": "account",
         "whoami": "account",
         "diagnose": "diagnose",
+        "completion": "completion",
     },
     "Portico on one machine": {"demo": "platform", "up": "platform", "doctor": "platform"},
     "For operators: one process each": {
@@ -86,6 +87,9 @@ def build(modules: set[str] | None = None) -> typer.Typer:
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
+        epilog="Exit codes: "
+        + ", ".join(f"{code} {word}" for code, (word, _) in output.EXIT_CODES.items())
+        + " (docs/reference/exit-codes.md).",
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     )
     app.callback()(_top)

@@ -1,10 +1,4 @@
-"""What every command prints alike: the error line, JSON, tables; and its exit codes.
-
-0  done                                3  the credential was refused
-1  failed                              4  the API cannot be reached, or the proxy before it
-2  wrong usage or an invalid setting   5  the tunnel was refused
-                                     130  interrupted
-"""
+"""What every command prints alike: the error line, JSON, tables; and its exit codes."""
 
 from __future__ import annotations
 
@@ -22,15 +16,26 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 OK, FAILED, USAGE, REFUSED, UNREACHABLE, TUNNEL_REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+#: What each exit code says to a script (docs/reference/exit-codes.md): in a word, and when.
+EXIT_CODES: dict[int, tuple[str, str]] = {
+    OK: ("done", "The command did what it says. Tunnels: they were stopped by SIGTERM, or every one's `--ttl` was over."),
+    FAILED: ("failed", "Something else went wrong; `diagnose` and `doctor` found a fault, `demo --once` got no right answer."),
+    USAGE: ("wrong usage", "A command line, setting, target or `portico.yml` that cannot be used. Nothing was started."),
+    REFUSED: ("credential refused", "This machine is not signed in, or its key was refused or revoked."),
+    UNREACHABLE: ("not reachable", "The API, its database, or the proxy on the way does not answer; trying later can help."),
+    TUNNEL_REFUSED: ("tunnel refused", "The platform refused the tunnel, or ended it (stopped, deleted, its session revoked)."),
+    INTERRUPTED: ("interrupted", "Ctrl-C; requests in flight finished within `drain_seconds`."),
+}  # fmt: skip
 FAULT_LOG_MAX_BYTES = 1024 * 1024
 
-_EXIT_BY_CODE = {
+#: Error codes, then areas of them, that have an exit code of their own; all others end with FAILED.
+EXIT_BY_CODE = {
     "config.invalid": USAGE,
     "target.invalid": USAGE,
     "api.unreachable": UNREACHABLE,
     "service.unavailable": UNREACHABLE,
 }
-_EXIT_BY_AREA = {
+EXIT_BY_AREA = {
     "auth": REFUSED,
     "device": REFUSED,
     "proxy": UNREACHABLE,
@@ -41,7 +46,7 @@ _EXIT_BY_AREA = {
 
 def exit_code(problem: Problem) -> int:
     """The exit code that a script sees for ``problem``."""
-    return _EXIT_BY_CODE.get(problem.code) or _EXIT_BY_AREA.get(problem.code.split(".")[0], FAILED)
+    return EXIT_BY_CODE.get(problem.code) or EXIT_BY_AREA.get(problem.code.split(".")[0], FAILED)
 
 
 def echo(text: str = "") -> None:

@@ -21,6 +21,7 @@ ConfigOption = Annotated[
     list[Path] | None,
     typer.Option(
         "--config",
+        metavar="FILE",
         help="The file; again for more, a later one goes before [portico.yml here, else in PORTICO_CONFIG_DIR].",
         show_default=False,
     ),
@@ -28,7 +29,10 @@ ConfigOption = Annotated[
 
 
 def start(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]…", help="Tunnels of the file.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Tunnels of the file.", autocompletion=lambda ctx: _names_in_file(ctx)),
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Start every tunnel of the file.")] = False,
     config: ConfigOption = None,
     region: Annotated[str | None, typer.Option(help="Preferred region.", show_default=False)] = None,
@@ -70,6 +74,18 @@ def start(
     )
     if code := loop.run(serving):
         raise typer.Exit(code)
+
+
+def _names_in_file(ctx: typer.Context) -> list[str]:
+    """For the shell's completion: the file's tunnels that were not typed yet; nothing where there is no file."""
+    from portico.agent.tunnel_file import read
+
+    try:
+        paths = files([Path(path) for path in ctx.params.get("config") or ()])
+        found = read(paths, settings.agent_settings().config_max_bytes)
+    except Problem:
+        return []
+    return [name for name in found.tunnels if name not in (ctx.params.get("names") or ())]
 
 
 def _check_names(found: Config, names: list[str] | None, everything: bool) -> None:
