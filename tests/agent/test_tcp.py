@@ -262,6 +262,24 @@ class TestEnds:
             assert await asyncio.wait_for(ended, 5) == "reset"
             await tunnel.until_idle()
 
+    async def test_what_came_before_the_visitors_reset_arrives(self) -> None:
+        got = asyncio.get_running_loop().create_future()
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"hi")
+            first = await reader.read(100)
+            try:
+                got.set_result((first, await reader.read()))
+            except ConnectionResetError:
+                got.set_result((first, "reset"))
+
+        async with target_server(handler) as port, tunnel_to(local(port)) as tunnel:
+            visit = tunnel.open()
+            await visit.until(lambda: visit.body)
+            visit.stream.send_data(b"last words")
+            visit.stream.reset(f.CANCELLED, "the visitor reset the connection")
+            assert await asyncio.wait_for(got, 5) == (b"last words", "reset")
+
     async def test_a_request_is_refused(self) -> None:
         async with target_server(echo) as port, tunnel_to(local(port)) as tunnel:
             visit = await tunnel.relay.get().over()

@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from portico.relay.server import Relay
 from portico.settings import RelaySettings, Secret
 from tests.relay.doubles import KEY, Client, ScriptedAgent, port, session_token
+
+
+def pytest_asyncio_loop_factories(config: Any, item: Any) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Relays run on uvloop, and can on plain asyncio; what deals with sockets itself is tested on both."""
+    loops: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.SelectorEventLoop}
+    return {"uvloop": uvloop.new_event_loop, **loops} if item.path.name == "test_tcp.py" else loops
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from portico.relay.server import Relay
 from portico.settings import RelaySettings, Secret
 from portico.wire import frames as f
 from tests.relay.doubles import KEY, Client, ScriptedAgent, ScriptedStream, grant, port, session_token
+from tests.relay.test_tcp import TcpAgent, free_port, tcp_grant
 
 GET = b"GET /x HTTP/1.1\r\nHost: web.localhost\r\n\r\n"
 
@@ -55,6 +56,29 @@ async def visit(relay: Relay, data: bytes) -> Client:
     client = Client(*await asyncio.open_connection("127.0.0.1", port(relay, 1), limit=2**26))
     client.send(data)
     return client
+
+
+class TestMoved:
+    async def test_an_older_connection_lets_go(self, pair: tuple[Relay, Relay]) -> None:
+        """The agent is back on the other relay; the one that it left has not missed it yet, and has its port open."""
+        front, owner = pair
+        number = free_port()
+        agent = TcpAgent()
+        await agent.until(lambda: front.peers.inbound and owner.peers.inbound)
+        await agent.connect(port(front, 0), session_token(), connect=1)
+        await agent.online(tcp_grant(number))
+        again = TcpAgent()
+        await again.connect(port(owner, 0), session_token(), connect=2)
+        await again.online(tcp_grant(number))
+        assert agent.unbound == {1: "tunnel.moved"}
+        assert number in owner.ports.open and not front.ports.open
+        late = TcpAgent()
+        await late.connect(port(front, 0), session_token(), connect=1)
+        late.bind(tcp_grant(number))
+        await late.until(lambda: late.refused)  # a late packet of the old connection takes nothing back
+        assert owner.ports.open and again.unbound == {}
+        for each in (agent, again, late):
+            each.close()
 
 
 class TestHop:

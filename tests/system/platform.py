@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -203,6 +205,23 @@ class Up:
             {"server": account.api_url, "agent_key": account.agent_key, "config_dir": self.folder / "config"}
         )
         return subprocess.run(portico_argv(*args), env=env, capture_output=True, text=True, timeout=30, check=False)
+
+
+def port_span(count: int) -> str:
+    """``first-last``: so many neighbouring ports that nobody has now, below those that the system gives out itself."""
+    while True:
+        first = random.randrange(20_000, 32_000)
+        opened = []
+        try:
+            for number in range(first, first + count):
+                opened.append(sock := socket.socket())
+                sock.bind(("127.0.0.1", number))
+            return f"{first}-{first + count - 1}"
+        except OSError:
+            continue
+        finally:
+            for sock in opened:
+                sock.close()
 
 
 def port_in(url: str) -> int:

@@ -18,6 +18,7 @@ from portico.agent.proxy_protocol import header
 from portico.agent.raw import RawPipe
 from portico.agent.stats import Stats
 from portico.agent.target import Target, dial, why_unreachable
+from portico.kit.sockets import keep_alive
 from portico.settings import AgentSettings
 from portico.wire import frames as f
 from portico.wire.session import Sink, Stream
@@ -149,10 +150,18 @@ class TcpConnection(asyncio.BufferedProtocol):
             self.abort()
             return
         self.forwarder.joined(self)
+        if not self.forwarder.target.loopback:
+            self._keep_alive()
         pipe.stream.send_opened()
         if self.first:
             transport.write(self.first)
         pipe.attach(self)
+
+    def _keep_alive(self) -> None:
+        """A machine that vanished would hold an idle connection for ever."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None:
+            keep_alive(sock)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         credit = self.raw.stream.sendable() if self.raw is not None else 0
@@ -201,7 +210,15 @@ class TcpConnection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Close at once, with RST: the target must not take it for a complete connection."""
         self.raw = None
-        if self.transport is not None and not self.lost:
+        if self.transport is None or self.lost:
+            return
+        if self.transport.get_write_buffer_size():
+            self.forwarder.loop.call_soon(self._cut)  # what was written in this tick goes first, if it goes at once
+        else:
+            self._cut()
+
+    def _cut(self) -> None:
+        if not self.lost:
             sock = self.transport.get_extra_info("socket")
             if sock is not None:
                 sock.setsockopt(SOL_SOCKET, SO_LINGER, _LINGER_ZERO)

@@ -77,7 +77,7 @@ def bind_tcp(host: str, port: int, *, what: str = "", option: str = "", backlog:
         # listeners share a port.
         if os.name == "posix":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        _keep_alive(sock)
+        keep_alive(sock)
         sock.bind(address)
         sock.listen(backlog)
     except OSError as err:
@@ -87,8 +87,8 @@ def bind_tcp(host: str, port: int, *, what: str = "", option: str = "", backlog:
     return sock
 
 
-def _keep_alive(sock: socket.socket) -> None:
-    """Accepted connections inherit it: no system call for each."""
+def keep_alive(sock: socket.socket) -> None:
+    """Let the kernel find out that a peer is gone. Connections inherit it from a listening socket: no call for each."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), KEEPALIVE, strict=True):
         if hasattr(socket, name):

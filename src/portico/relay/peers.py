@@ -6,6 +6,9 @@ Every relay connects to each of its peers' control ports (``/v1/peer``, a shared
 are live on it, in the agents' own protocol: towards its peers a relay is an agent with many tunnels. So a relay knows
 from its links alone who owns a host, also while the control plane and Redis are away. Only live tunnels are announced
 and only live tunnels are served to a peer, so there is never a second hop. The owner counts usage and concurrency.
+
+A TCP port is open at its owner alone. When an agent is back on another relay before the old one has missed it, the
+announcement makes the old one let go.
 """
 
 from __future__ import annotations
@@ -96,9 +99,10 @@ class Inbound(_Quiet):
         )
 
     def on_bind(self, bind: int, grant: str) -> None:
-        """An announcement: hosts and concurrency of a tunnel that is live on the peer."""
+        """An announcement: hosts and concurrency of a tunnel that is live on the peer, and by which connection."""
         self.on_unbind(bind, "", "")
         announced = json.loads(grant)
+        self.peers.agents.moved(announced["tunnel"], announced["session"], (announced["gen"], announced["connect"]))
         hosts = tuple(str(host).encode() for host in announced["hosts"])
         remote = RemoteTunnel(self.session, bind, hosts, int(announced["concurrency"]))
         self.tunnels[bind] = remote
@@ -167,8 +171,16 @@ class Outbound(_Quiet):
             self._serial += 1
             bind = self.binds[live] = self._serial
             self.by_bind[bind] = live
-        hosts = [host.decode() for host in live.hosts]
-        self.session.control(f.BIND, bind, grant=json.dumps({"hosts": hosts, "concurrency": live.concurrency}))
+        generation, connect = live.connection.order
+        announced = {
+            "hosts": [host.decode() for host in live.hosts],
+            "concurrency": live.concurrency,
+            "tunnel": live.grant.tun,
+            "session": live.connection.claims.sid,
+            "gen": generation,
+            "connect": connect,
+        }
+        self.session.control(f.BIND, bind, grant=json.dumps(announced))
 
     def withdraw(self, live: LiveTunnel) -> None:
         bind = self.binds.pop(live, None)

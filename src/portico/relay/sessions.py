@@ -403,6 +403,16 @@ class Agents:
         if not old.binds:
             self._retire(old)
 
+    def moved(self, tunnel: str, session: str, order: tuple[int, int]) -> None:
+        """A peer has the tunnel, by a connection of this order: let go of it if ours is an older one of the same session."""
+        live = self.by_tunnel.get(tunnel)
+        if live is None or live.connection.claims.sid != session or live.connection.order >= order:
+            return
+        old = live.connection
+        old.unbind(live, "tunnel.moved", "the tunnel moved to a newer connection of this session")
+        if not old.binds:
+            self._retire(old)
+
     def _retire(self, old: AgentConnection) -> None:
         """An old connection that answers no ping is cut, so that what is in flight on it fails now and not at the deadline."""
         asked = old.carrier.heard
