@@ -204,7 +204,7 @@ class RelaySettings:
     close_timeout_seconds: float = 30.0
     # Seconds without a response head after the request was forwarded, then 504; 0 is no limit. Agents have it too.
     first_byte_timeout_seconds: float = 300.0
-    # Open visitor connections of one client address; above it 429 and close.
+    # Open visitor connections of one client address (of IPv6: of one /64, which is one customer); above it 429 and close.
     connections_per_address: int = 512
     # Leave loopback addresses out of connections_per_address: behind `portico up` every visitor is one.
     exempt_loopback: bool = False
@@ -601,6 +601,12 @@ def color_wanted(stream: typing.IO[str], environ: Mapping[str, str] | None = Non
     if any(environ.get(name, "0") not in ("", "0") for name in ("FORCE_COLOR", "CLICOLOR_FORCE")):
         return True
     return stream.isatty() and environ.get("TERM") != "dumb" and environ.get("CLICOLOR") != "0"
+
+
+def screen_wanted(*streams: typing.IO[str], environ: Mapping[str, str] | None = None) -> bool:
+    """A screen that redraws itself: only where all streams are a terminal that can move its cursor."""
+    environ = os.environ if environ is None else environ
+    return all(stream.isatty() for stream in streams) and environ.get("TERM", "dumb") != "dumb"
 
 
 def proxy_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -208,7 +208,12 @@ class Diagnosis:
                 "Local app", "OK", f"{target.url} answers {line.partition(' ')[2]} (connected in {_ms(took)})"
             )
         says = f"speaks no HTTP ({line!r})" if line else "accepts connections and answers nothing to GET /"
-        return Finding("Local app", "WARN", f"{target.place} {says}", "`portico http` needs an HTTP server there.")
+        return Finding(
+            "Local app",
+            "WARN",
+            f"{target.place} {says}",
+            "`portico http` needs an HTTP server there; `portico tcp` takes anything.",
+        )
 
     # ── the way to a host ─────────────────────────────────────────────────────────────────────────────────────────
     async def _proxy(self, proxy: Proxy | None) -> Finding:

@@ -101,6 +101,13 @@ def fault(err: BaseException) -> None:
     )
 
 
+def display_mode(json: bool) -> str:
+    """How a running agent shows itself: ``json`` lines, the live ``screen`` of a terminal that can draw one, or ``lines``."""
+    if json:
+        return "json"
+    return "screen" if settings.screen_wanted(sys.stdout, sys.stderr) else "lines"
+
+
 def print_json(value: Any) -> None:
     """One JSON value on standard output, indented for a terminal and on one line for a pipe."""
     echo(json.dumps(value, indent=2 if sys.stdout.isatty() else None, default=str, ensure_ascii=False))

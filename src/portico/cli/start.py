@@ -62,7 +62,7 @@ def start(
     _check_names(found, names, everything)
     own = {k: v for k, v in found.settings.items() if k in ("server", "region", "log_level", "ca_file")}
     agent = settings.agent_settings(typed, own)
-    mode = "json" if json else "screen" if sys.stdout.isatty() and sys.stderr.isatty() else "lines"
+    mode = output.display_mode(json)
     serving = app.serve(
         agent,
         credentials_for(agent, found.settings),

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from portico import settings
+from portico.cli import output
 from portico.cli.account import ProxyOption, ServerOption, signed_in
 from portico.cli.tunnel import PoolOption, TtlOption, refuse_pool, ttl_seconds, with_options
 
@@ -63,7 +64,7 @@ def tcp(
     if remote_port:
         spec["remote_port"] = remote_port
     options = app.TunnelOptions(parsed, spec, ttl=seconds, proxy_protocol=proxy_protocol or 0)
-    mode = "json" if json else "screen" if sys.stdout.isatty() and sys.stderr.isatty() else "lines"
+    mode = output.display_mode(json)
     code = loop.run(app.serve(config, found, [options], mode, color=settings.color_wanted(sys.stdout)))
     if code:
         raise typer.Exit(code)

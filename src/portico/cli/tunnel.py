@@ -82,7 +82,7 @@ def http(
     if subdomain:
         spec["subdomain"] = subdomain
     options = app.TunnelOptions(parsed, spec, host_header, target_tls_verify, ttl=seconds)
-    mode = "json" if json else "screen" if sys.stdout.isatty() and sys.stderr.isatty() else "lines"
+    mode = output.display_mode(json)
     code = loop.run(app.serve(config, found, [options], mode, color=settings.color_wanted(sys.stdout), qr=qr))
     if code:
         raise typer.Exit(code)

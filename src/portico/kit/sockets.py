@@ -77,6 +77,8 @@ def bind_tcp(host: str, port: int, *, what: str = "", option: str = "", backlog:
         # listeners share a port.
         if os.name == "posix":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and host in ("", "::"):
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # all addresses are those of IPv4 too
         keep_alive(sock)
         sock.bind(address)
         sock.listen(backlog)

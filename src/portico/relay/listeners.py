@@ -18,6 +18,7 @@ import picows
 
 from portico.errors import Problem
 from portico.kit.carrier import MAX_MESSAGE
+from portico.kit.networks import is_loopback, network
 from portico.relay import pages
 from portico.relay.exchange import Exchange
 from portico.relay.heads import STATUS_LINES
@@ -33,7 +34,6 @@ log = logging.getLogger("portico.relay.listeners")
 SWEEP_SECONDS = 0.5
 #: Connections over a limit that are told so and given a moment to read it; those above this number are cut off unheard.
 MAX_TURNED_AWAY = 1024
-_LOOPBACK = ("127.", "::1", "")
 _REASONS = {
     408: b"Request Timeout",
     421: b"Misdirected Request",
@@ -86,10 +86,10 @@ class PublicServer:
     def admit(self, visitor: Guest) -> bool:
         """Count a connection in; ``False`` when its address or the process holds too many."""
         limits = self.settings
-        address = visitor.address
+        address = network(visitor.address)
         if len(self.connections) >= limits.max_connections:
             return False
-        exempt = limits.exempt_loopback and address.startswith(_LOOPBACK)
+        exempt = limits.exempt_loopback and is_loopback(visitor.address)
         if self._by_address[address] >= limits.connections_per_address and not exempt:
             return False
         self._by_address[address] += 1
@@ -108,9 +108,10 @@ class PublicServer:
         self.turned_away.discard(visitor)
         if visitor in self.connections:
             self.connections.remove(visitor)
-            self._by_address[visitor.address] -= 1
-            if self._by_address[visitor.address] <= 0:
-                del self._by_address[visitor.address]
+            address = network(visitor.address)
+            self._by_address[address] -= 1
+            if self._by_address[address] <= 0:
+                del self._by_address[address]
             if self._draining and not self.connections:
                 self._empty.set()
 

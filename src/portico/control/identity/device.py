@@ -26,6 +26,7 @@ from portico.control.identity.tables import device_codes as t
 from portico.control.identity.tables import members
 from portico.control.identity.throttle import Bucket
 from portico.errors import Problem
+from portico.kit import networks
 from portico.kit.clock import Clock
 from portico.kit.db import Database, Tx, is_unique_violation
 from portico.kit.ids import check_token, digest, new_token
@@ -82,7 +83,7 @@ class DeviceFlow:
     async def start(self, caller: Caller, hostname: str) -> DeviceCode:
         """A new pair of codes. Raises ``auth.throttled``."""
         s = self._settings
-        bucket = Bucket(f"device {throttle.network(caller.address)}", s.device_codes_per_address, s.device_code_seconds)
+        bucket = Bucket(f"device {networks.network(caller.address)}", s.device_codes_per_address, s.device_code_seconds)
         await throttle.count(self._db, [bucket])
         device_code = new_token("dc")
         user_code = await self._insert(device_code, hostname, caller.address)

@@ -23,7 +23,7 @@ from portico.control.identity.passwords import Passwords
 from portico.control.identity.signing_keys import SigningKeys
 from portico.control.identity.throttle import Bucket
 from portico.errors import Problem
-from portico.kit import pages
+from portico.kit import networks, pages
 from portico.kit.clock import Clock
 from portico.kit.db import Database, Reader, Tx, is_unique_violation
 from portico.kit.ids import check_token, digest, new_id, new_token
@@ -96,7 +96,7 @@ class Identity:
         self.passwords.accept(password, email)
         window = self.settings.sign_in_failure_window_seconds
         address = Bucket(
-            f"register {throttle.network(caller.address)}", self.settings.registrations_per_address, window
+            f"register {networks.network(caller.address)}", self.settings.registrations_per_address, window
         )
         await throttle.count(self.db, [address])
         hashed = await self.passwords.hash(password)
@@ -167,7 +167,7 @@ class Identity:
         """``known``: the account signed in from there before. The limit per account, which anybody can fill, is then
         not asked, so that a person is not kept out by strangers; the other two hold."""
         s = self.settings
-        window, network = s.sign_in_failure_window_seconds, throttle.network(address)
+        window, network = s.sign_in_failure_window_seconds, networks.network(address)
         buckets = [
             Bucket(f"login {email} {network}", s.sign_in_failures_per_pair, window),
             Bucket(f"login from {network}", s.sign_in_failures_per_address, window),

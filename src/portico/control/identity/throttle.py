@@ -9,7 +9,6 @@ across API processes and restarts, and are stored as digests.
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -34,17 +33,6 @@ class Bucket:
     @property
     def digest(self) -> bytes:
         return hashlib.sha256(self.name.encode("utf-8", "replace")).digest()
-
-
-def network(address: str | None) -> str:
-    """Whom an address stands for: itself, or its /64, of which one IPv6 customer has every address."""
-    try:
-        found = ipaddress.ip_address(address or "")
-    except ValueError:
-        return str(address)
-    if found.version == 4:
-        return str(found)
-    return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
 
 
 async def count(db: Database, buckets: Sequence[Bucket]) -> None:
