@@ -246,8 +246,17 @@ class RelaySettings:
     grant_refresh_grace_seconds: float = 60.0
     # Seconds of clock difference tolerated in tokens, both ways.
     token_leeway_seconds: float = 60.0
-    # Seconds for requests in flight to end when the relay stops.
+    # Seconds for requests in flight to end, and for agents to have moved elsewhere, when the relay stops; then they are cut.
     drain_seconds: float = 10.0
+    # Seconds that a stopping relay still answers on keep-alive connections (with `Connection: close`), then idle ones end.
+    drain_idle_seconds: float = 1.0
+    # Agents a second that a stopping relay asks to come elsewhere, so that they do not all come at once.
+    drain_agents_per_second: int = 500
+    # Seconds that a request waits for a tunnel whose agent was lost a moment ago, or that a relay just started may not
+    # know yet; 0 refuses at once.
+    hold_seconds: float = 3.0
+    # Requests that wait so at once in one process; more are refused.
+    hold_max_requests: int = 2000
 
     # == Link to the control plane
     # Seconds without a byte on the edge stream (heartbeats come every 5 s), then it is dead and opened anew.
@@ -323,6 +332,8 @@ class ApiSettings:
     tcp_url_host: str = ""
     # Listening sockets inherited from the parent, as name=fd,…; set by `portico up`.
     listen_fds: str = ""
+    # Descriptor on which the process tells a supervisor that it drains; set by `portico up`.
+    notify_fd: int | None = None
     # Proxies whose X-Forwarded-For is believed, as addresses or networks; empty: nobody's.
     trusted_proxies: tuple[str, ...] = ()
     # Lowest level of log records that are written.
@@ -516,11 +527,13 @@ class PlatformSettings:
     # Longest pause in seconds before a process that died is started again.
     restart_max_seconds: float = 5.0
     # Seconds after which a process counts as healthy and the pause starts small again.
-    healthy_after_seconds: float = 30.0
+    healthy_after_seconds: float = 10.0
     # Seconds for everything to end on Ctrl-C.
     stop_seconds: float = 10.0
     # Seconds for each process to end on a second Ctrl-C.
     hurry_seconds: float = 1.0
+    # Seconds that a process which drains may live beside its successor.
+    leave_seconds: float = 30.0
 
 
 # --- migrations (`portico migrate`) -----------------------------------------------------------------------------------

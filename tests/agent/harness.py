@@ -122,7 +122,7 @@ class RelayConnection:
         self.grants: list[tuple[int, str]] = []
         self.auths: list[str] = []
         self.unbinds: list[int] = []
-        self.goaway = False
+        self.goaway = ""
         self.lost = False
         self.error: tuple[str, str] | None = None
         self.session = Session(self, relay=True)
@@ -158,7 +158,7 @@ class RelayConnection:
         self.relay.news.set()
 
     def on_goaway(self, code: str, detail: str, retry_after_ms: int) -> None:
-        self.goaway = True
+        self.goaway = code
         self.relay.news.set()
 
     def on_error(self, code: str, detail: str, retryable: bool) -> None:

@@ -37,13 +37,22 @@ class TestStart:
         visit = world.relay.connections[0].get()
         await asyncio.sleep(0.05)
         world.agent.stop()
-        await world.relay.until(lambda: world.relay.connections[0].goaway)
+        await world.relay.until(lambda: world.relay.connections[0].goaway == "session.ended")
         assert not world.task.done()
         world.serves.wait.set()
         assert bytes((await visit.over()).body) == b"hello"
         assert await world.ended() is None
         assert world.api.calls[-1][:2] == ("DELETE", "/v1/agent/sessions/ses_1")
         assert world.seen.states[-1] == "ended"
+
+    async def test_stop_answers_what_crossed_the_goodbye(self, world: World) -> None:
+        await world.start().online()
+        connection = world.relay.connections[0]
+        crossed = []
+        connection.on_goaway = lambda *_: crossed.append(connection.get())  # type: ignore[method-assign]
+        world.agent.stop()
+        assert await world.ended() is None
+        assert bytes((await crossed[0].over()).body) == b"hello"
 
     async def test_stop_does_not_wait_for_ever(self, world: World) -> None:
         await world.start(AgentSettings(drain_seconds=0.2, goodbye_timeout_seconds=0.2)).online()
@@ -217,8 +226,12 @@ class TestDrain:
             new = await other.bound()
             assert not old.lost and new.hello["connect"] == 2
             assert ("web", "offline", "") not in world.seen.tunnels and "reconnecting" not in world.seen.states
+            await world.relay.until(lambda: old.goaway == "session.moved")
             world.serves.wait.set()
             assert bytes((await visit.over()).body) == b"hello"
+            # Visitors who are still connected to the old relay are served until it closes the link.
+            assert (await old.get().over()).status == 200
+            old.carrier.end(1001, "relay shut down")  # type: ignore[arg-type]
             await world.relay.until(lambda: old.lost)
             assert not new.lost
             assert (await new.get().over()).status == 200

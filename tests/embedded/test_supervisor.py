@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -42,7 +42,8 @@ class Script:
         self._mark = folder / f"{name}.ready"
         self.starts = 0
 
-    async def launch(self, output: int) -> subprocess.Popen[bytes]:
+    async def launch(self, output: int, leaving: Callable[[], None]) -> subprocess.Popen[bytes]:
+        self.leaving = leaving
         self.starts += 1
         self._log.append(f"start {self.name}")
         self._mark.unlink(missing_ok=True)
@@ -137,6 +138,64 @@ class TestStart:
         with pytest.raises(asyncio.CancelledError):
             await start
         assert pid is not None and started_at(pid) is None
+
+
+#: Says that it drains on SIGTERM, goes on for a moment, and ends; as `portico relay` does.
+DRAINS = """
+import os, signal, sys, time
+def drain(*_):
+    open(os.environ["READY"] + ".drains", "w").close()
+    time.sleep(float(os.environ.get("LASTS", "0.6")))
+    sys.exit(0)
+signal.signal(signal.SIGTERM, drain)
+open(os.environ["READY"], "a").write("x")
+time.sleep(60)
+"""
+
+
+class TestSuccessor:
+    async def test_it_starts_while_the_old_one_drains(self, bench: Bench) -> None:
+        unit = bench.unit("relay", DRAINS)
+        await bench.supervisor.start(unit)
+        old = bench.supervisor.pid("relay")
+        assert old is not None
+        os.kill(old, signal.SIGTERM)
+        await until(lambda: (bench.folder / "relay.ready.drains").exists())
+        unit.leaving()
+        await until(lambda: bench.supervisor.pid("relay") not in (old, None), 0.5)
+        assert started_at(old) is not None, "the old one still drains"
+        await until(lambda: "relay is back" in bench.said(), 0.5)
+        await until(lambda: "the old relay ended (exit 0)" in bench.said())
+        assert "restart in" not in bench.said(), "the end of the old one is no reason for another start"
+        assert unit.starts == 2
+
+    async def test_an_old_one_that_does_not_end_is_ended(self, tmp_path: Path) -> None:
+        bench = Bench(tmp_path)
+        bench.supervisor = Supervisor(bench.logs, bench.roster, SupervisorLimits(leave_seconds=0.2))
+        try:
+            unit = bench.unit("relay", STUBBORN)
+            await bench.supervisor.start(unit)
+            old = bench.supervisor.pid("relay")
+            assert old is not None
+            unit.leaving()
+            await until(lambda: "did not end in 0 s" in bench.said())
+            await until(lambda: started_at(old) is None)
+        finally:
+            bench.supervisor.hurry()
+            await bench.supervisor.stop()
+            bench.close()
+
+    async def test_stop_ends_both(self, bench: Bench) -> None:
+        unit = bench.unit("relay", STUBBORN)
+        await bench.supervisor.start(unit)
+        old = bench.supervisor.pid("relay")
+        unit.leaving()
+        await until(lambda: bench.supervisor.pid("relay") not in (old, None))
+        new = bench.supervisor.pid("relay")
+        bench.supervisor.hurry()
+        await bench.supervisor.stop()
+        assert old is not None and new is not None
+        assert started_at(old) is None and started_at(new) is None
 
 
 class TestRestart:

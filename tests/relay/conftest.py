@@ -34,7 +34,14 @@ async def relay(tmp_path: Path, relay_settings: dict[str, Any]) -> AsyncIterator
         relay_key=Secret("tnl_rly_unused"),
         api_url="http://127.0.0.1:9",
         state_dir=tmp_path / "state",
-        **{"public_port": 0, "https_port": 0, "control_port": 0, "exempt_loopback": True, **relay_settings},
+        **{
+            "public_port": 0,
+            "https_port": 0,
+            "control_port": 0,
+            "exempt_loopback": True,
+            "hold_seconds": 0.0,
+            **relay_settings,
+        },
     )
     relay = Relay(settings)
     relay.snapshot.apply(

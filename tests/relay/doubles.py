@@ -111,6 +111,7 @@ class ScriptedAgent:
         self.unbound: dict[int, str] = {}
         self.error: tuple[str, str] | None = None
         self.goaway: str | None = None
+        self.goaway_hint = 0
         self.authed: Any = None
         self.streams: list[ScriptedStream] = []
         self.on_stream: Callable[[ScriptedStream], None] = lambda s: s.answer(body=b"hello")
@@ -160,7 +161,7 @@ class ScriptedAgent:
         self.authed = body
 
     def on_goaway(self, code: str, detail: str, retry_after_ms: int) -> None:
-        self.goaway = code
+        self.goaway, self.goaway_hint = code, retry_after_ms
 
     def on_error(self, code: str, detail: str, retryable: bool) -> None:
         self.error = (code, detail)

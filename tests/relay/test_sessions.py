@@ -12,7 +12,7 @@ import pytest
 
 from portico.relay.server import Relay
 from portico.wire import frames as f
-from tests.relay.doubles import KEY, Client, ScriptedAgent, grant, port, row, session_token
+from tests.relay.doubles import KEY, Client, ScriptedAgent, ScriptedStream, grant, port, row, session_token
 
 Visit = Callable[..., Awaitable[Client]]
 GET = b"GET / HTTP/1.1\r\nHost: web.localhost\r\n\r\n"
@@ -282,11 +282,74 @@ class TestDrain:
         stopping = asyncio.ensure_future(relay.stop())
         await agent.until(lambda: agent.goaway is not None)
         assert agent.goaway == "session.relay_draining"
-        assert await idle.rest() == b""
+        assert await idle.rest() == b""  # after drain_idle_seconds
         agent.streams[0].answer(body=b"last")
         status, fields, body = await client.response()
         assert (status, body, fields[b"connection"]) == (200, b"last", [b"close"])
         await asyncio.wait_for(stopping, 3)
+
+    async def test_a_kept_connection_is_still_answered_and_told_to_close(
+        self, relay: Relay, agent: ScriptedAgent, visit: Visit
+    ) -> None:
+        client = await visit(GET)
+        assert b"connection" not in (await client.response())[1]
+        stopping = asyncio.ensure_future(relay.stop())
+        await agent.until(lambda: agent.goaway is not None)
+        client.send(GET)
+        status, fields, _ = await client.response()
+        assert (status, fields[b"connection"]) == (200, [b"close"])
+        assert await client.rest() == b""
+        await asyncio.wait_for(stopping, 1)
+
+    @pytest.mark.parametrize("relay_settings", [{"drain_idle_seconds": 0.1}])
+    async def test_agents_have_until_the_limit_to_move_and_answer_until_we_close(
+        self, relay: Relay, agent: ScriptedAgent, visit: Visit
+    ) -> None:
+        agent.on_stream = lambda s: None
+        client = await visit(GET)
+        await agent.until(lambda: agent.streams)
+        stopping = asyncio.ensure_future(relay.stop(moving=True))
+        await agent.until(lambda: agent.goaway is not None)
+        agent.streams[0].answer(body=b"one")
+        assert (await client.response())[2] == b"one"
+        await asyncio.sleep(0.5)
+        assert not stopping.done()  # no visitor is left, but the agent has no other place yet
+        agent.session.control(f.GOAWAY, 0, code="session.moved", detail="", retry_after_ms=0)
+        await asyncio.wait_for(stopping, 2)
+        await agent.until(lambda: agent.lost is not None)
+
+    @pytest.mark.parametrize("relay_settings", [{"drain_idle_seconds": 0.1, "drain_seconds": 0.5}])
+    async def test_at_the_limit_what_is_left_ends_and_that_is_said(
+        self, relay: Relay, agent: ScriptedAgent, visit: Visit, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def switch(stream: ScriptedStream) -> None:
+            stream.stream.send_response(101, [b"Switching Protocols", b"Upgrade", b"websocket"], False)
+
+        agent.on_stream = switch
+        client = await visit(
+            b"GET / HTTP/1.1\r\nHost: web.localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        )
+        assert b"101" in await client.read_head()
+        await asyncio.wait_for(relay.stop(), 3)
+        assert await client.rest() == b""
+        await agent.until(lambda: agent.streams[0].reset is not None)
+        cut = next(record for record in caplog.records if "cut at the drain limit" in record.message)
+        assert cut.f == {"connections": 1}  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize("relay_settings", [{"drain_agents_per_second": 10}])
+    async def test_many_agents_are_asked_one_after_the_other(self, relay: Relay) -> None:
+        agents = [
+            await ScriptedAgent().connect(port(relay, 0), session_token(f"ses_{n}", f"agt-{n}")) for n in range(20)
+        ]
+        for agent in agents:
+            await agent.until(lambda agent=agent: agent.hello is not None)
+        relay.agents.go_away()
+        for agent in agents:
+            await agent.until(lambda agent=agent: agent.goaway is not None)
+        hints = sorted(agent.goaway_hint for agent in agents)
+        assert hints[-1] <= 2000 and hints[-1] - hints[0] > 500  # twenty agents at ten a second: over two seconds
+        for agent in agents:
+            agent.close()
 
 
 class TestLiveness:

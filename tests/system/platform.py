@@ -181,23 +181,29 @@ class Account:
 
 
 class Up:
-    """``portico up`` on free ports, in a home of its own."""
+    """``portico up`` on free ports (or those given as ``http_port=…``), in a home of its own."""
 
-    def __init__(self, home: Path, folder: Path, stack: ExitStack, **settings: Any) -> None:
+    def __init__(self, home: Path, folder: Path, stack: ExitStack, *, wait: bool = True, **settings: Any) -> None:
         self.home, self.folder = home, folder
-        ports = [part for name in ("http", "https", "control", "api") for part in (f"--{name}-port", "0")]
+        given = {name: settings.pop(f"{name}_port", 0) for name in ("http", "https", "control", "api")}
+        ports = [part for name, port in given.items() for part in (f"--{name}-port", str(port))]
         self.child = Child("up", ["up", "--data", str(home), *ports], folder, settings)
         stack.callback(self.child.end)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until it is ready; without ``wait`` this is still due."""
         self.child.wait_for(lambda: "ready" in self.child.out.splitlines(), 90, "`ready` line")
-        self.credentials = json.loads((home / "credentials.json").read_text())
+        self.credentials = json.loads((self.home / "credentials.json").read_text())
         self.http_port = port_in(self.credentials["relay_url"])
         self.https_port = port_in(self.credentials["https_url"])
         self.api_url: str = self.credentials["api_url"]
 
     def pid(self, name: str) -> int:
-        """The present process of one part, from the supervisor's own list."""
+        """The present process of one part, from the supervisor's own list (one that drains stands before its successor)."""
         rows = json.loads((self.home / "run" / "children").read_text())
-        return next(row["pid"] for row in rows if row["name"] == name)
+        return [int(row["pid"]) for row in rows if row["name"] == name][-1]
 
     def command(self, account: Account, *args: str) -> subprocess.CompletedProcess[str]:
         """Run a `portico` command to its end."""

@@ -211,9 +211,7 @@ class Agent:
     async def _leave(self) -> None:
         """Give the tunnels back, let requests finish, end the session (best effort)."""
         links = self._links()
-        for link in links:
-            link.say_goodbye()
-        await asyncio.gather(*(link.drained(self.settings.drain_seconds) for link in links))
+        await asyncio.gather(*(link.finish(self.settings.drain_seconds) for link in links))
         for link in links:
             link.close("the agent stopped")
         for task in self._tasks:
@@ -349,8 +347,11 @@ class Agent:
             link.bind(tunnel.bind, tunnel.grant.grant)
 
     async def _retire(self, old: Link) -> None:
-        """The replacement is bound: let the old link finish, then close it."""
-        await old.drained(self.settings.drain_seconds)
+        """The replacement is bound: let the old link finish, then close it. A relay that drains closes it itself, when the
+        visitors that are still connected to it have what they asked for."""
+        await old.finish(self.settings.drain_seconds, moved=True)
+        if old.sent_away:
+            await old.until_lost()
         old.close("replaced")
 
     # ── freshness ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import ssl
@@ -20,6 +21,9 @@ from portico.kit.dial import connect_tcp, reason
 from portico.settings import AgentSettings
 from portico.wire import frames as f
 from portico.wire.session import Session, Sink, Stream
+
+#: The ping whose answer says that the relay has read all that was sent before it; no time stamp is negative as this is.
+GOODBYE = b"\xffgoodbye"
 
 
 class Serves(Protocol):
@@ -59,12 +63,15 @@ class Link:
         self.region = ""
         self.lost = False
         self.leaving = False
+        self.sent_away = False  # by the relay, which serves its visitors on this link until it closes it
         self.bound: dict[int, Serves] = {}
         self.opened_at = 0.0
         self._owner = owner
         self._settings = settings
         self._error: Problem | None = None
         self._unanswered: dict[int, asyncio.TimerHandle] = {}
+        self._read: asyncio.Future[None] | None = None
+        self._gone = asyncio.Event()
         self._hello: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.session = _Session(
             self,
@@ -165,9 +172,23 @@ class Link:
         self._answered(bind)
         self.session.control(f.UNBIND, bind, code="tunnel.stopped", detail="the agent ended the tunnel")
 
-    def say_goodbye(self) -> None:
-        """Take no new requests."""
-        self.session.control(f.GOAWAY, 0, code="session.ended", detail="the agent is stopping", retry_after_ms=0)
+    async def finish(self, limit: float, *, moved: bool = False) -> None:
+        """Leave so that no request is lost: say that none is taken any more, hear that the relay has read it, answer what is
+        in flight. Returns when that is done, or after ``limit`` seconds.
+
+        ``moved``: the replacement is bound.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + limit
+        code, detail = (
+            ("session.moved", "the replacement is bound") if moved else ("session.ended", "the agent is stopping")
+        )
+        self.session.control(f.GOAWAY, 0, code=code, detail=detail, retry_after_ms=0)
+        self._read = loop.create_future()
+        self.session.ping(GOODBYE)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._read, min(limit, self.carrier.ping_timeout))
+        await self.drained(deadline - loop.time())
 
     async def drained(self, limit: float) -> None:
         """Return when no stream is in flight, or after ``limit`` seconds."""
@@ -208,7 +229,7 @@ class Link:
         """Nothing to do: the token was taken."""
 
     def on_goaway(self, code: str, detail: str, retry_after_ms: int) -> None:
-        self.leaving = True
+        self.leaving = self.sent_away = True
         self._owner.link_goaway(self, problem_of(code, detail), retry_after_ms / 1000)
 
     def on_error(self, code: str, detail: str, retryable: bool) -> None:
@@ -218,7 +239,10 @@ class Link:
         self.carrier.end(WSCloseCode.OK, "")
 
     def on_pong(self, payload: bytes) -> None:
-        self.carrier.note_pong(payload)
+        if payload != GOODBYE:
+            self.carrier.note_pong(payload)
+        elif self._read is not None and not self._read.done():
+            self._read.set_result(None)
 
     def on_request(self, stream: Stream, bind: int, head: list[bytes], flags: int) -> Sink | None:
         serves = self.bound.get(bind)
@@ -240,8 +264,14 @@ class Link:
     def on_auth(self, token: str) -> None:
         """Not sent to agents (the session refuses it)."""
 
+    async def until_lost(self) -> None:
+        await self._gone.wait()
+
     def _on_lost(self, detail: str) -> None:
         self.lost = True
+        self._gone.set()
+        if self._read is not None and not self._read.done():
+            self._read.set_result(None)
         for bind in list(self._unanswered):
             self._answered(bind)
         problem = self._error or self.session.failure or self._unreachable(detail)

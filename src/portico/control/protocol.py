@@ -17,6 +17,9 @@ from portico.errors import Problem
 from portico.kit.ids import new_id
 from portico.settings import ApiSettings
 
+#: Seconds that a stopping process still answers on a connection that is idle: a request on its way there would be lost.
+DRAIN_IDLE_SECONDS = 0.5
+
 
 class _HeadTooLarge(Exception):
     """Raised inside the parser, which hands on only that a callback failed."""
@@ -31,6 +34,7 @@ class Protocol(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self.limit_concurrency = None  # ours, below, answers in the API's own words
         self._serve = self.app
+        self._leaving = False
         self._in_head = False
         self._head_bytes = 0  # of names and values read
         self._unread = (
@@ -81,6 +85,24 @@ class Protocol(HttpToolsProtocol):
         busy = len(self.connections) >= limit or len(self.tasks) >= limit
         self.app = _busy if busy else self._serve
         super().on_headers_complete()
+        if self._leaving and self.cycle is not None:
+            self.cycle.keep_alive = False
+
+    def shutdown(self) -> None:
+        """The process stops: this connection ends with its next answer, which says so, or in a moment."""
+        self._leaving = True
+        if self._idle():
+            self.loop.call_later(DRAIN_IDLE_SECONDS, self._end_idle)
+        else:
+            self.cycle.keep_alive = False
+
+    def _idle(self) -> bool:
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is None or cycle.response_complete
+
+    def _end_idle(self) -> None:
+        if not self.transport.is_closing() and self._idle():
+            self.transport.close()
 
     def _count(self, size: int) -> None:
         self._unread = 0

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from portico.control.app import create_app
 from portico.control.protocol import protocol
+from portico.kit import notify
 from portico.settings import ApiSettings
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ async def serve(settings: ApiSettings, listen_socket: socket.socket | None = Non
     loop = asyncio.get_running_loop()
     handled = (signal.SIGTERM, signal.SIGINT)
     for number in handled:
-        loop.add_signal_handler(number, _stop, app, server)
+        loop.add_signal_handler(number, _stop, app, server, settings.notify_fd)
     try:
         await server.serve(sockets=[listen_socket] if listen_socket else None)
     finally:
@@ -49,11 +50,12 @@ async def serve(settings: ApiSettings, listen_socket: socket.socket | None = Non
         raise RuntimeError("the API did not start; the log above says why")
 
 
-def _stop(app: FastAPI, server: uvicorn.Server) -> None:
+def _stop(app: FastAPI, server: uvicorn.Server, notify_fd: int | None) -> None:
     if server.should_exit:
         server.force_exit = True
         return
     log.info("stopping")
+    notify.stopping(notify_fd)
     app.state.stopping.set()
     server.should_exit = True
 

@@ -257,6 +257,8 @@ class Platform:
                 drain_seconds=_RELAY_DRAIN_SECONDS,
             ),
             listeners=listeners | {"control": self._listeners[f"control-{number}"]},
+            # Everything ends: agents have no other place to find first.
+            end_signal=signal.SIGINT,
         )
 
     def _worker_unit(self) -> ProcessUnit:

@@ -6,6 +6,7 @@ it is.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 GRACE_SECONDS = 3.0
+RETRY_SECONDS = 1.0
 _POLL_SECONDS = 0.02
 
 
@@ -34,6 +36,7 @@ class Roster:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._children: dict[int, tuple[str, int | None]] = {}
+        self._again: asyncio.TimerHandle | None = None
 
     def add(self, name: str, pid: int) -> None:
         self._children[pid] = (name, started_at(pid))
@@ -44,12 +47,18 @@ class Roster:
         self._save()
 
     def _save(self) -> None:
+        """A disk that is full must not stop the supervisor: the list on it is then older than the truth, for a while."""
         rows = [{"name": name, "pid": pid, "started": at} for pid, (name, at) in self._children.items()]
         partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(rows), encoding="utf-8")
-        partial.replace(self._path)
+        try:
+            partial.write_text(json.dumps(rows), encoding="utf-8")
+            partial.replace(self._path)
+        except OSError:
+            self._again = asyncio.get_running_loop().call_later(RETRY_SECONDS, self._save)
 
     def remove(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
         self._path.unlink(missing_ok=True)
 
     def end_leftovers(self) -> list[str]:

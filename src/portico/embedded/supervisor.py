@@ -6,6 +6,8 @@
     ...
     await supervisor.stop()                     # c, then a and b; within limits.stop_seconds; leaves no process
 
+A process that says that it drains (somebody sent it SIGTERM) gets its successor at once, and finishes beside it.
+
 Everything runs on one event loop in the main thread: a child's death signal follows the thread that forked it.
 """
 
@@ -17,8 +19,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from portico.embedded.logs import LogStream
@@ -39,17 +41,20 @@ class SupervisorLimits:
     healthy_after_seconds: float = 30.0
     stop_seconds: float = 10.0
     hurry_seconds: float = 1.0
+    leave_seconds: float = 30.0
 
 
 class Unit(Protocol):
     """One child process and how it is started, asked and ended."""
 
     name: str
-    #: Sent one after the other while the process lives; the last one should be SIGKILL.
-    signals: Sequence[int]
 
-    async def launch(self, output: int) -> subprocess.Popen[bytes]:
-        """Start it, output on ``output``; raises ``Problem``."""
+    @property
+    def signals(self) -> Sequence[int]:
+        """Sent one after the other while the process lives; the last one should be SIGKILL."""
+
+    async def launch(self, output: int, leaving: Callable[[], None]) -> subprocess.Popen[bytes]:
+        """Start it, output on ``output``; raises ``Problem``. ``leaving`` is called should this process say that it drains."""
 
     async def ready(self) -> bool:
         """Whether it serves now; raises ``Problem`` when it never will."""
@@ -61,15 +66,27 @@ class Unit(Protocol):
         """Called once, when it is not started again: give up locks, remove files."""
 
 
+@dataclass(slots=True, eq=False)
+class _Run:
+    """One process of a unit."""
+
+    process: subprocess.Popen[bytes]
+    exited: asyncio.Event = field(default_factory=asyncio.Event)
+    watcher: asyncio.Task[None] | None = None
+
+
 class _Kept:
-    """A unit with its present process."""
+    """A unit with its present process, and those that it had before and that finish what they have."""
 
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
-        self.process: subprocess.Popen[bytes] | None = None
-        self.exited = asyncio.Event()
+        self.run: _Run | None = None
+        self.leaving = asyncio.Event()
+        self.old: dict[_Run, asyncio.Task[None]] = {}
         self.keeper: asyncio.Task[None] | None = None
-        self.watcher: asyncio.Task[None] | None = None
+
+    def runs(self) -> list[_Run]:
+        return [*([self.run] if self.run is not None else []), *self.old]
 
 
 class Supervisor:
@@ -85,8 +102,8 @@ class Supervisor:
     def pid(self, name: str) -> int | None:
         """The present process id of a unit."""
         for kept in (kept for group in self._groups for kept in group):
-            if kept.unit.name == name and kept.process is not None:
-                return kept.process.pid
+            if kept.unit.name == name and kept.run is not None:
+                return kept.run.process.pid
         return None
 
     # -- start and keep ----------------------------------------------------------------------------------------------
@@ -120,7 +137,8 @@ class Supervisor:
                     else:
                         first.set_result(None)
                     healthy_since = time.monotonic()
-                    await kept.exited.wait()
+                    if await self._over(kept):
+                        continue
                     if time.monotonic() - healthy_since >= self._limits.healthy_after_seconds:
                         pause = self._limits.restart_min_seconds
                     self._report_end(kept, pause)
@@ -137,7 +155,9 @@ class Supervisor:
             await self._bring_up(kept)
         except Exception as err:
             problem = err if isinstance(err, Problem) else Problem("up.child_failed", f"{kept.unit.name}: {err!r}")
-            await self._end(kept, time.monotonic() + self._limits.hurry_seconds)
+            if kept.run is not None:
+                await self._end(kept.unit, kept.run, time.monotonic() + self._limits.hurry_seconds)
+                kept.run = None
             if first.done():
                 self._logs.say(f"{kept.unit.name} did not restart: {problem.detail}", "ERROR")
             else:
@@ -145,22 +165,52 @@ class Supervisor:
             return False
         return True
 
+    async def _over(self, kept: _Kept) -> bool:
+        """Wait until the present process ended, or drains (true): then it is left to itself, within ``leave_seconds``."""
+        run = kept.run
+        assert run is not None
+        waiters = [asyncio.create_task(event.wait()) for event in (run.exited, kept.leaving)]
+        try:
+            await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for waiter in waiters:
+                waiter.cancel()
+        if run.exited.is_set():
+            return False
+        self._logs.say(f"{kept.unit.name} drains; its successor starts")
+        kept.run = None
+        kept.old[run] = asyncio.create_task(self._see_off(kept, run), name=f"see off {kept.unit.name}")
+        return True
+
+    async def _see_off(self, kept: _Kept, run: _Run) -> None:
+        began = time.monotonic()
+        try:
+            await asyncio.wait_for(run.exited.wait(), self._limits.leave_seconds)
+        except TimeoutError:
+            self._logs.say(f"the old {kept.unit.name} did not end in {self._limits.leave_seconds:.0f} s", "WARN")
+            run.process.kill()
+            await run.exited.wait()
+        kept.old.pop(run, None)
+        how = describe_exit(run.process.returncode)
+        self._logs.say(f"the old {kept.unit.name} ended ({how}) after {time.monotonic() - began:.1f} s")
+
     def _report_end(self, kept: _Kept, pause: float) -> None:
-        code = kept.process.returncode if kept.process else None
+        code = kept.run.process.returncode if kept.run else None
         self._logs.say(f"{kept.unit.name} ended ({describe_exit(code)}); restart in {pause:.1f} s", "WARN")
 
     async def _bring_up(self, kept: _Kept) -> None:
         output = self._logs.pipe(kept.unit.name)
         try:
-            process = await kept.unit.launch(output)
+            kept.leaving = asyncio.Event()
+            process = await kept.unit.launch(output, kept.leaving.set)
         finally:
             os.close(output)
-        kept.process, kept.exited = process, asyncio.Event()
+        kept.run = run = _Run(process)
         self._roster.add(kept.unit.name, process.pid)
-        kept.watcher = asyncio.create_task(self._watch(kept, process, kept.exited))
+        run.watcher = asyncio.create_task(self._watch(kept, run))
         deadline = time.monotonic() + self._limits.start_seconds
         while not await kept.unit.ready():
-            if kept.exited.is_set():
+            if run.exited.is_set():
                 raise self._ended_early(kept.unit.name, process.returncode)
             if time.monotonic() > deadline:
                 raise Problem(
@@ -173,11 +223,12 @@ class Supervisor:
         said = f": {last.strip()[:300]}" if last else ""
         return Problem("up.child_failed", f"{name} ended before it was ready ({describe_exit(code)}){said}")
 
-    async def _watch(self, kept: _Kept, process: subprocess.Popen[bytes], exited: asyncio.Event) -> None:
-        await wait_exit(process)
-        self._roster.discard(process.pid)
-        kept.unit.ended()
-        exited.set()
+    async def _watch(self, kept: _Kept, run: _Run) -> None:
+        await wait_exit(run.process)
+        self._roster.discard(run.process.pid)
+        if run is kept.run:
+            kept.unit.ended()
+        run.exited.set()
 
     # -- stop --------------------------------------------------------------------------------------------------------
 
@@ -197,28 +248,28 @@ class Supervisor:
         for left, group in reversed(list(enumerate(self._groups))):
             # Each earlier group keeps a second of its own, whatever this one does with its time.
             share = max(deadline - left * 1.0, time.monotonic() + self._limits.hurry_seconds)
-            await asyncio.gather(*(self._end(kept, share) for kept in group))
+            await asyncio.gather(*(self._end(kept.unit, run, share) for kept in group for run in kept.runs()))
             for kept in group:
+                await asyncio.gather(*kept.old.values())
+                kept.run = None
                 kept.unit.release()
         self._roster.remove()
 
-    async def _end(self, kept: _Kept, deadline: float) -> None:
+    async def _end(self, unit: Unit, run: _Run, deadline: float) -> None:
         """Send the unit's signals in turn, sharing the time until ``deadline``; returns when the process is gone."""
-        process = kept.process
-        if process is None or kept.watcher is None:
+        if run.watcher is None:
             return
-        for number, signum in enumerate(kept.unit.signals):
-            if kept.exited.is_set():
+        for number, signum in enumerate(unit.signals):
+            if run.exited.is_set():
                 break
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signum)
-            last = number == len(kept.unit.signals) - 1
+                run.process.send_signal(signum)
+            last = number == len(unit.signals) - 1
             now = time.monotonic()
-            await self._wait_end(kept.exited, float("inf") if last else now + (deadline - now) * 0.8)
-            if not kept.exited.is_set():
-                self._logs.say(f"{kept.unit.name} did not end on {signal.Signals(signum).name}", "WARN")
-        await kept.watcher
-        kept.process = None
+            await self._wait_end(run.exited, float("inf") if last else now + (deadline - now) * 0.8)
+            if not run.exited.is_set():
+                self._logs.say(f"{unit.name} did not end on {signal.Signals(signum).name}", "WARN")
+        await run.watcher
 
     async def _wait_end(self, exited: asyncio.Event, until: float) -> None:
         """Until the process ended or the time is up, which :meth:`hurry` brings forward."""

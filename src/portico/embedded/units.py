@@ -31,7 +31,7 @@ class ServerUnit:
         self.server = server
         self._preparing: concurrent.futures.Future[None] | None = None
 
-    async def launch(self, output: int) -> subprocess.Popen[bytes]:
+    async def launch(self, output: int, leaving: Callable[[], None]) -> subprocess.Popen[bytes]:
         if not self.server.acquire():
             raise Problem("up.already_running", f"another process runs {self.name} in {self.server.home}")
         pool = concurrent.futures.ThreadPoolExecutor(1, f"prepare-{self.name}")
@@ -66,11 +66,10 @@ class ProcessUnit:
     """A process of Portico: ``portico ARGS…`` with an environment, inherited sockets and a readiness check.
 
     Ready is: ``health`` (host, port, path) answers 200; or, without it, the process wrote READY=1 to the descriptor in
-    PORTICO_NOTIFY_FD (:mod:`portico.kit.notify`). ``stdout`` makes a descriptor for its standard output, which
-    otherwise joins the log.
+    PORTICO_NOTIFY_FD (:mod:`portico.kit.notify`). Any process may write STOPPING=1 there. ``stdout`` makes a descriptor
+    for its standard output, which otherwise joins the log. ``end_signal`` is what it gets first when everything ends (once it
+    said that it is ready: before, it may not know the signal).
     """
-
-    signals: Sequence[int] = (signal.SIGTERM, signal.SIGKILL)
 
     def __init__(
         self,
@@ -81,56 +80,74 @@ class ProcessUnit:
         listeners: Mapping[str, socket.socket] | None = None,
         health: tuple[str, int, str] | None = None,
         stdout: Callable[[], int] | None = None,
+        end_signal: int = signal.SIGTERM,
     ) -> None:
+        self._end_signal = end_signal
         self.name, self._args, self._environment = name, list(args), dict(environment)
         self._listeners, self._health = dict(listeners or {}), health
         self._stdout = stdout
-        self._notify: int | None = None
+        self._said_ready = False
+        self._ears: set[int] = set()
 
-    async def launch(self, output: int) -> subprocess.Popen[bytes]:
+    @property
+    def signals(self) -> Sequence[int]:
+        return (self._end_signal if self._said_ready else signal.SIGTERM), signal.SIGKILL
+
+    async def launch(self, output: int, leaving: Callable[[], None]) -> subprocess.Popen[bytes]:
         environment = dict(self._environment)
         fds = [sock.fileno() for sock in self._listeners.values()]
         if self._listeners:
             environment["PORTICO_LISTEN_FDS"] = sockets.describe(self._listeners)
-        theirs = None
-        if self._health is None:
-            self._close_notify()
-            self._notify, theirs = os.pipe()
-            os.set_blocking(self._notify, False)
-            environment["PORTICO_NOTIFY_FD"] = str(theirs)
-            fds.append(theirs)
+        theirs = self._listen(leaving)
+        environment["PORTICO_NOTIFY_FD"] = str(theirs)
+        fds.append(theirs)
         stdout = self._stdout() if self._stdout is not None else None
         try:
             return spawn(portico_argv(*self._args), env=environment, output=output, stdout=stdout, pass_fds=fds)
         except OSError as err:
             raise Problem("up.child_failed", f"{self.name} could not be started: {err.strerror}") from None
         finally:
-            for given in (theirs, stdout):
-                if given is not None:
-                    os.close(given)
+            os.close(theirs)
+            if stdout is not None:
+                os.close(stdout)
+
+    def _listen(self, leaving: Callable[[], None]) -> int:
+        """A pipe for what the next process says of itself: its end, to be closed here once the process has it. Ours closes
+        with the process."""
+        ours, theirs = os.pipe()
+        os.set_blocking(ours, False)
+        self._said_ready = False
+        self._ears.add(ours)
+        asyncio.get_running_loop().add_reader(ours, self._hear, ours, leaving)
+        return theirs
+
+    def _hear(self, ear: int, leaving: Callable[[], None]) -> None:
+        try:
+            said = os.read(ear, 256)
+        except BlockingIOError:
+            return
+        if notify.READY in said:
+            self._said_ready = True
+        if notify.STOPPING in said:
+            leaving()
+        if not said:
+            self._deafen(ear)
+
+    def _deafen(self, ear: int) -> None:
+        if ear in self._ears:
+            self._ears.discard(ear)
+            asyncio.get_running_loop().remove_reader(ear)
+            os.close(ear)
 
     async def ready(self) -> bool:
-        if self._health is not None:
-            return await answers(*self._health)
-        if self._notify is None:
-            return False
-        try:
-            said = os.read(self._notify, 64)
-        except BlockingIOError:
-            return False
-        self._close_notify()
-        return said.startswith(notify.READY)
+        return self._said_ready if self._health is None else await answers(*self._health)
 
     def ended(self) -> None:
-        self._close_notify()
+        """Its end of the pipe closed with it."""
 
     def release(self) -> None:
-        self._close_notify()
-
-    def _close_notify(self) -> None:
-        if self._notify is not None:
-            os.close(self._notify)
-            self._notify = None
+        for ear in list(self._ears):
+            self._deafen(ear)
 
 
 async def run_to_end(

@@ -31,6 +31,7 @@ MAX_REASONS = 8
 REFUSED = (401, 403)
 LARGE = 2000  # tunnels from which hashing leaves the loop
 DEBOUNCE_SHARE = 20  # a heartbeat that takes t to encode is not repeated by a poke within DEBOUNCE_SHARE × t
+GOODBYE_MAX_MS = 5000  # of waiting that the control plane may ask for
 REASON_CHARS = 200  # of an answer's text that is logged
 ANSWER_MAX_BYTES = 65536
 
@@ -100,6 +101,14 @@ def why(err: BaseException) -> str:
     if isinstance(err, TimeoutError | httpx.TimeoutException):
         return f"silent for too long ({type(err).__name__})"
     return str(err) or type(err).__name__
+
+
+class LinkLeft(Exception):
+    """The control plane's process stops and said when (seconds from now) to open the stream anew."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__("the control plane's process stops")
+        self.retry_after = retry_after
 
 
 class LineReader:
@@ -185,6 +194,7 @@ class ControlLink:
         self.disconnected_since: float | None = monotonic()
         self.refused = False
         self.draining = False
+        self.silent = False
         self.resyncs = 0
         self.on_connected: list[Callable[[], None]] = []
 
@@ -193,6 +203,12 @@ class ControlLink:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._stream_loop())
             group.create_task(self._heartbeat_loop())
+
+    def leave(self, *, successor: bool) -> None:
+        """This relay drains. Heartbeats say so; or they end, where a successor speaks for the same name."""
+        self.draining = True
+        self.silent = successor
+        self.poke()
 
     def poke(self) -> None:
         """The set of bound tunnels changed (or ``draining``): report it within 50 ms."""
@@ -206,6 +222,9 @@ class ControlLink:
         while True:
             try:
                 await self._stream_once(backoff)
+            except LinkLeft as left:
+                self._parted()
+                await asyncio.sleep(left.retry_after)
             except LinkRefused as err:
                 self._lost("the control plane refuses this relay's key (relay_key)", why(err))
                 self.refused = True
@@ -280,6 +299,9 @@ class ControlLink:
                 self._snapshot.apply(message)
             case "heartbeat":
                 await self._stream_heartbeat(message)
+            case "goodbye":
+                after = message.get("retry_after_ms")
+                raise LinkLeft(min(max(after, 0), GOODBYE_MAX_MS) / 1000 if isinstance(after, int) else 0.0)
             case str():
                 self._unknown(kind[:64])
             case _:
@@ -333,6 +355,12 @@ class ControlLink:
         for callback in self.on_connected:
             callback()
 
+    def _parted(self) -> None:
+        if self.connected:
+            self.disconnected_since = self._monotonic()
+            log.info("edge stream ends: the API process stops; opening another")
+        self.connected = False
+
     def _lost(self, what: str, reason: str) -> None:
         if self.connected or self.disconnected_since is None:
             self.disconnected_since = self._monotonic()
@@ -351,7 +379,7 @@ class ControlLink:
     async def _heartbeat_loop(self) -> None:
         limits = self._settings
         backoff = Backoff(limits.edge_backoff_min_seconds, limits.edge_backoff_max_seconds)
-        while True:
+        while not self.silent:
             self._poked.clear()
             started = time.monotonic()
             try:

@@ -8,8 +8,9 @@
 
 (The numbers are those of the whole chain; TLS mode, credentials, address and rate limits join between 1 and 5.) A malformed
 request is 400 before step 1. Each step is a pure function of the facts: it returns ``None`` to pass or the code of the
-refusal, takes no lock, waits for nothing, and changes nothing. What a step does when its knowledge is missing is part of
-its declaration: ``closed`` refuses, ``open`` passes.
+refusal, takes no lock, waits for nothing, and changes nothing. A refusal for want of a tunnel that was there a moment ago
+is not given at once: the request is asked about again when the tunnel is back, or when the wait is over (``holding.py``).
+What a step does when its knowledge is missing is part of its declaration: ``closed`` refuses, ``open`` passes.
 """
 
 from __future__ import annotations

@@ -38,6 +38,9 @@ RESET_CODES = {
     f.TOO_MANY_STREAMS: "edge.concurrency_exceeded",
 }
 
+#: Refusals that may pass in a moment: see `holding.py`.
+MAY_WAIT = frozenset(("edge.tunnel_offline", "edge.concurrency_exceeded"))
+
 _serial = itertools.count(1)
 _prefix = b"req_" + secrets.token_hex(6).encode()
 
@@ -51,7 +54,7 @@ class Exchange:
     """See the module. ``head`` is flat and ready for the wire but for the forwarding fields."""
 
     __slots__ = (
-        "blocked", "conn", "counted", "done", "framing", "head", "head_only", "host", "http10", "id", "keep_alive",
+        "blocked", "conn", "counted", "done", "framing", "head", "head_only", "held", "host", "http10", "id", "keep_alive",
         "known", "left", "method", "pending", "received", "responded", "sending", "started", "stream", "trailers",
         "tunnel", "unconsumed", "upgrade", "with_body",
     )  # fmt: skip
@@ -71,6 +74,7 @@ class Exchange:
         self.http10 = False
         self.keep_alive = True
         self.started = False
+        self.held = False  # waits, or waited, for its tunnel to come back
         self.counted = False  # holds a place in the tunnel's concurrency
         self.received = False  # the request is here, whole
         self.blocked = False  # waits for credit: nothing more is read from the visitor
@@ -93,7 +97,12 @@ class Exchange:
         self.tunnel = tunnel
         code = decide(self)
         if code is not None:
-            self.refuse(code)
+            if code in MAY_WAIT and not self.held and conn.server.holding.take(self, code):
+                self.held = self.blocked = True
+                self.started = False
+                conn.update_reading()
+            else:
+                self.refuse(code)
             return
         assert tunnel is not None
         tunnel.inflight += 1
@@ -115,6 +124,15 @@ class Exchange:
             self.pump()
         elif self.received:
             self._maybe_end()
+
+    def go_on(self) -> None:
+        """The wait for its tunnel is over, one way or the other."""
+        conn = self.conn
+        if conn.closed or conn.current is not self or self.done:
+            return
+        self.blocked = False
+        self.start()
+        conn.update_reading()
 
     def body(self, data: bytes) -> None:
         """A piece of the request body; kept only while there is no credit for it."""
@@ -140,6 +158,9 @@ class Exchange:
     def end(self) -> None:
         """The visitor's direction is complete (with trailers in ``trailers``), or half-closed on an upgraded connection."""
         self.received = True
+        if self.blocked and not self.started:
+            self.blocked = False  # it waits for its tunnel, whole: read on, to notice when the visitor goes away
+            self.conn.update_reading()
         self._maybe_end()
 
     def _maybe_end(self) -> None:

@@ -650,13 +650,17 @@ class Visitor(asyncio.BufferedProtocol):
             current.time_out()
 
     def cut_off(self) -> None:
-        """The time for that is over."""
-        self.transport.abort()
+        """The time for that is over. The bytes of an upgraded connection are not ours, so no WebSocket close frame can be put
+        among them: its end is the end of the TCP connection (FIN), as for the rest."""
+        self.transport.close()
 
     def drain(self) -> None:
-        """Finish what is under way, then close; an idle connection closes now."""
+        """The connection ends with its next answer, which says so."""
         self.draining = True
-        if self.current is None and not self.lingering:
+
+    def close_idle(self) -> None:
+        """End the connection unless something is under way on it."""
+        if self.current is None and not self.in_head and not self.lingering:
             self.transport.close()
 
 

@@ -6,7 +6,6 @@ The public ports answer visitors only: nothing of the relay's own (health, metri
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import logging
 import socket
@@ -22,6 +21,7 @@ from portico.kit.networks import is_loopback, network
 from portico.relay import pages
 from portico.relay.exchange import Exchange
 from portico.relay.heads import STATUS_LINES
+from portico.relay.holding import Holding
 from portico.relay.http1 import READ_SIZE, Visitor
 from portico.relay.peers import Peers, RemoteTunnel
 from portico.relay.sessions import Agents, LiveTunnel
@@ -48,12 +48,16 @@ class Guest(Protocol):
     address: str
     deadline: float
     draining: bool
+    transport: asyncio.Transport
 
     def expire(self) -> None:
         """Its deadline passed."""
 
     def drain(self) -> None:
         """The relay stops: finish what is under way."""
+
+    def close_idle(self) -> None:
+        """A moment later: end, unless something is under way."""
 
     def cut_off(self) -> None:
         """The time for that is over."""
@@ -79,7 +83,7 @@ class PublicServer:
         self._base = settings.base_domain.encode().lower()
         self._held: list[Visitor] = []
         self._draining = False
-        self._empty = asyncio.Event()
+        self.holding = Holding(settings, snapshot, agents, peers)
         self._sweeper = self.loop.call_later(SWEEP_SECONDS, self._sweep)
 
     # ── connections ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -112,8 +116,6 @@ class PublicServer:
             self._by_address[address] -= 1
             if self._by_address[address] <= 0:
                 del self._by_address[address]
-            if self._draining and not self.connections:
-                self._empty.set()
 
     def _sweep(self) -> None:
         self.now = self.loop.time()
@@ -122,18 +124,27 @@ class PublicServer:
                 visitor.expire()
         self._sweeper = self.loop.call_later(SWEEP_SECONDS, self._sweep)
 
-    async def drain(self, seconds: float) -> int:
-        """Let requests in flight finish, up to ``seconds``; the number that was cut off."""
+    def drain(self) -> None:
+        """Every connection ends with its next answer, which says so."""
         self._draining = True
-        for visitor in list(self.connections):
+        for visitor in self.connections:
             visitor.drain()
-        if self.connections:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._empty.wait(), seconds)
-        left = list(self.connections)
-        for visitor in (*left, *self.turned_away):
+
+    def close_idle(self) -> None:
+        """Visitors that asked nothing since :meth:`drain` are not waited for. Not at once: a request that is on its way to a
+        connection just closed would be lost."""
+        for visitor in list(self.connections):
+            visitor.close_idle()
+
+    def close(self) -> int:
+        """End what is left; how many connections were cut off."""
+        left = [visitor for visitor in self.connections if not visitor.transport.is_closing()]
+        for visitor in left:
             visitor.cut_off()
+        for visitor in self.turned_away:
+            visitor.transport.abort()
         self._sweeper.cancel()
+        self.holding.close()
         return len(left)
 
     # ── batching ──────────────────────────────────────────────────────────────────────────────────────────────────

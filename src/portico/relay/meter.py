@@ -27,6 +27,7 @@ from portico.settings import RelaySettings
 log = logging.getLogger(__name__)
 
 BATCH_MAX_ROWS = 2000  # so that no batch comes near the size of a report
+ADOPT_SECONDS = 20.0  # between two looks for what a predecessor, which drained beside this process, left unsent
 
 
 class Counters:
@@ -120,6 +121,7 @@ class Meter:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._collect_loop())
             group.create_task(self._send_loop())
+            group.create_task(self._adopt_loop())
 
     async def close(self, timeout: float = 2.0) -> None:
         """After ``run`` was cancelled: the last interval is stored, and sent when that is quick; the rest waits on disk."""
@@ -132,6 +134,16 @@ class Meter:
             for spool in [*self._left, self._own]:
                 spool.close() if spool.live else spool.discard()
             self._left = []
+
+    async def _adopt_loop(self) -> None:
+        while True:
+            await asyncio.sleep(ADOPT_SECONDS)
+            async with self._lock:
+                found = await in_thread(Spool.adopt_all, self._folder)
+                self._left += found
+            if found:
+                log.info("sending usage that an earlier process left", extra={"f": {"spools": len(found)}})
+                self._wake.set()
 
     async def _collect_loop(self) -> None:
         while True:

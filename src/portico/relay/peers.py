@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import picows
@@ -30,9 +31,13 @@ from portico.wire.session import IGNORE, Session, Sink, Stream
 
 log = logging.getLogger("portico.relay.peers")
 
-CONNECT_SECONDS = 2.0
+CONNECT_SECONDS = 5.0
 RETRY_MIN_SECONDS = 0.1
 RETRY_MAX_SECONDS = 0.5
+#: Seconds for which a tunnel that was withdrawn still answers a peer's requests that were on their way.
+CROSSING_SECONDS = 5.0
+#: Why a tunnel is withdrawn: it went elsewhere or ended, or its agent was lost and may be back in a moment.
+GONE, LOST = "tunnel.moved", "tunnel.lost"
 
 
 class RemoteTunnel:
@@ -106,14 +111,12 @@ class Inbound(_Quiet):
         hosts = tuple(str(host).encode() for host in announced["hosts"])
         remote = RemoteTunnel(self.session, bind, hosts, int(announced["concurrency"]))
         self.tunnels[bind] = remote
-        for host in hosts:
-            self.peers.by_host[host] = remote
+        self.peers.add(remote)
 
     def on_unbind(self, bind: int, code: str, detail: str) -> None:
         remote = self.tunnels.pop(bind, None)
-        for host in remote.hosts if remote is not None else ():
-            if self.peers.by_host.get(host) is remote:
-                del self.peers.by_host[host]
+        if remote is not None:
+            self.peers.remove(remote, expected=code == LOST)
 
     def on_pong(self, payload: bytes) -> None:
         self.carrier.note_pong(payload)
@@ -124,7 +127,7 @@ class Inbound(_Quiet):
     def _lost(self, detail: str) -> None:
         self.peers.inbound.discard(self)
         for bind in list(self.tunnels):
-            self.on_unbind(bind, "", "")
+            self.on_unbind(bind, LOST, "")
 
 
 class Outbound(_Quiet):
@@ -137,6 +140,7 @@ class Outbound(_Quiet):
         self.binds: dict[LiveTunnel, int] = {}
         self.by_bind: dict[int, LiveTunnel] = {}
         self.lost = asyncio.Event()
+        self.over = asyncio.Event()  # lost, or the peer asked for another link
         self.greeted = asyncio.Event()
         self._serial = 0
         self.session = new_session(self, limits, relay=False)
@@ -144,8 +148,13 @@ class Outbound(_Quiet):
             self.session,
             ping_interval=limits.ping_interval_seconds,
             ping_timeout=limits.ping_timeout_seconds,
-            on_lost=lambda detail: self.lost.set(),
+            on_lost=self._lost,
         )
+
+    def _lost(self, detail: str) -> None:
+        self.peers.outbound.discard(self)
+        self.lost.set()
+        self.over.set()
 
     async def open(self, key: str) -> None:
         """Connect and announce; raises ``OSError``, ``TimeoutError`` or ``picows.WSError``."""
@@ -185,8 +194,12 @@ class Outbound(_Quiet):
     def withdraw(self, live: LiveTunnel) -> None:
         bind = self.binds.pop(live, None)
         if bind is not None:
-            del self.by_bind[bind]
-            self.session.control(f.UNBIND, bind, code="tunnel.moved", detail="")
+            self.session.control(f.UNBIND, bind, code=LOST if live.returning else GONE, detail="")
+            asyncio.get_running_loop().call_later(CROSSING_SECONDS, self.by_bind.pop, bind, None)
+
+    def on_goaway(self, code: str, detail: str, retry_after_ms: int) -> None:
+        """The peer drains: its successor is to hear of our tunnels too; this link serves until the peer closes it."""
+        self.over.set()
 
     def on_hello(self, body: dict[str, Any]) -> None:
         self.greeted.set()
@@ -311,8 +324,11 @@ class Peers:
         self.settings = settings
         self.agents = agents
         self.by_host: dict[bytes, RemoteTunnel] = {}
+        self._places: dict[bytes, list[RemoteTunnel]] = {}
         self.inbound: set[Inbound] = set()
-        self.outbound: dict[str, Outbound] = {}
+        self.outbound: set[Outbound] = set()
+        #: Called with the hosts of a tunnel that a peer announced.
+        self.on_bound: list[Callable[[tuple[bytes, ...]], None]] = []
         agents.on_bound.append(self._bound)
         agents.on_dropped.append(self._dropped)
 
@@ -320,12 +336,49 @@ class Peers:
         """A peer passed the key check; it is one of ``inbound`` once its WebSocket is open."""
         return Inbound(self)
 
+    def add(self, remote: RemoteTunnel) -> None:
+        """A peer announced it; of several places of a host (a tunnel that moves) the latest is asked."""
+        for host in remote.hosts:
+            self._places.setdefault(host, []).append(remote)
+            self.by_host[host] = remote
+        for callback in self.on_bound:
+            callback(remote.hosts)
+
+    def remove(self, remote: RemoteTunnel, *, expected: bool) -> None:
+        """It is not there any more; ``expected``: perhaps it is back in a moment, there or elsewhere."""
+        for host in remote.hosts:
+            places = self._places[host]
+            places.remove(remote)
+            if places:
+                self.by_host[host] = places[-1]
+                continue
+            del self._places[host], self.by_host[host]
+            if expected and host not in self.agents.by_host:
+                self.agents.expect((host,))
+
+    def hops(self) -> int:
+        """Requests of peers under way."""
+        return sum(len(link.session.streams) for link in self.outbound)
+
+    def go_away(self) -> None:
+        """Ask every peer for a link to whoever follows us; the present one serves until :meth:`close`."""
+        for peer in self.inbound:
+            peer.session.control(
+                f.GOAWAY, 0, code="session.relay_draining", detail="the relay is shutting down", retry_after_ms=0
+            )
+
+    def withdraw_all(self) -> None:
+        """Our tunnels are served elsewhere, or not at all: peers send us nothing more."""
+        for link in self.outbound:
+            for live in list(link.binds):
+                link.withdraw(live)
+
     def _bound(self, live: LiveTunnel) -> None:
-        for link in self.outbound.values():
+        for link in self.outbound:
             link.announce(live)
 
     def _dropped(self, live: LiveTunnel) -> None:
-        for link in self.outbound.values():
+        for link in self.outbound:
             link.withdraw(live)
 
     async def run(self) -> None:
@@ -351,20 +404,19 @@ class Peers:
                 await asyncio.sleep(backoff.next())
                 continue
             # What was bound while the link opened was announced by nobody yet.
-            self.outbound[url] = link
+            if not link.lost.is_set():
+                self.outbound.add(link)
             for live in list(self.agents.by_tunnel.values()):
                 if live not in link.binds:
                     link.announce(live)
             reported = False
             backoff.reset()
             log.info("peer link is up", extra={"f": {"peer": url}})
-            try:
-                await link.lost.wait()
-            finally:
-                self.outbound.pop(url, None)
-                link.carrier.abort("relay shut down")
-            log.info("peer link is down", extra={"f": {"peer": url}})
+            await link.over.wait()
+            log.info("peer link is down" if link.lost.is_set() else "peer drains", extra={"f": {"peer": url}})
 
     def close(self) -> None:
         for peer in list(self.inbound):
             peer.carrier.abort("relay shut down")
+        for link in list(self.outbound):
+            link.carrier.abort("relay shut down")

@@ -5,7 +5,8 @@
                                                          └─► TcpPorts ◄────── visitors (a port per TCP tunnel)
 
 Start order: the kept edge state first (a relay may start while the control plane is away), then the agents' port, then the
-public ports; ready when all accept. Stop order: agents are asked to leave, public requests in flight finish, usage is sent.
+public ports; ready when all accept. Stop order: nothing new is accepted (a supervisor starts the successor on the same sockets),
+agents and peers are asked to go elsewhere and are served until they have, public requests in flight finish, usage is sent.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from portico.kit import notify, sockets
@@ -34,6 +35,12 @@ log = logging.getLogger("portico.relay")
 
 SWEEP_SECONDS = 1.0
 PRUNE_SECONDS = 60.0
+#: Seconds between two looks at whether a drain is over.
+DRAIN_POLL_SECONDS = 0.02
+#: Seconds that a start waits for links of its peers.
+PEERS_SECONDS = 1.0
+#: Seconds for the last bytes and closes to leave.
+PARTING_SECONDS = 0.1
 
 
 class Relay:
@@ -59,7 +66,7 @@ class Relay:
         self.ports = TcpPorts(self.public, self.agents)
         self.servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._stopped = False
+        self._stopped = self._cut = False
         self._cpu = (time.process_time(), time.monotonic())
 
     def load(self) -> dict[str, float]:
@@ -93,9 +100,13 @@ class Relay:
         public = self._listen("public", limits.public_host, limits.public_port)
         https = self._listen("https", limits.https_host, limits.https_port)
         self.servers.append(await listeners.serve_control(self.agents, self.peers, control, None, backlog))
+        self._spawn(self.peers.run())
+        if limits.peers and limits.peer_key is not None:
+            # Visitors wait in the listening queue meanwhile: what the others hold is better known before the first of them.
+            await self._until(lambda: len(self.peers.inbound) >= len(limits.peers), PEERS_SECONDS)
         self.servers.append(await listeners.serve_public(self.public, public, None, backlog))
         self.servers.append(await listeners.serve_public(self.public, https, tls.server_context(certificate), backlog))
-        for work in (self.link.run(), self.meter.run(), self.store.run(), self.peers.run(), self._sweep()):
+        for work in (self.link.run(), self.meter.run(), self.store.run(), self._sweep()):
             self._spawn(work)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -117,20 +128,28 @@ class Relay:
                 pruned = time.monotonic()
                 self.snapshot.prune()
 
-    async def stop(self) -> None:
-        """Drain: no new connections, agents leave, requests in flight finish up to ``drain_seconds``, usage is kept."""
+    async def stop(self, *, moving: bool = False) -> None:
+        """Drain: no new connections, requests in flight finish up to ``drain_seconds``, usage is kept.
+
+        ``moving``: agents find another relay, or this one's successor; they too have until then to do so. A call to
+        :meth:`cut` ends the patience.
+        """
         if self._stopped:
             return
         self._stopped = True
         for server in self.servers:
             server.close()
         self.ports.close()
-        self.link.draining = True
         self.agents.go_away()
-        self.link.poke()
-        cut = await self.public.drain(self.settings.drain_seconds)
-        if cut:
+        self.peers.go_away()
+        self.link.leave(successor=moving and self.settings.notify_fd is not None)
+        notify.stopping(self.settings.notify_fd)
+        await self._drain(moving)
+        self.peers.withdraw_all()
+        await self._until(lambda: not self.peers.hops(), PARTING_SECONDS)
+        if cut := self.public.close():
             log.warning("connections cut at the drain limit", extra={"f": {"connections": cut}})
+        await self._until(lambda: not self.public.connections, PARTING_SECONDS)
         await self.agents.close()
         self.peers.close()
         await self.meter.close()
@@ -140,21 +159,57 @@ class Relay:
         await self.store.close()
         await self.http.aclose()
 
+    def cut(self) -> None:
+        """Wait for nothing more in :meth:`stop`."""
+        self._cut = True
+
+    async def _drain(self, moving: bool) -> None:
+        """Until visitors and peers have their answers and agents are elsewhere, or the time is up."""
+        began = time.monotonic()
+        self.public.drain()
+        await self._until(self._visitors_gone, self.settings.drain_idle_seconds)
+        self.public.close_idle()
+
+        def over() -> bool:
+            return self._visitors_gone() and not self.peers.hops() and not (moving and self.agents.staying())
+
+        await self._until(over, began + self.settings.drain_seconds - time.monotonic())
+
+    def _visitors_gone(self) -> bool:
+        return not self.public.connections
+
+    async def _until(self, over: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not (self._cut or over()) and time.monotonic() < deadline:  # noqa: ASYNC110 - the hot path sets no event
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+
 
 async def serve(settings: RelaySettings, given: Mapping[str, socket.socket] | None = None) -> None:
-    """Run a relay until SIGTERM or SIGINT, then drain."""
+    """Run a relay until a signal, then drain; a second signal cuts what is left.
+
+    SIGTERM also waits until the agents are elsewhere (another relay, or the one that follows on the same sockets); SIGINT is
+    the end of everything, where there is no elsewhere.
+    """
     _raise_file_limit()
     relay = Relay(settings, given)
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    stopping: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def on_signal(number: int) -> None:
+        if stopping.done():
+            relay.cut()
+        else:
+            stopping.set_result(number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     await relay.start()
     log.info("relay ready", extra={"f": {"public": settings.public_url, "connect": settings.connect_url}})
     notify.ready(settings.notify_fd)
-    await stopping.wait()
-    log.info("relay stopping")
-    await relay.stop()
+    moving = await stopping == signal.SIGTERM
+    began = time.monotonic()
+    log.info("relay stopping", extra={"f": {"sessions": len(relay.agents.connections), "moving": moving}})
+    await relay.stop(moving=moving)
+    log.info("relay stopped", extra={"f": {"after_seconds": round(time.monotonic() - began, 1)}})
 
 
 def _raise_file_limit() -> None:

@@ -12,6 +12,7 @@ import asyncio
 import datetime as dt
 import logging
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,7 +41,7 @@ MAX_DEPARTURES, REASON_CHARS = 20_000, 120
 class LiveTunnel:
     """A tunnel bound on a connection of this relay. ``inflight`` and ``concurrency`` are what the decision looks at."""
 
-    __slots__ = ("bind", "concurrency", "connection", "counters", "grant", "hosts", "inflight")
+    __slots__ = ("bind", "concurrency", "connection", "counters", "grant", "hosts", "inflight", "returning")
 
     def __init__(self, connection: AgentConnection, bind: int, grant: GrantClaims, counters: Counters) -> None:
         self.connection = connection
@@ -50,6 +51,7 @@ class LiveTunnel:
         self.concurrency = 0
         self.hosts: tuple[bytes, ...] = ()
         self.grant = grant
+        self.returning = False  # it went without a word, or to come again at once
 
     def adopt(self, grant: GrantClaims, default_concurrency: int) -> None:
         self.grant = grant
@@ -90,6 +92,7 @@ class AgentConnection:
         self.claims = claims
         self.connect = 0
         self.version = ""
+        self.moved = False  # since this relay drains: its agent is bound elsewhere
         self.binds: dict[int, LiveTunnel] = {}
         self.pending: dict[int, asyncio.TimerHandle] = {}
         self.alive: list[Callable[[], None]] = []
@@ -111,6 +114,7 @@ class AgentConnection:
         """ERROR with a code, then the connection closes; its tunnels go offline at once."""
         self.session.fail(code, detail, retryable)
         for live in list(self.binds.values()):  # the socket may take its time when the agent does not read
+            live.returning = retryable
             self.agents.drop(live, detail)
         self.carrier.end(WSCloseCode.POLICY_VIOLATION, code)
 
@@ -177,6 +181,7 @@ class AgentConnection:
     def unbind(self, live: LiveTunnel, code: str, detail: str) -> None:
         """Tell the agent that a tunnel is over; streams in flight finish."""
         self.session.control(f.UNBIND, live.bind, code=code, detail=detail)
+        live.returning = code in ("tunnel.grant_stale", "tunnel.grant_expired", "tunnel.moved")
         self.agents.drop(live, detail)
 
     def on_auth(self, token: str) -> None:
@@ -198,7 +203,11 @@ class AgentConnection:
             callback()
 
     def on_goaway(self, code: str, detail: str, retry_after_ms: int) -> None:
-        """The agent leaves: it takes no new requests, those in flight finish."""
+        """The agent leaves: it takes no new requests, those in flight finish. When it does so because we asked it to, it
+        still answers here until we close, so that visitors who stay connected to us are served to the end."""
+        if self.agents.draining and code == "session.moved":
+            self.moved = True
+            return
         for live in list(self.binds.values()):
             self.agents.drop(live, detail)
 
@@ -241,6 +250,8 @@ class Agents:
         self.by_session: dict[str, AgentConnection] = {}
         #: Why tunnels went, until a heartbeat has told the control plane.
         self.left: dict[str, str] = {}
+        #: Hosts of tunnels that went without a word a moment ago, and until when (loop time) they are waited for.
+        self.returning: dict[bytes, float] = {}
         self.on_bound: list[Callable[[LiveTunnel], None]] = []
         self.on_dropped: list[Callable[[LiveTunnel], None]] = []
         #: The platform ended a tunnel, with this code: what is in flight on it ends too, where it has no end of its own.
@@ -323,6 +334,7 @@ class Agents:
         if self.by_session.get(connection.claims.sid) is connection:
             del self.by_session[connection.claims.sid]
         for live in list(connection.binds.values()):
+            live.returning = True
             self.drop(live, detail)
         log.info(
             "session disconnected",
@@ -465,10 +477,17 @@ class Agents:
         if self.by_tunnel.get(live.grant.tun) is live:
             del self.by_tunnel[live.grant.tun]
         self._unmap(live)
+        if live.returning:
+            self.expect(live.hosts)
         for callback in self.on_dropped:
             callback(live)
         self.meter.release(live.counters)
         self.poke()
+
+    def expect(self, hosts: Sequence[bytes]) -> None:
+        """Their tunnels went without a word: for a moment their requests wait instead of being refused."""
+        until = asyncio.get_running_loop().time() + self.settings.hold_seconds
+        self.returning.update(dict.fromkeys(hosts, until))
 
     def _unmap(self, live: LiveTunnel) -> None:
         for host in live.hosts:
@@ -509,6 +528,9 @@ class Agents:
         for connection in list(self.connections):
             if now > max(connection.claims.exp, since) + grace:
                 connection.end("session.token_expired", "the session token was not renewed in time", retryable=True)
+        if self.returning:
+            at = asyncio.get_running_loop().time()
+            self.returning = {host: until for host, until in self.returning.items() if until > at}
 
     # ── figures and ending ────────────────────────────────────────────────────────────────────────────────────────
     def bound(self) -> list[dict[str, Any]]:
@@ -522,12 +544,23 @@ class Agents:
         return sum(len(connection.session.streams) for connection in self.connections)
 
     def go_away(self) -> None:
-        """Ask every agent to open its replacement elsewhere; nothing new connects here from now on."""
+        """Ask every agent to open its replacement elsewhere, each at a moment of its own, so that the others are not
+        stormed; nothing new connects here from now on."""
         self.draining = True
+        limits = self.settings
+        spread = min(len(self.connections) / max(limits.drain_agents_per_second, 1), limits.drain_seconds / 2)
         for connection in self.connections:
             connection.session.control(
-                f.GOAWAY, 0, code="session.relay_draining", detail="the relay is shutting down", retry_after_ms=0
+                f.GOAWAY,
+                0,
+                code="session.relay_draining",
+                detail="the relay is shutting down",
+                retry_after_ms=int(random.uniform(0, spread) * 1000),  # noqa: S311 - no secret
             )
+
+    def staying(self) -> int:
+        """Connections whose agents have not moved elsewhere."""
+        return sum(not connection.moved and bool(connection.binds) for connection in self.connections)
 
     async def close(self) -> None:
         """Close every connection (with what is queued sent) and wait a moment for the close frames to leave."""

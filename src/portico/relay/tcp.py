@@ -445,6 +445,9 @@ class TcpVisitor(asyncio.BufferedProtocol):
         """The relay stops: a connection goes on, up to the drain limit."""
         self.draining = True
 
+    def close_idle(self) -> None:
+        """A connection that is silent is still one."""
+
     def cut_off(self) -> None:
         """The drain limit is over."""
         self.end("session.relay_draining", "the relay shuts down")

@@ -89,7 +89,7 @@ class Stream:
             _VALIDATOR.validate(line)
         if line["type"] == "heartbeat":
             assert line["version"] == self.version or self.version == -1
-        else:
+        elif line["type"] != "goodbye":
             assert line["version"] > self.version, "versions rise"
             self.version = line["version"]
             self.changes += line.get("changes", [])

@@ -211,6 +211,7 @@ class TestEnds:
                 await stream.next()
                 start = time.monotonic()
                 stopping.app.state.stopping.set()
+                assert await stream.next() == {"type": "goodbye", "retry_after_ms": 0}
                 await stream.ended(2)
                 assert time.monotonic() - start < 1
             refused = await edge.get("/v1/edge/stream")

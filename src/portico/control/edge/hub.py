@@ -32,6 +32,10 @@ from portico.settings import ApiSettings
 log = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 0.2
+#: The version of a line that speaks of none.
+ANY_VERSION: Final = -1
+#: Relays a second that are asked to come back to whoever serves then.
+_RETURNS_PER_SECOND: Final = 100
 _FAILURES = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, Problem)
 
 
@@ -73,10 +77,13 @@ class Subscription:
         self._lines.append(line)
         self._ready.set()
 
-    def close(self, reason: str) -> None:
-        """End the stream; what waits is dropped, the relay resumes by version."""
+    def close(self, reason: str, last: Line | None = None) -> None:
+        """End the stream, after the line ``last``; what waits is dropped, the relay resumes by version."""
+        if self.closed is None:
+            self._lines.clear()
+            if last is not None:
+                self._lines.append(last)
         self.closed = self.closed or reason
-        self._lines.clear()
         self._ready.set()
 
     async def get(self) -> Line | None:
@@ -97,6 +104,11 @@ def heartbeat_line(version: int, now: float, digest: str | None = None) -> Line:
     if digest is not None:
         message["hash"] = digest
     return Line(version, json.dumps(message, separators=(",", ":")).encode() + b"\n", False)
+
+
+def goodbye_line(retry_after: float) -> Line:
+    """The last line of a process that stops: open the stream anew, no sooner than in ``retry_after`` seconds."""
+    return Line(ANY_VERSION, b'{"type":"goodbye","retry_after_ms":%d}\n' % min(int(retry_after * 1000), 5000), False)
 
 
 def delta_line(entry: changes.Entry) -> Line:
@@ -167,7 +179,8 @@ class Hub:
 
     async def _end_when_stopping(self) -> None:
         await self._stopping.wait()
-        self._end_all("this process is stopping")
+        for number, stream in enumerate(self._streams):
+            stream.close("this process is stopping", goodbye_line(number / _RETURNS_PER_SECOND))
 
     def _end_all(self, reason: str) -> None:
         for stream in self._streams:

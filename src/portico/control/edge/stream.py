@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from portico.control import changes
-from portico.control.edge.hub import Hub, Line, Subscription, delta_line, heartbeat_line
+from portico.control.edge.hub import ANY_VERSION, Hub, Line, Subscription, delta_line, heartbeat_line
 from portico.control.edge.state import StateReader
 from portico.errors import Problem
 from portico.kit.db import Database
@@ -112,7 +112,7 @@ class EdgeStream(Response):
         if line.delta and line.version > self._sent:
             self._sent = line.version
             return True
-        return not line.delta and line.version == self._sent
+        return not line.delta and line.version in (self._sent, ANY_VERSION)
 
     async def _send(self, text: bytes, send: Send, *, more: bool = True) -> None:
         """In pieces, each with a deadline: a large snapshot over a slow line is progress, a relay that reads nothing not."""

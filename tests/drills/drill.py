@@ -1,0 +1,133 @@
+"""One drill: steady load, something breaks, and afterwards everything is as it was. What it measured goes into the record.
+
+1 s of load ─► act ─► back within the limit? ─► 2 s of load ─► failures explained? usage counted? nothing left over?
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.drills.load import Load, Visit
+from tests.drills.stage import Stage
+
+#: How often each drill is done: once in `make test`, five times in `make soak`.
+REPEATS = int(os.environ.get("PORTICO_DRILL_REPEATS", "1"))
+#: File that a line of JSON is added to for every drill; none when empty.
+RECORD = os.environ.get("PORTICO_DRILL_RECORD", "")
+RATE = 200.0
+STEADY_SECONDS = 1.0
+AFTER_SECONDS = 2.0
+#: Recovery that is promised: by itself within 3 s.
+BACK_SECONDS = 3.0
+#: Usage that a relay's death may lose: one interval, the moment until it is on disk, and what this machine adds.
+USAGE_INTERVAL = 2.0
+
+#: Failures of requests that were in flight in what was killed, as the visitor sees them.
+IN_FLIGHT = frozenset(("edge.agent_unreachable", "closed before an answer", "cut in the body", "ConnectionResetError"))
+
+
+@dataclass
+class Allowed:
+    """Failures that a drill explains: these causes, of requests that began no later than ``until`` after the act."""
+
+    causes: frozenset[str] = frozenset()
+    until: float = 0.0
+    most: int = 0
+    why: str = "nothing may fail"
+
+    def strange(self, failed: list[Visit], at: float) -> list[tuple[float, str]]:
+        """Failures that it does not explain: seconds after the act, and cause."""
+        out = [
+            (round(v.began - at, 2), v.what) for v in failed if v.what not in self.causes or v.began - at > self.until
+        ]
+        return out if out or len(failed) <= self.most else [(0.0, f"{len(failed)} failed, {self.most} allowed")]
+
+
+@dataclass
+class Result:
+    """One run of a drill."""
+
+    drill: str
+    recovery: float
+    requests: int
+    failed: dict[str, int]
+    slowest: float
+    repeats: int
+    counted: int
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def record(self) -> None:
+        print(self)
+        if RECORD:
+            with Path(RECORD).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.__dict__) + "\n")
+
+
+Act = Callable[[Stage, Load], Awaitable[float | None]]
+
+
+async def run(
+    name: str,
+    stage: Stage,
+    act: Act,
+    allowed: Allowed | None = None,
+    *,
+    back: float = 0.0,
+    usage_lost: float = 0.0,
+) -> Result:
+    """The whole of a drill, once. ``act`` returns the moment from which recovery counts (now, when it returns none);
+    ``usage_lost`` is the share of a usage interval's requests that may be lost (a kill of the relay). ``back`` is the limit:
+    3 s when nothing is given, more where the machine is so slow that an agent takes longer than that to start."""
+    allowed = allowed or Allowed()
+    back = back or max(BACK_SECONDS, 2 * stage.agent_start)
+    before = await stage.holdings()
+    used_before = await stage.used_at_rest(0, 3.0) if not usage_lost else await stage.used()
+    load = Load(stage.ports["http"], stage.host, RATE)
+    async with load:
+        await asyncio.sleep(STEADY_SECONDS)
+        assert not load.failed(), f"not steady before the drill: {load.causes()}"
+        at = time.monotonic()
+        counts_from = await act(stage, load) or at
+        recovery = await load.until_good(counts_from, back + 10)
+        await asyncio.sleep(AFTER_SECONDS)
+    good = sum(visit.good for visit in load.visits)
+    counted = await stage.used_at_rest(used_before + good) - used_before
+    result = Result(
+        name,
+        round(recovery, 2),
+        len(load.visits),
+        dict(load.causes()),
+        round(max(visit.ended - visit.began for visit in load.visits), 2),
+        load.repeats,
+        counted,
+    )
+    leaks = await stage.leaks(before)
+    result.record()
+    assert recovery <= back, f"back after {recovery:.1f} s, {back:g} allowed"
+    strange = allowed.strange(load.failed(), at)
+    assert not strange, f"failures that nothing explains (allowed: {allowed.why}): {strange[:10]}; {load.causes()}"
+    assert not load.overrun, "the visitors could not keep the rate: too many requests waited at once"
+    lost = usage_lost * USAGE_INTERVAL * RATE
+    assert good - lost <= counted <= len(load.visits) + load.repeats, (
+        f"{good} requests were answered, {counted} were counted ({lost:.0f} may be lost)"
+    )
+    assert not leaks, leaks
+    faults = stage.faults()
+    assert not faults, "\n".join(faults)
+    return result
+
+
+def total(results: list[Result]) -> Counter[str]:
+    """Failed requests of several runs by cause."""
+    out: Counter[str] = Counter()
+    for result in results:
+        out.update(result.failed)
+    return out
