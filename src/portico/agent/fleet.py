@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from portico.agent.client import Agent, Events, Tunnel
 from portico.agent.files import FileServer
 from portico.agent.forward import Forwarder
+from portico.agent.hints import HostHint
 from portico.agent.tcp import TcpForwarder
 from portico.kit.clock import uptime
 
@@ -29,13 +30,19 @@ class Fleet:
 
     def __init__(self, make: Callable[[TunnelOptions], Served], events: Events) -> None:
         self.agent: Agent | None = None
-        self._make = make
+        self._make_served = make
         self.events = events
         self._options: list[TunnelOptions] = []
         self._served: dict[Tunnel, tuple[TunnelOptions, Served]] = {}
         self._first: list[Served] = []
         self._retired: set[Served] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def _make(self, options: TunnelOptions) -> Served:
+        served = self._make_served(options)
+        if isinstance(served, Forwarder) and options.host_header in ("", "preserve"):
+            served.host_hint = HostHint(options.target.place, self.events.warning)
+        return served
 
     def begin(self, wanted: Sequence[TunnelOptions]) -> list[tuple[dict[str, Any], Served, str]]:
         """Forwarders of the first tunnels, as :class:`Agent` takes them."""

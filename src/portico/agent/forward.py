@@ -14,6 +14,7 @@ from typing import Any
 
 from portico.agent.connection import TargetConnection
 from portico.agent.heads import HeadError, RequestWriter
+from portico.agent.hints import HostHint
 from portico.agent.pool import Pool
 from portico.agent.raw import RawPipe
 from portico.agent.stats import Stats
@@ -35,6 +36,9 @@ def host_rule(choice: str, target: Target) -> bytes | None:
 
 class Forwarder:
     """Serves the streams of one tunnel from an HTTP target."""
+
+    #: Watches for a target that refuses the visitor's Host.
+    host_hint: HostHint | None = None
 
     def __init__(
         self,
@@ -251,6 +255,8 @@ class Exchange:
         self.status = status
         self._kept = None
         self.pool.active.pop(self, None)
+        if (status == 403 or status == 400) and self._forwarder.host_hint is not None:
+            self._forwarder.host_hint.look(self, fields)
         try:
             self.stream.send_response(status, fields, end)
         except ValueError as err:
