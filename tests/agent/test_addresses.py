@@ -10,11 +10,12 @@ import pytest
 
 from portico.agent.api import Api, server_url
 from portico.agent.link import Link
+from portico.agent.target import parse_target
 from portico.errors import Problem
 from portico.kit import dial
 from portico.settings import AgentSettings, Secret
 from tests.agent.api_server import KEY, TestApi
-from tests.agent.harness import Relay, SilentOwner
+from tests.agent.harness import Relay, SilentOwner, answering, target_server, tunnel_to
 from tests.agent.world import World
 from tests.kit.test_dial import address, blackhole
 
@@ -95,6 +96,25 @@ async def test_a_dead_address_of_the_api_costs_a_fraction_of_a_second(monkeypatc
         assert time.monotonic() - began < 1
         await api.aclose()
     await server.stop()
+
+
+async def test_a_dead_address_of_the_target_costs_a_fraction_of_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with target_server(answering(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")) as port:
+        with blackhole("127.0.0.2") as dead:
+            known = [address("127.0.0.2", dead), address("127.0.0.1", port)]
+
+            async def resolve(host: str, port: int) -> Any:
+                assert host == "app.example"
+                return known
+
+            async with tunnel_to(parse_target(f"app.example:{port}")) as tunnel:
+                monkeypatch.setattr(dial, "resolve", resolve)
+                began = time.monotonic()
+                visit = await tunnel.get().over()
+                assert (visit.status, bytes(visit.body)) == (200, b"ok")
+                assert time.monotonic() - began < 1
+                known[:] = [address("::1", 1), address("127.0.0.1", 1)]
+                assert "[::1]" in str(await tunnel.forwarder.probe())
 
 
 async def test_an_unreachable_api_says_why_for_each_address(monkeypatch: pytest.MonkeyPatch) -> None:

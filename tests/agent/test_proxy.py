@@ -262,6 +262,12 @@ class TestHttpProxy:
         assert problem.code == "proxy.auth_required"
         assert "takes only NTLM, Negotiate" in problem.detail
 
+    async def test_one_that_says_401_to_wrong_credentials(self) -> None:
+        async with proxy() as way:
+            way.answer = b"HTTP/1.0 401 Unauthorized\r\nProxy-Authenticate: Basic realm=x\r\n\r\n"
+            assert (await refusal(settings(way.url_for("a", "b")), "ws://127.0.0.1:2/")).code == "proxy.auth_required"
+            assert (await refusal(settings(way.url), "ws://127.0.0.1:2/")).code == "proxy.refused"
+
     async def test_an_answer_without_end_is_cut_off(self) -> None:
         async with proxy() as way:
             way.answer = b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 20_000

@@ -249,7 +249,7 @@ def _judge(proxy: Proxy, target: str, head: bytes) -> None:
         if not head.endswith(b"\r\n\r\n") or head.count(b"\r\n\r\n") > 1:
             _garbled(proxy, "HTTP", "sent something after its answer")  # the far end never speaks first
         return
-    if status == 407:
+    if status == 407 or (status == 401 and proxy.username):  # some answer wrong credentials with 401
         offered = sorted({m[1].decode("latin-1") for m in re.finditer(rb"(?im)^proxy-authenticate:\s*([\w-]+)", head)})
         if offered and not any(scheme.lower() == "basic" for scheme in offered):
             detail = f"{proxy.place} takes only {', '.join(offered)}, and Portico signs in by Basic"

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from portico.errors import Problem
+from portico.kit.dial import connect_tcp, is_address
 
 #: What `localhost` is tried as, in this order: development servers listen on either.
 LOCALHOST = ("127.0.0.1", "::1")
@@ -192,6 +193,10 @@ async def _dial(target: Target, factory: Callable[[], Any], context: ssl.SSLCont
         if target.kind == "unix":
             return (await loop.create_unix_connection(factory, target.path))[1]
         name = target.host if context is not None else None
+        if target.host != "localhost" and not is_address(target.host):
+            # A name may have several addresses, of which the first may be dead.
+            sock = await connect_tcp(target.host, target.port)
+            return (await loop.create_connection(factory, sock=sock, ssl=context, server_hostname=name))[1]
         hosts = LOCALHOST if target.host == "localhost" else (target.host,)
         for host in hosts[:-1]:
             try:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def diagnose(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="[TARGET]", help="A local app to look at too: 8000, host:port, a URL, unix:/path."),
+        typer.Argument(metavar="TARGET", help="A local app to look at too: 8000, host:port, a URL, unix:/path."),
     ] = None,
     server: ServerOption = None,
     proxy: ProxyOption = None,

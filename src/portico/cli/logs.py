@@ -25,15 +25,14 @@ SHOWN = 20
 def logs(
     tunnels: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[TUNNEL…]", help="Names or ids [all tunnels of your organization].", show_default=False
-        ),
+        typer.Argument(metavar="TUNNEL", help="Names or ids [all tunnels of your organization].", show_default=False),
     ] = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Wait for what happens next, until Ctrl-C.")] = False,
     since: Annotated[
         str | None,
         typer.Option(
             "--since",
+            metavar="TIME",
             help="Nothing older: 10m, 2h, 7d, or a time (2026-05-01, 2026-05-01T12:00:00Z).",
             show_default=False,
         ),

@@ -43,11 +43,14 @@ async def relays_fell_silent(tx: Tx, lease: float) -> int:
     """Tunnels of relays that report no more are off line; how many. Twice the lease: an outage of the API is not theirs."""
     rows = await store.forget_silent_relays(tx, 2 * lease)
     held = {row["tunnel_id"] for row in await store.live_bindings(tx, [row["tunnel_id"] for row in rows], lease)}
+    gone: dict[str, list[tuple[str, str, str, str]]] = {}
     for row in rows:
         if row["tunnel_id"] not in held:
             why = f"the relay has not reported since {row['seen_at']:%H:%M:%S} UTC"
-            await _add(tx, row["relay"], [("offline", row["tunnel_id"], row["session_id"], why)])
-    return len(rows)
+            gone.setdefault(row["relay"], []).append(("offline", row["tunnel_id"], row["session_id"], why))
+    for relay, events in gone.items():
+        await _add(tx, relay, events)
+    return sum(map(len, gone.values()))
 
 
 async def _add(tx: Tx, relay: str, events: list[tuple[str, str, str, str]]) -> None:
