@@ -740,6 +740,44 @@ class AgentSettings:
     # Seconds before the newest known event that are asked for again: an event whose transaction took long comes late.
     logs_overlap_seconds: float = 30.0
 
+    # == Inspector (the local page)
+    # Keep requests and show them at web_addr; `--no-inspect` is the same for one run.
+    inspect: bool = True
+    # Bytes of memory for the requests that are kept; the oldest make room.
+    inspect_max_bytes: int = 52428800
+    # Bytes of each body that are kept; above it a body is shown cut off and its request cannot be replayed unchanged.
+    inspect_body_max_bytes: int = 65536
+    # Address of the local page, HOST:PORT; when the port is taken the next free one is used. `false` switches it off.
+    web_addr: str = "127.0.0.1:4040"
+    # Ports tried, counting up from the one of web_addr.
+    web_ports_tried: int = 20
+    # Names besides localhost that a browser may use for the local page (`NAME` or `NAME:PORT`); other Hosts are refused.
+    web_allow_hosts: tuple[str, ...] = ()
+    # Let web_addr be an address that other machines can reach. They see every request with its secrets, and may replay.
+    web_allow_remote: bool = False
+    # Connections to the local page at once.
+    web_connections_max: int = 64
+    # Live pages (event streams) at once.
+    web_streams_max: int = 16
+    # Bytes of a request head to the local page; cookies of all local apps arrive with it.
+    web_head_max_bytes: int = 65536
+    # Bytes of a request body to the local page: an edited request.
+    web_body_max_bytes: int = 2097152
+    # Seconds for a request to the local page to arrive whole, and for an answer to be taken.
+    web_timeout_seconds: float = 15.0
+    # Seconds that a keep-alive connection to the local page may wait between requests.
+    web_idle_timeout_seconds: float = 75.0
+    # Seconds between two looks for news that live pages are told of.
+    web_refresh_seconds: float = 0.25
+    # Requests in one list of the local page or its API.
+    web_list_max: int = 500
+    # Bytes that a compressed body may unpack to for showing.
+    web_decoded_max_bytes: int = 1048576
+    # Seconds that a replay may take; then it is cut off, as by a visitor who leaves.
+    replay_timeout_seconds: float = 30.0
+    # Replays running at once.
+    replays_max: int = 16
+
     # == Screen and log
     # Lowest level of log records that are written.
     log_level: str = "INFO"

@@ -16,6 +16,7 @@ from portico.agent.credentials import Credentials
 from portico.agent.files import FileServer
 from portico.agent.fleet import Fleet, Served
 from portico.agent.forward import Forwarder
+from portico.agent.inspector import Inspector, listening_address
 from portico.agent.stats import Stats
 from portico.agent.status import make_display
 from portico.agent.target import Target
@@ -47,6 +48,8 @@ class TunnelOptions:
     ttl: float | None = None
     #: Version of the PROXY protocol header that a TCP target gets; 0: none.
     proxy_protocol: int = 0
+    #: Whether its requests are kept for the local page.
+    inspect: bool = True
 
 
 async def serve(
@@ -66,13 +69,17 @@ async def serve(
     telemetry.configure("agent", settings.log_level if mode != "screen" else "WARNING")
     _raise_open_files()
     stats = Stats()
+    inspector = await _inspector(settings, stats, tunnels, following=source is not None)
     display = make_display(mode, settings, stats, color=color)
     display.qr = qr
     api = Api(credentials.server, credentials.agent_key, settings)
-    fleet = Fleet(lambda options: _forwarder(options, settings, stats), display)
+    fleet = Fleet(lambda options: _forwarder(options, settings, stats, inspector), display)
     agent = Agent(settings, api, fleet.begin(tunnels), display)
     fleet.agent = display.agent = agent
     follower = _follower(source, fleet, settings) if source is not None else None
+    if inspector is not None:
+        inspector.agent = agent
+        display.inspector = inspector.url
     stopped_by: list[int] = []
     with _signals(agent, stopped_by, follower.hang_up if follower is not None else None):
         beside = [asyncio.create_task(work) for work in (fleet.run(), display.run())]
@@ -87,6 +94,8 @@ async def serve(
             display.close()
             await fleet.abort()
             await api.aclose()
+            if inspector is not None:
+                await inspector.close()
     return INTERRUPTED if stopped_by[:1] == [signal.SIGINT] else 0
 
 
@@ -96,12 +105,32 @@ def _follower(source: tuple[FileSource, Config], fleet: Fleet, settings: AgentSe
     return Follower(*source, fleet, settings)
 
 
-def _forwarder(options: TunnelOptions, settings: AgentSettings, stats: Stats) -> Served:
+async def _inspector(settings: AgentSettings, stats: Stats, tunnels: Sequence[TunnelOptions], following: bool) -> Inspector | None:
+    """The local page, listening; ``None`` when it is not wanted or finds no port: tunnels work without it."""
+    if not (settings.inspect and (following or any(options.inspect for options in tunnels))):
+        return None
+    inspector = Inspector(settings, stats)
+    if await inspector.start():
+        return inspector
+    if listening_address(settings) is not None:
+        log.warning("no free port for the local page (web_addr %s and the ports above it)", settings.web_addr)
+    return None
+
+
+def _forwarder(
+    options: TunnelOptions, settings: AgentSettings, stats: Stats, inspector: Inspector | None
+) -> Served:
     if options.spec.get("protocol") == "tcp":
         return TcpForwarder(options.target, settings, stats, proxy_protocol=options.proxy_protocol)
+    made: Forwarder | FileServer
     if options.target.kind == "file":
-        return FileServer(options.target, settings, stats)
-    return Forwarder(options.target, settings, stats, host_header=options.host_header, tls_verify=options.tls_verify)
+        made = FileServer(options.target, settings, stats)
+    else:
+        verify = options.tls_verify
+        made = Forwarder(options.target, settings, stats, host_header=options.host_header, tls_verify=verify)
+    if inspector is not None and options.inspect:
+        made.tap = inspector.recorder.tap(made, options.target.url)
+    return made
 
 
 @contextlib.contextmanager

@@ -240,6 +240,8 @@ class TargetConnection(asyncio.BufferedProtocol):
             # The parser would read a body, which no frame may carry here: it would end the session of all tunnels.
             raise HeadError(f"an interim answer ({status}) with a body")
         exchange.touched()
+        if exchange.entry is not None:
+            exchange.entry.interim(status, head.fields)
         exchange.stream.send_interim(status, head.fields)
 
     def on_body(self, body: bytes) -> None:
@@ -267,6 +269,8 @@ class TargetConnection(asyncio.BufferedProtocol):
     # ── body towards the relay ────────────────────────────────────────────────────────────────────────────────────
     def _send(self, exchange: Exchange, data: bytes | memoryview) -> None:
         stream = exchange.stream
+        if exchange.entry is not None:
+            exchange.entry.response_data(data)
         size = len(data)
         end = False
         if self.left >= 0:
@@ -283,6 +287,8 @@ class TargetConnection(asyncio.BufferedProtocol):
             self.held_end = []
 
     def _end_body(self, exchange: Exchange, trailers: list[bytes]) -> None:
+        if trailers and exchange.entry is not None:
+            exchange.entry.response_trailers(trailers)
         if self.held:
             self.held_end = trailers
         else:

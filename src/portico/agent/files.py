@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
+from portico.agent.recorder import Entry, Tap, head_bytes
 from portico.agent.stats import Stats
 from portico.agent.target import Target
 from portico.settings import AgentSettings
@@ -287,6 +288,9 @@ def _range(wants: dict[bytes, bytes], found: Found) -> tuple[int, int] | None:
 class FileServer:
     """Serves the streams of one tunnel from a folder."""
 
+    #: Where requests are recorded for the inspector, or nowhere.
+    tap: Tap | None = None
+
     def __init__(self, target: Target, settings: AgentSettings, stats: Stats) -> None:
         self.target = target
         self.stats = stats
@@ -295,10 +299,10 @@ class FileServer:
 
     def on_request(self, stream: Stream, head: list[bytes], flags: int) -> Sink | None:
         """Start serving one request."""
-        sink = _FileStream(self, stream, head)
+        sink = _FileStream(self, stream, head, flags)
         task = asyncio.get_running_loop().create_task(sink.run())
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(sink.over)
         sink.task = task
         return sink
 
@@ -320,6 +324,10 @@ class FileServer:
     def retire(self) -> None:
         """Nothing is kept open between requests."""
 
+    def forget(self, task: asyncio.Task[None]) -> None:
+        """A request is over."""
+        self._tasks.discard(task)
+
     async def abort(self) -> None:
         """Cut everything."""
         for task in list(self._tasks):
@@ -330,8 +338,12 @@ class FileServer:
 class _FileStream:
     """One request for a file."""
 
-    def __init__(self, server: FileServer, stream: Stream, head: list[bytes]) -> None:
+    def __init__(self, server: FileServer, stream: Stream, head: list[bytes], flags: int) -> None:
         self.stream = stream
+        self.status = 499
+        self.started = time.perf_counter()
+        tap = server.tap
+        self.entry: Entry | None = tap.begin(head_bytes(head), flags, self.started) if tap is not None else None
         self.task: asyncio.Task[None] | None = None
         self._server = server
         self._head = head
@@ -339,17 +351,26 @@ class _FileStream:
 
     async def run(self) -> None:
         """Answer; the stream is over afterwards."""
-        stats, head, started = self._server.stats, self._head, time.perf_counter()
+        stats, head = self._server.stats, self._head
         stats.opened()
-        status = 499
         try:
-            status = await self._answer(head[0], head[1])
+            self.status = await self._answer(head[0], head[1])
         except OSError:
-            status = 500
+            self.status = 500
             self.stream.reset(f.TARGET_RESET, "the file could not be read to its end")
         finally:
             stats.closed()
-            stats.done(head[0], head[1], status, started)
+            stats.done(head[0], head[1], self.status, self.started)
+            self._close_entry()
+
+    def over(self, task: asyncio.Task[None]) -> None:
+        """The task has ended, or was cancelled before it began."""
+        self._server.forget(task)
+        self._close_entry()
+
+    def _close_entry(self) -> None:
+        if self.entry is not None and not self.entry.ended:
+            self.entry.finish(self.status)
 
     async def _answer(self, method: bytes, target: bytes) -> int:
         if method not in (b"GET", b"HEAD"):
@@ -377,6 +398,8 @@ class _FileStream:
         stream = self.stream
         fields = [part.encode("latin-1", "replace") for pair in answer.fields for part in pair]
         empty = bodiless or answer.status == 304 or not (answer.body or answer.length)
+        if self.entry is not None:
+            self.entry.answer(answer.status, [b"", *fields])
         stream.send_response(answer.status, [b"", *fields], end=empty)
         if not empty and answer.found is None:
             await self._send_bytes(answer.body, end=True)
@@ -406,20 +429,31 @@ class _FileStream:
                 await self._credit.wait()
                 continue
             part, data = data[:room], data[room:]
+            if self.entry is not None:
+                self.entry.response_data(part)
             stream.send_data(part, end and not data)
 
     def on_credit(self) -> None:
         self._credit.set()
 
     def on_reset(self, code: int, detail: str) -> None:
+        if self.entry is not None:
+            self.entry.abort(detail)
         if self.task is not None:
             self.task.cancel()
 
     def on_data(self, data: bytes, end: bool) -> None:
         """A body on a request for a file is read and forgotten."""
+        if self.entry is not None:
+            self.entry.request_data(data)
+            if end:
+                self.entry.request_end([])
         self.stream.consumed(len(data))
 
-    def on_end(self, trailers: list[bytes]) -> None: ...
+    def on_end(self, trailers: list[bytes]) -> None:
+        if self.entry is not None:
+            self.entry.request_end(trailers)
+
     def on_response(self, status: int, head: list[bytes], end: bool) -> None: ...
     def on_interim(self, status: int, head: list[bytes]) -> None: ...
     def on_opened(self) -> None: ...

@@ -17,6 +17,7 @@ from portico.agent.heads import HeadError, RequestWriter
 from portico.agent.hints import HostHint
 from portico.agent.pool import Pool
 from portico.agent.raw import RawPipe
+from portico.agent.recorder import Entry, Tap, head_bytes
 from portico.agent.stats import Stats
 from portico.agent.target import Target, tls_context
 from portico.settings import AgentSettings
@@ -39,6 +40,8 @@ class Forwarder:
 
     #: Watches for a target that refuses the visitor's Host.
     host_hint: HostHint | None = None
+    #: Where requests are recorded for the inspector, or nowhere.
+    tap: Tap | None = None
 
     def __init__(
         self,
@@ -94,6 +97,7 @@ class Exchange:
 
     # Defaults on the class: an ordinary request sets few of them (half a microsecond each way).
     connection: TargetConnection | None = None
+    entry: Entry | None = None
     over = False
     status = 0
     upgrade = False
@@ -124,12 +128,18 @@ class Exchange:
 
     def begin(self, head: list[bytes], flags: int) -> None:
         """Write the head to a connection of the pool, or wait for one."""
-        self._forwarder.stats.opened()
+        forwarder = self._forwarder
+        forwarder.stats.opened()
+        tap = forwarder.tap
         try:
-            out, self._body_left = self._forwarder.writer.write(head, flags)
+            out, self._body_left = forwarder.writer.write(head, flags)
         except HeadError as err:
+            if tap is not None:
+                self.entry = tap.begin(head_bytes(head), flags, self._started)
             self.fail(f.REQUEST_INVALID, str(err))
             return
+        if tap is not None:
+            self.entry = tap.begin(out, flags, self._started)
         if self._body_left < 0:
             self._chunked = True
         if self.upgrade and not self._body_left:
@@ -167,6 +177,11 @@ class Exchange:
     # ── request body, from the relay ──────────────────────────────────────────────────────────────────────────────
     def on_data(self, data: bytes, end: bool) -> None:
         size = len(data)
+        entry = self.entry
+        if entry is not None:
+            entry.request_data(data)
+            if end:
+                entry.request_end([])
         if self.upgrade and not self._chunked and not self._body_left:
             self._early.append(data)  # of the protocol to come: sent after the 101
             self._trailing = self._trailing or end
@@ -191,6 +206,8 @@ class Exchange:
             self._flush_soon()
 
     def on_end(self, trailers: list[bytes]) -> None:
+        if self.entry is not None:
+            self.entry.request_end(trailers)
         if self.upgrade and self._whole and not self._chunked:
             self._trailing = True  # the visitor ended its direction before the target answered
             return
@@ -243,6 +260,8 @@ class Exchange:
 
     def on_reset(self, code: int, detail: str) -> None:
         """The visitor left, or the session ended: so does the request to the target, at once."""
+        if self.entry is not None:
+            self.entry.abort(detail)
         self._close(499)
 
     def on_response(self, status: int, head: list[bytes], end: bool) -> None: ...
@@ -257,6 +276,8 @@ class Exchange:
         self.pool.active.pop(self, None)
         if (status == 403 or status == 400) and self._forwarder.host_hint is not None:
             self._forwarder.host_hint.look(self, fields)
+        if self.entry is not None:
+            self.entry.answer(status, fields)
         try:
             self.stream.send_response(status, fields, end)
         except ValueError as err:
@@ -286,12 +307,15 @@ class Exchange:
         self.pool.active.pop(self, None)
         self._record(101, still_open=True)
         stream = self.stream
+        if self.entry is not None:
+            self.entry.answer(101, fields)
         stream.send_response(101, fields, end=False)
-        pipe = RawPipe(stream, self._forwarder.stats.closed)
+        pipe = RawPipe(stream, self._closed)
         stream.sink = pipe
         pipe.attach(connection)
         for data in self._early:
             pipe.on_data(data, end=False)
+        pipe.entry = self.entry  # what came early is in it already
         if self._trailing:
             pipe.on_end([])
         return pipe
@@ -321,6 +345,8 @@ class Exchange:
         if self.over:
             return
         self.stream.reset(code, detail)
+        if self.entry is not None:
+            self.entry.fail(detail)
         if not self.status:
             self._forwarder.stats.failed(detail)
         self._close(self.status or (504 if code == f.TARGET_TIMEOUT else 502))
@@ -340,3 +366,11 @@ class Exchange:
         stats.done(self._method, self._path, status, self._started)
         if not still_open:
             stats.closed()
+            if self.entry is not None:
+                self.entry.finish(status)
+
+    def _closed(self) -> None:
+        """The pipe that the request became has ended."""
+        self._forwarder.stats.closed()
+        if self.entry is not None:
+            self.entry.finish(101)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from portico.wire import frames as f
 from portico.wire.session import Stream
+
+if TYPE_CHECKING:
+    from portico.agent.recorder import Entry
 
 
 class Connection(Protocol):
@@ -38,6 +41,7 @@ class RawPipe:
         "_uncredited",
         "_write_ended",
         "connection",
+        "entry",
         "over",
         "stream",
     )
@@ -45,6 +49,8 @@ class RawPipe:
     def __init__(self, stream: Stream, done: Callable[[], None]) -> None:
         self.stream = stream
         self.connection: Connection | None = None
+        #: The upgraded request, when it is recorded.
+        self.entry: Entry | None = None
         self.over = False
         self._done = done
         self._to_target: list[bytes] = []
@@ -65,6 +71,8 @@ class RawPipe:
     # ── from the target ───────────────────────────────────────────────────────────────────────────────────────────
     def received(self, data: memoryview) -> None:
         """Bytes of the target: within the credit, save the rest of the segment that held the 101."""
+        if self.entry is not None:
+            self.entry.response_data(data)
         room = 0 if self._to_relay else self.stream.sendable()
         if len(data) <= room:
             self.stream.send_data(data)
@@ -108,6 +116,8 @@ class RawPipe:
     # ── from the relay ────────────────────────────────────────────────────────────────────────────────────────────
     def on_data(self, data: bytes, end: bool) -> None:
         if data:
+            if self.entry is not None:
+                self.entry.request_data(data)
             if self.connection is None:
                 self._to_target.append(data)
             else:

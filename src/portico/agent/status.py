@@ -67,6 +67,8 @@ class Display(Events):
         #: Whether URLs are shown as QR codes too.
         self.qr = False
         self._shown: set[str] = set()
+        #: URL of the local page, when there is one.
+        self.inspector = ""
         self._seen = 0
         self._failures = 0
         self._warned: tuple[str, float] = ("", -WARN_SECONDS)
@@ -130,7 +132,10 @@ class Lines(Display):
         if tunnel.state == "online":
             sys.stdout.write(f"{tunnel.url} -> {tunnel.target}\n")
             sys.stdout.flush()
-            log.info("tunnel online", extra={"f": {"name": tunnel.name, "url": tunnel.url, "target": tunnel.target}})
+            fields = {"name": tunnel.name, "url": tunnel.url, "target": tunnel.target}
+            if self.inspector:
+                fields["inspector"] = self.inspector
+            log.info("tunnel online", extra={"f": fields})
             self.show_qr(tunnel)
         elif tunnel.problem is not None and tunnel.state != "removed":
             fields = {"name": tunnel.name, "code": tunnel.problem.code, "detail": tunnel.problem.detail}
@@ -184,6 +189,8 @@ class JsonLines(Display):
             return
         if event == "ended":
             members["reason"] = "ttl"
+        if event == "online" and self.inspector:
+            members["inspector"] = self.inspector
         self._put(event, **members)
         self._out.flush()
         if event == "online":
@@ -369,6 +376,8 @@ class Screen(Display):
         if link is not None and not link.lost:
             rows.append(("Region", Text(printable(f"{link.region or 'default'} · {link.relay}"))))
         rows.append(("Latency", self._latency()))
+        if self.inspector:
+            rows.append(("Inspector", Text(self.inspector, "cyan")))
         return rows
 
     def _forwarding(self, tunnels: list[Tunnel], most: int) -> Iterator[tuple[str, Text]]:

@@ -47,7 +47,10 @@ def http(
             show_default=False,
         ),
     ] = None,
-    inspect: Annotated[bool, typer.Option("--inspect/--no-inspect", help="Keep requests for inspection.")] = True,
+    inspect: Annotated[
+        bool | None,
+        typer.Option("--inspect/--no-inspect", help="Show requests on the local page [yes].", show_default=False),
+    ] = None,
     region: Annotated[str | None, typer.Option(help="Preferred region.", show_default=False)] = None,
     ttl: TtlOption = None,
     qr: Annotated[bool, typer.Option("--qr", help="Show the URL as a QR code.")] = False,
@@ -71,10 +74,9 @@ def http(
         check_host_header(host_header)
     except ValueError as err:
         raise Problem("config.invalid", f"--host-header {err}") from None
-    del inspect  # taken already so that scripts may say it; captures are kept at the relay
     config, found = signed_in(server)
     config = with_options(
-        config, region=region, log_level=log_level, proxy_url=settings.Secret(proxy) if proxy else None
+        config, region=region, log_level=log_level, inspect=inspect, proxy_url=settings.Secret(proxy) if proxy else None
     )
     spec: dict[str, Any] = {"protocol": "http"}
     if name:
