@@ -105,7 +105,9 @@ def _follower(source: tuple[FileSource, Config], fleet: Fleet, settings: AgentSe
     return Follower(*source, fleet, settings)
 
 
-async def _inspector(settings: AgentSettings, stats: Stats, tunnels: Sequence[TunnelOptions], following: bool) -> Inspector | None:
+async def _inspector(
+    settings: AgentSettings, stats: Stats, tunnels: Sequence[TunnelOptions], following: bool
+) -> Inspector | None:
     """The local page, listening; ``None`` when it is not wanted or finds no port: tunnels work without it."""
     if not (settings.inspect and (following or any(options.inspect for options in tunnels))):
         return None
@@ -117,9 +119,7 @@ async def _inspector(settings: AgentSettings, stats: Stats, tunnels: Sequence[Tu
     return None
 
 
-def _forwarder(
-    options: TunnelOptions, settings: AgentSettings, stats: Stats, inspector: Inspector | None
-) -> Served:
+def _forwarder(options: TunnelOptions, settings: AgentSettings, stats: Stats, inspector: Inspector | None) -> Served:
     if options.spec.get("protocol") == "tcp":
         return TcpForwarder(options.target, settings, stats, proxy_protocol=options.proxy_protocol)
     made: Forwarder | FileServer
@@ -129,7 +129,7 @@ def _forwarder(
         verify = options.tls_verify
         made = Forwarder(options.target, settings, stats, host_header=options.host_header, tls_verify=verify)
     if inspector is not None and options.inspect:
-        made.tap = inspector.recorder.tap(made, options.target.url)
+        made.tap = inspector.recorder.tap(made, options.target.url, str(options.spec.get("name") or ""))
     return made
 
 

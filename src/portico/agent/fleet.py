@@ -175,4 +175,4 @@ def _another(new: TunnelOptions, old: TunnelOptions) -> bool:
 
 def _serving(options: TunnelOptions) -> tuple[Any, ...]:
     """What a forwarder is made of."""
-    return (options.target, options.host_header, options.tls_verify, options.proxy_protocol)
+    return (options.target, options.host_header, options.tls_verify, options.proxy_protocol, options.inspect)

@@ -33,6 +33,7 @@ def tunnel_options(declared: Declared) -> TunnelOptions:
         tls_verify=values.get("target_tls_verify"),
         ttl=values.get("ttl"),
         proxy_protocol=values.get("proxy_protocol", 0),
+        inspect=values.get("inspect", True),
     )
 
 

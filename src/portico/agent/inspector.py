@@ -27,6 +27,7 @@ from typing import Any
 from portico.agent import pages, views
 from portico.agent.api import VERSION
 from portico.agent.client import Agent, Tunnel
+from portico.agent.link import Serves
 from portico.agent.live import Live
 from portico.agent.recorder import Entry, Recorder
 from portico.agent.replay import parse_edit, replay
@@ -299,20 +300,36 @@ class Inspector:
     async def _replay(self, request: Request, ident: str) -> Answer:
         entry = self._find(ident)
         edit = parse_edit(request.body)
-        if self.agent is not None and all(tunnel.serves is not entry.tap.serves for tunnel in self.agent.tunnels):
-            raise Problem("inspect.tunnel_gone")
+        serves = self._serves(entry)
         if self._replays >= self.settings.replays_max:
             raise Problem("inspect.busy", f"{self._replays} replays are running")
         self._replays += 1
         try:
-            made = await replay(entry, edit, self.settings)
+            made = await replay(entry, edit, serves, self.settings)
         finally:
             self._replays -= 1
         return _json(self._document(made), 201)
 
+    def _tunnel_of(self, entry: Entry) -> Tunnel | None:
+        """The tunnel of a request; one that was changed meanwhile is still the same by its name."""
+        live = [tunnel for tunnel in self._all_tunnels() if not tunnel.over]
+        same = (tunnel for tunnel in live if tunnel.serves is entry.tap.serves)
+        named = (tunnel for tunnel in live if tunnel.name and tunnel.name == entry.tap.name)
+        return next(same, None) or next(named, None)
+
+    def _serves(self, entry: Entry) -> Serves:
+        """Where a replay goes; raises ``inspect.tunnel_gone``."""
+        if self.agent is None:
+            return entry.tap.serves  # type: ignore[no-any-return]
+        tunnel = self._tunnel_of(entry)
+        if tunnel is None or getattr(tunnel.serves, "tap", None) is None:
+            raise Problem("inspect.tunnel_gone")
+        return tunnel.serves
+
     # ── exports ───────────────────────────────────────────────────────────────────────────────────────────────────
     def _public_url(self, entry: Entry) -> str:
-        return next((t.url for t in self._all_tunnels() if t.serves is entry.tap.serves), "")
+        tunnel = self._tunnel_of(entry)
+        return tunnel.url if tunnel is not None else ""
 
     async def _curl(self, request: Request, ident: str) -> Answer:
         entry = self._find(ident)

@@ -309,9 +309,11 @@ class Recorder:
         self._running: dict[int, Entry] = {}
         self._clock: list[tuple[float, float]] = [(0.0, time.time() - perf_counter())]
 
-    def tap(self, serves: Any, target: str) -> Tap:
-        """An entrance for one tunnel."""
-        return Tap(self, serves, target)
+    def tap(self, serves: Any, target: str, name: str = "") -> Tap:
+        """An entrance for one tunnel, whose name may be told later."""
+        made = Tap(self, serves, target)
+        made.name = name
+        return made
 
     def evict(self) -> None:
         """Drop the oldest entries until the rest fits; those that still run stay listed, without bodies."""

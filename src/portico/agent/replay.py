@@ -138,13 +138,13 @@ def compose(entry: Entry, edit: Edit) -> Composed:
     return Composed([edit.method or recorded[0], edit.path or recorded[1], *flat], flags, body, trailers)
 
 
-async def replay(entry: Entry, edit: Edit, settings: AgentSettings) -> Entry:
-    """Send ``entry`` again and return the entry of the replay, which is over unless its limit of time cut it off.
+async def replay(entry: Entry, edit: Edit, serves: Serves, settings: AgentSettings) -> Entry:
+    """Send ``entry`` again to ``serves`` and return the entry of the replay, which is over unless its limit of time cut it off.
 
     Raises what makes it impossible, ``inspect.edit_invalid`` for an edit that is no HTTP.
     """
     request = compose(entry, edit)
-    loopback = _Loopback(entry.tap.serves, entry.tap.recorder)
+    loopback = _Loopback(serves, entry.tap.recorder)
     try:
         made = loopback.send(request)
     except ValueError as err:

@@ -65,6 +65,15 @@ def _server(text: str, folder: Path) -> str:
     return _worded(server_url, text)
 
 
+def _web_addr(text: str, folder: Path) -> str:
+    from portico.agent.inspector import listening_address
+    from portico.settings import AgentSettings
+
+    # Whether other machines may reach it is a setting of this machine, and checked when the page is opened.
+    _worded(lambda value: listening_address(AgentSettings(web_addr=value, web_allow_remote=True)), text)
+    return text
+
+
 def _path(text: str, folder: Path) -> Path:
     return folder / Path(text).expanduser()
 
@@ -154,6 +163,8 @@ TOP = (
     Key("ca_file", "path", _path, "CA bundle for an https API or wss relay with a private CA.", "the public ones", "./ca.pem"),
     Key("region", "text", _text, "Preferred region.", "the platform chooses", "eu"),
     Key("log_level", "level", _log_level, "Lowest level of log records: " + ", ".join(LOG_LEVELS) + ".", "INFO", "WARNING"),
+    Key("web_addr", "HOST:PORT", _web_addr, "Address of the local page that shows requests, or `false` for none.",
+        "127.0.0.1:4040", "false"),
     Key("tunnels", "map", about="Tunnels by name. A name is also the subdomain where `subdomain` says nothing else.",
         required=True),
     _missing("agent_key", "a key does not belong into a file that is shared; use agent_key_env or agent_key_file"),
@@ -181,7 +192,7 @@ TUNNEL = (
     Key("remote_port", "port", _number(1, 65_535), "Public port, of the platform's range.", "a free one", "7105", only="tcp"),
     Key("proxy_protocol", "1 or 2", _number(1, 2), "Tell the target each visitor's address by a PROXY header of this version.",
         "no header", "2", only="tcp"),
-    Key("inspect", "switch", _switch, "Keep requests for inspection.", "true", "false"),
+    Key("inspect", "switch", _switch, "Keep requests for the local page.", "true", "false"),
     Key("ttl", "duration", lambda text, folder: parse_duration(text),
         "The tunnel ends itself this long after it came online, such as `90s`, `15m` or `1h30m`.", "it stays", "2h"),
     _missing("pool", "several agents behind one tunnel do not exist yet; one agent serves a tunnel, another takes over"),

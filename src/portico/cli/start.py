@@ -60,7 +60,7 @@ def start(
     if found.faults:
         raise refused(found.faults)
     _check_names(found, names, everything)
-    own = {k: v for k, v in found.settings.items() if k in ("server", "region", "log_level", "ca_file")}
+    own = {k: v for k, v in found.settings.items() if k in ("server", "region", "log_level", "ca_file", "web_addr")}
     agent = settings.agent_settings(typed, own)
     mode = output.display_mode(json)
     serving = app.serve(
