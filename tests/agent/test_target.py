@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from portico.agent.target import Target, parse_target, tls_context, why_unreachable
+from portico.agent.target import Target, parse_target, parse_tcp_target, tls_context, why_unreachable
 from portico.errors import Problem
 
 
@@ -78,3 +78,31 @@ def test_tls_is_verified_except_on_this_machine() -> None:
 )
 def test_words(err: OSError, words: str) -> None:
     assert why_unreachable(Target("tcp", "app", 80), err, 3.0) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("22", "tcp://localhost:22"),
+        (" 5432 ", "tcp://localhost:5432"),
+        ("db.internal:5432", "tcp://db.internal:5432"),
+        ("tcp://10.0.0.2:22", "tcp://10.0.0.2:22"),
+        ("TCP://[::1]:22/", "tcp://[::1]:22"),
+        ("80", "tcp://localhost:80"),  # no default port is left out
+        ("unix:/run/app.sock", "unix:/run/app.sock"),
+        ("unix:///run/app.sock", "unix:/run/app.sock"),
+    ],
+)
+def test_targets_of_tcp_tunnels(text: str, url: str) -> None:
+    target = parse_tcp_target(text)
+    assert target.url == url and target.raw and not target.tls
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "host", "tcp://", "tcp://host", "http://host:80", "https://host", "file:///tmp", "file:x", "0", "65536", "a/b:1"],
+)
+def test_what_is_none_of_a_tcp_tunnel(text: str) -> None:
+    with pytest.raises(Problem) as refused:
+        parse_tcp_target(text)
+    assert refused.value.code == "target.invalid" and "tcp://host:port" in refused.value.hint

@@ -185,6 +185,8 @@ class JsonLines(Display):
         if tunnel.problem is not None and tunnel.state in ("offline", "ended"):
             members |= {"code": tunnel.problem.code, "detail": tunnel.problem.detail}
         event = {"ended": "error" if tunnel.problem is not None else "ended"}.get(tunnel.state, tunnel.state)
+        if event == "offline" and not tunnel.was_online and tunnel.problem is not None:
+            self.warning(f"{tunnel.name} is not online yet, trying again: {tunnel.problem.detail}")
         if event == "starting" or (event == "offline" and not tunnel.was_online):
             return
         if event == "ended":

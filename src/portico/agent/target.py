@@ -153,15 +153,21 @@ def parse_target(text: str) -> Target:
 
 def parse_tcp_target(text: str) -> Target:
     """The TARGET of a TCP tunnel: 8000, host:port, tcp://host:port or unix:/path; raises ``target.invalid``."""
-    text = text.strip()
+    try:
+        return replace(parse_target(_bytes_target(text.strip())), raw=True)
+    except Problem as problem:
+        hint = "Use 22, host:port, tcp://host:port or unix:/path."
+        raise Problem(problem.code, problem.detail, hint=hint) from None
+
+
+def _bytes_target(text: str) -> str:
+    """``text`` as :func:`parse_target` takes it, without what only HTTP can reach."""
     scheme, _, rest = text.partition("://")
     if rest and scheme.lower() == "tcp":
-        text = rest.rstrip("/")
-    elif rest and scheme.lower() != "unix":
-        raise _refuse(text, "a TCP tunnel carries bytes: give a port, host:port, tcp://host:port or unix:/path")
-    if text.lower().startswith("file:"):
-        raise _refuse(text, "a folder is served by portico http")
-    return replace(parse_target(text), raw=True)
+        return rest.rstrip("/")
+    if (rest and scheme.lower() != "unix") or text.lower().startswith("file:"):
+        raise _refuse(text, "a TCP tunnel carries bytes, so it needs a port or a socket")
+    return text
 
 
 def tls_context(target: Target, verify: bool | None) -> ssl.SSLContext | None:
