@@ -100,7 +100,19 @@ def test_targets_of_tcp_tunnels(text: str, url: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "host", "tcp://", "tcp://host", "http://host:80", "https://host", "file:///tmp", "file:x", "0", "65536", "a/b:1"],
+    [
+        "",
+        "host",
+        "tcp://",
+        "tcp://host",
+        "http://host:80",
+        "https://host",
+        "file:///tmp",
+        "file:x",
+        "0",
+        "65536",
+        "a/b:1",
+    ],
 )
 def test_what_is_none_of_a_tcp_tunnel(text: str) -> None:
     with pytest.raises(Problem) as refused:

@@ -641,6 +641,18 @@ class TestDrain:
     def relay_settings(self) -> dict[str, Any]:
         return {"drain_seconds": 1.0}
 
+    async def test_a_renewed_grant_does_not_open_the_port_again(
+        self, relay: Relay, agent: TcpAgent, visit: Any, number: int
+    ) -> None:
+        await visit()
+        await agent.stream()
+        stopping = asyncio.create_task(relay.stop())
+        await until(lambda: not listening(number))
+        agent.bound.clear()
+        await agent.online(tcp_grant(number))
+        assert not listening(number)
+        await stopping
+
     async def test_connections_go_on_until_the_limit(
         self, relay: Relay, agent: TcpAgent, visit: Any, number: int
     ) -> None:

@@ -139,12 +139,13 @@ class Relay:
         self._stopped = True
         for server in self.servers:
             server.close()
-        self.ports.close()
+        self.ports.draining = True
         self.agents.go_away()
         self.peers.go_away()
         self.link.leave(successor=moving and self.settings.notify_fd is not None)
         notify.stopping(self.settings.notify_fd)
         await self._drain(moving)
+        self.ports.close()
         self.peers.withdraw_all()
         await self._until(lambda: not self.peers.hops(), PARTING_SECONDS)
         if cut := self.public.close():

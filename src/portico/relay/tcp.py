@@ -26,7 +26,7 @@ from portico.wire.session import Stream
 
 if TYPE_CHECKING:
     from portico.relay.listeners import PublicServer
-    from portico.relay.sessions import Agents, LiveTunnel
+    from portico.relay.sessions import AgentConnection, Agents, LiveTunnel
 
 log = logging.getLogger("portico.relay.tcp")
 
@@ -65,8 +65,9 @@ class TcpPorts:
         self.open: dict[int, Port] = {}
         self._starting: set[asyncio.Task[None]] = set()
         self._said: dict[tuple[str, str], tuple[float, int]] = {}
-        self._closed = False
+        self.draining = False
         agents.listen = self.listen
+        agents.on_leaving.append(self._leaving)
         agents.on_dropped.append(self._dropped)
         agents.on_ended.append(self._ended)
 
@@ -75,7 +76,7 @@ class TcpPorts:
         """Open the port of a tunnel that was just bound. ``False``: not yet; ``Agents`` hears once it is open, or will not
         be."""
         number = live.grant.port
-        if number is None:
+        if number is None or self.draining:  # a grant that is renewed now: the port is another relay's, or soon will be
             return True
         for port in [p for p in self.open.values() if p.tunnel == live.grant.tun and p.number != number]:
             self._close(port)
@@ -86,7 +87,7 @@ class TcpPorts:
 
     def _retry(self, number: int, live: LiveTunnel, deadline: float, refusal: Problem) -> None:
         """Whoever has the port (a relay that just died or drains) may be letting it go: try until ``deadline``."""
-        passing = refusal.code == "up.port_taken" and self.loop.time() < deadline and not self._closed
+        passing = refusal.code == "up.port_taken" and self.loop.time() < deadline and not self.draining
         self.loop.call_later(RETRY_SECONDS if passing else 0, self._again, number, live, deadline, passing, refusal)
 
     def _again(self, number: int, live: LiveTunnel, deadline: float, passing: bool, refusal: Problem) -> None:
@@ -149,9 +150,15 @@ class TcpPorts:
             if port.server is not None:
                 port.server.close()
 
+    def _leaving(self, connection: AgentConnection, delay: float) -> None:
+        """The relay drains: another one needs the ports of this agent by the time that it moves. Connections go on."""
+        for live in connection.binds.values():
+            port = self.open.get(live.grant.port or 0)
+            if port is not None and port.live is live:
+                self.loop.call_later(delay, self._close, port)
+
     def close(self) -> None:
-        """The relay stops: no port is open any more, so that another relay can have it. Connections go on."""
-        self._closed = True
+        """The relay stops: no port is open any more."""
         for port in list(self.open.values()):
             self._close(port)
 
