@@ -69,6 +69,18 @@ class TestPresence:
         assert found[0]["details"] == where | {"reason": "the agent is stopping"} and found[1]["details"] == where
         assert (found[0]["tunnel"], found[0]["name"]) == (tunnel, "comes-and-goes")
 
+    async def test_a_relay_that_was_restarted_knows_no_reason(
+        self, owner: Account, agent: httpx.AsyncClient, beat: Beat
+    ) -> None:
+        tunnel = await made(owner.client, "relay-restarted")
+        session = await session_of(agent, "relay-restarted")
+        await beat({tunnel: session})
+        await beat({})
+        await beat({tunnel: session})
+        found = (await events(owner.client, tunnel))[:3]
+        assert [e["kind"] for e in found] == ["online", "offline", "online"]
+        assert found[1]["details"]["reason"] == "the relay was restarted"
+
     async def test_another_session_is_online_anew(self, owner: Account, agent: httpx.AsyncClient, beat: Beat) -> None:
         tunnel = await made(owner.client, "taken-over")
         first, second = await session_of(agent, "taken-over"), "ses_other"

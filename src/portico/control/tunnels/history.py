@@ -30,12 +30,17 @@ async def presence_changed(
 ) -> None:
     """Events for what came to ``relay`` and what went (tunnel → session); ``left`` says why.
 
-    A tunnel that another live relay has bound by now has moved, and is not off line.
+    A tunnel that another live relay has bound by now has moved, and is not off line. A relay that cannot say why a tunnel went
+    never had it: it is a new process under the name.
     """
     came = [tunnel for tunnel, session in now.items() if before.get(tunnel) != session]
     gone = [tunnel for tunnel in before if tunnel not in now]
     held = {row["tunnel_id"] for row in await store.live_bindings(tx, gone, lease)} if gone else set()
-    events = [("offline", tunnel, before[tunnel], left.get(tunnel, "")) for tunnel in gone if tunnel not in held]
+    events = [
+        ("offline", tunnel, before[tunnel], left.get(tunnel) or "the relay was restarted")
+        for tunnel in gone
+        if tunnel not in held
+    ]
     await _add(tx, relay, [*events, *(("online", tunnel, now[tunnel], "") for tunnel in came)])
 
 
