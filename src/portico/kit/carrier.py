@@ -13,6 +13,8 @@ from typing import Protocol
 
 from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
 
+from portico.kit.masked import CLOSE, PING, Reader, masked
+
 log = logging.getLogger("portico.carrier")
 
 HEADROOM = 14
@@ -23,6 +25,8 @@ _STAMP = Struct("!d")
 MAX_MESSAGE = 1_048_576
 #: Small frames are joined into messages of at most about this many bytes.
 JOIN_LIMIT = 262_144
+#: Messages from this size on are masked by us (see :mod:`portico.kit.masked`).
+MASK_FROM = 4_096
 #: A peer that reads nothing while it makes us answer is cut off at this many unsent bytes.
 MAX_UNSENT = 67_108_864
 #: Unsent bytes above which streams are told to wait.
@@ -34,7 +38,7 @@ class Peer(Protocol):
 
     wake: Callable[[], None]
 
-    def feed(self, message: memoryview) -> bool:
+    def feed(self, message: bytes | memoryview) -> bool:
         """Take one message; ``False`` ends the connection after what is queued was sent."""
 
     def take(self) -> list[bytes | bytearray]: ...
@@ -80,6 +84,8 @@ class Carrier(WSListener):
     def on_ws_connected(self, transport: WSTransport) -> None:
         self.transport = transport
         transport.underlying_transport.set_write_buffer_limits(high=HIGH_WATER, low=HIGH_WATER // 4)
+        if not transport.is_client_side:
+            Reader(self, transport.underlying_transport, MAX_MESSAGE)
         self.heard = self._ticked = self._loop.time()
         self._timer = self._loop.call_later(self.ping_interval, self._tick)
         if self._on_open is not None:
@@ -87,20 +93,31 @@ class Carrier(WSListener):
         self._wake()
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
-        self.heard = self._loop.time()
         kind = frame.msg_type
         if kind == WSMsgType.BINARY and frame.fin:
-            if not self.session.feed(frame.get_payload_as_memoryview()):
-                self.end(WSCloseCode.PROTOCOL_ERROR, "session ended")
-        elif kind == WSMsgType.CLOSE:
-            self._reason = frame.get_close_reason() or "closed by the other side"
-            transport.disconnect()
-        elif kind == WSMsgType.PING:
-            # picows would answer without a look at what is unsent: a peer that reads nothing could fill our memory.
-            if transport.underlying_transport.get_write_buffer_size() < HIGH_WATER:
-                transport.send_pong(frame.get_payload_as_bytes())
-        elif kind != WSMsgType.PONG:
+            self.on_message(frame.get_payload_as_memoryview())
+        elif kind in (WSMsgType.CLOSE, WSMsgType.PING, WSMsgType.PONG):
+            self.on_control(kind.value, frame.get_payload_as_bytes())
+        else:
             self.end(WSCloseCode.UNSUPPORTED_DATA, "only whole binary messages are spoken here")
+
+    def on_message(self, message: bytes | memoryview) -> None:
+        """A whole binary message."""
+        self.heard = self._loop.time()
+        if not self.session.feed(message):
+            self.end(WSCloseCode.PROTOCOL_ERROR, "session ended")
+
+    def on_control(self, kind: int, payload: bytes) -> None:
+        """CLOSE, PING or PONG."""
+        self.heard = self._loop.time()
+        transport = self.transport
+        assert transport is not None
+        if kind == CLOSE:
+            self._reason = payload[2:].decode(errors="replace") or "closed by the other side"
+            transport.disconnect()
+        elif kind == PING and transport.underlying_transport.get_write_buffer_size() < HIGH_WATER:
+            # picows would answer without a look at what is unsent: a peer that reads nothing could fill our memory.
+            transport.send_pong(payload)
 
     def on_ws_disconnected(self, transport: WSTransport) -> None:
         self._ended = True
@@ -147,8 +164,11 @@ class Carrier(WSListener):
 
     def _send(self, message: bytearray) -> None:
         assert self.transport is not None
-        # The one picows call that never keeps a reference to a buffer of ours, and frames it in place.
-        self.transport.send_reuse_external_bytearray(WSMsgType.BINARY, message, HEADROOM)
+        if len(message) >= MASK_FROM and self.transport.is_client_side:
+            self.transport.underlying_transport.writelines(masked(memoryview(message)[HEADROOM:]))
+        else:
+            # The one picows call that never keeps a reference to a buffer of ours, and frames it in place.
+            self.transport.send_reuse_external_bytearray(WSMsgType.BINARY, message, HEADROOM)
         if self.transport.underlying_transport.get_write_buffer_size() > MAX_UNSENT:
             self.abort("the other side does not read")
 
