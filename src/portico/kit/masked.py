@@ -15,7 +15,11 @@ from struct import Struct
 from typing import Any, Final, Protocol, cast
 
 from picows import WSCloseCode
-from websockets.utils import apply_mask
+
+try:
+    from websockets.speedups import apply_mask
+except ImportError:  # a platform without a compiled wheel: right, and slow
+    from websockets.utils import apply_mask
 
 #: Bytes that one read may bring. Shared by all readers of the process: what a read brought is used before the next.
 READ_BYTES: Final = 262_144
