@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from portico.agent import proxy as proxies
+from portico.agent import transport
 from portico.agent.api import Api
 from portico.agent.link import Link
 from portico.errors import Problem
@@ -56,6 +57,7 @@ class TestWhichProxy:
             ({"HTTPS_PROXY": "http://p:1"}, "wss://a.example", "http://p:1"),
             ({"HTTPS_PROXY": "http://p:1"}, "ws://a.example", None),
             ({"HTTP_PROXY": "p:1"}, "ws://a.example", "http://p:1"),
+            ({"ALL_PROXY": "socks://p:1080/"}, "http://a.example", "socks5h://p:1080"),
             ({"ALL_PROXY": "socks5h://p"}, "http://a.example", "socks5h://p:1080"),
             ({"ALL_PROXY": "socks5://p:9", "https_proxy": "p"}, "wss://a.example", "http://p:80"),
             ({"https_proxy": "http://low:1", "HTTPS_PROXY": "http://high:1"}, "https://a.example", "http://low:1"),
@@ -357,6 +359,19 @@ class TestTls:
                 await other.call("GET", "whoami")
             await other.aclose()
         assert caught.value.code == "api.unreachable" and "certificate is not trusted" in caught.value.detail
+        await server.stop()
+
+    async def test_an_idle_connection_is_not_kept_for_long(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(transport, "KEEP_SECONDS", 0.05)
+        server = await TestApi().start()
+        server.routes["GET /v1/whoami"] = lambda body: (200, {"kind": "agent_key"})
+        async with proxy(kind) as way:
+            api = Api(server.url, Secret(KEY), settings(way.url))
+            await api.call("GET", "whoami")
+            await asyncio.sleep(0.1)
+            await api.call("GET", "whoami")
+            assert way.opened == 2
+            await api.aclose()
         await server.stop()
 
     async def test_a_kept_connection_that_the_api_closed_is_opened_anew(self, kind: str) -> None:

@@ -28,7 +28,7 @@ class TestProxyOption:
             assert {port for _, port in way.asked} == {relay.port, cli.api.port}
             process.send_signal(signal.SIGTERM)
             _, err = await process.communicate()
-            assert b"s3cret" not in err
+            assert b"s3cret" not in err and b"the platform is reached through http://***@127.0.0.1" in err
 
     async def test_a_proxy_that_is_not_there_is_named_with_exit_code_4(self, cli: Cli) -> None:
         await cli.login()

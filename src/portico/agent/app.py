@@ -73,6 +73,8 @@ async def serve(
     display = make_display(mode, settings, stats, color=color)
     display.qr = qr
     api = Api(credentials.server, credentials.agent_key, settings)
+    if api.proxy is not None:
+        log.info("the platform is reached through %s", api.proxy)
     fleet = Fleet(lambda options: _forwarder(options, settings, stats, inspector), display)
     agent = Agent(settings, api, fleet.begin(tunnels), display)
     fleet.agent = display.agent = agent

@@ -69,6 +69,8 @@ def parse(text: str, source: str = "proxy_url") -> Proxy:
     The text itself is never in the error: it may hold a password.
     """
     url = text.strip() if "://" in text else f"http://{text.strip()}"
+    if url.startswith("socks://"):  # how desktops write ALL_PROXY
+        url = f"socks5h{url[5:]}"
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port

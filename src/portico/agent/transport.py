@@ -22,6 +22,9 @@ from portico.errors import Problem
 from portico.kit.dial import connect_tcp, reason
 from portico.settings import AgentSettings
 
+#: Idle connections that are kept, and for how many seconds: what a NAT or proxy forgot meanwhile would hang.
+KEPT, KEEP_SECONDS = 4, 5.0
+
 
 class Transport(httpx.AsyncHTTPTransport):
     """Connections go through ``proxy``, if any, which opens them within ``timeout`` seconds; its problems pass as they are."""
@@ -30,7 +33,12 @@ class Transport(httpx.AsyncHTTPTransport):
         # A plain context is never used: it stands where http needs none, and costs no trust store to load.
         context = verify if isinstance(verify, ssl.SSLContext) else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         super().__init__(verify=context, trust_env=False)
-        self._pool = httpcore.AsyncConnectionPool(ssl_context=context, network_backend=_Backend(proxy, timeout))
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=context,
+            max_keepalive_connections=KEPT,
+            keepalive_expiry=KEEP_SECONDS,
+            network_backend=_Backend(proxy, timeout),
+        )
 
 
 def trust(settings: AgentSettings) -> ssl.SSLContext:
