@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Served = Forwarder | FileServer | TcpForwarder
 #: Seconds between two looks at forwarders that finish their last requests.
 _RETIRED_LOOK_SECONDS = 0.5
+#: Targets that are looked at at once.
+_PROBES = 8
 
 
 class Fleet:
@@ -37,6 +39,7 @@ class Fleet:
         self._first: list[Served] = []
         self._retired: set[Served] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._probing = asyncio.Semaphore(_PROBES)
 
     def _make(self, options: TunnelOptions) -> Served:
         served = self._make_served(options)
@@ -84,11 +87,12 @@ class Fleet:
         assert self.agent is not None
         await self.agent.started.wait()
         first, self._first = self._first, []
-        for served in first:
-            await self._warn(served)
+        # Tunnels may share a target; each is looked at once, a few at a time.
+        await asyncio.gather(*(self._warn(served) for served in {(s.target, type(s)): s for s in first}.values()))
 
     async def _warn(self, served: Served) -> None:
-        why = await served.probe()
+        async with self._probing:
+            why = await served.probe()
         if why is not None:
             then = "are turned away" if isinstance(served, TcpForwarder) else "get 502"
             self.events.warning(f"{why} yet; visitors {then} until the app answers there")

@@ -71,12 +71,7 @@ class Forwarder:
 
     async def probe(self) -> str | None:
         """Why the target cannot be reached now, or ``None``."""
-        try:
-            connection = await self.pool.connect(lambda: TargetConnection(self.pool))
-        except OSError as err:
-            return self.pool.why(err)
-        connection.abort()
-        return None
+        return await self.pool.probe()
 
     @property
     def busy(self) -> bool:

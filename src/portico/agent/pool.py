@@ -30,7 +30,7 @@ class Pool:
         self.context = context
         self.settings = settings
         self.loop = asyncio.get_running_loop()
-        self.view = memoryview(bytearray(RECEIVE_BYTES))
+        self._view: memoryview | None = None
         self.idle: list[TargetConnection] = []
         self.open: set[TargetConnection] = set()
         self.active: dict[Exchange, None] = {}
@@ -39,6 +39,13 @@ class Pool:
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._closed = self._retired = False
+
+    @property
+    def view(self) -> memoryview:
+        """The receive buffer of all connections, while there are any: a thousand idle tunnels should not hold one each."""
+        if self._view is None:
+            self._view = memoryview(bytearray(RECEIVE_BYTES))
+        return self._view
 
     # ── taking and giving back ────────────────────────────────────────────────────────────────────────────────────
     def take(self, careful: bool) -> TargetConnection | None:
@@ -130,6 +137,14 @@ class Pool:
         )
         return made
 
+    async def probe(self) -> str | None:
+        """Why the target cannot be reached now, or ``None``."""
+        try:
+            await dial(self.target, _Knock, self.context, self.settings.target_connect_timeout_seconds)
+        except OSError as err:
+            return self.why(err)
+        return None
+
     def why(self, err: BaseException) -> str:
         """The sentence for a failed :meth:`connect`."""
         return why_unreachable(self.target, err, self.settings.target_connect_timeout_seconds)
@@ -159,6 +174,8 @@ class Pool:
             connection.abort()
         if self.active or self.idle:
             self._arm()
+        elif not self.open and not self.dialling:
+            self._view = None
 
     def close(self) -> None:
         """Close idle connections now; those in use close when they are done."""
@@ -189,6 +206,13 @@ class Pool:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class _Knock(asyncio.Protocol):
+    """A connection that is only opened."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
 
 
 def _readable(connection: TargetConnection) -> bool:
