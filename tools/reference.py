@@ -232,6 +232,28 @@ _CLI_INTRO = """# Command line
 `portico NAME --help` says the same in a terminal; `-h` works too. Options may stand before and behind arguments. A default in
 [brackets] is what happens without the option. Every setting of a command can also come from the
 [environment or a file](limits.md). [Exit codes](exit-codes.md) have a page of their own.
+
+## What `http`, `tcp` and `start` print
+
+On a terminal: a screen with the session, every tunnel and the last requests; of more tunnels than fit, those with trouble first.
+Without a terminal: log lines on stderr and one line `URL -> TARGET` for each tunnel on stdout. With `--json`: one object a line
+on stdout, log lines on stderr; the first line of each tunnel is `online` (or `error`, when it never was).
+
+| `event` | when | members besides |
+|---|---|---|
+| `online` | a tunnel is online; again: it is back, or its target or URL is another now | `name`, `url`, `target`, `tunnel` |
+| `offline` | the platform or the network took it away; the agent tries on | the same, `code`, `detail` |
+| `reconnecting` | the session is being opened anew | `detail` |
+| `error` | the tunnel was refused, or the platform ended it | `name`, `url`, `target`, `code`, `detail` |
+| `ended` | its own time is over | the same as `online`, `reason`: `ttl` |
+| `removed` | it is no longer in `portico.yml` | the same as `online` |
+| `request` | a request was answered (499: the visitor left) | `method`, `path`, `status`, `duration_ms`, `started_at` |
+| `requests_skipped` | more of them than `request_lines_per_second` | `count` |
+
+`--ttl` counts on this machine, from the first moment online and also while the machine sleeps. At its end the tunnel takes no
+new requests, those in flight finish, and the URL answers `edge.tunnel_offline`; with the last tunnel the command ends with exit
+code 0.
+`--qr` draws on the screen, else on stderr.
 """
 
 

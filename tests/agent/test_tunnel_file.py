@@ -46,6 +46,7 @@ class TestValues:
             agent_key_file: ./key
             region: eu
             log_level: warning
+            proxy_url: socks5h://10.0.0.1:1080
             tunnels:
               web: {addr: 8000}
               shop:
@@ -61,7 +62,7 @@ class TestValues:
         assert config.faults == []
         assert config.settings == {
             "version": 1, "server": "https://portico.example.com", "agent_key_file": tmp_path / "key", "region": "eu",
-            "log_level": "WARNING",
+            "log_level": "WARNING", "proxy_url": "socks5h://10.0.0.1:1080",
         }  # fmt: skip
         assert list(config.tunnels) == ["web", "shop"]
         options = tunnel_options(config.tunnels["shop"])
@@ -77,6 +78,12 @@ class TestValues:
         options = tunnel_options(config.tunnels["ssh"])
         assert options.spec == {"name": "ssh", "protocol": "tcp", "remote_port": 7105}
         assert (options.target.url, options.proxy_protocol) == ("tcp://localhost:22", 2)
+
+    def test_the_example(self) -> None:
+        config = read([Path(__file__).parents[2] / "examples" / "portico.yml"], LIMIT)
+        assert config.faults == []
+        kinds = {name: tunnel_options(t).target.kind for name, t in config.tunnels.items()}
+        assert kinds == {"app": "tcp", "notes": "file", "shell": "tcp"}
 
     def test_numbers_are_taken_as_typed(self, tmp_path: Path) -> None:
         """YAML 1.1 reads 22:22 as 1342 and 010 as 8."""
@@ -172,6 +179,8 @@ class TestFaults:
             ("version: 1\nagent_key_env: A\nagent_key_file: b\ntunnels: {}\n", 3, 17, "not both"),
             ("version: 1\nagent_key_env: a b\ntunnels: {}\n", 2, 16, "not the name of an environment variable"),
             ("version: 1\nagent_key: tnl_agt_x\ntunnels: {}\n", 2, 1, "does not belong into a file"),
+            ("version: 1\nproxy_url: socks5://u:p@h:1\ntunnels: {}\n", 2, 12, "put the URL into PORTICO_PROXY_URL"),
+            ("version: 1\nproxy_url: gopher://h:1\ntunnels: {}\n", 2, 12, "proxy_url"),
             ("version: 1\nlog_level: LOUD\ntunnels: {}\n", 2, 12, "not one of DEBUG"),
             ("version: 1\nserver: 'http://'\ntunnels: {}\n", 2, 9, "not the address of an API"),
         ],

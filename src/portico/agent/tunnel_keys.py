@@ -74,6 +74,17 @@ def _web_addr(text: str, folder: Path) -> str:
     return text
 
 
+def _proxy(text: str, folder: Path) -> str:
+    from portico.agent import proxy
+
+    if text in proxy.OFF:
+        return text
+    if "@" in text:
+        raise ValueError("a password does not belong into a file that is shared; put the URL into PORTICO_PROXY_URL")
+    _worded(proxy.parse, text)
+    return text
+
+
 def _path(text: str, folder: Path) -> Path:
     return folder / Path(text).expanduser()
 
@@ -161,6 +172,10 @@ TOP = (
     Key("agent_key_file", "path", _path, "File that holds the agent key alone; a relative path is one below this file.",
         example="./agent.key"),
     Key("ca_file", "path", _path, "CA bundle for an https API or wss relay with a private CA.", "the public ones", "./ca.pem"),
+    Key(
+        "proxy_url", "URL", _proxy, "Proxy to the platform, with `http://`, `socks5://` or `socks5h://`; `none` for no proxy.",
+        "HTTPS_PROXY, ALL_PROXY", "socks5h://10.0.0.1:1080",
+    ),
     Key("region", "text", _text, "Preferred region.", "the platform chooses", "eu"),
     Key("log_level", "level", _log_level, "Lowest level of log records: " + ", ".join(LOG_LEVELS) + ".", "INFO", "WARNING"),
     Key("web_addr", "HOST:PORT", _web_addr, "Address of the local page that shows requests, or `false` for none.",
@@ -221,7 +236,7 @@ OTHER_NAMES = {
         "endpoints": "tunnels", "ingress": "tunnels", "proxies": "tunnels", "apps": "tunnels",
         "authtoken": "agent_key_env", "auth_token": "agent_key_env", "token": "agent_key_env", "api_key": "agent_key_env",
         "credentials-file": "agent_key_file", "connect_url": "server", "server_addr": "server", "serverAddr": "server",
-        "connect_cas": "ca_file", "loglevel": "log_level",
+        "connect_cas": "ca_file", "loglevel": "log_level", "proxyURL": "proxy_url",
     },
     "tunnel": {
         "proto": "protocol", "type": "protocol", "schemes": "protocol",
