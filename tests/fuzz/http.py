@@ -203,10 +203,14 @@ class Server(PublicServer):
         self._by_address: Counter[str] = Counter()
         self._held: list[Visitor] = []
         self._base = b"localhost"
+        self.idle_seconds = self.first_byte_seconds = 60.0
         self._draining = False
 
     def find(self, host: bytes) -> Any:
-        return (None, False) if host == b"nobody" else (self.tunnel, True)
+        return None if host == b"nobody" else self.tunnel
+
+    def knows(self, host: bytes) -> bool:
+        return host != b"nobody"
 
 
 async def relay_reads(data: bytes, sizes: random.Random | None, switch: bool) -> list[Request]:

@@ -28,6 +28,9 @@ def decoded(kind: int, payload: bytes) -> dict[str, Any]:
     if kind in (f.RESPONSE, f.INTERIM):
         status, head = f.decode_response(payload)
         return {"status": status, "head": latin(head)}
+    if kind == f.ANSWER:
+        response, body = f.decode_answer(payload)
+        return decoded(f.RESPONSE, response) | {"data": body.hex()}
     if kind == f.END:
         return {"trailers": latin(f.decode_trailers(payload))}
     if kind == f.RESET:
@@ -52,6 +55,9 @@ def encoded(vector: dict[str, Any]) -> bytes:
         return f.frame(kind, ident, f.encode_request(fields["bind"], head), flags)
     if kind in (f.RESPONSE, f.INTERIM):
         return f.frame(kind, ident, f.encode_response(fields["status"], head), flags)
+    if kind == f.ANSWER:
+        begin = f.encode_answer(f.encode_response(fields["status"], head))
+        return f.frame(kind, ident, begin + bytes.fromhex(fields["data"]), flags)
     if kind == f.END:
         return f.frame(kind, ident, f.encode_trailers(head), flags)
     if kind == f.RESET:

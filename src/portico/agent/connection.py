@@ -12,17 +12,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
-from portico.agent.heads import HeadError, ResponseHead, trailer_fields
+from portico.agent.heads import KNOWN_ANSWERS, HeadError, KnownAnswer, ResponseHead, trailer_fields
 from portico.wire import frames as f
 
 if TYPE_CHECKING:
-    from portico.agent.forward import Exchange
+    from portico.agent.forward import Exchange, Forwarder
     from portico.agent.pool import Pool
     from portico.agent.raw import RawPipe
+    from portico.wire.session import Session, Stream
 
 log = logging.getLogger("portico.agent")
 
@@ -30,6 +31,10 @@ log = logging.getLogger("portico.agent")
 MIN_READ = 4096
 #: From this Content-Length on the body bypasses the parser: no copy but the one into the frame.
 BYPASS = 65_536
+#: Bytes of an answer that may be taken whole, head and body.
+SMALL = 16_384
+#: Bytes of the read that brings an answer's head.
+HEAD_READ = 65_536
 #: One receive buffer for all connections of a loop: bytes are used before the next read.
 RECEIVE_BYTES = 131_072
 
@@ -37,21 +42,26 @@ RECEIVE_BYTES = 131_072
 class TargetConnection(asyncio.BufferedProtocol):
     """See the module. ``pool`` owns it while it is idle, ``exchange`` while it serves a request, ``raw`` after a 101."""
 
+    lazy: Literal[True] = True
     __slots__ = (
-        "chunked", "close_after", "complete", "exchange", "fields", "fresh_parser", "head", "head_bytes", "held",
+        "asked", "chunked", "close_after", "complete", "exchange", "fields", "fresh_parser", "head", "head_bytes", "head_view", "held",
         "held_end", "idle_since", "junk", "left", "lost", "parser", "pool", "raw", "reading_paused", "reason",
-        "reused", "skip_body", "transport", "view", "write_paused", "writing_since",
+        "reused", "skip_body", "transport", "unknown", "view", "write_paused", "writing_since",
     )  # fmt: skip
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.view = pool.view
+        self.head_view = self.view[:HEAD_READ]
         self.transport: Any = None
         self.exchange: Exchange | None = None
         self.raw: RawPipe | None = None
         self.parser: Any = HttpResponseParser(self)
         self.reused = self.lost = self.write_paused = self.reading_paused = False
         self.idle_since = self.writing_since = 0.0
+        self.unknown = b""  # the first read of an answer whose head was not known
+        #: Session, stream id, forwarder, method, target, bytes written and when, of a request that nothing was heard of.
+        self.asked: tuple[Session, int, Forwarder, bytes, bytes, bytes, float] | None = None
         self.held: list[bytes] = []
         self._reset()
 
@@ -71,6 +81,9 @@ class TargetConnection(asyncio.BufferedProtocol):
         transport.set_write_buffer_limits(high=self.pool.settings.target_write_buffer_bytes)
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        if self.head is None and self.raw is None:
+            # A head, and what comes with it: what of that is above the credit is held.
+            return self.head_view
         owner = self.exchange or self.raw
         if owner is None:
             return self.view
@@ -80,6 +93,8 @@ class TargetConnection(asyncio.BufferedProtocol):
         return self.view[: credit if credit > MIN_READ else MIN_READ]
 
     def buffer_updated(self, nbytes: int) -> None:
+        if self.asked is not None and self._answer(nbytes):
+            return
         exchange = self.exchange
         if exchange is None:
             if self.raw is not None:
@@ -100,13 +115,66 @@ class TargetConnection(asyncio.BufferedProtocol):
         else:
             self._after_read(exchange, nbytes)
 
+    def _answer(self, nbytes: int) -> bool:
+        """A whole answer in the first read of it, whose head is known, to what was asked; else it is for the exchange."""
+        assert self.asked is not None
+        session, ident, forwarder, method, target, out, started = self.asked
+        if nbytes <= SMALL:
+            data = bytes(self.view[:nbytes])
+            end = data.find(b"\r\n\r\n") + 4
+            known = KNOWN_ANSWERS.get(data[:end])
+            if known is not None and known[0] == nbytes - end <= session.send_credit and not session.congested:
+                self.asked = None
+                body = data[end:]
+                session.answer(ident, known[1], body)
+                if forwarder.tap is not None:
+                    forwarder.tap.whole(out, started, known[2], known[1], body)
+                forwarder.stats.answered(method, target, known[2], started)
+                self.pool.release(self)
+                return True
+            self.unknown = data
+        self.materialise()
+        return False
+
+    def materialise(self) -> Stream:
+        """The exchange of what was asked, since something else than a whole answer happened to it."""
+        from portico.agent.forward import Exchange
+
+        assert self.asked is not None
+        session, ident, forwarder, method, target, out, started = self.asked
+        self.asked = None
+        self.exchange = exchange = Exchange(forwarder, method, target)
+        exchange.stream = stream = session.make(ident, exchange)
+        exchange.resume(self, out, started)
+        return stream
+
+    def on_whole(self, response: bytes, body: bytes) -> bool:
+        """Not sent to agents (the session refuses it)."""
+        return False
+
+    def _learn(self, exchange: Exchange) -> None:
+        """Remember the head of an answer that came in one read, ended by its length and kept the connection."""
+        data, self.unknown = self.unknown, b""
+        head = data[: data.find(b"\r\n\r\n") + 4]
+        known = self.head
+        status = exchange.status
+        if known is None or known.length != len(data) - len(head) or self.close_after or self.junk or self.held:
+            return
+        if status >= 200 and status not in (204, 304) and KNOWN_ANSWERS.worth(head):
+            response = f.encode_response(status, known.fields)
+            KNOWN_ANSWERS.remember(head, KnownAnswer(known.length, f.encode_answer(response), status))
+
     def _after_read(self, exchange: Exchange, nbytes: int) -> None:
         if self.complete:
+            if self.unknown:
+                self._learn(exchange)
             if self.held:
                 self.hold()
             else:
                 self._finish(exchange)
-        elif self.head is None:
+            return
+        self.unknown = b""
+        if self.head is None:
             self.head_bytes += nbytes
             if self.head_bytes > self.pool.settings.target_head_max_bytes:
                 exchange.fail(
@@ -125,6 +193,8 @@ class TargetConnection(asyncio.BufferedProtocol):
         self._after_read(exchange, nbytes)
 
     def eof_received(self) -> bool:
+        if self.asked is not None:
+            self.materialise()
         if self.raw is not None:
             return self.raw.eof()
         exchange = self.exchange
@@ -134,6 +204,8 @@ class TargetConnection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
+        if self.asked is not None:
+            self.materialise()
         self.pool.forget(self)
         if self.raw is not None:
             self.raw.lost(exc)

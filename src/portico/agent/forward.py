@@ -9,11 +9,11 @@ callbacks answer into the stream.
 
 from __future__ import annotations
 
-import time
-from typing import Any
+from time import monotonic, perf_counter
+from typing import Any, cast
 
 from portico.agent.connection import TargetConnection
-from portico.agent.heads import HeadError, RequestWriter
+from portico.agent.heads import METHODS_KNOWN, PLAIN_PARTS, HeadError, RequestWriter
 from portico.agent.hints import HostHint
 from portico.agent.pool import Pool
 from portico.agent.raw import RawPipe
@@ -22,7 +22,7 @@ from portico.agent.stats import Stats
 from portico.agent.target import Target, tls_context
 from portico.settings import AgentSettings
 from portico.wire import frames as f
-from portico.wire.session import Sink, Stream
+from portico.wire.session import Session, Sink, Stream
 
 #: Methods that may be sent twice (RFC 9110, 9.2.2): the only ones that are retried after bytes were written.
 IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE", b"PROPFIND", b"REPORT", b"SEARCH"))
@@ -60,9 +60,35 @@ class Forwarder:
 
     def on_request(self, stream: Stream, head: list[bytes], flags: int) -> Sink | None:
         """Start serving one request."""
-        exchange = Exchange(self, stream, head, flags)
+        exchange = Exchange(self, head[0], head[1])
+        exchange.stream = stream
         exchange.begin(head, flags)
         return None if exchange.over else exchange
+
+    def quick(self, session: Session, ident: int, payload: bytes) -> TargetConnection | None:
+        """Serve a request with known fields on an idle connection; nothing is kept of it but what that connection notes."""
+        pool = self.pool
+        if not pool.idle:
+            return None
+        fields, _, last = payload.rpartition(b"\0")
+        method, _, fields = fields[4:].partition(b"\0")
+        target, _, fields = fields.partition(b"\0")
+        known = self.writer.known(fields)
+        if known is None or method not in METHODS_KNOWN or not PLAIN_PARTS(target + b"\0" + last):
+            return None
+        connection = pool.take(False)
+        if connection is None:
+            return None
+        out = method + b" " + target + known + last + b"\r\n\r\n"
+        connection.asked = (session, ident, self, method, target, out, perf_counter())
+        self.stats.open += 1
+        connection.transport.write(out)
+        return connection
+
+    def reveal(self) -> None:
+        """Make exchanges of the requests that nothing was heard of yet, for somebody who wants to see what runs."""
+        for connection in [c for c in self.pool.open if c.asked is not None]:
+            connection.materialise()
 
     def on_open(self, stream: Stream, info: dict[str, Any]) -> Sink | None:
         """No relay asks for it: an HTTP tunnel has no port."""
@@ -91,11 +117,17 @@ class Exchange:
     """One request and its response: the sink of its stream, and the owner of its connection while that serves it."""
 
     # Defaults on the class: an ordinary request sets few of them (half a microsecond each way).
+    stream: Stream
     connection: TargetConnection | None = None
     entry: Entry | None = None
     over = False
     status = 0
     upgrade = False
+    bodiless = False
+    _whole = True
+    _idempotent = True
+    _since = 0.0
+    _out = cast(list[bytes], ())
     _kept: list[bytes] | None = None
     _kept_bytes = 0
     _uncredited = 0
@@ -105,25 +137,36 @@ class Exchange:
     _reused = False
     _trailing = False
 
-    def __init__(self, forwarder: Forwarder, stream: Stream, head: list[bytes], flags: int) -> None:
-        self.stream = stream
-        self.pool = pool = forwarder.pool
-        self._forwarder = forwarder
-        self._method = method = head[0]
-        self._path = head[1]
-        self.bodiless = method == b"HEAD"
-        self._idempotent = method in IDEMPOTENT
-        self._whole = flags & f.F_END != 0
-        self._since = pool.loop.time()
-        self._started = time.perf_counter()
-        self._out: list[bytes] = []
-        if flags & f.F_UPGRADE:
-            self.upgrade = True
-            self._early: list[bytes] = []
+    def __init__(self, forwarder: Forwarder, method: bytes, path: bytes) -> None:
+        self.pool = forwarder.pool
+        self.forwarder = forwarder
+        self.method = method
+        self.path = path
+        self._started = perf_counter()
+        if method == b"HEAD":
+            self.bodiless = True
+
+    def resume(self, connection: TargetConnection, out: bytes, started: float) -> None:
+        """Go on with a request that :meth:`Forwarder.quick` wrote to ``connection``."""
+        self.connection = connection
+        self._reused = True
+        self._kept = [out]
+        self._out = []
+        self._started = self._since = started
+        tap = self.forwarder.tap
+        if tap is not None:
+            self.entry = tap.begin(out, f.F_END, started)
+        self.pool.watch(self)
 
     def begin(self, head: list[bytes], flags: int) -> None:
         """Write the head to a connection of the pool, or wait for one."""
-        forwarder = self._forwarder
+        self._out = []
+        self._whole = flags & f.F_END != 0
+        self._idempotent = self.method in IDEMPOTENT
+        if flags & f.F_UPGRADE:
+            self.upgrade = True
+            self._early: list[bytes] = []
+        forwarder = self.forwarder
         forwarder.stats.opened()
         tap = forwarder.tap
         try:
@@ -135,6 +178,8 @@ class Exchange:
             return
         if tap is not None:
             self.entry = tap.begin(out, flags, self._started)
+        if flags == f.F_END:
+            self.forwarder.writer.learn(head, out)
         if self._body_left < 0:
             self._chunked = True
         if self.upgrade and not self._body_left:
@@ -151,7 +196,7 @@ class Exchange:
                 self._kept = [out]
             connection.transport.write(out)
             return
-        self._out.append(out)
+        self._out = [out]
         if connection is None:
             pool.enqueue(self)
         else:
@@ -163,7 +208,7 @@ class Exchange:
         connection.exchange = self
         self._reused = connection.reused
         self._kept = [] if self._reused and self._idempotent else None
-        self._since = self.pool.loop.time()
+        self._since = monotonic()
         if self._whole or len(self._out) > 1:
             self._flush()
         else:
@@ -237,7 +282,7 @@ class Exchange:
                 self._kept = None
             else:
                 self._kept.append(out)
-        self._since = self.pool.loop.time()
+        self._since = monotonic()
         connection.transport.write(out)
         if not connection.write_paused:
             self.writable()
@@ -269,8 +314,8 @@ class Exchange:
         self.status = status
         self._kept = None
         self.pool.active.pop(self, None)
-        if (status == 403 or status == 400) and self._forwarder.host_hint is not None:
-            self._forwarder.host_hint.look(self, fields)
+        if (status == 403 or status == 400) and self.forwarder.host_hint is not None:
+            self.forwarder.host_hint.look(self, fields)
         if self.entry is not None:
             self.entry.answer(status, fields)
         try:
@@ -281,7 +326,7 @@ class Exchange:
 
     def touched(self) -> None:
         """The target gave a sign of life before its answer."""
-        self._since = self.pool.loop.time()
+        self._since = monotonic()
 
     def sent_whole(self) -> bool:
         """Whether the request was written to its end, so that the connection may serve another one."""
@@ -326,13 +371,15 @@ class Exchange:
             self.pool.dial_for(self)
             return
         why = "reset" if isinstance(exc, OSError) else "closed"
-        self.fail(f.TARGET_INVALID, f"{self._forwarder.target.place} {why} the connection without an answer")
+        self.fail(f.TARGET_INVALID, f"{self.forwarder.target.place} {why} the connection without an answer")
 
     def silent_since(self, now: float) -> float:
         """Seconds for which the target owes an answer, or room for the request."""
         connection = self.connection
         if self.status or not (connection is None or self._whole or connection.write_paused):
             return 0.0
+        if not self._since:  # the hot path reads no clock of the loop: the first look begins the time
+            self._since = now
         return now - self._since
 
     def fail(self, code: int, detail: str) -> None:
@@ -343,7 +390,7 @@ class Exchange:
         if self.entry is not None:
             self.entry.fail(detail)
         if not self.status:
-            self._forwarder.stats.failed(detail)
+            self.forwarder.stats.failed(detail)
         self._close(self.status or (504 if code == f.TARGET_TIMEOUT else 502))
 
     def _close(self, status: int) -> None:
@@ -357,15 +404,16 @@ class Exchange:
         self._record(status)
 
     def _record(self, status: int, still_open: bool = False) -> None:
-        stats = self._forwarder.stats
-        stats.done(self._method, self._path, status, self._started)
-        if not still_open:
-            stats.closed()
-            if self.entry is not None:
-                self.entry.finish(status)
+        stats = self.forwarder.stats
+        if still_open:
+            stats.done(self.method, self.path, status, self._started)
+            return
+        stats.answered(self.method, self.path, status, self._started)
+        if self.entry is not None:
+            self.entry.finish(status)
 
     def _closed(self) -> None:
         """The pipe that the request became has ended."""
-        self._forwarder.stats.closed()
+        self.forwarder.stats.closed()
         if self.entry is not None:
             self.entry.finish(101)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from portico.kit.memo import Memo
 from portico.wire import frames as f
 
 ORDINARY, DROP, HOST, LENGTH, CONNECTION, UPGRADE, ENCODING, TE = range(8)
@@ -35,6 +37,10 @@ _NAME_MAX = 256
 _HEAD_MAX = f.MAX_PAYLOAD - 4
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _METHODS_WITH_BODY = frozenset((b"POST", b"PUT", b"PATCH"))
+#: Methods whose request has no body here and whose answer has the usual framing.
+METHODS_KNOWN = frozenset((b"GET", b"OPTIONS", b"DELETE"))
+#: A target and a request id without octets that either must not have.
+PLAIN_PARTS = re.compile(rb"[^\x00-\x20\x7f]+\0[^\x00-\x20\x7f]*").fullmatch
 
 
 class HeadError(ValueError):
@@ -72,6 +78,21 @@ class RequestWriter:
         self._host = host
         self._fallback = fallback
         self._plans: dict[tuple[object, ...], tuple[bytes, int]] = {}
+        self._known: Memo[bytes] = Memo(1024, 2048)
+
+    def known(self, fields: bytes) -> bytes | None:
+        """What stands between the target and the last value of a head, for fields (up to that value) as a frame has them."""
+        return self._known.get(fields)
+
+    def learn(self, head: Sequence[bytes], out: bytes) -> None:
+        """Remember the fields of a decoded ``head`` without a body that became ``out``, from the second time on."""
+        fields = b"\0".join(head[2:-1])
+        start = len(head[0]) + len(head[1]) + 1
+        if len(head) < 4 or head[0] not in METHODS_KNOWN or not self._known.worth(fields):
+            return
+        end = b": %b\r\n\r\n" % head[-1]
+        if out.endswith(head[-2] + end):
+            self._known.remember(fields, out[start : len(out) - len(head[-1]) - 4])
 
     def write(self, head: Sequence[bytes], flags: int) -> tuple[bytes, int]:
         """The head in bytes, and the length of the body that follows: -1 when it is chunked, 0 for none.
@@ -194,6 +215,17 @@ class ResponseHead:
                     kept += out[index : index + 2]
             self.fields = kept
 
+
+class KnownAnswer(NamedTuple):
+    """What an answer's head means to the relay: the beginning of an ANSWER payload; ``length`` of the body in bytes."""
+
+    length: int
+    head: bytes
+    status: int
+
+
+#: Head in bytes, with the empty line at its end, of an answer that keeps its connection → what it means.
+KNOWN_ANSWERS: Memo[KnownAnswer] = Memo(2048, 2048)
 
 _PLAIN_CONNECTION = frozenset((b"keep-alive", b"Keep-Alive", b"upgrade", b"Upgrade"))
 _ResponsePlan = tuple[int, int, int, int, tuple[int, ...]]

@@ -9,6 +9,7 @@ import asyncio
 import select
 import ssl
 from collections import deque
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from portico.agent.connection import RECEIVE_BYTES, TargetConnection
@@ -78,9 +79,10 @@ class Pool:
         if self._closed or self._retired or len(self.idle) >= self.settings.target_idle_max:
             connection.abort()
             return
-        connection.idle_since = self.loop.time()
+        connection.idle_since = monotonic()
         self.idle.append(connection)
-        self._arm()
+        if self._timer is None:
+            self._arm()
 
     def forget(self, connection: TargetConnection) -> None:
         """The connection is closed, or has become something else than HTTP."""
@@ -163,8 +165,11 @@ class Pool:
 
     def _sweep(self) -> None:
         self._timer = None
-        now = self.loop.time()
+        now = monotonic()
         limit = self.settings.first_byte_timeout_seconds
+        for connection in list(self.open) if limit > 0 else ():
+            if connection.asked is not None and now - connection.asked[6] >= limit:
+                connection.materialise()
         for exchange in list(self.active) if limit > 0 else ():
             if exchange.silent_since(now) >= limit:
                 exchange.fail(f.TARGET_TIMEOUT, f"{self.target.place} sent nothing for {limit:g} s")
@@ -172,9 +177,9 @@ class Pool:
         for connection in [c for c in self.idle if c.idle_since <= oldest]:
             self.idle.remove(connection)
             connection.abort()
-        if self.active or self.idle:
+        if self.active or self.open:
             self._arm()
-        elif not self.open and not self.dialling:
+        elif not self.dialling:
             self._view = None
 
     def close(self) -> None:

@@ -23,6 +23,8 @@ from portico.wire import frames as f
 
 #: What an entry costs beside its bytes: the object, its place in the ring, the headers of its parts.
 _ENTRY_BYTES = 480
+#: The same for a request that was over when it was noted.
+_WHOLE_BYTES = 320
 #: A first piece of body up to this size is kept as it is and counted when the request is over.
 _SMALL = 4096
 #: Bytes that are freed at once beyond what must be, so that not every request frees another one.
@@ -261,6 +263,10 @@ def _cost(fields: Sequence[bytes]) -> int:
     return 48 * len(fields) + sum(map(len, fields))
 
 
+#: Number, size, tap, head as the target got it, start, end, status, head of the answer, body: see :meth:`Tap.whole`.
+Whole = tuple[int, int, "Tap", bytes, float, float, int, bytes, bytes]
+
+
 class Tap:
     """Where one tunnel's requests enter the recorder. ``serves`` is the tunnel's forwarder or folder."""
 
@@ -277,9 +283,15 @@ class Tap:
         """A request came; ``out`` is its head as the target gets it."""
         ring = self.recorder
         ring.last = seq = ring.last + 1
+        entry = self.fill(seq, out, flags, started)
+        ring.entries.append(entry)
+        return entry
+
+    def fill(self, seq: int, out: bytes, flags: int, started: float) -> Entry:
+        """An entry of this tunnel that the ring does not hold (yet)."""
         entry = Entry()
         entry.tap = self
-        entry.ring = ring
+        entry.ring = self.recorder
         entry.seq = seq
         entry.out = out
         entry.flags = flags
@@ -287,8 +299,20 @@ class Tap:
         entry.answered = entry.ended = 0.0
         entry.status = entry.received = entry.size = 0
         entry.fields = entry.response_body = entry.extra = None
-        ring.entries.append(entry)
         return entry
+
+    def whole(self, out: bytes, started: float, status: int, head: bytes, body: bytes) -> None:
+        """A request without a body and all of its answer, both over; ``head`` as :func:`frames.encode_answer` made it.
+
+        Most requests are such, so nothing is made of them before somebody looks.
+        """
+        ring = self.recorder
+        ring.last = seq = ring.last + 1
+        size = len(out) + len(body) + len(head) + _WHOLE_BYTES
+        ring.entries.append((seq, size, self, out, started, perf_counter(), status, head, body))
+        ring.bytes += size
+        if ring.bytes > ring.limit:
+            ring.evict()
 
 
 class Recorder:
@@ -305,7 +329,8 @@ class Recorder:
         self.evicted = 0
         #: Raised by :meth:`clear`, so that a reader knows that its list is old.
         self.clears = 0
-        self.entries: deque[Entry] = deque()
+        self.entries: deque[Entry | Whole] = deque()
+        self._taps: list[Tap] = []
         self._running: dict[int, Entry] = {}
         self._clock: list[tuple[float, float]] = [(0.0, time.time() - perf_counter())]
 
@@ -313,6 +338,7 @@ class Recorder:
         """An entrance for one tunnel, whose name may be told later."""
         made = Tap(self, serves, target)
         made.name = name
+        self._taps.append(made)
         return made
 
     def evict(self) -> None:
@@ -321,8 +347,11 @@ class Recorder:
         goal = self.limit - min(_EVICT_BYTES, self.limit >> 4)
         while self.bytes > goal and entries:
             entry = entries.popleft()
-            self.bytes -= entry.size
             self.evicted += 1
+            if type(entry) is tuple:
+                self.bytes -= entry[1]
+                continue
+            self.bytes -= entry.size
             if not entry.ended:
                 entry.let_go()
                 self._running[entry.seq] = entry
@@ -336,7 +365,7 @@ class Recorder:
 
     def clear(self) -> None:
         """Forget what is over; requests still running stay."""
-        running = [entry for entry in self.entries if not entry.ended]
+        running = [entry for entry in self.entries if isinstance(entry, Entry) and not entry.ended]
         self.entries.clear()
         self.entries.extend(running)
         self.bytes = sum(entry.size for entry in running)
@@ -346,11 +375,14 @@ class Recorder:
     # ── readers ───────────────────────────────────────────────────────────────────────────────────────────────────
     def newest(self, before: int | None = None) -> Iterator[Entry]:
         """Entries from the newest to the oldest, those below number ``before``; a snapshot, safe across awaits."""
+        for tap in self._taps:
+            tap.serves.reveal()
         kept = list(self.entries)
         if before is not None:
             del kept[bisect_left(kept, before, key=_seq) :]
-        oldest = kept[0].seq if kept else before
-        yield from reversed(kept)
+        oldest = _seq(kept[0]) if kept else before
+        for one in reversed(kept):
+            yield one if isinstance(one, Entry) else _entry(one)
         for entry in sorted(self._running.values(), key=_seq, reverse=True):
             if not entry.ended and (oldest is None or entry.seq < oldest):
                 yield entry
@@ -358,8 +390,8 @@ class Recorder:
     def find(self, seq: int) -> Entry | None:
         """The entry with a number, while it is kept."""
         at = bisect_left(self.entries, seq, key=_seq)
-        if at < len(self.entries) and self.entries[at].seq == seq:
-            return self.entries[at]
+        if at < len(self.entries) and _seq(one := self.entries[at]) == seq:
+            return one if isinstance(one, Entry) else _entry(one)
         entry = self._running.get(seq)
         return entry if entry is not None and not entry.ended else None
 
@@ -383,5 +415,16 @@ def head_bytes(head: Sequence[bytes]) -> bytes:
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-def _seq(entry: Entry) -> int:
-    return entry.seq
+def _seq(entry: Entry | Whole) -> int:
+    return entry.seq if isinstance(entry, Entry) else entry[0]
+
+
+def _entry(whole: Whole) -> Entry:
+    """The entry of what :meth:`Tap.whole` noted."""
+    seq, size, tap, out, started, ended, status, head, body = whole
+    entry = tap.fill(seq, out, f.F_END, started)
+    entry.answered = entry.ended = ended
+    entry.status, entry.size, entry.received = status, size, len(body)
+    entry.fields = head[4:]  # after its length and the status
+    entry.response_body = body or None
+    return entry

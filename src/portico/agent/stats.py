@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections import deque
+from time import perf_counter
 from typing import NamedTuple
 
 #: Requests kept: percentiles are taken from them, and a display that is slower than this misses some.
@@ -48,6 +49,13 @@ class Stats:
     def done(self, method: bytes, path: bytes, status: int, started: float) -> None:
         """A request was answered; ``started`` is a :func:`time.perf_counter` value."""
         self.records.append((method, path, status, started, time.perf_counter()))
+        self.written += 1
+
+    def answered(self, method: bytes, path: bytes, status: int, started: float) -> None:
+        """A request was answered and ended: ``done`` and ``closed``."""
+        self.open -= 1
+        self.total += 1
+        self.records.append((method, path, status, started, perf_counter()))
         self.written += 1
 
     def failed(self, detail: str) -> None:

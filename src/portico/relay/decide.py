@@ -84,7 +84,6 @@ _CHECKS = tuple(step.check for step in STEPS)
 def decide(facts: Facts) -> str | None:
     """The code of the first refusal, or ``None``: forward it."""
     for check in _CHECKS:
-        code = check(facts)
-        if code is not None:
+        if (code := check(facts)) is not None:
             return code
     return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from portico.relay import heads
 from portico.relay.decide import decide
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 # How an answer's body is framed towards the visitor.
 NO_BODY, COUNTED, CHUNKED, UNTIL_CLOSE, RAW = range(5)
+
+#: Bytes of a body that can be part of a whole answer.
+SMALL = 16_384
 
 #: RESET code → what the visitor is told.
 RESET_CODES = {
@@ -51,41 +54,48 @@ def request_id() -> bytes:
 
 
 class Exchange:
-    """See the module. ``head`` is flat and ready for the wire but for the forwarding fields."""
+    """See the module. ``fields`` are the visitor's, flat; ``wire`` the same as bytes of a frame, once they are known.
 
-    __slots__ = (
-        "blocked", "conn", "counted", "done", "framing", "head", "head_only", "held", "host", "http10", "id", "keep_alive",
-        "known", "left", "method", "pending", "received", "responded", "sending", "started", "stream", "trailers",
-        "tunnel", "unconsumed", "upgrade", "with_body",
-    )  # fmt: skip
+    Defaults stand on the class: an ordinary request sets few of them (half a microsecond).
+    """
 
-    def __init__(self, conn: Visitor, host: bytes, method: bytes, head: list[bytes]) -> None:
+    id = b""
+    tunnel: LiveTunnel | RemoteTunnel | None = None
+    stream: Stream | None = None
+    head_only = False
+    with_body = False
+    upgrade = False
+    http10 = False
+    keep_alive = True
+    started = False
+    held = False  # waits, or waited, for its tunnel to come back
+    counted = False  # holds a place in the tunnel's concurrency
+    received = False  # the request is here, whole
+    blocked = False  # waits for credit: nothing more is read from the visitor
+    sending = False  # its body is still being sent to the agent
+    responded = False
+    done = False
+    framing = NO_BODY
+    left = 0
+    unconsumed = 0
+    wire: bytes | None = None
+    # Lists of their own belong to requests with a body or an upgrade, see ``http1.Visitor._make``.
+    pending = cast(list[bytes], ())
+    trailers = cast(list[bytes], ())
+
+    def __init__(self, conn: Visitor, host: bytes, method: bytes, target: bytes, fields: list[bytes]) -> None:
         self.conn = conn
         self.host = host
         self.method = method
-        self.head = head
-        self.id = b""
-        self.tunnel: LiveTunnel | RemoteTunnel | None = None
-        self.known = False
-        self.stream: Stream | None = None
-        self.head_only = method == b"HEAD"
-        self.with_body = False
-        self.upgrade = False
-        self.http10 = False
-        self.keep_alive = True
-        self.started = False
-        self.held = False  # waits, or waited, for its tunnel to come back
-        self.counted = False  # holds a place in the tunnel's concurrency
-        self.received = False  # the request is here, whole
-        self.blocked = False  # waits for credit: nothing more is read from the visitor
-        self.sending = False  # its body is still being sent to the agent
-        self.responded = False
-        self.done = False
-        self.framing = NO_BODY
-        self.left = 0
-        self.unconsumed = 0
-        self.pending: list[bytes] = []
-        self.trailers: list[bytes] = []
+        self.target = target
+        self.fields = fields
+        if method == b"HEAD":
+            self.head_only = True
+
+    @property
+    def known(self) -> bool:
+        """Whether the platform knows the host, live or not."""
+        return self.conn.server.knows(self.host)
 
     # ── the request ───────────────────────────────────────────────────────────────────────────────────────────────
     def start(self) -> None:
@@ -93,8 +103,7 @@ class Exchange:
         self.started = True
         self.id = request_id()
         conn = self.conn
-        tunnel, self.known = conn.server.find(self.host)
-        self.tunnel = tunnel
+        self.tunnel = tunnel = conn.server.find(self.host)
         code = decide(self)
         if code is not None:
             if code in MAY_WAIT and not self.held and conn.server.holding.take(self, code):
@@ -108,18 +117,24 @@ class Exchange:
         tunnel.inflight += 1
         self.counted = True
         tunnel.counters.requests += 1
-        head = self.head
-        head += conn.forwarding(self.host)
-        head += (b"X-Request-Id", self.id)
+        wire = self.wire
         flags = 0 if self.with_body or self.upgrade else f.F_END
         if self.upgrade:
             flags |= f.F_UPGRADE
         try:
-            self.stream = tunnel.open(head, flags, self)
+            if wire is None:
+                wire = self.wire = heads.wire_fields(self.fields)
+            known_for, forwarding = conn.forwarded
+            if known_for != self.host:
+                forwarding = conn.forwarding(self.host)
+            line = tunnel.bind_bytes + self.method + b"\0" + self.target
+            self.stream = tunnel.session.open_encoded(line + wire + forwarding + self.id, flags, self)
         except (ValueError, OverflowError) as err:
             self.refuse("edge.head_too_large" if isinstance(err, ValueError) else "edge.agent_unreachable")
             return
-        self.sending = not flags & f.F_END
+        if flags == f.F_END:
+            return
+        self.sending = True
         if self.pending:
             self.pump()
         elif self.received:
@@ -176,7 +191,7 @@ class Exchange:
         """Send what waits, as far as there is credit; hold the visitor back for the rest."""
         stream = self.stream
         if stream is None or not self.sending:
-            self.pending.clear()
+            self.pending = []
             return
         pending = self.pending
         while pending and (room := stream.sendable()):
@@ -246,6 +261,8 @@ class Exchange:
         data = b"".join(out)
         if self.tunnel is not None:
             self.tunnel.counters.bytes_out += len(data)
+        if self.framing == COUNTED and self.left < SMALL and self.keep_alive and not (self.http10 or self.upgrade):
+            self._learn(status, head, data)
         if end:
             conn.write(data)
         else:
@@ -254,6 +271,12 @@ class Exchange:
             self._upgrade_declined()
         if end:
             self._answered()
+
+    def _learn(self, status: int, head: list[bytes], text: bytes) -> None:
+        """Remember the head of an ordinary answer, from the second time on."""
+        payload = f.encode_response(status, head)
+        if heads.KNOWN_ANSWERS.worth(payload):
+            heads.KNOWN_ANSWERS.remember(payload, heads.KnownAnswer(text, self.left))
 
     def _fields(self, out: list[bytes], head: list[bytes]) -> tuple[int, bool]:
         """Append the fields that pass; ``(content length or -1 for none or -2 for a bad one, whether Upgrade was there)``."""
@@ -363,7 +386,7 @@ class Exchange:
         stream, self.stream = self.stream, None
         if self.done:  # the answer is complete; the agent wants no more of the request
             self.sending = False
-            self.pending.clear()
+            self.pending = []
             self.keep_alive = self.keep_alive and self.received
             self.conn.finished(self)
         elif stream is None or self.conn.closed:
@@ -404,7 +427,7 @@ class Exchange:
         """Answer with a refusal page; the stream, if any, is over."""
         self.responded = self.done = True
         self.sending = False
-        self.pending.clear()
+        self.pending = []
         self.conn.refuse(self, code, detail)
 
     def _target_invalid(self, detail: str) -> None:

@@ -6,7 +6,11 @@ Heads repeat their field names, so each spelling is classified once and looked u
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from portico.kit.memo import Memo
+from portico.wire import frames as f
 
 PASS, DROP, CONNECTION, HOST, LENGTH, ENCODING, UPGRADE, TE, TOO_LONG = range(9)
 
@@ -68,6 +72,7 @@ _NOT_IN_TRAILERS = frozenset(
 )
 
 _TABLE_MAX = 4096
+_LINE_MAX = 512
 _PLANS_MAX = 2048
 #: Names in a sequence that is remembered, and bytes in them: no browser's head has more, and others fill memory.
 _PLAN_NAMES_MAX = 64
@@ -95,7 +100,7 @@ RESPONSE_KINDS = FieldKinds(_RESPONSE_KINDS)
 
 
 class RequestPlan(NamedTuple):
-    """Where the fields stand in a flat request head of these names; positions of values, 0 for an absent one."""
+    """Where the fields stand among flat fields of these names: positions of values, 0 for an absent one; names to drop."""
 
     host: int
     length: int
@@ -130,7 +135,7 @@ def _request_plan(names: tuple[bytes, ...]) -> RequestPlan | None:
         elif kind not in (PASS, DROP):
             return None
         if kind in (DROP, CONNECTION):
-            drop.append(2 * index + 2)
+            drop.append(2 * index)
     return RequestPlan(at[HOST], at[LENGTH], at[CONNECTION], tuple(reversed(drop))) if at[HOST] else None
 
 
@@ -213,6 +218,63 @@ def without(fields: list[bytes], names: set[bytes]) -> list[bytes]:
 def trailers(fields: list[bytes]) -> list[bytes]:
     """The flat trailer fields that may be passed on."""
     return without(fields, _NOT_IN_TRAILERS) if fields else fields  # type: ignore[arg-type]
+
+
+def wire_fields(fields: Sequence[bytes]) -> bytes:
+    """Flat fields as a REQUEST payload has them behind the target, each with its NUL before it.
+
+    They come out of the strict parser, which checked names and values but for control characters in odd places; raises
+    ``ValueError`` for those.
+    """
+    if not fields:
+        return b""
+    payload = b"\0" + b"\0".join(fields)
+    if payload.count(b"\0") != len(fields) or not f.is_clean(payload):
+        raise ValueError("head has a control character in a field")
+    return payload
+
+
+class KnownHead(NamedTuple):
+    """The fields of a request without a body, as the parser read them: what is the same when they come again."""
+
+    host: bytes
+    fields: list[bytes]
+    wire: bytes
+
+
+#: Header section (with the empty line at its end) of a request that keeps its connection → what it says.
+KNOWN_HEADS: Memo[KnownHead] = Memo(1024, 2048)
+_PLAIN_LINE = re.compile(rb"(GET|OPTIONS|DELETE) (/[A-Za-z0-9/._~!$&'()*+,;=:@%?-]*) HTTP/1\.1")
+
+
+class PlainLines(dict[bytes, "bytes | None"]):
+    """Request line → method and target as a frame has them, or ``None`` where a parser must read it; the latest are kept.
+
+    Plain is a line without a body to come, with an answer's usual framing (not HEAD), and a path of plain characters.
+    """
+
+    def __missing__(self, line: bytes) -> bytes | None:
+        match = _PLAIN_LINE.fullmatch(line)
+        if match is None or len(line) > _LINE_MAX:
+            return None
+        if len(self) >= _TABLE_MAX:
+            self.clear()
+        found = self[line] = match[1] + b"\0" + match[2]
+        return found
+
+
+PLAIN_LINES = PlainLines()
+
+
+class KnownAnswer(NamedTuple):
+    """An answer's head as it is written to an HTTP/1.1 visitor that keeps its connection; ``length`` of the body in bytes."""
+
+    text: bytes
+    length: int
+
+
+#: RESPONSE payload → the head for an ordinary visitor.
+KNOWN_ANSWERS: Memo[KnownAnswer] = Memo(2048, 2048)
 
 
 def forwarding(client: str, scheme: bytes, host: bytes, port: int) -> tuple[bytes, ...]:

@@ -13,15 +13,19 @@ import asyncio
 import logging
 import math
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import httptools
 
 from portico.relay import heads
+from portico.relay.decide import decide
 from portico.relay.exchange import Exchange, request_id
 
 if TYPE_CHECKING:
     from portico.relay.listeners import PublicServer
+    from portico.relay.peers import RemoteTunnel
+    from portico.relay.sessions import LiveTunnel
+    from portico.wire.session import Stream
 
 log = logging.getLogger("portico.relay.http1")
 
@@ -49,11 +53,46 @@ class Visitor(asyncio.BufferedProtocol):
     """One connection. ``current`` is the exchange being answered, ``queue`` the pipelined ones behind it."""
 
     NEVER: Final = math.inf
+    lazy: Literal[True] = True
     __slots__ = (
-        "address", "closed", "current", "deadline", "draining", "eof", "expect_close", "fault", "fields", "forwarded",
-        "head_bytes", "host_given", "host_normal", "in_head", "leftover", "lingered", "lingering", "parser", "parsing",
-        "paused", "paused_at", "port", "queue", "quiet_bytes", "raw", "reading", "scheme", "server", "skipped", "target",
-        "transport", "unsent", "unwritten", "written", "written_at_eof",
+        "address",
+        "asked",
+        "closed",
+        "current",
+        "deadline",
+        "draining",
+        "eof",
+        "expect_close",
+        "fault",
+        "fields",
+        "forwarded",
+        "head_bytes",
+        "host_given",
+        "host_normal",
+        "in_head",
+        "leftover",
+        "lingered",
+        "lingering",
+        "parser",
+        "parsing",
+        "paused",
+        "paused_at",
+        "port",
+        "queue",
+        "quiet_bytes",
+        "raw",
+        "reading",
+        "resting",
+        "scheme",
+        "server",
+        "skipped",
+        "target",
+        "transport",
+        "tunnel",
+        "unsent",
+        "unwritten",
+        "written",
+        "written_at_eof",
     )  # fmt: skip
 
     def __init__(self, server: PublicServer, scheme: bytes) -> None:
@@ -85,8 +124,12 @@ class Visitor(asyncio.BufferedProtocol):
         self.expect_close = False
         self.written = self.written_at_eof = 0
         self.unwritten = b""
+        #: Stream id, method and target, head and request id of a request that nothing special was heard of.
+        self.asked: tuple[int, bytes, heads.KnownHead, bytes] | None = None
+        self.tunnel: LiveTunnel | RemoteTunnel | None = None  # of ``asked``
+        self.resting = True  # between two requests, with nothing of the next one in the parser
         self.unsent = -1  # bytes that the visitor had not taken at the last look after the close; -1 before it
-        self.forwarded: tuple[bytes, tuple[bytes, ...]] = (b"", ())
+        self.forwarded: tuple[bytes, bytes] = (b"", b"")
 
     # ── transport events ──────────────────────────────────────────────────────────────────────────────────────────
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -108,6 +151,8 @@ class Visitor(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
         self.server.leave(self)
+        if self.asked is not None:
+            self.materialise()
         current, self.current, self.parsing = self.current, None, None
         self.queue.clear()
         if current is not None:
@@ -124,6 +169,19 @@ class Visitor(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         data = self.server.buffer[:nbytes]
+        if self.resting:
+            line, _, section = bytes(data).partition(b"\r\n")
+            known = heads.KNOWN_HEADS.get(section)
+            try:
+                asked = known is not None and self._ask(line, known)
+            except Exception:
+                asked = False  # a fault of ours: the parser's way meets it too, and answers with its name
+            if not asked:
+                self.resting = False
+                self._unknown(data, section)
+            return
+        if self.asked is not None:
+            self.materialise()
         if self.raw:
             if self.current is not None:
                 self.current.body(bytes(data))
@@ -137,6 +195,9 @@ class Visitor(asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         """A half-close. On an upgraded connection it is passed on; an HTTP visitor may still be waiting for its answer."""
         self.eof = True
+        self.resting = False
+        if self.asked is not None:
+            self.materialise()
         current = self.current
         if current is None or self.closed or self.lingering:
             return False
@@ -152,6 +213,8 @@ class Visitor(asyncio.BufferedProtocol):
     def pause_writing(self) -> None:
         self.paused = True
         self.paused_at = self.server.now
+        if self.resting:
+            self.update_reading()
 
     def resume_writing(self) -> None:
         self.paused = False
@@ -161,16 +224,21 @@ class Visitor(asyncio.BufferedProtocol):
             if current.stream is not None and self.server.now - self.paused_at >= STALL_SECONDS:
                 current.stream.stalled = True
             current.drained()
+        elif not self.reading:
+            self.update_reading()
 
     # ── reading on and off ────────────────────────────────────────────────────────────────────────────────────────
     def update_reading(self) -> None:
         """Read while there is something to do with what comes: not while a body waits for credit, a pipelined request
-        for its turn, or a connection for its end."""
+        for its turn, a connection for its end, or answers for a visitor that asks and does not read."""
         if self.closed:
             return
         current = self.current
         want = self.lingering or not (
-            self.queue or self.leftover or self.expect_close or (current is not None and current.blocked)
+            self.queue
+            or self.leftover
+            or self.expect_close
+            or (self.paused if current is None and not self.raw else current is not None and current.blocked)
         )
         if want is not self.reading:
             self.reading = want
@@ -178,6 +246,83 @@ class Visitor(asyncio.BufferedProtocol):
                 self.transport.resume_reading()
             else:
                 self.transport.pause_reading()
+
+    # ── requests that were seen before ────────────────────────────────────────────────────────────────────────────
+    def _ask(self, line: bytes, known: heads.KnownHead) -> bool:
+        """Forward a request with known fields; nothing is kept of it but :attr:`asked`, and most need no more.
+
+        ``False``: something about it is special, and nothing was done.
+        """
+        plain = heads.PLAIN_LINES[line]
+        server = self.server
+        self.tunnel = tunnel = server.find(known.host)
+        if plain is None or decide(self) is not None:
+            return False
+        assert tunnel is not None
+        for_host, forwarding = self.forwarded
+        if for_host != known.host:
+            forwarding = self.forwarding(known.host)
+        rid = request_id()
+        ident = tunnel.session.open_lazy(tunnel.bind_bytes + plain + known.wire + forwarding + rid, self)
+        self.asked = (ident, plain, known, rid)
+        self.resting = False
+        tunnel.inflight += 1
+        tunnel.counters.requests += 1
+        self.deadline = server.now + server.first_byte_seconds
+        return True
+
+    @property
+    def known(self) -> bool:
+        """Whether the platform knows the host of a request that is decided on; here only where it is live."""
+        return True
+
+    def on_whole(self, response: bytes, body: bytes) -> bool:
+        """The whole answer to what was asked: written at once when its head is a known one."""
+        known = heads.KNOWN_ANSWERS.get(response)
+        if known is None or known.length != len(body) or self.draining:
+            return False
+        data = known.text + body
+        tunnel = self.tunnel
+        assert tunnel is not None
+        tunnel.inflight -= 1
+        tunnel.counters.bytes_out += len(data)
+        self.asked = None
+        self.resting = True
+        server = self.server
+        self.deadline = server.now + server.idle_seconds
+        self.transport.write(data)
+        return True
+
+    def materialise(self) -> Stream:
+        """The exchange of what was asked, since something else than a whole answer happened to it."""
+        tunnel, asked = self.tunnel, self.asked
+        assert tunnel is not None and asked is not None
+        self.asked = None
+        ident, plain, known, rid = asked
+        method, _, target = plain.partition(b"\0")
+        exchange = Exchange(self, known.host, method, target, known.fields)
+        exchange.wire, exchange.id, exchange.tunnel = known.wire, rid, tunnel
+        exchange.started = exchange.counted = exchange.received = True
+        self.current = exchange
+        self.parsing = None
+        exchange.stream = stream = tunnel.session.make(ident, exchange)
+        return stream
+
+    def _unknown(self, data: memoryview, section: bytes) -> None:
+        """Bytes between two requests that are not one whole request with known fields; they may be known next time."""
+        self._parse(data)
+        exchange = self.parsing
+        if exchange is not None and exchange.received and len(section) <= heads.KNOWN_HEADS.longest_bytes:
+            self._learn(exchange, section)
+
+    def _learn(self, exchange: Exchange, section: bytes) -> None:
+        """Remember the fields of a request that came alone and whole, has no body and keeps its connection."""
+        if section.find(b"\r\n\r\n") != len(section) - 4 or self.in_head or self.fault is not None or self.skipped:
+            return
+        ordinary = exchange.keep_alive and not (exchange.with_body or exchange.upgrade or exchange.http10)
+        if ordinary and exchange.wire is not None and heads.KNOWN_HEADS.worth(section):
+            known = heads.KnownHead(exchange.host, exchange.fields, exchange.wire)
+            heads.KNOWN_HEADS.remember(section, known)
 
     # ── parsing ───────────────────────────────────────────────────────────────────────────────────────────────────
     def _parse(self, data: memoryview) -> None:
@@ -347,10 +492,12 @@ class Visitor(asyncio.BufferedProtocol):
             if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS:
                 return None
             length = int(value)
-        head = [self.parser.get_method(), b"", *fields]
+        host = fields[host_at]
+        if drop:
+            fields = fields[:]
         for at in drop:
-            del head[at : at + 2]
-        return self._make(head, fields[host_at], length > 0, chunked=False)
+            del fields[at : at + 2]
+        return self._make(fields, host, length > 0, chunked=False)
 
     def _strip_values(self) -> bool:
         """Take off the white space that the parser leaves after values; whether there was any. Only a head that was not
@@ -362,7 +509,7 @@ class Visitor(asyncio.BufferedProtocol):
     def _by_field(self) -> Exchange | None:
         """As :meth:`_exchange`, for heads with fields that say more than their values: field by field."""
         kinds, fields = heads.REQUEST_KINDS, self.fields
-        head: list[bytes] = [self.parser.get_method(), b""]
+        head: list[bytes] = []
         host = length = coding = upgrade = None
         named: list[bytes] = []
         te_trailers = False
@@ -399,7 +546,7 @@ class Visitor(asyncio.BufferedProtocol):
             return None
         if named:
             # Connection may not name what the message needs to be understood (RFC 9110, 7.6.1).
-            head[2:] = heads.without(head[2:], set(named) - {b"host", b"content-length", b"connection", b"cookie"})
+            head = heads.without(head, set(named) - {b"host", b"content-length", b"connection", b"cookie"})
         exchange = self._make(head, host, bool(length), chunked=coding is not None)
         if exchange is None:
             return None
@@ -408,12 +555,13 @@ class Visitor(asyncio.BufferedProtocol):
         if exchange.with_body and self.parser.should_upgrade():
             self.skipped = b"Content-Length: %d" % length if length else b"Transfer-Encoding: chunked"
         if te_trailers:
-            exchange.head += (b"TE", b"trailers")
+            exchange.fields += (b"TE", b"trailers")
         return exchange
 
-    def _make(self, head: list[bytes], host: bytes, sized: bool, *, chunked: bool) -> Exchange | None:
-        """The exchange for a flat head whose target is still empty; ``None`` when line, host or framing mean nothing here."""
-        parser, method, target = self.parser, head[0], self.target
+    def _make(self, fields: list[bytes], host: bytes, sized: bool, *, chunked: bool) -> Exchange | None:
+        """The exchange for flat fields; ``None`` when line, host or framing mean nothing here."""
+        parser, target = self.parser, self.target
+        method: bytes = parser.get_method()
         version = parser.get_http_version()
         if version != "1.1" and (version != "1.0" or chunked):
             return None
@@ -424,11 +572,11 @@ class Visitor(asyncio.BufferedProtocol):
             target = heads.origin_form(target, method, host) or b""
         if normal is None or not target or method in _METHODS_REFUSED:
             return None
-        head[1] = target
-        exchange = Exchange(self, normal, method, head)
+        exchange = Exchange(self, normal, method, target, fields)
         exchange.http10 = version == "1.0"
         exchange.keep_alive = parser.should_keep_alive()
         exchange.with_body = chunked or sized
+        exchange.pending, exchange.trailers = [], []
         return exchange
 
     @staticmethod
@@ -437,13 +585,14 @@ class Visitor(asyncio.BufferedProtocol):
         wanted = [p.strip() for p in protocols.split(b",") if p.strip().lower() not in (b"h2c", b"")]
         if wanted:
             exchange.upgrade = True
-            exchange.head += (b"Upgrade", b", ".join(wanted))
+            exchange.fields += (b"Upgrade", b", ".join(wanted))
 
     # ── answering ─────────────────────────────────────────────────────────────────────────────────────────────────
-    def forwarding(self, host: bytes) -> tuple[bytes, ...]:
-        """The forwarding fields, computed once for a connection and host."""
+    def forwarding(self, host: bytes) -> bytes:
+        """The forwarding fields as a frame has them, up to the request's own id; computed once for a connection and host."""
         if self.forwarded[0] != host:
-            self.forwarded = (host, heads.forwarding(self.address, self.scheme, host, self.port))
+            fields = heads.forwarding(self.address, self.scheme, host, self.port)
+            self.forwarded = (host, heads.wire_fields((*fields, b"X-Request-Id", b"")))
         return self.forwarded[1]
 
     def write_head(self, head: bytes) -> None:
@@ -542,7 +691,9 @@ class Visitor(asyncio.BufferedProtocol):
             limits = self.server.settings
             limit = limits.head_timeout_seconds if self.in_head else limits.idle_timeout_seconds
             self.deadline = self.server.now + limit
-            self.update_reading()
+            self.resting = exchange.received and not (self.in_head or self.skipped)
+            if self.paused or not self.reading:
+                self.update_reading()
 
     def _next(self) -> None:
         """The turn of the first pipelined request."""
@@ -580,6 +731,7 @@ class Visitor(asyncio.BufferedProtocol):
         """Close so that the answer arrives: a close with unread input would reset the connection under it (RFC 9112, 9.6)."""
         if self.closed:
             return
+        self.resting = False
         self.expect_close = True
         self.lingering = True
         self.current = None
@@ -624,6 +776,8 @@ class Visitor(asyncio.BufferedProtocol):
     # ── time ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def expire(self) -> None:
         """The deadline passed (called by the server's sweep)."""
+        if self.asked is not None:
+            self.materialise()
         current = self.current
         if self.lingering or self.closed:
             self.transport.abort()
@@ -660,7 +814,7 @@ class Visitor(asyncio.BufferedProtocol):
 
     def close_idle(self) -> None:
         """End the connection unless something is under way on it."""
-        if self.current is None and not self.in_head and not self.lingering:
+        if self.current is None and self.asked is None and not self.in_head and not self.lingering:
             self.transport.close()
 
 

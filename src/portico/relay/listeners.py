@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import math
 import socket
 import ssl
 from collections import Counter
@@ -74,6 +75,8 @@ class PublicServer:
         self.now = self.loop.time()
         self.buffer = memoryview(bytearray(READ_SIZE))
         self.buffer_view = self.buffer[:]
+        self.idle_seconds = settings.idle_timeout_seconds
+        self.first_byte_seconds = settings.first_byte_timeout_seconds or math.inf
         self.connections: set[Guest] = set()
         self.turned_away: set[Guest] = set()
         self.refusals: Counter[str] = Counter()
@@ -161,18 +164,19 @@ class PublicServer:
                 visitor.flush()
 
     # ── look-ups and answers ──────────────────────────────────────────────────────────────────────────────────────
-    def find(self, host: bytes) -> tuple[LiveTunnel | RemoteTunnel | None, bool]:
-        """The live tunnel of a normalised host, here or on a peer, and whether the platform knows the host at all."""
-        live = self._by_host.get(host) or self._remote.get(host)
-        if live is not None:
-            return live, True
-        return None, self.snapshot.tunnel_for_host(host.decode("ascii", "replace")) is not None
+    def find(self, host: bytes) -> LiveTunnel | RemoteTunnel | None:
+        """The live tunnel of a normalised host, here or on a peer."""
+        return self._by_host.get(host) or self._remote.get(host)
+
+    def knows(self, host: bytes) -> bool:
+        """Whether the platform knows a normalised host, live or not."""
+        return self.snapshot.tunnel_for_host(host.decode("ascii", "replace")) is not None
 
     def wants_html(self, exchange: Exchange) -> bool:
-        head = exchange.head
-        for at in range(2, len(head) - 1, 2):
-            if head[at].lower() == b"accept":
-                return pages.prefers_html(head[at + 1])
+        fields = exchange.fields
+        for at in range(0, len(fields), 2):
+            if fields[at].lower() == b"accept":
+                return pages.prefers_html(fields[at + 1])
         return False
 
     def refused(self, code: str) -> None:

@@ -43,11 +43,11 @@ GONE, LOST = "tunnel.moved", "tunnel.lost"
 class RemoteTunnel:
     """A tunnel that is live on a peer; what a decision and an exchange need of one."""
 
-    __slots__ = ("bind", "concurrency", "counters", "hosts", "inflight", "session")
+    __slots__ = ("bind_bytes", "concurrency", "counters", "hosts", "inflight", "session")
 
     def __init__(self, session: Session, bind: int, hosts: tuple[bytes, ...], concurrency: int) -> None:
         self.session = session
-        self.bind = bind
+        self.bind_bytes = f.U32.pack(bind)
         self.hosts = hosts
         self.concurrency = concurrency
         self.inflight = 0
@@ -56,9 +56,6 @@ class RemoteTunnel:
     @property
     def reachable(self) -> bool:
         return not self.session.closed and len(self.session.streams) < self.session.max_streams
-
-    def open(self, head: list[bytes], flags: int, sink: Sink) -> Stream:
-        return self.session.open_request(self.bind, head, flags, sink, parsed=True)
 
 
 class _Quiet:

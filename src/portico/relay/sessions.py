@@ -41,11 +41,15 @@ MAX_DEPARTURES, REASON_CHARS = 20_000, 120
 class LiveTunnel:
     """A tunnel bound on a connection of this relay. ``inflight`` and ``concurrency`` are what the decision looks at."""
 
-    __slots__ = ("bind", "concurrency", "connection", "counters", "grant", "hosts", "inflight", "returning")
+    __slots__ = (
+        "bind", "bind_bytes", "concurrency", "connection", "counters", "grant", "hosts", "inflight", "returning", "session",
+    )  # fmt: skip
 
     def __init__(self, connection: AgentConnection, bind: int, grant: GrantClaims, counters: Counters) -> None:
         self.connection = connection
+        self.session = connection.session
         self.bind = bind
+        self.bind_bytes = f.U32.pack(bind)
         self.counters = counters
         self.inflight = 0
         self.concurrency = 0
@@ -60,7 +64,7 @@ class LiveTunnel:
 
     @property
     def reachable(self) -> bool:
-        session = self.connection.session
+        session = self.session
         return not session.closed and len(session.streams) < session.max_streams
 
     def open(self, head: Sequence[bytes], flags: int, sink: Sink) -> Stream:
@@ -156,6 +160,7 @@ class AgentConnection:
             session=self.claims.sid,
             ping_interval_ms=int(limits.ping_interval_seconds * 1000),
             ping_timeout_ms=int(limits.ping_timeout_seconds * 1000),
+            answers=True,
             first_byte_timeout_ms=int(limits.first_byte_timeout_seconds * 1000),
         )
 

@@ -25,14 +25,14 @@ STREAM_WINDOW = 65_536
 SESSION_WINDOW = 16_777_216
 
 HELLO, BIND, BOUND, REFUSED, UNBIND, GOAWAY, ERROR, AUTH, AUTHED = range(0x01, 0x0A)
-REQUEST, RESPONSE, INTERIM, DATA, END, RESET, CREDIT, PING, PONG, OPEN, OPENED = range(0x10, 0x1B)
+REQUEST, RESPONSE, INTERIM, DATA, END, RESET, CREDIT, PING, PONG, OPEN, OPENED, ANSWER = range(0x10, 0x1C)
 
 NAMES = {
     value: name
     for name, value in list(globals().items())
     if name.isupper()
     and isinstance(value, int)
-    and (0x01 <= value <= 0x09 or 0x10 <= value <= 0x1A)
+    and (0x01 <= value <= 0x09 or 0x10 <= value <= 0x1B)
     and name != "VERSION"
 }
 
@@ -161,8 +161,13 @@ def check_fields(fields: Sequence[bytes], start: int) -> None:
                 raise WireError("head has a field name that is not a token")
 
 
+def is_clean(payload: bytes) -> bool:
+    """Whether a head has no octet that no field may contain (NUL, which separates fields, does not count)."""
+    return len(payload.translate(None, _FORBIDDEN)) == len(payload)
+
+
 def _split(payload: bytes) -> list[bytes]:
-    if len(payload.translate(None, _FORBIDDEN)) != len(payload):
+    if not is_clean(payload):
         raise WireError("head contains a control character")
     return payload.split(b"\0", _MAX_SPLIT)
 
@@ -173,7 +178,7 @@ def _join(head: Sequence[bytes], start: int, room: int, names_checked: bool = Fa
     A head comes from a visitor or a target. Were it sent unchecked, a strange one would end the session for all.
     """
     payload = b"\0".join(head)
-    if payload.count(b"\0") != len(head) - 1 or len(payload.translate(None, _FORBIDDEN)) != len(payload):
+    if payload.count(b"\0") != len(head) - 1 or not is_clean(payload):
         raise ValueError("head has a control character in a field")
     if len(payload) > MAX_PAYLOAD - room:
         raise ValueError(f"head of {len(payload)} bytes")
@@ -228,6 +233,19 @@ def decode_response(payload: bytes) -> tuple[int, list[bytes]]:
     head = _split(payload[2:])
     check_fields(head, 1)
     return status, head
+
+
+def encode_answer(response: bytes) -> bytes:
+    """The beginning of an ANSWER payload, up to the body, from a RESPONSE payload."""
+    return U16.pack(len(response)) + response
+
+
+def decode_answer(payload: bytes) -> tuple[bytes, bytes]:
+    """``(RESPONSE payload, body)`` of an ANSWER; raises :class:`WireError` when it is cut short."""
+    start = 2 + (payload[0] << 8 | payload[1]) if len(payload) >= 2 else 2
+    if start > len(payload):
+        raise WireError("ANSWER is too short")
+    return payload[2:start], payload[start:]
 
 
 def encode_trailers(fields: Sequence[bytes]) -> bytes:

@@ -14,10 +14,10 @@ The hot path (REQUEST, RESPONSE, DATA, END, CREDIT) calls the sink directly and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from portico.wire import frames as f
-from portico.wire.frames import DATA, HEADER_SIZE, MAX_PAYLOAD, REQUEST, RESPONSE, WireError
+from portico.wire.frames import ANSWER, DATA, F_END, HEADER_SIZE, MAX_PAYLOAD, REQUEST, RESPONSE, WireError
 
 #: Bytes left free before a large DATA frame, enough for any WebSocket header (RFC 6455, 5.2: 2 + 8 + 4).
 HEADROOM = 14
@@ -25,6 +25,8 @@ HEADROOM = 14
 LARGE = 16_384
 _PAD = bytes(HEADROOM)
 _EMPTY = bytearray()
+pack = f.HEADER.pack
+unpack = f.HEADER.unpack_from
 _SESSION_RETURN = f.SESSION_WINDOW // 4
 #: A reader that took this many bytes is fast in itself: kernel buffers, which make every reader look fast at first, are
 #: smaller. Until then a stream leaves half of the growth budget alone, so that many slow readers cannot use it up.
@@ -54,6 +56,24 @@ class Sink(Protocol):
 
     def on_credit(self) -> None:
         """``stream.sendable()`` is above zero again, after :meth:`Stream.wait`."""
+
+
+class Lazy(Protocol):
+    """The owner of a stream that has nothing but its id: a request without a body, of which nothing special was heard.
+
+    Most requests end so. Whatever else happens to one makes the stream (:meth:`materialise`) and is told to its sink.
+    """
+
+    lazy: Literal[True]
+
+    def on_whole(self, response: bytes, body: bytes) -> bool:
+        """Relay side: the whole answer, a RESPONSE payload and the body. ``True``: it was taken, the stream is over.
+
+        ``False`` changed nothing: the stream is made, and the answer told to its sink.
+        """
+
+    def materialise(self) -> Stream:
+        """Make the stream with :meth:`Session.make` and return it."""
 
 
 class Handler(Protocol):
@@ -94,40 +114,25 @@ IGNORE = _Ignore()
 class Stream:
     """One request or connection. ``sink`` is the owner; all methods are safe to call from its callbacks."""
 
-    __slots__ = (
-        "answered",
-        "closed",
-        "id",
-        "recv_credit",
-        "recv_ended",
-        "send_credit",
-        "send_ended",
-        "session",
-        "sink",
-        "stalled",
-        "taken",
-        "tcp",
-        "unreturned",
-        "upgrade",
-        "window",
-    )
+    # Defaults stand on the class: most streams are over before they change more than three of them.
+    lazy: ClassVar[bool] = False
+    upgrade = False
+    answered = False
+    closed = False
+    send_ended = False
+    recv_ended = False
+    stalled = False
+    tcp = False
+    send_credit = f.STREAM_WINDOW
+    recv_credit = f.STREAM_WINDOW
+    window = f.STREAM_WINDOW
+    unreturned = 0
+    taken = 0
 
-    def __init__(self, session: Session, stream_id: int, sink: Sink, tcp: bool) -> None:
+    def __init__(self, session: Session, stream_id: int, sink: Sink) -> None:
         self.session = session
         self.id = stream_id
         self.sink = sink
-        self.tcp = tcp
-        self.upgrade = False
-        self.answered = False
-        self.closed = False
-        self.send_ended = False
-        self.recv_ended = False
-        self.stalled = False
-        self.send_credit = f.STREAM_WINDOW
-        self.recv_credit = f.STREAM_WINDOW
-        self.window = f.STREAM_WINDOW
-        self.unreturned = 0
-        self.taken = 0
 
     def sendable(self) -> int:
         """How many bytes of DATA may be sent now; 0 while the carrier is congested."""
@@ -279,7 +284,7 @@ class Session:
         self.max_window = max_window
         self.growth = growth
         self.reserve = growth // 2
-        self.streams: dict[int, Stream] = {}
+        self.streams: dict[int, Stream | Lazy] = {}
         self.waiting: dict[int, Stream] = {}
         self.out: list[bytes | bytearray] = []
         self.congested = False
@@ -289,6 +294,11 @@ class Session:
         self.send_credit = f.SESSION_WINDOW
         self.recv_credit = f.SESSION_WINDOW
         self.recv_unreturned = 0
+        #: Whether the other side takes ANSWER (its HELLO said so).
+        self.answers = False
+        #: Agent: takes a REQUEST (id, payload) without a body whose fields it knows, or returns ``None``: then the head is
+        #: decoded and the handler hears of it. It may take only what is valid.
+        self.quick: Callable[[int, bytes], Lazy | None] | None = None
 
     # ── output ────────────────────────────────────────────────────────────────────────────────────────────────────
     def put(self, part: bytes | bytearray) -> None:
@@ -331,6 +341,55 @@ class Session:
             stream.send_ended = True
         return stream
 
+    def open_encoded(self, payload: bytes, flags: int, sink: Sink) -> Stream:
+        """Relay: as :meth:`open_request`, for a payload that the caller made and answers for."""
+        if len(payload) > MAX_PAYLOAD:
+            raise ValueError(f"head of {len(payload)} bytes")
+        stream = self._new_stream(sink, tcp=False)
+        self.put(pack(REQUEST, flags, stream.id, len(payload)) + payload)
+        if flags:
+            stream.upgrade = flags & f.F_UPGRADE != 0
+            stream.send_ended = flags & F_END != 0
+        return stream
+
+    def open_lazy(self, payload: bytes, owner: Lazy) -> int:
+        """Relay: a request without a body, for a payload that fits and that the caller answers for. Returns the id.
+
+        The caller has looked whether the session takes another stream.
+        """
+        ident = self.last_stream + 1
+        if ident >= 2**32:
+            raise OverflowError("no more streams on this session")
+        self.last_stream = ident
+        self.streams[ident] = owner
+        out = self.out
+        out.append(pack(REQUEST, F_END, ident, len(payload)) + payload)
+        if len(out) == 1:
+            self.wake()
+        return ident
+
+    def make(self, ident: int, sink: Sink) -> Stream:
+        """The stream of a lazy request, whose own direction has ended."""
+        stream = self.streams[ident] = Stream(self, ident, sink)
+        if self.relay:
+            stream.send_ended = True
+        else:
+            stream.recv_ended = True
+        return stream
+
+    def answer(self, ident: int, head: bytes, body: bytes) -> None:
+        """Agent: the whole answer to a lazy request; ``head`` from :func:`frames.encode_answer`.
+
+        The other side takes ANSWER, and head and body fit into a frame and into the session's credit.
+        """
+        size = len(body)
+        self.send_credit -= size
+        del self.streams[ident]
+        out = self.out
+        out.append(pack(ANSWER, 0, ident, len(head) + size) + head + body)
+        if len(out) == 1:
+            self.wake()
+
     def open_tcp(self, bind: int, info: dict[str, Any], sink: Sink) -> Stream:
         """Relay: a new stream with OPEN; raises ``OverflowError`` at a limit."""
         payload = f.U32.pack(bind) + f.json_frame(f.OPEN, 0, info)[f.HEADER_SIZE :]
@@ -342,7 +401,9 @@ class Session:
         if self.closed or len(self.streams) >= self.max_streams or self.last_stream >= 2**32 - 1:
             raise OverflowError("no more streams on this session")
         self.last_stream += 1
-        stream = self.streams[self.last_stream] = Stream(self, self.last_stream, sink, tcp)
+        stream = self.streams[self.last_stream] = Stream(self, self.last_stream, sink)
+        if tcp:
+            stream.tcp = True
         return stream
 
     # ── the carrier's side ────────────────────────────────────────────────────────────────────────────────────────
@@ -367,7 +428,8 @@ class Session:
         if self.closed:
             return
         self.closed = True
-        for stream in list(self.streams.values()):
+        for owner in list(self.streams.values()):
+            stream = owner if isinstance(owner, Stream) else owner.materialise()
             sink = stream.sink
             stream.close()
             sink.on_reset(f.INTERNAL, detail)
@@ -387,7 +449,9 @@ class Session:
         if not 0 < size <= f.MAX_MESSAGE:
             raise WireError("message is empty or too long")
         at = 0
-        unpack = f.HEADER.unpack_from
+        if size <= LARGE or unpack(message)[3] != size - HEADER_SIZE:
+            # Many frames: one copy, from which slices are cheap. A large frame comes alone and is copied once, below.
+            message = bytes(message)
         while at < size:
             if self.closed:
                 return
@@ -398,12 +462,18 @@ class Session:
             end = at + length
             if length > MAX_PAYLOAD or end > size:
                 raise WireError("frame is too long or cut short")
-            if flags and flags & ~f.FLAGS.get(kind, 0):
-                raise WireError("undefined flags")
             payload = bytes(message[at:end])
             at = end
-            if kind == DATA and self.greeted:
-                self._on_data(ident, payload, flags & f.F_END != 0)
+            if flags and flags & ~f.FLAGS.get(kind, 0):
+                raise WireError("undefined flags")
+            if not self.greeted:
+                self._frame(kind, flags, ident, payload)
+            elif kind == ANSWER:
+                self._on_answer(ident, payload)
+            elif kind == REQUEST:
+                self._on_request(ident, payload, flags)
+            elif kind == DATA:
+                self._on_data(ident, payload, flags != 0)
             else:
                 self._frame(kind, flags, ident, payload)
 
@@ -435,20 +505,15 @@ class Session:
     def _stream(self, ident: int) -> Stream | None:
         """The open stream, or ``None`` for one that ended; raises for one that never was."""
         stream = self.streams.get(ident)
-        if stream is None and (ident == 0 or ident > self.last_stream):
-            raise WireError("frame for a stream that was never opened")
-        return stream
+        if stream is None:
+            if ident == 0 or ident > self.last_stream:
+                raise WireError("frame for a stream that was never opened")
+            return None
+        return stream.materialise() if stream.lazy else stream  # type: ignore[union-attr]
 
     def _on_data(self, ident: int, data: bytes, end: bool) -> None:
         size = len(data)
-        self.recv_credit -= size
-        if self.recv_credit < 0:
-            raise WireError("more DATA than session credit", "wire.flow_control")
-        self.recv_unreturned += size
-        if self.recv_unreturned >= _SESSION_RETURN:
-            self.recv_credit += self.recv_unreturned
-            self.put(f.frame(f.CREDIT, 0, f.U32.pack(self.recv_unreturned)))
-            self.recv_unreturned = 0
+        self._received(size)
         stream = self._stream(ident)
         if stream is None:
             return
@@ -462,6 +527,17 @@ class Session:
         stream.sink.on_data(data, end)
         if end and stream.send_ended:
             stream.close()
+
+    def _received(self, size: int) -> None:
+        """Account for DATA against the session's credit, and give it back in quarters."""
+        self.recv_credit -= size
+        if self.recv_credit < 0:
+            raise WireError("more DATA than session credit", "wire.flow_control")
+        self.recv_unreturned += size
+        if self.recv_unreturned >= _SESSION_RETURN:
+            self.recv_credit += self.recv_unreturned
+            self.put(f.frame(f.CREDIT, 0, f.U32.pack(self.recv_unreturned)))
+            self.recv_unreturned = 0
 
     def _on_response(self, ident: int, payload: bytes, end: bool) -> None:
         if not self.relay:
@@ -478,6 +554,19 @@ class Session:
         stream.sink.on_response(status, head, end)
         if end and stream.send_ended:
             stream.close()
+
+    def _on_answer(self, ident: int, payload: bytes) -> None:
+        """RESPONSE and DATA in one: what most answers are."""
+        if not self.relay:
+            raise WireError("ANSWER sent to an agent")
+        response, body = f.decode_answer(payload)
+        owner = self.streams.get(ident)
+        if owner is not None and owner.lazy and owner.on_whole(response, body):  # type: ignore[union-attr]
+            del self.streams[ident]
+            self._received(len(body))
+        else:
+            self._on_response(ident, response, False)
+            self._on_data(ident, body, True)
 
     def _on_interim(self, ident: int, payload: bytes) -> None:
         if not self.relay:
@@ -550,10 +639,19 @@ class Session:
         if len(self.streams) >= self.max_streams:
             self.put(f.frame(f.RESET, ident, f.encode_reset(f.TOO_MANY_STREAMS, "stream limit of the agent")))
             return None
-        stream = self.streams[ident] = Stream(self, ident, IGNORE, tcp)
+        stream = self.streams[ident] = Stream(self, ident, IGNORE)
+        if tcp:
+            stream.tcp = True
         return stream
 
     def _on_request(self, ident: int, payload: bytes, flags: int) -> None:
+        if flags == F_END and self.quick is not None and ident > self.last_stream:
+            streams = self.streams
+            owner = self.quick(ident, payload) if len(streams) < self.max_streams else None
+            if owner is not None:
+                self.last_stream = ident
+                streams[ident] = owner
+                return
         bind, head = f.decode_request(payload)
         stream = self._accept(ident, tcp=False)
         if stream is None:
@@ -643,6 +741,7 @@ class Session:
                 f.member(f.HELLO, body, name, str)
             for name in ("ping_interval_ms", "ping_timeout_ms"):
                 f.count(f.HELLO, body, name, least=1, most=3_600_000)
+            self.answers = body.get("answers") is True
         self.greeted = True
         self.handler.on_hello(body)
 
