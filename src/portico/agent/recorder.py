@@ -348,7 +348,7 @@ class Recorder:
         while self.bytes > goal and entries:
             entry = entries.popleft()
             self.evicted += 1
-            if type(entry) is tuple:
+            if not isinstance(entry, Entry):
                 self.bytes -= entry[1]
                 continue
             self.bytes -= entry.size
