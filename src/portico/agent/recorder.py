@@ -376,7 +376,8 @@ class Recorder:
     def newest(self, before: int | None = None) -> Iterator[Entry]:
         """Entries from the newest to the oldest, those below number ``before``; a snapshot, safe across awaits."""
         for tap in self._taps:
-            tap.serves.reveal()
+            if tap.serves is not None:
+                tap.serves.reveal()
         kept = list(self.entries)
         if before is not None:
             del kept[bisect_left(kept, before, key=_seq) :]
