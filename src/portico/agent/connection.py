@@ -44,7 +44,8 @@ class TargetConnection(asyncio.BufferedProtocol):
 
     lazy: Literal[True] = True
     __slots__ = (
-        "asked", "chunked", "close_after", "complete", "exchange", "fields", "fresh_parser", "head", "head_bytes", "head_view", "held",
+        "asked", "chunked", "close_after", "complete", "exchange", "fields", "fresh_parser", "head", "head_bytes",
+        "head_view", "held",
         "held_end", "idle_since", "junk", "left", "lost", "parser", "pool", "raw", "reading_paused", "reason",
         "reused", "skip_body", "transport", "unknown", "view", "write_paused", "writing_since",
     )  # fmt: skip
