@@ -238,6 +238,27 @@ class TestDrain:
         finally:
             await other.stop()
 
+    async def test_ports_are_given_back_when_there_is_a_replacement(self, world: World) -> None:
+        """Two relays cannot have the port of a TCP tunnel at once; a host they can."""
+        other = await Relay().start()
+        try:
+            world.api.edges = [world.relay.url, other.url]
+            world.start(names=("web", "ssh"))
+            world.agent.tunnels[1].spec["protocol"] = "tcp"
+            await world.online(2)
+            old = world.relay.connections[0]
+            other.mute = True  # a replacement that is not there yet
+            old.session.control(f.GOAWAY, 0, code="session.relay_draining", detail="bye", retry_after_ms=0)
+            await other.until(lambda: other.connections)
+            await asyncio.sleep(0.2)
+            assert old.unbinds == []
+            other.mute = False
+            await other.bound(2)
+            await world.relay.until(lambda: old.unbinds)
+            assert old.unbinds == [2]
+        finally:
+            await other.stop()
+
     async def test_the_old_one_serves_until_there_is_a_new_one(self, world: World) -> None:
         await world.start().online()
         old = world.relay.connections[0]

@@ -647,9 +647,11 @@ class TestDrain:
         await visit()
         await agent.stream()
         stopping = asyncio.create_task(relay.stop())
+        await agent.until(lambda: agent.goaway)
+        assert listening(number)  # until the agent has another relay
+        agent.session.control(f.UNBIND, 1, code="tunnel.moved", detail="")
         await until(lambda: not listening(number))
-        agent.bound.clear()
-        await agent.online(tcp_grant(number))
+        await agent.online(tcp_grant(number), bind=2)
         assert not listening(number)
         await stopping
 
@@ -659,7 +661,7 @@ class TestDrain:
         short, long = await visit(), await visit()
         await agent.stream(2)
         stopping = asyncio.create_task(relay.stop())
-        await until(lambda: not listening(number))  # another relay can have it now
+        await agent.until(lambda: agent.goaway)
         short.send(b"done")
         await until(lambda: any(s.body == b"done" for s in agent.tcp))
         first = next(s for s in agent.tcp if s.body == b"done")
@@ -669,4 +671,4 @@ class TestDrain:
         assert await short.rest() == b""
         assert await long.is_reset()  # cut off, and not made to look complete
         await stopping
-        assert not relay.public.connections
+        assert not relay.public.connections and not listening(number)

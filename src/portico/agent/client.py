@@ -339,6 +339,8 @@ class Agent:
         if old is not None and not old.lost:
             self.old_links.add(old)
         for tunnel in self._live():
+            if old is not None and old.sent_away and tunnel.spec.get("protocol") == "tcp":
+                old.release(tunnel.bind)
             self._bind(link, tunnel)
 
     def _bind(self, link: Link, tunnel: Tunnel) -> None:

@@ -174,6 +174,10 @@ class Link:
         self._answered(bind)
         self.session.control(f.UNBIND, bind, code="tunnel.stopped", detail="the agent ended the tunnel")
 
+    def release(self, bind: int) -> None:
+        """Give back a tunnel that is bound elsewhere now: two relays cannot have its port at once."""
+        self.session.control(f.UNBIND, bind, code="tunnel.moved", detail="the tunnel moves to another connection")
+
     async def finish(self, limit: float, *, moved: bool = False) -> None:
         """Leave so that no request is lost: say that none is taken any more, hear that the relay has read it, answer what is
         in flight. Returns when that is done, or after ``limit`` seconds.

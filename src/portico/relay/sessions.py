@@ -261,8 +261,6 @@ class Agents:
         self.on_dropped: list[Callable[[LiveTunnel], None]] = []
         #: The platform ended a tunnel, with this code: what is in flight on it ends too, where it has no end of its own.
         self.on_ended: list[Callable[[LiveTunnel, str], None]] = []
-        #: A connection was asked to leave, in so many seconds.
-        self.on_leaving: list[Callable[[AgentConnection, float], None]] = []
         #: Opens what a tunnel needs beside its hosts. ``False``: :meth:`announce` or :meth:`refuse` is called later.
         self.listen: Callable[[LiveTunnel], bool] = lambda live: True
         self._connected_since = math.inf
@@ -557,16 +555,13 @@ class Agents:
         limits = self.settings
         spread = min(len(self.connections) / max(limits.drain_agents_per_second, 1), limits.drain_seconds / 2)
         for connection in self.connections:
-            delay = random.uniform(0, spread)  # noqa: S311 - no secret
             connection.session.control(
                 f.GOAWAY,
                 0,
                 code="session.relay_draining",
                 detail="the relay is shutting down",
-                retry_after_ms=int(delay * 1000),
+                retry_after_ms=int(random.uniform(0, spread) * 1000),  # noqa: S311 - no secret
             )
-            for callback in self.on_leaving:
-                callback(connection, delay)
 
     def staying(self) -> int:
         """Connections whose agents have not moved elsewhere."""

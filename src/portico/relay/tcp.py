@@ -26,12 +26,12 @@ from portico.wire.session import Stream
 
 if TYPE_CHECKING:
     from portico.relay.listeners import PublicServer
-    from portico.relay.sessions import AgentConnection, Agents, LiveTunnel
+    from portico.relay.sessions import Agents, LiveTunnel
 
 log = logging.getLogger("portico.relay.tcp")
 
 #: Seconds between two tries to open a port that somebody still has.
-RETRY_SECONDS: Final = 0.05
+RETRY_SECONDS: Final = 0.01
 #: Seconds between two log lines for one reason of one tunnel: a flood of refused visitors is one line with a count.
 QUIET_SECONDS: Final = 5.0
 #: Reasons remembered for that.
@@ -55,7 +55,11 @@ class Port:
 
 
 class TcpPorts:
-    """The open ports of this relay. All methods run on the loop."""
+    """The open ports of this relay. All methods run on the loop.
+
+    While the relay drains (``draining``) a port stays open until its agent gives it back, which it does when it has another
+    connection, or until :meth:`close`; none is opened any more.
+    """
 
     def __init__(self, public: PublicServer, agents: Agents) -> None:
         self.public = public
@@ -67,7 +71,6 @@ class TcpPorts:
         self._said: dict[tuple[str, str], tuple[float, int]] = {}
         self.draining = False
         agents.listen = self.listen
-        agents.on_leaving.append(self._leaving)
         agents.on_dropped.append(self._dropped)
         agents.on_ended.append(self._ended)
 
@@ -76,7 +79,9 @@ class TcpPorts:
         """Open the port of a tunnel that was just bound. ``False``: not yet; ``Agents`` hears once it is open, or will not
         be."""
         number = live.grant.port
-        if number is None or self.draining:  # a grant that is renewed now: the port is another relay's, or soon will be
+        if (
+            number is None or self.draining
+        ):  # a grant that is renewed now: an open port stays, a closed one is another's
             return True
         for port in [p for p in self.open.values() if p.tunnel == live.grant.tun and p.number != number]:
             self._close(port)
@@ -149,13 +154,6 @@ class TcpPorts:
             port.live = None
             if port.server is not None:
                 port.server.close()
-
-    def _leaving(self, connection: AgentConnection, delay: float) -> None:
-        """The relay drains: another one needs the ports of this agent by the time that it moves. Connections go on."""
-        for live in connection.binds.values():
-            port = self.open.get(live.grant.port or 0)
-            if port is not None and port.live is live:
-                self.loop.call_later(delay, self._close, port)
 
     def close(self) -> None:
         """The relay stops: no port is open any more."""
