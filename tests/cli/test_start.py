@@ -16,6 +16,7 @@ import pytest
 
 from tests.agent.api_server import KEY, TestApi, problem
 from tests.agent.harness import Relay, answering, target_server
+from tests.agent.proxies import proxy
 from tests.cli.commands import OK, Cli, only_line
 
 HEAD = "version: 1\ntunnels:\n"
@@ -182,6 +183,17 @@ class TestStart:
         await running.online("a")
         assert await running.end() == 0
         assert next(body for _, path, body, _ in api.calls if path == "/v1/agent/sessions")["region"] == "eu"
+
+    async def test_the_way_to_the_platform_that_the_file_names(
+        self, cli: Cli, file: Path, relay: Relay, api: TestApi
+    ) -> None:
+        await cli.login()
+        async with proxy() as way:
+            file.write_text(f"proxy_url: {way.url}\n{HEAD}  a: {{addr: 1}}\n")
+            running = Started(await cli.start("start", "--config", str(file), "--all", "--json"))
+            await running.online("a")
+            assert {port for _, port in way.asked} == {relay.port, api.port}
+            assert await running.end() == 0
 
 
 class TestFileChanges:

@@ -87,6 +87,8 @@ async def serve(
         beside = [asyncio.create_task(work) for work in (fleet.run(), display.run())]
         if follower is not None:
             beside.append(asyncio.create_task(follower.run()))
+        for task in beside:
+            task.add_done_callback(_say_fault)
         try:
             await agent.run()
         finally:
@@ -99,6 +101,12 @@ async def serve(
             if inspector is not None:
                 await inspector.close()
     return INTERRUPTED if stopped_by[:1] == [signal.SIGINT] else 0
+
+
+def _say_fault(task: asyncio.Task[None]) -> None:
+    """What runs beside the tunnels ends with them; a fault in it ends nothing, and is not kept quiet."""
+    if not task.cancelled() and (fault := task.exception()) is not None:
+        log.error("a part of the agent ended by a fault; the tunnels go on", exc_info=fault)
 
 
 def _follower(source: tuple[FileSource, Config], fleet: Fleet, settings: AgentSettings) -> Follower:

@@ -351,7 +351,10 @@ class Screen(Display):
         if room >= 0:
             facts.add_row("Connections", self._counts())
         gap = [] if tight else [""]
-        parts: list[RenderableType] = [] if tight else [Text("portico", "bold").append("  (Ctrl-C ends)", "dim"), ""]
+        used = facts.row_count + len(code) + (1 if message else 0)
+        parts: list[RenderableType] = []
+        if not tight or used + 2 < self._console.size.height:
+            parts = [Text("portico", "bold").append("  (Ctrl-C ends)", "dim"), ""]
         parts.append(facts)
         if message:
             parts += [*gap, Text(printable(message), "yellow", overflow="ellipsis", no_wrap=True)]

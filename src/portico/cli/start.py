@@ -60,8 +60,7 @@ def start(
     if found.faults:
         raise refused(found.faults)
     _check_names(found, names, everything)
-    own = {k: v for k, v in found.settings.items() if k in ("server", "region", "log_level", "ca_file", "web_addr")}
-    agent = settings.agent_settings(typed, own)
+    agent = settings.agent_settings(typed, _own_settings(found))
     mode = output.display_mode(json)
     serving = app.serve(
         agent,
@@ -74,6 +73,14 @@ def start(
     )
     if code := loop.run(serving):
         raise typer.Exit(code)
+
+
+def _own_settings(found: Config) -> dict[str, Any]:
+    """What the file says of the agent; its other keys are for this command."""
+    from dataclasses import fields
+
+    known = {field.name for field in fields(settings.AgentSettings)}
+    return {key: value for key, value in found.settings.items() if key in known}
 
 
 def _names_in_file(ctx: typer.Context) -> list[str]:
