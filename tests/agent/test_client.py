@@ -247,12 +247,12 @@ class TestDrain:
             world.agent.tunnels[1].spec["protocol"] = "tcp"
             await world.online(2)
             old = world.relay.connections[0]
-            other.mute = True  # a replacement that is not there yet
+            refusal = {"status": 503, "code": "session.relay_draining", "detail": "not yet"}
+            world.relay.refuse = other.refuse = refusal
             old.session.control(f.GOAWAY, 0, code="session.relay_draining", detail="bye", retry_after_ms=0)
-            await other.until(lambda: other.connections)
-            await asyncio.sleep(0.2)
+            await other.until(lambda: other.refused >= 2)
             assert old.unbinds == []
-            other.mute = False
+            other.refuse = None
             await other.bound(2)
             await world.relay.until(lambda: old.unbinds)
             assert old.unbinds == [2]
