@@ -8,12 +8,11 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import httpx
-
 from portico.agent import proxy as proxies
 from portico.agent.transport import Transport, trust
 from portico.errors import Problem, catalogue
 from portico.kit.dial import authority, bracketed, is_address, is_loopback
+from portico.kit.lean import httpx
 from portico.settings import AgentSettings, Secret
 
 VERSION = "0.1.0"

@@ -20,8 +20,6 @@ from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-import httpx
-
 from portico.agent import probe
 from portico.agent import proxy as proxies
 from portico.agent.api import VERSION, Api, SessionInfo
@@ -34,6 +32,7 @@ from portico.errors import Problem
 from portico.kit.dial import authority, is_address, reason, resolve
 from portico.kit.findings import Finding, clock
 from portico.kit.ids import check_token, display_prefix
+from portico.kit.lean import httpx
 from portico.settings import AgentSettings
 
 #: Days before its end in which a certificate is worth a look.

@@ -13,13 +13,11 @@ import ssl
 from collections.abc import Iterable
 from typing import Any
 
-import httpcore
-import httpx
-
 from portico.agent import proxy as proxies
 from portico.agent.proxy import Proxy
 from portico.errors import Problem
 from portico.kit.dial import connect_tcp, reason
+from portico.kit.lean import httpcore, httpx
 from portico.settings import AgentSettings
 
 #: Idle connections that are kept, and for how many seconds: what a NAT or proxy forgot meanwhile would hang.
