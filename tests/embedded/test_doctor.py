@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import email.utils
 import json
 import os
@@ -22,6 +23,7 @@ from portico.embedded.secretfiles import write_credentials
 from portico.kit.findings import Finding
 from portico.kit.sockets import bind_tcp, port_of
 from portico.settings import PlatformSettings, Secret
+from tests.system.platform import port_span
 
 FREE = PlatformSettings(http_port=0, https_port=0, control_port=0, api_port=0)
 
@@ -52,6 +54,33 @@ async def api() -> AsyncIterator[Api]:
     made.port = server.sockets[0].getsockname()[1]
     yield made
     server.close()
+
+
+class TestTcpPorts:
+    @staticmethod
+    async def found(home: Path, span: str, **more: int) -> Finding:
+        settings = dataclasses.replace(FREE, tcp_ports=span, **more)
+        return (await findings(settings, home))["TCP ports"]
+
+    async def test_free(self, home: Path) -> None:
+        first = int(port_span(3).split("-")[0])
+        found = await self.found(home, f"{first}-{first + 2}")
+        assert (found.level, found.says) == ("OK", f"{first}-{first + 2}, each open while its tunnel is online")
+
+    async def test_taken_by_another_program(self, home: Path) -> None:
+        first = int(port_span(3).split("-")[0])
+        with bind_tcp("127.0.0.1", first + 1):
+            found = await self.found(home, f"{first}-{first + 2}")
+        assert found.level == "WARN" and f"{first + 1} is taken by" in found.says and str(os.getpid()) in found.says
+
+    async def test_those_of_outgoing_connections(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor.ports, "outgoing", lambda: range(20_000, 61_000))
+        found = await self.found(home, "19990-20000")
+        assert found.level == "WARN" and "20000-60999" in found.says and "--tcp-ports" in found.advice
+
+    async def test_what_is_no_range(self, home: Path) -> None:
+        assert (await self.found(home, "7100")).level == "FAIL"
+        assert "another listener's" in (await self.found(home, "7000-7100", api_port=7050)).says
 
 
 class TestHere:

@@ -63,7 +63,7 @@ async def examine(settings: PlatformSettings, home: Path, server: str | None = N
         *(python, packages, data_folder, credentials_file, disk, open_files, postgres, valkey, running),
     )
     findings = [_guard(check, case) for check in local]
-    findings += _ports(case)
+    findings += [*_ports(case), _guard(tcp_ports, case)]
     if case.server and (case.running or server):
         remote: tuple[Callable[[Case], Awaitable[list[Finding]]], ...] = (api, keys, relay)
         for group in await asyncio.gather(*(check(case) for check in remote)):
@@ -209,6 +209,34 @@ def _ports(case: Case) -> list[Finding]:
         ("API port", s.api_port, "--api-port"),
     )
     return [_free(s.host, *row) for row in wanted]
+
+
+def tcp_ports(case: Case) -> Finding:
+    """The range of TCP tunnels: whether it is one, whether others are in it, whether the system gives out of it itself."""
+    name, s = "TCP ports", case.settings
+    try:
+        span = ports.check_range(s.tcp_ports, {s.http_port, s.https_port, s.control_port, s.api_port})
+    except Problem as problem:
+        return Finding(name, "FAIL", problem.detail, problem.hint)
+    own = ports.outgoing()
+    if own is not None and span.start < own.stop and own.start < span.stop:
+        return Finding(
+            name,
+            "WARN",
+            f"{s.tcp_ports} is within {own.start}-{own.stop - 1}, from which outgoing connections take theirs",
+            "Choose another range with --tcp-ports; a tunnel whose port is taken stays off line.",
+        )
+    taken = [] if case.running else ports.taken(s.host, span)
+    if taken:
+        by = ports.holder(taken[0])
+        more = f", and so are {len(taken) - 1} more of {s.tcp_ports}" if len(taken) > 1 else ""
+        return Finding(
+            name,
+            "WARN",
+            f"{taken[0]} is taken{f' by {by}' if by else ''}{more}",
+            "End that program, or choose another range with --tcp-ports.",
+        )
+    return Finding(name, "OK", f"{s.tcp_ports}, each open while its tunnel is online")
 
 
 def _free(host: str, name: str, port: int, option: str) -> Finding:

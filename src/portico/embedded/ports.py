@@ -67,6 +67,25 @@ def _listening_inodes(port: int) -> Iterable[str]:
                     yield f"socket:[{fields[9]}]"
 
 
+def taken(host: str, span: range) -> list[int]:
+    """Those of the ports that cannot be opened now."""
+    found = []
+    for port in span:
+        try:
+            bind_tcp(host, port, backlog=0).close()
+        except Problem:
+            found.append(port)
+    return found
+
+
+def outgoing() -> range | None:
+    """The ports from which the system gives outgoing connections theirs; ``None`` where it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()
+        return range(int(first), int(last) + 1)
+    return None
+
+
 def check_range(text: str, others: set[int]) -> range:
     """The ports of ``first-last`` (the setting ``tcp_ports``).
 
