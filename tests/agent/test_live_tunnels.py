@@ -70,6 +70,24 @@ class TestAdd:
         opened = [c for c in world.api.calls if c[1] == "/v1/agent/sessions"]
         assert [s["name"] for s in opened[-1][2]["tunnels"]] == ["web", "api"]
 
+    async def test_one_that_is_added_before_the_session_is_open(self, world: World) -> None:
+        world.start()
+        world.agent.add(spec("api"), Hello(), HERE)
+        await world.online(2)
+        late: list[Tunnel] = []
+        really = world.api.routes["POST /v1/agent/sessions"]
+
+        def slow(body: dict[str, Any]) -> Any:
+            late.append(world.agent.add(spec("late"), Hello(), HERE))
+            return really(body)
+
+        world.api.routes["POST /v1/agent/sessions"] = slow
+        world.api.routes["POST /v1/agent/sessions/ses_1/tunnels"] = lambda body: problem(404, "session.not_found")
+        world.relay.connections[-1].end("session.token_expired")
+        await world.seen.until(lambda: late)
+        world.api.routes["POST /v1/agent/sessions/ses_1/tunnels"] = world.api.add
+        await world.seen.until(lambda: ("late", "online", "") in world.seen.tunnels)
+
     async def test_it_is_there_after_a_reconnect(self, world: World) -> None:
         await world.start().online()
         world.agent.add(spec("api"), Hello(), HERE)
@@ -165,6 +183,18 @@ class TestChange:
         assert "web: the change was refused: taken by others" in world.seen.warnings
         assert await world.get() == b"hello" and named(world, "web").state == "online"
 
+    async def test_a_refused_change_does_not_end_the_tunnel_at_the_next_session(self, world: World) -> None:
+        await world.start(names=("web", "api")).online(2)
+        world.api.refuse_names["web"] = problem(409, "tunnel.subdomain_taken", "taken by others")
+        world.agent.change(named(world, "web"), spec("web", subdomain="shop"), world.serves, HERE)
+        await world.seen.until(lambda: world.seen.warnings)
+        world.api.refuse_names.clear()
+        world.relay.connections[-1].end("session.token_expired")
+        await world.seen.until(lambda: world.api.count("POST /v1/agent/sessions") == 2)
+        opened = [c for c in world.api.calls if c[1] == "/v1/agent/sessions"][-1][2]["tunnels"]
+        assert [s.get("subdomain") for s in opened] == [None, None]
+        await world.online(4)
+
 
 class TestRefusedAtTheStart:
     async def test_the_others_start(self, world: World) -> None:
@@ -180,6 +210,21 @@ class TestRefusedAtTheStart:
         err = await world.start(names=("a", "b")).ended()
         assert err is not None and err.code == "tunnel.subdomain_taken"
         assert {t[:2] for t in world.seen.tunnels} == {("a", "ended"), ("b", "ended")}
+
+    async def test_an_api_that_goes_away_in_the_middle_of_asking_for_each(self, world: World) -> None:
+        await world.start(names=("a", "b", "c")).online(3)
+        world.api.refuse_names["a"] = problem(409, "tunnel.suspended")
+        add, away = world.api.add, [True]
+        world.api.routes["POST /v1/agent/sessions/ses_1/tunnels"] = lambda body: (
+            problem(503, "service.unavailable") if body["name"] == "c" and away else add(body)
+        )
+        world.relay.connections[-1].end("session.token_expired")
+        await world.seen.until(lambda: ("a", "ended", "tunnel.suspended") in world.seen.tunnels)
+        await world.seen.until(lambda: any("c waits for the API" in text for text in world.seen.warnings))
+        away.clear()
+        connection = await world.relay.bound(2)
+        await world.relay.until(lambda: connection.grants[-1][1].startswith("c:") and connection is not None)
+        assert {grant.split(":")[0] for _, grant in connection.grants} == {"b", "c"}
 
     @pytest.mark.parametrize("code", ["auth.key_revoked", "edge.no_relay"])
     async def test_what_is_not_about_a_tunnel_ends_it_or_is_said(self, world: World, code: str) -> None:

@@ -72,6 +72,8 @@ class Tunnel:
     link: Link | None = None
     ttl: float | None = None
     ends_at: float | None = None
+    #: The spec that the API took last.
+    agreed: dict[str, Any] | None = None
 
     @property
     def over(self) -> bool:
@@ -178,21 +180,35 @@ class Agent:
     async def _open_session(self, limit: float | None = None) -> SessionInfo:
         """A session with all tunnels; when the API refuses one of several, a session with the others."""
         live = self._live()
+        asked = [(tunnel, tunnel.spec) for tunnel in live]
         try:
-            return await self.api.open_session(self._opening(live), limit)
+            info = await self.api.open_session(self._opening(live), limit)
         except Problem as problem:
             if len(live) < 2 or not tunnel_refused(problem):
                 raise
-        # Which one it is the answer does not say for certain: ask for each.
+            return await self._open_one_by_one(live, limit)
+        for tunnel, spec in asked:
+            tunnel.agreed = spec
+        return info
+
+    async def _open_one_by_one(self, live: list[Tunnel], limit: float | None) -> SessionInfo:
+        """Which tunnel was refused the answer does not say for certain: ask for each."""
         info = await self.api.open_session(self._opening(()), limit)
         grants = []
-        for tunnel in live:
+        for number, tunnel in enumerate(live):
+            spec = tunnel.spec
             try:
                 grants.append(await self.api.add_tunnel(info.session, _asked(tunnel)))
+                tunnel.agreed = spec
             except Problem as problem:
-                if not tunnel_refused(problem):
+                if tunnel_refused(problem):
+                    self._tunnel_over(tunnel, problem)
+                    continue
+                if self.info is None or credential_refused(problem):
                     raise
-                self._tunnel_over(tunnel, problem)
+                for rest in live[number:]:  # the API went away in the middle: the session comes first
+                    self._spawn(self._admit(rest))
+                break
         return replace(info, grants=tuple(grants))
 
     def _adopt(self, info: SessionInfo) -> None:
@@ -205,6 +221,8 @@ class Agent:
             if grant is not None:
                 tunnel.grant = grant
                 tunnel.url = grant.url
+            elif tunnel.grant is None and tunnel.name and tunnel.agreed is None:
+                self._spawn(self._admit(tunnel))  # it was added while this answer was on its way
         self.info = info
         self._stale_token = False
 
@@ -461,7 +479,7 @@ class Agent:
     async def _admit(self, tunnel: Tunnel) -> None:
         """Ask for a tunnel's grant, and bind it; while the API is away, again and again."""
         attempt = 0
-        asked = _asked(tunnel)
+        asked, asked_spec = _asked(tunnel), tunnel.spec
         while self.info is not None and not self._over():
             try:
                 async with self._asking:  # one after the other: an older wish may not arrive after a newer one
@@ -486,7 +504,7 @@ class Agent:
             if tunnel not in self._live():  # it was removed meanwhile
                 await self._withdraw(self.info.session, grant.tunnel)
                 return
-            tunnel.grant = grant
+            tunnel.grant, tunnel.agreed = grant, asked_spec
             if self.link is not None and not self.link.lost:
                 self._bind(self.link, tunnel)
             return
@@ -496,6 +514,8 @@ class Agent:
         if tunnel.grant is None:
             self._tunnel_over(tunnel, problem)
         else:
+            if tunnel.agreed is not None:
+                tunnel.spec = tunnel.agreed  # else the next session would be refused for it, and the tunnel end
             self.events.warning(f"{tunnel.name}: the change was refused: {problem.detail}")
 
     def _links(self) -> list[Link]:
