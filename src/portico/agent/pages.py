@@ -9,11 +9,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from portico.kit.har import MASK, SECRET_FIELDS
+
 _STATIC = Path(__file__).parent / "static"
 _TOKENS = Path(__file__).parent.parent / "kit" / "static" / "tokens.css"
 _FILES = {
     "tokens.css": (_TOKENS, "text/css; charset=utf-8"),
     "inspector.css": (_STATIC / "inspector.css", "text/css; charset=utf-8"),
+    "icon.svg": (_STATIC / "icon.svg", "image/svg+xml"),
     "inspector.js": (_STATIC / "inspector.js", "text/javascript; charset=utf-8"),
 }
 #: Text of a body that the plain page shows; the live page and the body's own address have all that is kept.
@@ -43,17 +46,26 @@ def index(status: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f'<span class="to">→ {_e(t["config"]["addr"])}</span></li>'
         for t in status["tunnels"]
     )
-    return _frame().substitute(state=_e(status["status"]), tunnels=tunnels, rows="".join(map(_row, rows)), main="")
+    url = next((t["public_url"] for t in status["tunnels"] if t["public_url"].startswith("http")), "URL")
+    return _frame().substitute(
+        _common(status) | {"tunnels": tunnels, "rows": "".join(map(_row, rows)), "main": "", "layout": ""},
+        empty="hidden" if rows else "",
+        **{"try": f"curl {_e(url)}/"},
+    )
+
+
+def _common(status: dict[str, Any]) -> dict[str, str]:
+    return {"state": _e(status["status"])}
 
 
 def _row(row: dict[str, Any]) -> str:
     tone = f"s{row['status'] // 100}" if row["status"] else "s0"
     took = "running" if row["state"] == "running" else f"{row['duration_ms']:.1f} ms"
     return (
-        f'<tr data-id="{_e(row["id"])}"><td class="status {tone}">{row["status"] or "…"}</td>'
+        f'<tr data-id="{_e(row["id"])}"><td><span class="code {tone}">{row["status"] or "…"}</span></td>'
         f'<td class="method">{_e(row["method"])}</td>'
         f'<td class="path"><a href="/requests/{_e(row["id"])}">{_e(row["path"])}</a></td>'
-        f'<td class="took">{took}</td><td class="at">{_e(row["started_at"][11:19])}</td></tr>'
+        f'<td class="n took">{took}</td><td class="n at">{_e(row["started_at"][11:19])}</td></tr>'
     )
 
 
@@ -64,17 +76,24 @@ def plain(status: dict[str, Any], document: dict[str, Any]) -> str:
         f"<h1>{_e(document['method'])} {_e(document['path'])}</h1>",
         f"<p>{document['status'] or document['state']} · {document['duration_ms']:.1f} ms · {_e(document['started_at'])}",
         f" · {_e(document['tunnel'])} → {_e(document['target'])}</p>",
-        f'<p class="bad">{_e(document["failure"])}</p>' if "failure" in document else "",
+        f'<p class="notice bad">{_e(document["failure"])}</p>' if "failure" in document else "",
         _message("Request", request, document["id"], "request"),
         _message("Response", response, document["id"], "response") if response is not None else "",
         '<p><a href="/">All requests</a></p>',
     ]
-    main = f'<article class="plain">{"".join(parts)}</article>'
-    return _frame().substitute(state=_e(status["status"]), tunnels="", rows="", main=main)
+    main = f"<article>{''.join(parts)}</article>"
+    return _frame().substitute(
+        _common(status) | {"tunnels": "", "rows": "", "main": main, "layout": "plainpage"},
+        empty="hidden",
+        **{"try": ""},
+    )
 
 
 def _message(title: str, message: dict[str, Any], ident: str, side: str) -> str:
-    rows = "".join(f"<tr><th>{_e(name)}</th><td>{_e(value)}</td></tr>" for name, value in message["headers"])
+    rows = "".join(
+        f"<tr><th>{_e(name)}</th><td>{_e(MASK if name.lower() in SECRET_FIELDS else value)}</td></tr>"
+        for name, value in message["headers"]
+    )
     body = message["body"]
     shown = ""
     if body["kept"]:

@@ -281,7 +281,7 @@ class _Reader:
             raise ValueError(f"the tag {node.tag} means nothing here")
         if node.tag == _TAGS + "null":
             raise ValueError(f"has no value ({key.kind})")
-        if node.tag == _TAGS + "bool" and key.kind != "switch":
+        if node.tag == _TAGS + "bool" and not key.kind.endswith("switch"):
             raise ValueError(f"YAML reads {node.value} as true or false; put it in quotes")
         # The text as it was typed: YAML would read 22:22 as a number of minutes, and 0123 as octal.
         return key.read(node.value, self.path.parent.absolute())

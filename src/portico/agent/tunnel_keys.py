@@ -178,7 +178,7 @@ TOP = (
     ),
     Key("region", "text", _text, "Preferred region.", "the platform chooses", "eu"),
     Key("log_level", "level", _log_level, "Lowest level of log records: " + ", ".join(LOG_LEVELS) + ".", "INFO", "WARNING"),
-    Key("web_addr", "HOST:PORT", _web_addr, "Address of the local page that shows requests, or `false` for none.",
+    Key("web_addr", "HOST:PORT or switch", _web_addr, "Address of the local page that shows requests, or `false` for none.",
         "127.0.0.1:4040", "false"),
     Key("tunnels", "map", about="Tunnels by name. A name is also the subdomain where `subdomain` says nothing else.",
         required=True),

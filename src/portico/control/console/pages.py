@@ -19,6 +19,7 @@ import jinja2
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 
+from portico import kit
 from portico.control import access
 from portico.control.access import Caller
 from portico.control.console import browser
@@ -30,7 +31,10 @@ from portico.settings import ApiSettings
 router = APIRouter(include_in_schema=False)
 
 _HERE = Path(__file__).parent
-_STYLE = (_HERE / "static" / "console.css").read_bytes()
+_STYLES = {
+    "tokens.css": (Path(kit.__file__).parent / "static" / "tokens.css").read_bytes(),
+    "console.css": (_HERE / "static" / "console.css").read_bytes(),
+}
 _templates = jinja2.Environment(
     loader=jinja2.FileSystemLoader(_HERE / "templates"),
     autoescape=True,
@@ -44,10 +48,20 @@ _SHOWN = frozenset(
 )
 
 
+@router.get("/static/tokens.css")
+async def tokens() -> Response:
+    """Colours and type, which the agent's local page shares."""
+    return _style("tokens.css")
+
+
 @router.get("/static/console.css")
 async def style() -> Response:
-    """The one style sheet."""
-    return Response(_STYLE, media_type="text/css", headers={"Cache-Control": "public, max-age=300"})
+    """The console's own style sheet."""
+    return _style("console.css")
+
+
+def _style(name: str) -> Response:
+    return Response(_STYLES[name], media_type="text/css", headers={"Cache-Control": "public, max-age=300"})
 
 
 @router.api_route("/", methods=["GET", "HEAD"])

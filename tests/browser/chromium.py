@@ -1,0 +1,147 @@
+"""Chromium without a window, driven by its own protocol (CDP): what a browser test needs, and no more."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
+
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-port=0",
+)  # fmt: skip
+
+
+def program() -> str:
+    """The browser; skips loudly without one, and fails where skips are forbidden."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        why = "NO CHROMIUM: browser tests need one (apt-get install chromium)"
+        if os.environ.get("PORTICO_REQUIRE_ALL"):
+            pytest.fail(why)
+        pytest.skip(why)
+    return found
+
+
+class Page(WSListener):  # type: ignore[misc]
+    """One tab."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transport: WSTransport
+        self.errors: list[str] = []
+        self._number = 0
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+
+    def on_ws_connected(self, transport: WSTransport) -> None:
+        self.transport = transport
+
+    def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
+        message = json.loads(frame.get_payload_as_bytes())
+        method, told = message.get("method"), message.get("params", {})
+        if "id" in message:
+            waiting = self._waiting.pop(message["id"])
+            if not waiting.done():
+                waiting.set_result(message)
+        elif method == "Runtime.exceptionThrown":
+            self.errors.append(json.dumps(told["exceptionDetails"])[:500])
+        elif method == "Log.entryAdded" and told["entry"]["level"] == "error":
+            self.errors.append(f"{told['entry']['text']} {told['entry'].get('url', '')}")
+
+    async def call(self, method: str, **params: Any) -> Any:
+        """One command of the protocol."""
+        self._number += 1
+        waiting = self._waiting[self._number] = asyncio.get_running_loop().create_future()
+        message = {"id": self._number, "method": method, "params": params}
+        self.transport.send(WSMsgType.TEXT, json.dumps(message).encode())
+        answer = await asyncio.wait_for(waiting, 20)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    async def open(
+        self, url: str, width: int = 1280, height: int = 800, dark: bool = False, script: bool = True
+    ) -> None:
+        """Go to ``url`` and wait until it is loaded."""
+        for domain in ("Page", "Runtime", "Log"):
+            await self.call(f"{domain}.enable")
+        await self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        await self.call("Emulation.setEmulatedMedia", features=[scheme])
+        await self.call("Emulation.setScriptExecutionDisabled", value=not script)
+        await self.call("Page.navigate", url=url)
+        await self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    async def js(self, code: str) -> Any:
+        """The value of an expression (of a promise too)."""
+        answer = await self.call("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    async def until(self, code: str, limit: float = 10.0) -> None:
+        """Wait until an expression holds."""
+        async with asyncio.timeout(limit):
+            while not await self.js(f"Boolean({code})"):
+                await asyncio.sleep(0.05)
+
+    async def text(self, selector: str) -> str:
+        return str(await self.js(f"document.querySelector({json.dumps(selector)})?.innerText ?? ''"))
+
+    async def key(self, key: str) -> None:
+        """Press and release one key."""
+        text = {"text": key} if len(key) == 1 else {}
+        code = {"Escape": 27, "Enter": 13}.get(key, ord(key[0].upper()))
+        await self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
+        await self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+
+    async def screenshot(self, path: Path) -> None:
+        """What the window shows, as a PNG."""
+        got = await self.call("Page.captureScreenshot", format="png")
+        path.write_bytes(base64.b64decode(got["data"]))
+
+
+@contextlib.asynccontextmanager
+async def browser() -> AsyncIterator[Page]:
+    """A tab of a browser of its own."""
+    with tempfile.TemporaryDirectory(prefix="ptest-chromium-", ignore_cleanup_errors=True) as folder:
+        process = await asyncio.create_subprocess_exec(
+            program(), *FLAGS, f"--user-data-dir={folder}", "about:blank",
+            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            page = await _connect(Path(folder))
+            yield page
+            page.transport.disconnect()
+        finally:
+            if process.returncode is None:
+                process.terminate()
+            await process.wait()
+
+
+async def _connect(folder: Path) -> Page:
+    import httpx
+
+    async with asyncio.timeout(30):
+        while not (folder / "DevToolsActivePort").exists():
+            await asyncio.sleep(0.05)
+        port = (folder / "DevToolsActivePort").read_text().split()[0]
+        async with httpx.AsyncClient(trust_env=False) as client:
+            while True:
+                tabs = (await client.get(f"http://127.0.0.1:{port}/json/list")).json()
+                found = [tab for tab in tabs if tab["type"] == "page"]
+                if found:
+                    break
+                await asyncio.sleep(0.05)
+    _, page = await ws_connect(Page, found[0]["webSocketDebuggerUrl"], max_frame_size=1 << 26)
+    return page
