@@ -73,6 +73,8 @@ def test_tls_is_verified_except_on_this_machine() -> None:
         (ConnectionRefusedError(), "nothing listens on app:80"),
         (TimeoutError(), "app:80 did not accept a connection within 3 s"),
         (socket.gaierror(-2, "x"), "the name app cannot be resolved"),
+        (ConnectionResetError(), "app:80 accepted the connection and reset it at once"),
+        (BrokenPipeError(), "app:80 accepted the connection and reset it at once"),
         (OSError(113, "No route to host"), "app:80 cannot be reached (No route to host)"),
     ],
 )

@@ -244,6 +244,25 @@ class TestEnds:
             assert visit.reset == (f.TARGET_RESET, "the target reset the connection")
             await tunnel.until_idle()
 
+    async def test_a_reset_at_once_is_a_reset(self) -> None:
+        """Seen as a failed connect or as a reset of a connection: to the visitor it is the same."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def cut() -> None:
+                for _ in range(50):
+                    conn = server.accept()[0]
+                    conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    conn.close()
+
+            cutting = asyncio.create_task(asyncio.to_thread(cut))
+            async with tunnel_to(local(server.getsockname()[1])) as tunnel:
+                for _ in range(50):
+                    visit = await tunnel.open().over()
+                    assert visit.opened and visit.reset == (f.TARGET_RESET, "the target reset the connection")
+                assert tunnel.forwarder.stats.failures == 0
+                await tunnel.until_idle()
+            await cutting
+
     async def test_a_reset_by_the_visitor_is_a_reset(self) -> None:
         ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
 import socket
 import struct
+import threading
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -31,6 +33,7 @@ BULK_MIB = 64
 GROWTH_MIB = 40
 PARALLEL = 200
 REACH_SECONDS = 2.0
+DISORDER_SECONDS = 4.0
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -333,6 +336,72 @@ class TestEnds:
         back = TcpAgent(account, folder, port_of(target), "ends", "--remote-port", str(port))
         started.callback(back.end)
         assert back.online().port == port
+
+
+class TestDisorder:
+    async def test_every_kind_of_end_leaves_nothing(self, up: Up, agent: TcpAgent, target: socket.socket) -> None:
+        """Visitors and services that send, read, half-close, wait and reset as chance has it, both at once."""
+        relays = (up.pid("relay-1"), up.pid("relay-2"))
+        before = [descriptors(pid) for pid in (*relays, agent.pid)]
+        over = time.monotonic() + DISORDER_SECONDS
+
+        def serve() -> None:
+            target.settimeout(0.1)
+            while time.monotonic() < over + 1:
+                with contextlib.suppress(TimeoutError):
+                    conn = target.accept()[0]
+                    threading.Thread(target=disorder, args=(conn, random.Random(conn.fileno())), daemon=True).start()
+            target.settimeout(None)
+
+        def visit(seed: int) -> int:
+            chance, count = random.Random(seed), 0
+            while time.monotonic() < over:
+                disorder(socket.create_connection(("127.0.0.1", agent.port), timeout=5), chance)
+                count += 1
+            return count
+
+        serving = asyncio.create_task(asyncio.to_thread(serve))
+        counts = await asyncio.gather(*(asyncio.to_thread(visit, seed) for seed in range(8)))
+        await serving
+        print(f"{sum(counts)} connections")
+        assert sum(counts) > 200
+        for pid, had in zip((*relays, agent.pid), before, strict=True):
+            await until(async_(lambda pid=pid, had=had: descriptors(pid) <= had + 2), 10, "end of connections")
+        assert "Traceback" not in up.child.err + agent.err
+        async with service(target, echo):
+            assert await is_up(agent.port)
+
+
+def async_(condition: Callable[[], bool]) -> Callable[[], Awaitable[bool]]:
+    async def ask() -> bool:
+        return condition()
+
+    return ask
+
+
+def descriptors(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def disorder(conn: socket.socket, chance: random.Random) -> None:
+    """A few steps of a connection's life, and one of its ends."""
+    with contextlib.suppress(OSError), conn:
+        conn.settimeout(chance.choice((0.05, 0.3)))
+        for _ in range(chance.randrange(6)):
+            step = chance.randrange(6)
+            if step == 0:
+                conn.sendall(bytes(chance.choice((1, 100, 70_000, 300_000))))
+            elif step == 1:
+                conn.recv(chance.choice((1, 4096, MIB)))
+            elif step == 2:
+                conn.shutdown(socket.SHUT_WR)
+            elif step == 3:
+                time.sleep(chance.random() * 0.05)
+            elif step == 4:
+                conn.shutdown(socket.SHUT_RD)
+            else:
+                conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                return
 
 
 class TestKeeping:

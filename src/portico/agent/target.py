@@ -223,6 +223,8 @@ def why_unreachable(target: Target, err: BaseException, timeout: float) -> str:
         return f"{place} does not speak TLS ({err.reason or err})"
     if isinstance(err, socket.gaierror):
         return f"the name {target.host} cannot be resolved"
+    if isinstance(err, (ConnectionResetError, BrokenPipeError)):
+        return f"{place} accepted the connection and reset it at once"
     if target.kind == "unix" and isinstance(err, FileNotFoundError):
         return f"there is no socket at {place}"
     # On localhost the last address tried is ::1, which may be missing (EADDRNOTAVAIL, EAFNOSUPPORT) on this machine.

@@ -64,6 +64,13 @@ class TcpForwarder:
     async def _dial(self, pipe: RawPipe, first: bytes) -> None:
         try:
             await self._connect(pipe, first)
+        except (
+            ConnectionResetError,
+            BrokenPipeError,
+        ):  # it accepted, and reset before we saw that: so will the visitor
+            if not pipe.over:
+                pipe.stream.send_opened()
+                pipe.fail(f.TARGET_RESET, "the target reset the connection")
         except OSError as err:
             if pipe.over:
                 return
