@@ -484,7 +484,7 @@ class PlatformSettings:
     # == Place
     # Folder of everything that outlives a restart; empty: the user's data folder, or /var/lib/portico as root.
     data_dir: Path | None = None
-    # Address that the public, control and API listeners open; 0.0.0.0 for all.
+    # Address that the public, control and API listeners open; 0.0.0.0 for all of IPv4, :: for all of both families.
     host: str = "127.0.0.1"
     # Tunnels without a domain of their own are names directly below this one.
     base_domain: str = "localhost"

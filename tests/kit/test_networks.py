@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from portico.kit.networks import is_loopback, network
+from portico.kit.networks import is_loopback, network, plain
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,21 @@ def test_an_ipv6_customer_is_a_64(address: str, whom: str) -> None:
 )
 def test_loopback(address: str, loopback: bool) -> None:
     assert is_loopback(address) is loopback
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("192.0.2.7:443", "192.0.2.7"),
+        ("2001:DB8::1", "2001:db8::1"),
+        ("[2001:db8::1]:443", "2001:db8::1"),
+        ("[2001:db8::1]", "2001:db8::1"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("unknown", "unknown"),
+        ("[nonsense", "[nonsense"),
+        ("", ""),
+    ],
+)
+def test_an_address_as_proxies_write_it(text: str, address: str) -> None:
+    assert plain(text) == address

@@ -34,7 +34,11 @@ def up(
     ] = None,
     host: Annotated[
         str | None,
-        typer.Option(help="Address to listen on [127.0.0.1]; 0.0.0.0 for all.", metavar="ADDRESS", show_default=False),
+        typer.Option(
+            help="Address to listen on [127.0.0.1]; 0.0.0.0 for all, :: for all of IPv6 too.",
+            metavar="ADDRESS",
+            show_default=False,
+        ),
     ] = None,
     http_port: Annotated[int | None, _port("the public HTTP listener [7080]")] = None,
     https_port: Annotated[int | None, _port("the public HTTPS listener [7443]")] = None,

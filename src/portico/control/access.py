@@ -21,6 +21,7 @@ from fastapi.security import HTTPBearer
 from portico.errors import Problem
 from portico.kit import pages
 from portico.kit.db import Database, Reader, Tx
+from portico.kit.networks import plain
 
 # Every permission inside an organization. Scopes of API keys are chosen from these; never rename one.
 PERMISSIONS = frozenset(
@@ -100,11 +101,11 @@ def request_id(request: Request) -> str:
 
 def client_address(request: Request) -> str:
     """The client's address: the connection's, or the last one in X-Forwarded-For that no trusted proxy added."""
-    peer = request.client.host if request.client else ""
+    peer = plain(request.client.host) if request.client else ""
     trusted: tuple[Any, ...] = request.app.state.trusted_proxies
     hops = [h.strip() for h in request.headers.get("x-forwarded-for", "").split(",") if h.strip()]
     while hops and _inside(peer, trusted):
-        peer = hops.pop()
+        peer = plain(hops.pop())
     return peer if _address(peer) else "unknown"
 
 

@@ -18,6 +18,20 @@ def network(address: str | None) -> str:
     return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
 
 
+def plain(text: str) -> str:
+    """The address alone, as proxies write it: `[2001:db8::1]:443`, `192.0.2.7:443`, `::ffff:192.0.2.7`. Other text as it is."""
+    host = text
+    if text.startswith("["):
+        host = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        host = text.partition(":")[0]
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        return text
+    return str(found.ipv4_mapped or found) if found.version == 6 else str(found)
+
+
 def is_loopback(address: str) -> bool:
     """Whether a client is on this machine: a loopback address, or none (a Unix socket)."""
     return address in ("", "::1") or address.startswith("127.")
