@@ -103,10 +103,12 @@ def test_inherited_sockets_are_not_passed_on() -> None:
 
 
 class TestNotify:
-    def test_writes_one_line_and_closes(self) -> None:
+    def test_says_ready_then_stopping_and_closes(self) -> None:
         read_end, write_end = os.pipe()
         notify.ready(write_end)
         assert os.read(read_end, 64) == b"READY=1\n"
+        notify.stopping(write_end)
+        assert os.read(read_end, 64) == b"STOPPING=1\n"
         assert os.read(read_end, 64) == b"", "the descriptor must be closed"
         os.close(read_end)
 
@@ -114,4 +116,5 @@ class TestNotify:
         read_end, write_end = os.pipe()
         os.close(read_end)
         notify.ready(write_end)
+        notify.stopping(write_end)
         notify.ready(None)
