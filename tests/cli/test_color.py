@@ -37,12 +37,12 @@ async def api() -> AsyncIterator[EventApi]:
 
 
 @pytest.fixture
-async def cli(tmp_path: Path, api: EventApi, relay: Relay) -> Cli:
+def cli(tmp_path: Path, api: EventApi, relay: Relay) -> Cli:
     made = Cli(tmp_path / "config", api)
     for name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "CLICOLOR"):
         made.env.pop(name, None)
     made.env |= {"TERM": "xterm-256color", "PORTICO_DATA_DIR": str(tmp_path / "data")}
-    await made.login()
+    made.signed_in()
     return made
 
 

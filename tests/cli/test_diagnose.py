@@ -10,7 +10,7 @@ from tests.cli.commands import Cli, only_line
 
 class TestDiagnose:
     async def test_all_is_well(self, cli: Cli, relay: Relay) -> None:
-        await cli.login()
+        cli.signed_in()
         done = await cli.run("diagnose")
         assert done.code == 0 and not done.err, done.err
         assert done.out.endswith("11 fine, 0 to look at, 0 broken\n") and "\x1b" not in done.out, done.out
@@ -23,7 +23,7 @@ class TestDiagnose:
         assert "OK    Configuration" in done.out and "server=http://127.0.0.1:1 (command line)" in done.out
 
     async def test_json_and_where_settings_came_from(self, cli: Cli, relay: Relay) -> None:
-        await cli.login()
+        cli.signed_in()
         cli.folder.joinpath("portico.toml").write_text('[agent]\nregion = "eu"\n')
         done = await cli.run("diagnose", "1", "--json", PORTICO_API_TIMEOUT_SECONDS="9")
         assert done.code == 1 and not done.err

@@ -35,9 +35,9 @@ async def api() -> AsyncIterator[EventApi]:
 
 
 @pytest.fixture
-async def cli(tmp_path: Path, api: EventApi) -> Cli:
+def cli(tmp_path: Path, api: EventApi) -> Cli:
     made = Cli(tmp_path / "config", api)
-    await made.login()
+    made.signed_in()
     return made
 
 

@@ -14,7 +14,7 @@ from tests.cli.commands import OK, Cli, only_line
 
 class TestProxyOption:
     async def test_a_tunnel_through_a_proxy(self, cli: Cli, relay: Relay) -> None:
-        await cli.login()
+        cli.signed_in()
         async with target_server(answering(OK)) as port, proxy() as way:
             way.users = {"me": "s3cret"}
             process = await cli.start(
@@ -31,7 +31,7 @@ class TestProxyOption:
             assert b"s3cret" not in err and b"the platform is reached through http://***@127.0.0.1" in err
 
     async def test_a_proxy_that_is_not_there_is_named_with_exit_code_4(self, cli: Cli) -> None:
-        await cli.login()
+        cli.signed_in()
         done = await cli.run("whoami", PORTICO_PROXY_URL="socks5h://me:s3cret@127.0.0.1:1")
         assert done.code == 4 and not done.out
         line = only_line(done.err)
@@ -39,7 +39,7 @@ class TestProxyOption:
         assert "(proxy.unreachable)" in line and "s3cret" not in line
 
     async def test_a_mistyped_one_is_refused_without_being_shown(self, cli: Cli) -> None:
-        await cli.login()
+        cli.signed_in()
         done = await cli.run("ls", PORTICO_PROXY_URL="htp://me:s3cret@proxy:1")
         assert done.code == 2 and "s3cret" not in done.err
         assert "setting proxy_url: htp:// is no kind of proxy" in only_line(done.err)
