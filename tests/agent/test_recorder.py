@@ -23,7 +23,7 @@ def recorder(**settings: int) -> Recorder:
 
 def record(ring: Recorder, body: bytes = b"ok", path: bytes = b"/", end: bool = True) -> Entry:
     entry = ring.tap(None, "http://localhost:1").begin(head_bytes([b"GET", path, b"Host", b"h"]), f.F_END, 1.0)
-    entry.answer(200, [b"OK", b"Content-Length", b"%d" % len(body)])
+    entry.answer(200, f.encode_response(200, [b"OK", b"Content-Length", b"%d" % len(body)]))
     entry.response_data(body)
     if end:
         entry.finish(200)

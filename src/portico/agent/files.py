@@ -401,9 +401,9 @@ class _FileStream:
         stream = self.stream
         fields = [part.encode("latin-1", "replace") for pair in answer.fields for part in pair]
         empty = bodiless or answer.status == 304 or not (answer.body or answer.length)
+        payload = stream.send_response(answer.status, [b"", *fields], end=empty)
         if self.entry is not None:
-            self.entry.answer(answer.status, [b"", *fields])
-        stream.send_response(answer.status, [b"", *fields], end=empty)
+            self.entry.answer(answer.status, payload)
         if not empty and answer.found is None:
             await self._send_bytes(answer.body, end=True)
         elif not empty and answer.found is not None:

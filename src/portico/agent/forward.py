@@ -316,13 +316,13 @@ class Exchange:
         self.pool.active.pop(self, None)
         if (status == 403 or status == 400) and self.forwarder.host_hint is not None:
             self.forwarder.host_hint.look(self, fields)
-        if self.entry is not None:
-            self.entry.answer(status, fields)
         try:
-            self.stream.send_response(status, fields, end)
+            payload = self.stream.send_response(status, fields, end)
         except ValueError as err:
             self.status = 0
             raise HeadError(str(err)) from None
+        if self.entry is not None:
+            self.entry.answer(status, payload)
 
     def touched(self) -> None:
         """The target gave a sign of life before its answer."""
@@ -347,9 +347,9 @@ class Exchange:
         self.pool.active.pop(self, None)
         self._record(101, still_open=True)
         stream = self.stream
+        payload = stream.send_response(101, fields, end=False)
         if self.entry is not None:
-            self.entry.answer(101, fields)
-        stream.send_response(101, fields, end=False)
+            self.entry.answer(101, payload)
         pipe = RawPipe(stream, self._closed)
         stream.sink = pipe
         pipe.attach(connection)
@@ -408,9 +408,9 @@ class Exchange:
         if still_open:
             stats.done(self.method, self.path, status, self._started)
             return
-        stats.answered(self.method, self.path, status, self._started)
+        ended = stats.answered(self.method, self.path, status, self._started)
         if self.entry is not None:
-            self.entry.finish(status)
+            self.entry.finish(status, ended)
 
     def _closed(self) -> None:
         """The pipe that the request became has ended."""

@@ -5,7 +5,7 @@
     inspector, replay ◄── Recorder.newest(), find() ◄── nothing is decoded or formatted before somebody looks
 
 This is on the path of every request, so an entry is little: the head as it went to the target (bytes that exist anyway),
-the answer's head in one piece, and references to the first bytes of the bodies. Tens of thousands of entries of few objects
+the answer's head as its frame has it, and references to the first bytes of the bodies. Tens of thousands of entries of few objects
 are also freed faster than of many. Times are :func:`time.perf_counter` values; :meth:`Recorder.wall` makes dates of them.
 """
 
@@ -63,12 +63,12 @@ class Extra:
 class Entry:
     """One request and its answer, complete or still running (``ended`` is 0 then).
 
-    ``out`` is the head as it was written to the target, ``fields`` the answer's as ``reason NUL name NUL value …``. The
+    ``out`` is the head as it was written to the target, ``payload`` the answer's as it went to the relay. The
     bodies are the first ``inspect_body_max_bytes`` as they were on the wire; after a 101 they are what either side sent.
     """
 
     __slots__ = (
-        "answered", "ended", "extra", "fields", "flags", "out", "received", "response_body", "ring", "seq", "size",
+        "answered", "ended", "extra", "flags", "out", "payload", "received", "response_body", "ring", "seq", "size",
         "started", "status", "tap",
     )  # fmt: skip
 
@@ -84,16 +84,16 @@ class Entry:
     status: int
     received: int
     size: int
-    fields: bytes | None
+    payload: bytes | None
     response_body: bytes | bytearray | None
     extra: Extra | None
 
     # ── the hot path ──────────────────────────────────────────────────────────────────────────────────────────────
-    def answer(self, status: int, fields: Sequence[bytes]) -> None:
-        """The response head."""
+    def answer(self, status: int, payload: bytes) -> None:
+        """The response head, as the RESPONSE frame has it."""
         self.answered = perf_counter()
         self.status = status
-        self.fields = b"\0".join(fields)
+        self.payload = payload
 
     def response_data(self, data: bytes | bytearray | memoryview) -> None:
         """Bytes of the target's body, or of its direction after a 101."""
@@ -104,15 +104,15 @@ class Entry:
         else:
             self._more_data(data, size)
 
-    def finish(self, status: int) -> None:
-        """The request is over."""
-        self.ended = perf_counter()
+    def finish(self, status: int, ended: float = 0.0) -> None:
+        """The request is over, since ``ended`` or now."""
+        self.ended = ended or perf_counter()
         size = len(self.out) + _ENTRY_BYTES
-        if self.fields is not None:
-            size += len(self.fields)
+        if self.payload is not None:
+            size += len(self.payload)
         if self.extra is None:
             size += self.received
-        elif self.extra.aborted and self.fields is not None:
+        elif self.extra.aborted and self.payload is not None:
             status = self.status
         self.status = status
         self.size += size
@@ -231,7 +231,7 @@ class Entry:
 
     def answer_head(self) -> list[bytes]:
         """The answer's head as ``[reason, name, value, …]``; empty without one."""
-        return self.fields.split(b"\0") if self.fields is not None else []
+        return f.decode_response(self.payload)[1] if self.payload is not None else []
 
 
 class _Gone:
@@ -298,7 +298,7 @@ class Tap:
         entry.started = started
         entry.answered = entry.ended = 0.0
         entry.status = entry.received = entry.size = 0
-        entry.fields = entry.response_body = entry.extra = None
+        entry.payload = entry.response_body = entry.extra = None
         return entry
 
     def whole(self, out: bytes, started: float, status: int, head: bytes, body: bytes) -> None:
@@ -426,6 +426,6 @@ def _entry(whole: Whole) -> Entry:
     entry = tap.fill(seq, out, f.F_END, started)
     entry.answered = entry.ended = ended
     entry.status, entry.size, entry.received = status, size, len(body)
-    entry.fields = head[4:]  # after its length and the status
+    entry.payload = head[2:]  # after its length
     entry.response_body = body or None
     return entry

@@ -51,12 +51,14 @@ class Stats:
         self.records.append((method, path, status, started, time.perf_counter()))
         self.written += 1
 
-    def answered(self, method: bytes, path: bytes, status: int, started: float) -> None:
-        """A request was answered and ended: ``done`` and ``closed``."""
+    def answered(self, method: bytes, path: bytes, status: int, started: float) -> float:
+        """A request was answered and ended: ``done`` and ``closed``. Returns the time of it."""
         self.open -= 1
         self.total += 1
-        self.records.append((method, path, status, started, perf_counter()))
+        ended = perf_counter()
+        self.records.append((method, path, status, started, ended))
         self.written += 1
+        return ended
 
     def failed(self, detail: str) -> None:
         """The target could not answer."""

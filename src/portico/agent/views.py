@@ -61,8 +61,7 @@ def kind_of(entry: Entry) -> str:
     if entry.status == 101:
         upgrade = value_of(pairs(entry.answer_head()[1:]), "upgrade")
         return "websocket" if upgrade.lower() == "websocket" else "upgrade"
-    fields = entry.fields
-    if fields is not None and b"text/event-stream" in fields:
+    if entry.payload is not None and b"text/event-stream" in entry.payload:
         return "events"
     return "plain"
 
@@ -112,7 +111,7 @@ def detail(entry: Entry, now: float, decoded_max: int) -> dict[str, Any]:
         "response": None,
         "interim": [{"status": status, "headers": pairs(answer[1:])} for status, answer in more.interim],
     }
-    if entry.fields is not None:
+    if entry.payload is not None:
         document["response"] = {
             "status": entry.status,
             "reason": text(fields[0]) if fields else "",

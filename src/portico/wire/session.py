@@ -146,13 +146,14 @@ class Stream:
         """Ask for one :meth:`Sink.on_credit` when more can be sent."""
         self.session.waiting[self.id] = self
 
-    def send_response(self, status: int, head: Sequence[bytes], end: bool) -> None:
-        """RESPONSE; raises ``ValueError`` when the head does not fit into a frame or is not a valid one."""
+    def send_response(self, status: int, head: Sequence[bytes], end: bool) -> bytes:
+        """RESPONSE, and its payload; raises ``ValueError`` when the head does not fit into a frame or is not a valid one."""
         payload = f.encode_response(status, head)
         self.answered = True
         self.session.put(f.HEADER.pack(f.RESPONSE, f.F_END if end else 0, self.id, len(payload)) + payload)
         if end:
             self._sent_end()
+        return payload
 
     def send_interim(self, status: int, head: Sequence[bytes]) -> None:
         """INTERIM; raises ``ValueError`` when the head does not fit into a frame or is not a valid one."""
