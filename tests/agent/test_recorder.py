@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,23 @@ class TestRing:
         assert ring.find(running.seq) is None and running not in list(ring.newest())
         assert ring.bytes == before == sum(entry.size for entry in ring.entries)
 
+    def test_whole_answers_are_entries_like_the_others(self) -> None:
+        ring = recorder(inspect_max_bytes=100_000)
+        tap = ring.tap(None, "http://localhost:1")
+        out = head_bytes([b"GET", b"/a", b"Host", b"h"])
+        head = f.encode_answer(f.encode_response(201, [b"Made", b"X-A", b"1"]))
+        for _ in range(500):
+            record(ring)
+            tap.whole(out, time.perf_counter(), 201, head, b"ok")
+            assert ring.bytes <= 100_000
+        entry = ring.find(ring.last)
+        assert entry is not None and entry.seq == ring.last == 1000 and entry.complete
+        assert (entry.line(), entry.status, entry.response_body, entry.received) == ((b"GET", b"/a"), 201, b"ok", 2)
+        assert entry.answer_head() == [b"Made", b"X-A", b"1"] and entry.started <= entry.ended
+        assert [e.seq for e in ring.newest()][:3] == [1000, 999, 998] and ring.evicted + len(ring.entries) == 1000
+        ring.clear()
+        assert ring.bytes == 0 and list(ring.newest()) == []
+
     def test_clear_keeps_what_runs(self) -> None:
         ring = recorder()
         running = record(ring, end=False)
@@ -74,8 +92,6 @@ class TestRing:
         assert ring.bytes == running.size
 
     def test_wall_clock_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import time
-
         ring = recorder()
         then, wall = time.perf_counter(), time.time()
         assert ring.wall(then) == pytest.approx(wall, abs=0.05)

@@ -14,6 +14,7 @@ import httpx
 from tests.agent.harness import Relay, answering, target_server
 from tests.agent.test_forward import OK
 from tests.cli.commands import Cli
+from tests.system.memory import MIB, MemoryWatch, resident
 
 
 async def first_event(process: asyncio.subprocess.Process) -> Any:
@@ -70,6 +71,31 @@ async def test_two_commands_have_two_pages(cli: Cli, relay: Relay) -> None:
     assert other != f"http://{address}" and int(other.rpartition(":")[2]) > port
     await end(first)
     await end(second)
+
+
+async def test_memory_stays_within_the_limit(cli: Cli, relay: Relay) -> None:
+    await cli.login()
+    body = bytes(range(256)) * 40
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    async with target_server(answering(answer)) as port:
+        process = await cli.start("http", str(port), "--json", PORTICO_INSPECT_MAX_BYTES=str(8 * MIB))
+        url = (await first_event(process))["inspector"]
+        connection = relay.connections[0]
+
+        async def pass_through(requests: int) -> None:
+            for _ in range(requests // 50):
+                for visit in [connection.get(b"/x") for _ in range(50)]:
+                    await visit.over()
+
+        await pass_through(100)
+        idle = resident(process.pid)
+        with MemoryWatch({"agent": process.pid}, {"agent": idle}) as watch:
+            await pass_through(6000)  # 60 MB
+        watch.assert_within(8 + 12)
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as web:
+            kept = (await web.get("/api/status")).json()["recorder"]
+        assert kept["evicted"] > 4000 and 7 * MIB < kept["bytes"] <= 8 * MIB
+        await end(process)
 
 
 async def test_switched_off(cli: Cli, relay: Relay) -> None:

@@ -5,8 +5,9 @@
     inspector, replay ◄── Recorder.newest(), find() ◄── nothing is decoded or formatted before somebody looks
 
 This is on the path of every request, so an entry is little: the head as it went to the target (bytes that exist anyway),
-the answer's head as its frame has it, and references to the first bytes of the bodies. Tens of thousands of entries of few objects
-are also freed faster than of many. Times are :func:`time.perf_counter` values; :meth:`Recorder.wall` makes dates of them.
+the answer's head as its frame has it, and references to the first bytes of the bodies. Tens of thousands of entries of few
+objects are also freed faster than of many. Times are :func:`time.perf_counter` values; :meth:`Recorder.wall` makes dates of
+them.
 """
 
 from __future__ import annotations
