@@ -203,6 +203,7 @@ class Server(PublicServer):
         self._by_address: Counter[str] = Counter()
         self._held: list[Visitor] = []
         self._base = b"localhost"
+        self.by_host = {}
         self.idle_seconds = self.first_byte_seconds = 60.0
         self._draining = False
 

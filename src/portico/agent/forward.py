@@ -73,11 +73,12 @@ class Forwarder:
         fields, _, last = payload.rpartition(b"\0")
         method, _, fields = fields[4:].partition(b"\0")
         target, _, fields = fields.partition(b"\0")
-        known = self.writer.known(fields)
+        known = self.writer.known.get(fields)
         if known is None or method not in METHODS_KNOWN or not PLAIN_PARTS(target + b"\0" + last):
             return None
-        connection = pool.take(False)
-        if connection is None:
+        connection = pool.idle.pop()
+        if connection.transport.is_closing():
+            connection.abort()
             return None
         out = method + b" " + target + known + last + b"\r\n\r\n"
         connection.asked = (session, ident, self, method, target, out, perf_counter())

@@ -78,21 +78,18 @@ class RequestWriter:
         self._host = host
         self._fallback = fallback
         self._plans: dict[tuple[object, ...], tuple[bytes, int]] = {}
-        self._known: Memo[bytes] = Memo(1024, 2048)
-
-    def known(self, fields: bytes) -> bytes | None:
-        """What stands between the target and the last value of a head, for fields (up to that value) as a frame has them."""
-        return self._known.get(fields)
+        #: Fields up to the last value, as a frame has them → what stands between the target and that value in HTTP/1.1.
+        self.known: Memo[bytes] = Memo(1024, 2048)
 
     def learn(self, head: Sequence[bytes], out: bytes) -> None:
         """Remember the fields of a decoded ``head`` without a body that became ``out``, from the second time on."""
         fields = b"\0".join(head[2:-1])
         start = len(head[0]) + len(head[1]) + 1
-        if len(head) < 4 or head[0] not in METHODS_KNOWN or not self._known.worth(fields):
+        if len(head) < 4 or head[0] not in METHODS_KNOWN or not self.known.worth(fields):
             return
         end = b": %b\r\n\r\n" % head[-1]
         if out.endswith(head[-2] + end):
-            self._known.remember(fields, out[start : len(out) - len(head[-1]) - 4])
+            self.known.remember(fields, out[start : len(out) - len(head[-1]) - 4])
 
     def write(self, head: Sequence[bytes], flags: int) -> tuple[bytes, int]:
         """The head in bytes, and the length of the body that follows: -1 when it is chunked, 0 for none.

@@ -44,13 +44,13 @@ RESET_CODES = {
 #: Refusals that may pass in a moment: see `holding.py`.
 MAY_WAIT = frozenset(("edge.tunnel_offline", "edge.concurrency_exceeded"))
 
-_serial = itertools.count(1)
-_prefix = b"req_" + secrets.token_hex(6).encode()
+ID_SERIAL = itertools.count(1)
+ID_PREFIX = b"req_" + secrets.token_hex(6).encode()
 
 
 def request_id() -> bytes:
     """Unique over processes and restarts; also what ties log lines of visitor, relay, agent and target together."""
-    return b"%b%010x" % (_prefix, next(_serial))
+    return b"%b%010x" % (ID_PREFIX, next(ID_SERIAL))
 
 
 class Exchange:

@@ -19,7 +19,7 @@ import httptools
 
 from portico.relay import heads
 from portico.relay.decide import decide
-from portico.relay.exchange import Exchange, request_id
+from portico.relay.exchange import ID_PREFIX, ID_SERIAL, Exchange, request_id
 
 if TYPE_CHECKING:
     from portico.relay.listeners import PublicServer
@@ -255,14 +255,14 @@ class Visitor(asyncio.BufferedProtocol):
         """
         plain = heads.PLAIN_LINES[line]
         server = self.server
-        self.tunnel = tunnel = server.find(known.host)
+        self.tunnel = tunnel = server.by_host.get(known.host) or server.find(known.host)
         if plain is None or decide(self) is not None:
             return False
         assert tunnel is not None
         for_host, forwarding = self.forwarded
         if for_host != known.host:
             forwarding = self.forwarding(known.host)
-        rid = request_id()
+        rid = b"%b%010x" % (ID_PREFIX, next(ID_SERIAL))
         ident = tunnel.session.open_lazy(tunnel.bind_bytes + plain + known.wire + forwarding + rid, self)
         self.asked = (ident, plain, known, rid)
         self.resting = False

@@ -81,7 +81,7 @@ class PublicServer:
         self.turned_away: set[Guest] = set()
         self.refusals: Counter[str] = Counter()
         self._by_address: Counter[str] = Counter()
-        self._by_host = agents.by_host
+        self.by_host = agents.by_host
         self._remote = peers.by_host
         self._base = settings.base_domain.encode().lower()
         self._held: list[Visitor] = []
@@ -166,7 +166,7 @@ class PublicServer:
     # ── look-ups and answers ──────────────────────────────────────────────────────────────────────────────────────
     def find(self, host: bytes) -> LiveTunnel | RemoteTunnel | None:
         """The live tunnel of a normalised host, here or on a peer."""
-        return self._by_host.get(host) or self._remote.get(host)
+        return self.by_host.get(host) or self._remote.get(host)
 
     def knows(self, host: bytes) -> bool:
         """Whether the platform knows a normalised host, live or not."""

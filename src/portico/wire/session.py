@@ -449,34 +449,63 @@ class Session:
         size = len(message)
         if not 0 < size <= f.MAX_MESSAGE:
             raise WireError("message is empty or too long")
-        at = 0
-        if size <= LARGE or unpack(message)[3] != size - HEADER_SIZE:
-            # Many frames: one copy, from which slices are cheap. A large frame comes alone and is copied once, below.
-            message = bytes(message)
-        while at < size:
-            if self.closed:
-                return
+        if size > LARGE and unpack(message)[3] == size - HEADER_SIZE:
+            # A large frame comes alone: it is copied once, and for many small ones slices of bytes are cheap.
+            self._one(bytes(message[:HEADER_SIZE]), bytes(message[HEADER_SIZE:]))
+            return
+        data = bytes(message)
+        at = answered = 0
+        streams, quick = self.streams, self.quick
+        hot = self._hot()
+        while at < size and not self.closed:
             if size - at < HEADER_SIZE:
                 raise WireError("message ends within a frame header")
-            kind, flags, ident, length = unpack(message, at)
-            at += HEADER_SIZE
-            end = at + length
-            if length > MAX_PAYLOAD or end > size:
-                raise WireError("frame is too long or cut short")
-            payload = bytes(message[at:end])
-            at = end
-            if flags and flags & ~f.FLAGS.get(kind, 0):
-                raise WireError("undefined flags")
-            if not self.greeted:
-                self._frame(kind, flags, ident, payload)
-            elif kind == ANSWER:
-                self._on_answer(ident, payload)
-            elif kind == REQUEST:
-                self._on_request(ident, payload, flags)
-            elif kind == DATA:
-                self._on_data(ident, payload, flags != 0)
-            else:
-                self._frame(kind, flags, ident, payload)
+            kind, flags, ident, length = unpack(data, at)
+            start = at + HEADER_SIZE
+            at = start + length
+            # What messages are made of, without a further call; whatever is special about a frame is said below.
+            if kind == hot and at <= size and length <= MAX_PAYLOAD:
+                if flags == F_END:
+                    if quick is not None and ident > self.last_stream and len(streams) < self.max_streams:
+                        owner = quick(ident, data[start:at])
+                        if owner is not None:
+                            self.last_stream = ident
+                            streams[ident] = owner
+                            continue
+                elif kind == ANSWER and not flags and length >= 2:
+                    asked = streams.get(ident)
+                    body = start + 2 + (data[start] << 8 | data[start + 1])
+                    if asked is not None and asked.lazy and body <= at:
+                        if asked.on_whole(data[start + 2 : body], data[body:at]):  # type: ignore[union-attr]
+                            del streams[ident]
+                            answered += at - body
+                            continue
+            self._one(data[start - HEADER_SIZE : start], data[start:at])
+            hot = self._hot()
+        if answered:
+            self._received(answered)
+
+    def _hot(self) -> int:
+        """The type of frame that :meth:`receive` looks out for."""
+        return 0 if not self.greeted else ANSWER if self.relay else REQUEST
+
+    def _one(self, header: bytes, payload: bytes) -> None:
+        """One frame, which may be cut short or have a length that it must not have."""
+        kind, flags, ident, length = unpack(header)
+        if length > MAX_PAYLOAD or length != len(payload):
+            raise WireError("frame is too long or cut short")
+        if flags and flags & ~f.FLAGS.get(kind, 0):
+            raise WireError("undefined flags")
+        if not self.greeted:
+            self._frame(kind, flags, ident, payload)
+        elif kind == REQUEST:
+            self._on_request(ident, payload, flags)
+        elif kind == DATA:
+            self._on_data(ident, payload, flags != 0)
+        elif kind == ANSWER:
+            self._on_answer(ident, payload)
+        else:
+            self._frame(kind, flags, ident, payload)
 
     # ── frames ────────────────────────────────────────────────────────────────────────────────────────────────────
     def _frame(self, kind: int, flags: int, ident: int, payload: bytes) -> None:
@@ -646,13 +675,6 @@ class Session:
         return stream
 
     def _on_request(self, ident: int, payload: bytes, flags: int) -> None:
-        if flags == F_END and self.quick is not None and ident > self.last_stream:
-            streams = self.streams
-            owner = self.quick(ident, payload) if len(streams) < self.max_streams else None
-            if owner is not None:
-                self.last_stream = ident
-                streams[ident] = owner
-                return
         bind, head = f.decode_request(payload)
         stream = self._accept(ident, tcp=False)
         if stream is None:
