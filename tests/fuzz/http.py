@@ -220,7 +220,7 @@ async def relay_reads(data: bytes, sizes: random.Random | None, switch: bool) ->
     relay, agent = Session(Recorder(), relay=True), Session(side, relay=False)
     relay.greeted = agent.greeted = True
     server = Server(RelaySettings(relay_key=Secret("tnl_rly_unused")), relay)
-    visitor, wire = Visitor(server, b"http"), Memory()
+    visitor, wire = Visitor(server, b"http", 80), Memory()
     visitor.connection_made(wire)
     await feed(visitor, wire, data, sizes, lambda: shuttle(relay, agent))
     quiet = 0

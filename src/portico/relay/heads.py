@@ -240,9 +240,10 @@ class KnownHead(NamedTuple):
     host: bytes
     fields: list[bytes]
     wire: bytes
+    keep_alive: bool
 
 
-#: Header section (with the empty line at its end) of a request that keeps its connection → what it says.
+#: Header section (with the empty line at its end) of a request without a body → what it says.
 KNOWN_HEADS: Memo[KnownHead] = Memo(1024, 2048)
 _PLAIN_LINE = re.compile(rb"(GET|OPTIONS|DELETE) (/[A-Za-z0-9/._~!$&'()*+,;=:@%?-]*) HTTP/1\.1")
 
@@ -286,6 +287,21 @@ def forwarding(client: str, scheme: bytes, host: bytes, port: int) -> tuple[byte
         *(b"X-Forwarded-For", address, b"X-Forwarded-Proto", scheme, b"X-Forwarded-Host", host),
         *(b"X-Forwarded-Port", b"%d" % port, b"Forwarded", b"for=%b;host=%b;proto=%b" % (node, named, scheme)),
     )
+
+
+class Forwarding(dict[tuple[str, bytes, bytes, int], bytes]):
+    """``(client, scheme, host, port)`` → the forwarding fields as a frame has them, up to the request's own id; the latest
+    are remembered, since a client opens many connections."""
+
+    def __missing__(self, key: tuple[str, bytes, bytes, int]) -> bytes:
+        wire = wire_fields((*forwarding(*key), b"X-Request-Id", b""))
+        if len(self) >= _TABLE_MAX:
+            self.clear()
+        self[key] = wire
+        return wire
+
+
+FORWARDING = Forwarding()
 
 
 class StatusLines(dict[tuple[int, bytes], bytes]):

@@ -54,89 +54,50 @@ class Visitor(asyncio.BufferedProtocol):
 
     NEVER: Final = math.inf
     lazy: Literal[True] = True
-    __slots__ = (
-        "address",
-        "asked",
-        "closed",
-        "current",
-        "deadline",
-        "draining",
-        "eof",
-        "expect_close",
-        "fault",
-        "fields",
-        "forwarded",
-        "head_bytes",
-        "host_given",
-        "host_normal",
-        "in_head",
-        "leftover",
-        "lingered",
-        "lingering",
-        "parser",
-        "parsing",
-        "paused",
-        "paused_at",
-        "port",
-        "queue",
-        "quiet_bytes",
-        "raw",
-        "reading",
-        "resting",
-        "scheme",
-        "server",
-        "skipped",
-        "target",
-        "transport",
-        "tunnel",
-        "unsent",
-        "unwritten",
-        "written",
-        "written_at_eof",
-    )  # fmt: skip
+    # Defaults stand on the class: many connections bring one request and change few of them.
+    transport: asyncio.Transport = cast(asyncio.Transport, None)
+    address = ""
+    port = 0
+    parser: Any = None  # made when the first request comes that is not a known one
+    current: Exchange | None = None
+    parsing: Exchange | None = None
+    queue = cast("deque[Exchange]", ())  # a deque once something is pipelined
+    deadline = 0.0
+    closed = draining = eof = paused = raw = False
+    reading = True
+    paused_at = 0.0
+    in_head = False
+    head_bytes = 0
+    quiet_bytes = 0  # of a body's framing (chunk headers, trailers) since the last byte of body
+    fields = cast(list[bytes], ())
+    target = b""
+    host_given = b""
+    host_normal: bytes | None = None
+    fault: str | None = None
+    leftover = b""
+    skipped = b""  # the field that frames a body which the parser took for what follows an upgrade
+    lingering = False
+    lingered = 0
+    expect_close = False
+    written = written_at_eof = 0
+    unwritten = b""
+    #: Stream id, method and target, head and request id of a request that nothing special was heard of.
+    asked: tuple[int, bytes, heads.KnownHead, bytes] | None = None
+    tunnel: LiveTunnel | RemoteTunnel | None = None  # of ``asked``
+    resting = True  # between two requests, with nothing of the next one in the parser
+    unsent = -1  # bytes that the visitor had not taken at the last look after the close; -1 before it
+    forwarded = (b"", b"")
 
-    def __init__(self, server: PublicServer, scheme: bytes) -> None:
+    def __init__(self, server: PublicServer, scheme: bytes, port: int) -> None:
+        """``port``: the public one that the connection came in by."""
         self.server = server
         self.scheme = scheme
-        self.transport: asyncio.Transport = cast(asyncio.Transport, None)
-        self.address = ""
-        self.port = 0
-        self.parser: Any = httptools.HttpRequestParser(self)
-        self.current: Exchange | None = None
-        self.parsing: Exchange | None = None
-        self.queue: deque[Exchange] = deque()
-        self.deadline = 0.0
-        self.closed = self.draining = self.eof = self.paused = self.raw = False
-        self.reading = True
-        self.paused_at = 0.0
-        self.in_head = False
-        self.head_bytes = 0
-        self.quiet_bytes = 0  # of a body's framing (chunk headers, trailers) since the last byte of body
-        self.fields: list[bytes] = []
-        self.target = b""
-        self.host_given = b""
-        self.host_normal: bytes | None = None
-        self.fault: str | None = None
-        self.leftover = b""
-        self.skipped = b""  # the field that frames a body which the parser took for what follows an upgrade
-        self.lingering = False
-        self.lingered = 0
-        self.expect_close = False
-        self.written = self.written_at_eof = 0
-        self.unwritten = b""
-        #: Stream id, method and target, head and request id of a request that nothing special was heard of.
-        self.asked: tuple[int, bytes, heads.KnownHead, bytes] | None = None
-        self.tunnel: LiveTunnel | RemoteTunnel | None = None  # of ``asked``
-        self.resting = True  # between two requests, with nothing of the next one in the parser
-        self.unsent = -1  # bytes that the visitor had not taken at the last look after the close; -1 before it
-        self.forwarded: tuple[bytes, bytes] = (b"", b"")
+        self.port = port
 
     # ── transport events ──────────────────────────────────────────────────────────────────────────────────────────
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.address = plain_address(transport.get_extra_info("peername"))
-        name = transport.get_extra_info("sockname")
-        self.port = name[1] if isinstance(name, tuple) else 0
         settings = self.server.settings
         self.transport.set_write_buffer_limits(high=settings.visitor_write_buffer_bytes)
         self.deadline = self.server.now + settings.head_timeout_seconds
@@ -154,7 +115,7 @@ class Visitor(asyncio.BufferedProtocol):
         if self.asked is not None:
             self.materialise()
         current, self.current, self.parsing = self.current, None, None
-        self.queue.clear()
+        self.queue = cast("deque[Exchange]", ())
         if current is not None:
             current.abandon()
         self.parser = None
@@ -255,7 +216,7 @@ class Visitor(asyncio.BufferedProtocol):
         """
         plain = heads.PLAIN_LINES[line]
         server = self.server
-        self.tunnel = tunnel = server.by_host.get(known.host) or server.find(known.host)
+        self.tunnel = tunnel = server.find(known.host)
         if plain is None or decide(self) is not None:
             return False
         assert tunnel is not None
@@ -281,16 +242,21 @@ class Visitor(asyncio.BufferedProtocol):
         known = heads.KNOWN_ANSWERS.get(response)
         if known is None or known.length != len(body) or self.draining:
             return False
-        data = known.text + body
-        tunnel = self.tunnel
-        assert tunnel is not None
-        tunnel.inflight -= 1
-        tunnel.counters.bytes_out += len(data)
+        tunnel, asked = self.tunnel, self.asked
+        assert tunnel is not None and asked is not None
         self.asked = None
-        self.resting = True
-        server = self.server
-        self.deadline = server.now + server.idle_seconds
-        self.transport.write(data)
+        tunnel.inflight -= 1
+        if asked[2].keep_alive:
+            data = known.text + body
+            self.resting = True
+            server = self.server
+            self.deadline = server.now + server.idle_seconds
+            self.transport.write(data)
+        else:
+            data = known.text[:-2] + b"Connection: close\r\n\r\n" + body
+            self.transport.write(data)
+            self._close()
+        tunnel.counters.bytes_out += len(data)
         return True
 
     def materialise(self) -> Stream:
@@ -303,6 +269,7 @@ class Visitor(asyncio.BufferedProtocol):
         exchange = Exchange(self, known.host, method, target, known.fields)
         exchange.wire, exchange.id, exchange.tunnel = known.wire, rid, tunnel
         exchange.started = exchange.counted = exchange.received = True
+        exchange.keep_alive = known.keep_alive
         self.current = exchange
         self.parsing = None
         exchange.stream = stream = tunnel.session.make(ident, exchange)
@@ -319,9 +286,9 @@ class Visitor(asyncio.BufferedProtocol):
         """Remember the fields of a request that came alone and whole, has no body and keeps its connection."""
         if section.find(b"\r\n\r\n") != len(section) - 4 or self.in_head or self.fault is not None or self.skipped:
             return
-        ordinary = exchange.keep_alive and not (exchange.with_body or exchange.upgrade or exchange.http10)
+        ordinary = not (exchange.with_body or exchange.upgrade or exchange.http10)
         if ordinary and exchange.wire is not None and heads.KNOWN_HEADS.worth(section):
-            known = heads.KnownHead(exchange.host, exchange.fields, exchange.wire)
+            known = heads.KnownHead(exchange.host, exchange.fields, exchange.wire, exchange.keep_alive)
             heads.KNOWN_HEADS.remember(section, known)
 
     # ── parsing ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -330,6 +297,8 @@ class Visitor(asyncio.BufferedProtocol):
             self._keep_leftover(bytes(data))
             return
         was_in_head = self.in_head
+        if self.parser is None:
+            self.parser = httptools.HttpRequestParser(self)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -458,6 +427,7 @@ class Visitor(asyncio.BufferedProtocol):
             self.current = exchange
             exchange.start()
         else:
+            self.queue = self.queue or deque()
             self.queue.append(exchange)
 
     def on_body(self, body: bytes) -> None:
@@ -591,8 +561,7 @@ class Visitor(asyncio.BufferedProtocol):
     def forwarding(self, host: bytes) -> bytes:
         """The forwarding fields as a frame has them, up to the request's own id; computed once for a connection and host."""
         if self.forwarded[0] != host:
-            fields = heads.forwarding(self.address, self.scheme, host, self.port)
-            self.forwarded = (host, heads.wire_fields((*fields, b"X-Request-Id", b"")))
+            self.forwarded = (host, heads.FORWARDING[self.address, self.scheme, host, self.port])
         return self.forwarded[1]
 
     def write_head(self, head: bytes) -> None:
@@ -716,7 +685,7 @@ class Visitor(asyncio.BufferedProtocol):
 
     def _close_after(self, exchange: Exchange) -> None:
         if exchange.received or not (exchange.with_body or exchange.upgrade):
-            self.queue.clear()
+            self.queue = cast("deque[Exchange]", ())
             self._close()
         else:
             self._linger()
@@ -735,7 +704,7 @@ class Visitor(asyncio.BufferedProtocol):
         self.expect_close = True
         self.lingering = True
         self.current = None
-        self.queue.clear()
+        self.queue = cast("deque[Exchange]", ())
         self.deadline = self.server.now + LINGER_SECONDS
         if self.eof or self.scheme != b"http" or not self.transport.can_write_eof():
             self.transport.close()

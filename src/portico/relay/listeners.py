@@ -220,9 +220,11 @@ async def serve_public(
 ) -> asyncio.Server:
     """Visitors on ``sock``, in clear text or with TLS."""
     scheme = b"https" if context is not None else b"http"
+    name = sock.getsockname()
+    port = name[1] if isinstance(name, tuple) else 0
     timeout = public.settings.head_timeout_seconds if context is not None else None
     return await public.loop.create_server(
-        lambda: Visitor(public, scheme), sock=sock, ssl=context, backlog=backlog, ssl_handshake_timeout=timeout
+        lambda: Visitor(public, scheme, port), sock=sock, ssl=context, backlog=backlog, ssl_handshake_timeout=timeout
     )
 
 

@@ -475,11 +475,11 @@ class Session:
                 elif kind == ANSWER and not flags and length >= 2:
                     asked = streams.get(ident)
                     body = start + 2 + (data[start] << 8 | data[start + 1])
-                    if asked is not None and asked.lazy and body <= at:
-                        if asked.on_whole(data[start + 2 : body], data[body:at]):  # type: ignore[union-attr]
-                            del streams[ident]
-                            answered += at - body
-                            continue
+                    lazy = asked is not None and asked.lazy and body <= at
+                    if lazy and asked.on_whole(data[start + 2 : body], data[body:at]):  # type: ignore[union-attr]
+                        del streams[ident]
+                        answered += at - body
+                        continue
             self._one(data[start - HEADER_SIZE : start], data[start:at])
             hot = self._hot()
         if answered:
