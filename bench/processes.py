@@ -113,8 +113,8 @@ class Run:
         self._stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
 
     def __enter__(self) -> Run:
-        # A terminal's Ctrl-C raises already; so does everything else that asks us to end.
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        # Whatever asks us to end raises as Ctrl-C does, also where a shell has started us with SIGINT ignored.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _interrupt)
         return self
 

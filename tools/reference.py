@@ -295,8 +295,8 @@ def spelled(param: Any, names: str) -> str:
     if param.param_type_name == "option":
         words = {"str": "TEXT", "int": "NUMBER", "float": "NUMBER", "Path": "FILE"}
         return f"{name} {words.get(kind, kind)}" if kind else name
-    if "|" in kind:
-        return kind
+    if "|" in names:
+        return (kind or name).strip("[]{}")
     bare = name.strip("[].…").upper() + ("…" if param.nargs == -1 else "")
     return bare if param.required else f"[{bare}]"
 

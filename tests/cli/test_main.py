@@ -72,7 +72,7 @@ class TestErrors:
             (["--frob"], "no such option: --frob. See: portico --help"),
             (["http", "8000", "--zzz"], "no such option: --zzz. See: portico http --help"),
             (["http"], "missing argument 'TARGET'. See: portico http --help"),
-            (["up", "--http-port", "x"], "unable to parse string as an integer. See: portico up --help"),
+            (["up", "--http-port", "x"], "'x' is not a valid int. See: portico up --help"),
         ],
     )
     def test_wrong_usage_is_one_line(self, typed: list[str], says: str) -> None:

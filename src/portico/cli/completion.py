@@ -46,7 +46,7 @@ SCRIPTS = {Shell.bash: _BASH, Shell.zsh: _ZSH, Shell.fish: _FISH}
 
 
 def completion(
-    shell: Annotated[Shell, typer.Argument(help="The shell that will read it.", show_default=False)],
+    shell: Annotated[Shell, typer.Argument(metavar="bash|zsh|fish", help="The shell that will read it.")],
 ) -> None:
     """Print the completion script of a shell.
 
