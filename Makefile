@@ -9,6 +9,10 @@ PYTHON ?=
 ARGS ?=
 # Seconds that each fuzzer runs.
 FUZZ_SECONDS ?= 60
+# Minutes of load and repeats of each drill in a soak (0 leaves one out), and what it writes.
+SOAK_MINUTES ?= 30
+SOAK_DRILLS ?= 5
+SOAK_WRITES ?= --report docs/soak.md --json docs/soak.json
 
 BIN := .venv/bin
 # One stamp per set. An environment with the dev set has the server set too, so `demo` accepts either.
@@ -53,6 +57,10 @@ fuzz: $(DEV) ## Run the coverage-guided fuzzers (FUZZ_SECONDS=60 each)
 .PHONY: bench
 bench: $(DEV) ## Measure Portico beside nginx and other tunnels (ARGS="--quick --only small-get" for some)
 	$(BIN)/python -m bench $(ARGS)
+
+.PHONY: soak
+soak: $(DEV) ## A platform under load with restarts (SOAK_MINUTES=30), then every drill (SOAK_DRILLS=5 times)
+	$(BIN)/python -m tests.soak.run --minutes $(SOAK_MINUTES) --drills $(SOAK_DRILLS) $(SOAK_WRITES) $(ARGS)
 
 .PHONY: lock
 lock: ## Resolve uv.lock anew and export it to requirements/ (needs uv)

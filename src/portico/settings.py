@@ -689,6 +689,8 @@ class AgentSettings:
     websocket_message_max_bytes: int = 2097152
     # Seconds for requests in flight to end when the agent stops, or when a relay asked to be left.
     drain_seconds: float = 10.0
+    # Seconds of these for WebSockets and TCP connections when the agent stops: they have no end of their own.
+    drain_upgraded_seconds: float = 1.0
     # Seconds for the last call to the API (the session's end) when the agent stops.
     goodbye_timeout_seconds: float = 2.0
 

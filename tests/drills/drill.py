@@ -71,7 +71,7 @@ class Result:
                 file.write(json.dumps(self.__dict__) + "\n")
 
 
-Act = Callable[[Stage, Load], Awaitable[float | None]]
+Act = Callable[[Stage, Load], Awaitable[float | None]] | Callable[[Stage, Load], Awaitable[None]]
 
 
 async def run(

@@ -16,8 +16,8 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,15 @@ import asyncpg
 from portico.embedded.folders import temp_home
 from tests.system.memory import MIB, resident
 from tests.system.parts import free_port
-from tests.system.platform import Account, Agent, Child, Up, signal_all, tree
+from tests.system.platform import Account, Agent, Up, port_span, signal_all, tree
 from tests.system.targets import app, listener, port_of
 
 PINGS: dict[str, Any] = {"ping_interval_seconds": 1.5, "ping_timeout_seconds": 1.5, "hold_seconds": 10}
 PING_DEADLINE = 3.0
+#: Requests that the tunnel takes at once: two seconds of the load, so that a busy machine's pause is not taken for a refusal.
+CONCURRENCY = 400
 #: What no process may ever say.
-_FAULTS = re.compile(
+FAULTS = re.compile(
     r"Traceback \(most recent call last\)|exception was never retrieved|Task was destroyed but it is pending"
     r"|was never awaited|fault in the|fault while|a part of the relay ended|request failed"
 )
@@ -59,9 +61,9 @@ class Holdings:
 class KeptAgent:
     """An agent that is started again whenever it ends, as a service manager does."""
 
-    def __init__(self, where: Account, folder: Path, port: int, name: str, **settings: Any) -> None:
-        self._make = lambda: Agent(where, folder, port, name, **settings)
-        self.agent: Agent = self._make()
+    def __init__(self, make: Callable[[], Agent]) -> None:
+        self._make = make
+        self.agent = make()
         self.all = [self.agent]
         self._keeper: asyncio.Task[None] | None = None
 
@@ -97,7 +99,7 @@ class Stage:
 
     def __init__(self, name: str, folder: Path, stack: ExitStack, relays: int, settings: dict[str, Any]) -> None:
         self.name, self.folder, self._stack = name, folder, stack
-        self.settings = PINGS | settings
+        self.settings = PINGS | {"tcp_ports": port_span(20), "tunnel_concurrency": CONCURRENCY} | settings
         self.relays = relays
         self.home = temp_home(f"portico-drill-{name}-")
         stack.callback(shutil.rmtree, self.home, ignore_errors=True)
@@ -194,12 +196,12 @@ class Stage:
             await connection.close()
         return held
 
-    async def leaks(self, before: Holdings, limit: float = 10.0) -> list[str]:
+    async def leaks(self, before: Holdings, limit: float = 10.0, memory: float = MEMORY_MARGIN) -> list[str]:
         """What is held beyond ``before`` and its margins; asked again until nothing is, for ``limit`` seconds."""
         deadline = time.monotonic() + limit
         while True:
             try:
-                found = compare(before, await self.holdings())
+                found = compare(before, await self.holdings(), memory)
             except (OSError, asyncpg.PostgresError, IndexError) as err:
                 found = [f"not readable: {err!r}"]
             if not found or time.monotonic() > deadline:
@@ -216,7 +218,7 @@ class Stage:
             self._read_to[child.err_path] = self._read_to.get(child.err_path, 0) + len(text)
             lines = text.decode("utf-8", "replace").splitlines()
             for number, line in enumerate(lines):
-                if _FAULTS.search(line):
+                if FAULTS.search(line):
                     found.append("\n".join([f"{child.name}:", *lines[max(0, number - 2) : number + 25]]))
         return found
 
@@ -239,7 +241,7 @@ def listening(pid: int) -> set[int]:
     return found
 
 
-def compare(before: Holdings, after: Holdings) -> list[str]:
+def compare(before: Holdings, after: Holdings, memory: float) -> list[str]:
     """What ``after`` holds beyond ``before``, and what it lacks."""
     found = []
     for what in ("processes", "listening", "advisory_locks", "bindings", "open_transactions"):
@@ -251,13 +253,26 @@ def compare(before: Holdings, after: Holdings) -> list[str]:
             found.append(f"descriptors of {name}: {before.descriptors[name]} before, {count} after")
     for name, size in after.memory.items():
         grown = (size - before.memory[name]) / MIB
-        if grown > MEMORY_MARGIN:
+        if grown > memory:
             found.append(f"memory of {name}: {grown:.0f} MiB more than before")
     return found
 
 
+def plain_agent(made: Stage) -> Agent:
+    """`portico http` in front of the stage's local app."""
+    return Agent(made.account, made.folder, port_of(made.sock), made.name, **PINGS)
+
+
 @asynccontextmanager
-async def stage(name: str, folder: Path, *, relays: int = 1, **settings: Any) -> AsyncIterator[Stage]:
+async def stage(
+    name: str,
+    folder: Path,
+    *,
+    relays: int = 1,
+    serve: Callable[[socket.socket], AbstractAsyncContextManager[None]] = app,
+    make: Callable[[Stage], Agent] = plain_agent,
+    **settings: Any,
+) -> AsyncIterator[Stage]:
     """A platform with an agent online and a local app behind it; everything ends with it."""
     with ExitStack() as stack:
         made = Stage(name, folder, stack, relays, settings)
@@ -265,8 +280,8 @@ async def stage(name: str, folder: Path, *, relays: int = 1, **settings: Any) ->
         await made.start_up()
         made.account = await asyncio.to_thread(Account, made.up.api_url)
         stack.callback(made.account.close)
-        async with app(made.sock):
-            made.agent = KeptAgent(made.account, folder, port_of(made.sock), name, **PINGS)
+        async with serve(made.sock):
+            made.agent = KeptAgent(lambda: make(made))
             try:
                 made.agent_start = await made.agent.start()
                 print(f"started: portico up {made.up_start:.1f} s, agent {made.agent_start:.1f} s")
@@ -285,6 +300,3 @@ def ours(pid: int) -> bool:
         return b"portico.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
-
-
-__all__ = ["Child", "Stage", "stage"]

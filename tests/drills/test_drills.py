@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import resource
 import signal
+import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,14 @@ import pytest_asyncio
 
 from tests.drills.drill import IN_FLIGHT, REPEATS, Allowed, run
 from tests.drills.load import Load
-from tests.drills.stage import PING_DEADLINE, Stage, stage
-from tests.system.platform import signal_all, tree
+from tests.drills.stage import FAULTS, PING_DEADLINE, PINGS, Stage, stage
+from tests.system.platform import Child, signal_all, tree
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
+
+AGENTS = 500
+#: Seconds of interval and timeout of a relay's pings by default.
+DEFAULT_DEADLINE = 10.0
 
 again = pytest.mark.parametrize("run_number", range(1, REPEATS + 1))
 
@@ -52,7 +58,7 @@ def running(supervisor: int, command: bytes) -> set[int]:
     return found
 
 
-def killer(name: str, signum: int = signal.SIGKILL) -> Callable[[Stage, Load], object]:
+def killer(name: str, signum: int = signal.SIGKILL) -> Callable[[Stage, Load], Awaitable[None]]:
     async def act(platform: Stage, load: Load) -> None:
         pid = platform.pids()[name]
         os.kill(pid, signum)
@@ -97,7 +103,7 @@ async def until(what: Callable[[], bool], limit: float) -> None:
 )
 async def test_kill(platform: Stage, part: str, allowed: Allowed, usage_lost: float, run_number: int) -> None:
     await settled(platform)
-    await run(f"kill -9 {part.split('-')[0]}", platform, killer(part), allowed, usage_lost=usage_lost)  # type: ignore[arg-type]
+    await run(f"kill -9 {part.split('-')[0]}", platform, killer(part), allowed, usage_lost=usage_lost)
 
 
 # ── SIGTERM ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -108,7 +114,7 @@ async def test_kill(platform: Stage, part: str, allowed: Allowed, usage_lost: fl
 async def test_restart_in_order(platform: Stage, part: str, run_number: int) -> None:
     """One relay, too: its successor takes the listening sockets over while it drains."""
     await settled(platform)
-    await run(f"SIGTERM {part.split('-')[0]}", platform, killer(part, signal.SIGTERM))  # type: ignore[arg-type]
+    await run(f"SIGTERM {part.split('-')[0]}", platform, killer(part, signal.SIGTERM))
 
 
 # ── SIGSTOP ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,7 +131,9 @@ async def test_a_relay_that_stands_still(platform: Stage, run_number: int) -> No
         os.kill(pid, signal.SIGCONT)
         return time.monotonic()
 
-    allowed = in_flight(60, "requests in flight in the relay: the agent gave up what did not answer", 0.2)
+    # When it goes on, it takes up what came meanwhile before it has read that the agent gave its connection up.
+    why = "requests in flight in the relay, or sent on the connection that the agent had given up"
+    allowed = in_flight(60, why, PING_DEADLINE + 1.5)
     await run("SIGSTOP relay", platform, act, allowed)
 
 
@@ -139,10 +147,10 @@ async def test_an_agent_that_stands_still(platform: Stage, run_number: int) -> N
         return time.monotonic()
 
     # Nothing says that it is frozen but its silence: what is sent to it until the deadline is in flight in it, and the
-    # tunnel's limit of requests at once (100) is soon reached.
+    # tunnel's limit of requests at once (400) is soon reached.
     causes = IN_FLIGHT | {"edge.concurrency_exceeded"}
     allowed = Allowed(
-        causes, PING_DEADLINE + 1.2, 1200, "in flight in the agent until its ping deadline; more than 100 at once"
+        causes, PING_DEADLINE + 1.2, 1200, "in flight in the agent until its ping deadline; more than 400 at once"
     )
     await run("SIGSTOP agent", platform, act, allowed)
 
@@ -174,6 +182,61 @@ async def test_a_full_disk(platform: Stage, part: str, run_number: int) -> None:
     await run(f"full disk: {what}", platform, act)
     if part != "up":
         assert "usage cannot be saved; it waits in memory" in platform.up.child.err
+
+
+# ── a storm of agents ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def swarm(platform: Stage) -> AsyncIterator[Child]:
+    """500 agents, all online."""
+    where = platform.account
+    own = {"server": where.api_url, "agent_key": where.agent_key, "config_dir": platform.folder / "swarm"} | PINGS
+    argv = [sys.executable, "-m", "tests.drills.swarm", str(AGENTS)]
+    child = Child("swarm", [], platform.folder, own, argv, cwd=Path.cwd())
+    try:
+        began = time.monotonic()
+        await until(lambda: online(child) == AGENTS, 120)
+        print(f"{AGENTS} agents were online after {time.monotonic() - began:.1f} s")
+        yield child
+    finally:
+        await asyncio.to_thread(child.end)
+
+
+def counts(child: Child) -> list[tuple[float, int]]:
+    """When how many agents were online."""
+    lines = [json.loads(line) for line in child.out.split("\n")[:-1]]
+    return [(line["at"], line["online"]) for line in lines]
+
+
+def online(child: Child) -> int:
+    return next((count for _, count in reversed(counts(child))), 0)
+
+
+@again
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+async def test_500_agents_reconnect_at_once(
+    platform: Stage, swarm: Child, signum: signal.Signals, run_number: int
+) -> None:
+    """All of them are back within a ping deadline, and visitors of the others notice nothing of the storm."""
+    await until(lambda: online(swarm) == AGENTS, 60)
+    at = 0.0
+
+    async def act(platform: Stage, load: Load) -> None:
+        nonlocal at
+        at = time.monotonic()
+        await killer("relay-1", signum)(platform, load)
+
+    allowed = in_flight(30, "requests in flight in the relay") if signum == signal.SIGKILL else Allowed()
+    lost = 1.5 if signum == signal.SIGKILL else 0.0
+    await run(f"{signum.name} relay with {AGENTS} agents", platform, act, allowed, usage_lost=lost)
+    await until(lambda: online(swarm) == AGENTS, 30)
+    since = [(when - at, count) for when, count in counts(swarm) if when > at]
+    took, fewest = max((when for when, _ in since), default=0.0), min((count for _, count in since), default=AGENTS)
+    print(f"{signum.name}: {AGENTS - fewest} agents were offline, all were back after {took:.1f} s")
+    assert took < DEFAULT_DEADLINE, f"{AGENTS} agents were back after {took:.1f} s"
+    assert signum == signal.SIGKILL or fewest == AGENTS, "an agent left the old relay before it had the new one"
+    assert not FAULTS.search(swarm.err), swarm.err[-3000:]
 
 
 # ── everything at once ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -47,6 +47,7 @@ class Child:
         folder: Path,
         settings: Mapping[str, Any],
         argv: Sequence[str] | None = None,
+        cwd: str | Path = "/",
     ) -> None:
         self.name = name
         serial = len(list(folder.glob("*.err")))
@@ -54,7 +55,11 @@ class Child:
         self.err_path = folder / f"{serial:03}-{name}.err"
         with self.out_path.open("wb") as out, self.err_path.open("wb") as err:
             self.process: subprocess.Popen[bytes] = spawn(
-                argv or portico_argv(*args), env=clean_environment(settings), output=err.fileno(), stdout=out.fileno()
+                argv or portico_argv(*args),
+                env=clean_environment(settings),
+                output=err.fileno(),
+                stdout=out.fileno(),
+                cwd=cwd,
             )
         CHILDREN.append(self)
 

@@ -302,7 +302,7 @@ class Agent:
     async def _connect(self) -> None:
         """Open and bind one new link; raises the last problem when no relay takes us."""
         assert self.info is not None
-        if self._stale_token or self.info.expires_at <= time.time() or (self.link is not None and self.link.leaving):
+        if self._stale_token or self.info.expires_at <= time.time():
             await self._renew(patient=self._stale_token)
         problem: Problem | None = None
         for url in self._edges():

@@ -27,6 +27,11 @@ from portico.wire.session import Lazy, Session, Sink, Stream
 GOODBYE = b"\xffgoodbye"
 
 
+def _endless(stream: Stream | Lazy) -> bool:
+    """Whether a stream is a connection, which has no end of its own, and not a request."""
+    return isinstance(stream, Stream) and (stream.tcp or (stream.upgrade and stream.answered))
+
+
 class Serves(Protocol):
     """Takes the streams of one tunnel."""
 
@@ -194,13 +199,17 @@ class Link:
         self.session.ping(GOODBYE)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._read, min(limit, self.carrier.ping_timeout))
-        await self.drained(deadline - loop.time())
+        await self.drained(deadline - loop.time(), None if moved else self._settings.drain_upgraded_seconds)
 
-    async def drained(self, limit: float) -> None:
-        """Return when no stream is in flight, or after ``limit`` seconds."""
+    async def drained(self, limit: float, endless: float | None = None) -> None:
+        """Return when no stream is in flight, or after ``limit`` seconds. Upgraded and TCP connections, which have no end of
+        their own, are given ``endless`` seconds where that is less."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + limit
-        while self.session.streams and not self.lost and loop.time() < deadline:  # noqa: ASYNC110 - the hot path sets no event
+        began = loop.time()
+        while not self.lost and loop.time() - began < limit:
+            patient = endless is None or loop.time() - began < endless
+            if not any(patient or not _endless(stream) for stream in self.session.streams.values()):
+                return
             await asyncio.sleep(0.02)
 
     def close(self, reason: str) -> None:
