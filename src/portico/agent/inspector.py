@@ -10,6 +10,8 @@ GET    /api/requests/{id}/har, /api/har      HTTP archive of one, of all (`?secr
 GET    /api/events                           server-sent events (portico.agent.live)
 POST   /api/requests/{id}/replay             to the local target, as it was or edited
 DELETE /api/requests                         forget them
+
+What only an open page needs is imported when it asks: an agent starts no later for having one.
 """
 
 from __future__ import annotations
@@ -24,17 +26,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from time import perf_counter
 from typing import Any
 
-from portico.agent import pages, views
+from portico.agent import views
 from portico.agent.api import VERSION
 from portico.agent.client import Agent, Tunnel
 from portico.agent.link import Serves
 from portico.agent.live import Live
 from portico.agent.recorder import Entry, Recorder
-from portico.agent.replay import parse_edit, replay
 from portico.agent.stats import Stats
 from portico.agent.web import Answer, Guard, Request, WebServer
 from portico.errors import Problem
-from portico.kit import curl, har
 from portico.kit.sockets import bind_tcp, port_of
 from portico.settings import AgentSettings
 
@@ -298,6 +298,8 @@ class Inspector:
         return _download(request, f"{ident}-response", views.pairs(entry.answer_head()[1:]), entry.response_body)
 
     async def _replay(self, request: Request, ident: str) -> Answer:
+        from portico.agent.replay import parse_edit, replay
+
         entry = self._find(ident)
         edit = parse_edit(request.body)
         serves = self._serves(entry)
@@ -332,6 +334,8 @@ class Inspector:
         return tunnel.url if tunnel is not None else ""
 
     async def _curl(self, request: Request, ident: str) -> Answer:
+        from portico.kit import curl
+
         entry = self._find(ident)
         if not entry.complete:
             raise Problem("inspect.body_incomplete")
@@ -353,6 +357,8 @@ class Inspector:
         return _attachment(self._archive(entries[::-1], request), "portico.har")
 
     async def _archive(self, entries: list[Entry], request: Request) -> AsyncIterator[bytes]:
+        from portico.kit import har
+
         masked = request.query.get("secrets") != "1"
         yield har.opening(VERSION)
         for at, entry in enumerate(entries):
@@ -364,14 +370,20 @@ class Inspector:
 
     # ── pages ─────────────────────────────────────────────────────────────────────────────────────────────────────
     async def _page(self, request: Request, ident: str) -> Answer:
+        from portico.agent import pages
+
         rows, _ = await self._select(request.query, LIST_DEFAULT)
         now = perf_counter()
         return _html(pages.index(self.status(), [views.summary(entry, now) for entry in rows]))
 
     async def _plain_page(self, request: Request, ident: str) -> Answer:
+        from portico.agent import pages
+
         return _html(pages.plain(self.status(), self._document(self._find(ident))))
 
     async def _static(self, request: Request, ident: str) -> Answer:
+        from portico.agent import pages
+
         found = pages.static(ident)
         if found is None:
             raise Problem("inspect.not_found", f"there is nothing at {request.path[:200]}")

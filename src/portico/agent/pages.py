@@ -42,8 +42,7 @@ def _e(value: Any) -> str:
 def index(status: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The page with the newest requests in it."""
     tunnels = "".join(
-        f'<li><a href="{_e(t["public_url"])}" target="_blank" rel="noreferrer">{_e(t["public_url"] or t["name"])}</a> '
-        f'<span class="to">→ {_e(t["config"]["addr"])}</span></li>'
+        f'<li>{_link(t["public_url"]) or _e(t["name"])} <span class="to">→ {_e(t["config"]["addr"])}</span></li>'
         for t in status["tunnels"]
     )
     url = next((t["public_url"] for t in status["tunnels"] if t["public_url"].startswith("http")), "URL")
@@ -52,6 +51,13 @@ def index(status: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         empty="hidden" if rows else "",
         **{"try": f"curl {_e(url)}/"},
     )
+
+
+def _link(url: str) -> str:
+    """A link to a public address; one of TCP is no link."""
+    if not url.startswith(("http://", "https://")):
+        return _e(url)
+    return f'<a href="{_e(url)}" target="_blank" rel="noreferrer">{_e(url)}</a>'
 
 
 def _common(status: dict[str, Any]) -> dict[str, str]:
