@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from portico.agent import tunnel_keys
 from portico.agent.durations import parse_duration, shown_duration
@@ -79,6 +81,23 @@ class TestValues:
         assert options.spec == {"name": "ssh", "protocol": "tcp", "remote_port": 7105}
         assert (options.target.url, options.proxy_protocol) == ("tcp://localhost:22", 2)
 
+    def test_the_local_page_can_be_switched_off(self, tmp_path: Path) -> None:
+        config = parsed(tmp_path, "version: 1\nweb_addr: false\ntunnels:\n  a: {addr: 1}\n")
+        assert (config.faults, config.settings["web_addr"]) == ([], "false")
+
+    @pytest.mark.parametrize("key", [*tunnel_keys.TOP, *tunnel_keys.TUNNEL], ids=lambda key: key.name)
+    def test_the_example_of_every_key_is_a_good_one(self, tmp_path: Path, key: tunnel_keys.Key) -> None:
+        if key.refusal or not key.example:
+            return
+        entries = {"addr": "8000"} | ({"protocol": "tcp"} if key.only == "tcp" else {})
+        top = "version: 1\n" if key.name != "version" else ""
+        if key in tunnel_keys.TOP:
+            top += f"{key.name}: {key.example}\n"
+        else:
+            entries[key.name] = key.example
+        text = top + "tunnels:\n  a:\n" + "".join(f"    {name}: {value}\n" for name, value in entries.items())
+        assert faults(tmp_path, text) == []
+
     def test_the_example(self) -> None:
         config = read([Path(__file__).parents[2] / "examples" / "portico.yml"], LIMIT)
         assert config.faults == []
@@ -103,6 +122,11 @@ class TestValues:
         text = "version: 1\ntunnels:\n  a: &a\n    addr: 1\n    ttl: 5m\n  b:\n    <<: *a\n    addr: 2\n"
         config = parsed(tmp_path, text)
         assert config.faults == [] and config.tunnels["b"].values == {"addr": parse_target("2"), "ttl": 300.0}
+        config = parsed(
+            tmp_path, text.replace("b:", "b: &b") + "  c: {<<: *b, ttl: 1m}\n  d: {<<: [*b, *a], subdomain: d}\n"
+        )
+        assert config.faults == [] and config.tunnels["c"].values == {"addr": parse_target("2"), "ttl": 60.0}
+        assert config.tunnels["d"].values == {"addr": parse_target("2"), "ttl": 300.0, "subdomain": "d"}
 
     def test_later_files_go_before_earlier_ones(self, tmp_path: Path) -> None:
         one = "version: 1\nregion: eu\nlog_level: INFO\ntunnels:\n  a:\n    addr: 1\n    ttl: 5m\n  b:\n    addr: 2\n"
@@ -175,6 +199,8 @@ class TestFaults:
             ("version: 1\nregion: \x07\ntunnels: {}\n", 2, 9, "a control character"),
             ("version: 1\nregion: !!python/object:os.system x\ntunnels: {}\n", 2, 9, "means nothing here"),
             ("version: 1\n? [a]\n: b\ntunnels: {}\n", 2, 3, "a key must be plain text"),
+            ("version: 1\ntunnels:\n  a:\n    addr: 1\n    ? [a]\n    : b\n", 5, 7, "a key must be plain text"),
+            ("version: 1\ntunnels:\n  a: &a\n    ? [a]\n    : b\n    addr: 1\n  b: {<<: *a}\n", 4, 7, "a key must be plain text"),
             ("version: 1\ntunnels:\n  a:\n    addr: 1\n    <<: 5\n", 5, 9, "<< needs a map"),
             ("version: 1\nagent_key_env: A\nagent_key_file: b\ntunnels: {}\n", 3, 17, "not both"),
             ("version: 1\nagent_key_env: a b\ntunnels: {}\n", 2, 16, "not the name of an environment variable"),
@@ -292,6 +318,28 @@ class TestFaults:
                 f"{tmp_path}: cannot be read: Is a directory",
             ]
         )
+
+
+#: What files are made of, to be put together wrongly.
+PIECES = """version: 1|version:|tunnels:|  web:|  web: {|}|    addr: 8000|    addr: [1, {a: *x}]|    <<: *a|  b: &a {addr: 1}|-
+'|"|    protocol: tcp|    subdomain: on|    ttl: 1h|!!binary|&x *x|---|...|ä: ö|agent:|    protocol: [http]|    <<: [*a, 5]
+%YAML 9.9|    ? [x]|    : 1|    = : 1|  ? {a: b}|    ~: 1|    addr: =""".replace("\n", "|").split("|")
+PIECES += ["\t", "\x00", "\u2028", "|", "    ? [x]\n    : 1"]
+
+
+class TestAnyText:
+    @given(st.booleans(), st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=12))
+    @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_faults_and_never_a_traceback(self, tmp_path: Path, begun: bool, lines: list[str]) -> None:
+        lines = ["version: 1", "tunnels:", "  a: &a", *lines] if begun else lines
+        (tmp_path / "x.yml").write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+        config = read([tmp_path / "x.yml"], LIMIT)
+        for fault in config.faults:
+            assert fault.line >= 1 and fault.column >= 1
+            fault.text()
+        if not config.faults:
+            for declared in config.tunnels.values():
+                tunnel_options(declared)
 
 
 class TestShown:

@@ -196,7 +196,7 @@ class _Reader:
 
     def _protocol(self, node: yaml.MappingNode) -> str:
         """What kind of tunnel it is: which keys it has depends on that. A fault in it is found later."""
-        known = {**self._merged(node, 0), **{key.value: (key, value) for key, value in node.value}}
+        known = self._merged(node, 0)
         value = next((known[name][1].value for name in ("protocol", "proto", "type") if name in known), "http")
         return value if value in tunnel_keys.PROTOCOLS else "http"
 
@@ -228,17 +228,20 @@ class _Reader:
             yield name, key, value
 
     def _merged(self, node: yaml.Node, depth: int) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-        sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        """What `<<: node` brings: the entries of one map, or of several, earlier ones first; own entries before merged ones."""
         found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
-        for source in sources:
+        for source in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             if not isinstance(source, yaml.MappingNode) or depth > _MERGES:
                 self._at(source, "<< needs a map to merge, such as <<: *name")
                 continue
+            own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+            below: dict[str, tuple[yaml.Node, yaml.Node]] = {}
             for key, value in source.value:
                 if isinstance(key, yaml.ScalarNode) and key.tag == _TAGS + "merge":
-                    found = self._merged(value, depth + 1) | found
+                    below = self._merged(value, depth + 1)
                 elif isinstance(key, yaml.ScalarNode):
-                    found.setdefault(key.value, (key, value))
+                    own.setdefault(key.value, (key, value))
+            found = below | own | found
         return found
 
     def _keys(
