@@ -72,7 +72,7 @@ class TestRing:
         head = f.encode_answer(f.encode_response(201, [b"Made", b"X-A", b"1"]))
         for _ in range(500):
             record(ring)
-            tap.whole(out, time.perf_counter(), 201, head, b"ok")
+            tap.whole(out, time.perf_counter(), time.perf_counter(), 201, head, b"ok")
             assert ring.bytes <= 100_000
         entry = ring.find(ring.last)
         assert entry is not None and entry.seq == ring.last == 1000 and entry.complete

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
@@ -122,16 +123,16 @@ class TargetConnection(asyncio.BufferedProtocol):
         session, ident, forwarder, method, target, out, started = self.asked
         if nbytes <= SMALL:
             data = bytes(self.view[:nbytes])
-            end = data.find(b"\r\n\r\n") + 4
-            known = KNOWN_ANSWERS.get(data[:end])
-            if known is not None and known[0] == nbytes - end <= session.send_credit and not session.congested:
+            head, ended, body = data.partition(b"\r\n\r\n")
+            known = KNOWN_ANSWERS.get(head) if ended else None
+            if known is not None and known[0] == len(body) <= session.send_credit and not session.congested:
                 self.asked = None
-                body = data[end:]
                 session.answer(ident, known[1], body)
+                now = perf_counter()
                 if forwarder.tap is not None:
-                    forwarder.tap.whole(out, started, known[2], known[1], body)
-                forwarder.stats.answered(method, target, known[2], started)
-                self.pool.release(self)
+                    forwarder.tap.whole(out, started, now, known[2], known[1], body)
+                forwarder.stats.answered(method, target, known[2], started, now)
+                self.pool.release(self, now)
                 return True
             self.unknown = data
         self.materialise()
@@ -156,10 +157,10 @@ class TargetConnection(asyncio.BufferedProtocol):
     def _learn(self, exchange: Exchange) -> None:
         """Remember the head of an answer that came in one read, ended by its length and kept the connection."""
         data, self.unknown = self.unknown, b""
-        head = data[: data.find(b"\r\n\r\n") + 4]
+        head, _, body = data.partition(b"\r\n\r\n")
         known = self.head
         status = exchange.status
-        if known is None or known.length != len(data) - len(head) or self.close_after or self.junk or self.held:
+        if known is None or known.length != len(body) or self.close_after or self.junk or self.held:
             return
         if status >= 200 and status not in (204, 304) and KNOWN_ANSWERS.worth(head):
             response = f.encode_response(status, known.fields)
@@ -431,7 +432,7 @@ class TargetConnection(asyncio.BufferedProtocol):
             self.left = -1
             self.head_bytes = 0
             self.complete = False
-        self.pool.release(self)
+        self.pool.release(self, perf_counter())
 
     def _switch(self, exchange: Exchange, nbytes: int, offset: int) -> None:
         """101: from ``offset`` on the bytes belong to the new protocol; they may have come in the same segment."""

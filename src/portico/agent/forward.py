@@ -9,7 +9,7 @@ callbacks answer into the stream.
 
 from __future__ import annotations
 
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import Any, cast
 
 from portico.agent.connection import TargetConnection
@@ -80,7 +80,7 @@ class Forwarder:
         if connection.transport.is_closing():
             connection.abort()
             return None
-        out = method + b" " + target + known + last + b"\r\n\r\n"
+        out = b"".join((method, b" ", target, known, last, b"\r\n\r\n"))
         connection.asked = (session, ident, self, method, target, out, perf_counter())
         self.stats.open += 1
         connection.transport.write(out)
@@ -209,7 +209,7 @@ class Exchange:
         connection.exchange = self
         self._reused = connection.reused
         self._kept = [] if self._reused and self._idempotent else None
-        self._since = monotonic()
+        self._since = perf_counter()
         if self._whole or len(self._out) > 1:
             self._flush()
         else:
@@ -283,7 +283,7 @@ class Exchange:
                 self._kept = None
             else:
                 self._kept.append(out)
-        self._since = monotonic()
+        self._since = perf_counter()
         connection.transport.write(out)
         if not connection.write_paused:
             self.writable()
@@ -327,7 +327,7 @@ class Exchange:
 
     def touched(self) -> None:
         """The target gave a sign of life before its answer."""
-        self._since = monotonic()
+        self._since = perf_counter()
 
     def sent_whole(self) -> bool:
         """Whether the request was written to its end, so that the connection may serve another one."""
@@ -409,7 +409,8 @@ class Exchange:
         if still_open:
             stats.done(self.method, self.path, status, self._started)
             return
-        ended = stats.answered(self.method, self.path, status, self._started)
+        ended = perf_counter()
+        stats.answered(self.method, self.path, status, self._started, ended)
         if self.entry is not None:
             self.entry.finish(status, ended)
 

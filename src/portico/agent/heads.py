@@ -221,7 +221,7 @@ class KnownAnswer(NamedTuple):
     status: int
 
 
-#: Head in bytes, with the empty line at its end, of an answer that keeps its connection → what it means.
+#: Head in bytes, up to the empty line at its end, of an answer that keeps its connection → what it means.
 KNOWN_ANSWERS: Memo[KnownAnswer] = Memo(2048, 2048)
 
 _PLAIN_CONNECTION = frozenset((b"keep-alive", b"Keep-Alive", b"upgrade", b"Upgrade"))

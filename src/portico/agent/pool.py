@@ -9,7 +9,7 @@ import asyncio
 import select
 import ssl
 from collections import deque
-from time import monotonic
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from portico.agent.connection import RECEIVE_BYTES, TargetConnection
@@ -69,8 +69,8 @@ class Pool:
         """Give ``exchange`` a connection of its own that nobody used before."""
         self._start_dial(exchange)
 
-    def release(self, connection: TargetConnection) -> None:
-        """A connection whose response ended well: to the first one waiting, else idle."""
+    def release(self, connection: TargetConnection, now: float) -> None:
+        """A connection whose response ended well: to the first one waiting, else idle. ``now``: of ``perf_counter``."""
         while self.waiting:
             exchange = self.waiting.popleft()
             if not exchange.over:
@@ -79,7 +79,7 @@ class Pool:
         if self._closed or self._retired or len(self.idle) >= self.settings.target_idle_max:
             connection.abort()
             return
-        connection.idle_since = monotonic()
+        connection.idle_since = now
         self.idle.append(connection)
         if self._timer is None:
             self._arm()
@@ -124,7 +124,7 @@ class Pool:
         self.dialling -= 1
         self.open.add(connection)
         if exchange is None or exchange.over:
-            self.release(connection)
+            self.release(connection, perf_counter())
         else:
             exchange.attach(connection)
 
@@ -165,7 +165,7 @@ class Pool:
 
     def _sweep(self) -> None:
         self._timer = None
-        now = monotonic()
+        now = perf_counter()
         limit = self.settings.first_byte_timeout_seconds
         for connection in list(self.open) if limit > 0 else ():
             if connection.asked is not None and now - connection.asked[6] >= limit:

@@ -302,7 +302,7 @@ class Tap:
         entry.payload = entry.response_body = entry.extra = None
         return entry
 
-    def whole(self, out: bytes, started: float, status: int, head: bytes, body: bytes) -> None:
+    def whole(self, out: bytes, started: float, ended: float, status: int, head: bytes, body: bytes) -> None:
         """A request without a body and all of its answer, both over; ``head`` as :func:`frames.encode_answer` made it.
 
         Most requests are such, so nothing is made of them before somebody looks.
@@ -310,7 +310,7 @@ class Tap:
         ring = self.recorder
         ring.last = seq = ring.last + 1
         size = len(out) + len(body) + len(head) + _WHOLE_BYTES
-        ring.entries.append((seq, size, self, out, started, perf_counter(), status, head, body))
+        ring.entries.append((seq, size, self, out, started, ended, status, head, body))
         ring.bytes += size
         if ring.bytes > ring.limit:
             ring.evict()

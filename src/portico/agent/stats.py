@@ -6,7 +6,6 @@ import itertools
 import math
 import time
 from collections import deque
-from time import perf_counter
 from typing import NamedTuple
 
 #: Requests kept: percentiles are taken from them, and a display that is slower than this misses some.
@@ -51,14 +50,12 @@ class Stats:
         self.records.append((method, path, status, started, time.perf_counter()))
         self.written += 1
 
-    def answered(self, method: bytes, path: bytes, status: int, started: float) -> float:
-        """A request was answered and ended: ``done`` and ``closed``. Returns the time of it."""
+    def answered(self, method: bytes, path: bytes, status: int, started: float, ended: float) -> None:
+        """A request was answered and is over: ``done`` and ``closed``."""
         self.open -= 1
         self.total += 1
-        ended = perf_counter()
         self.records.append((method, path, status, started, ended))
         self.written += 1
-        return ended
 
     def failed(self, detail: str) -> None:
         """The target could not answer."""

@@ -87,6 +87,8 @@ class Visitor(asyncio.BufferedProtocol):
     resting = True  # between two requests, with nothing of the next one in the parser
     unsent = -1  # bytes that the visitor had not taken at the last look after the close; -1 before it
     forwarded = (b"", b"")
+    #: The head of the last request that was a known one, and its fields with ours behind them.
+    repeated: tuple[heads.KnownHead | None, bytes] = (None, b"")
 
     def __init__(self, server: PublicServer, scheme: bytes, port: int) -> None:
         """``port``: the public one that the connection came in by."""
@@ -220,11 +222,12 @@ class Visitor(asyncio.BufferedProtocol):
         if plain is None or decide(self) is not None:
             return False
         assert tunnel is not None
-        for_host, forwarding = self.forwarded
-        if for_host != known.host:
-            forwarding = self.forwarding(known.host)
+        for_known, fields = self.repeated
+        if for_known is not known:
+            fields = known.wire + self.forwarding(known.host)
+            self.repeated = (known, fields)
         rid = b"%b%010x" % (ID_PREFIX, next(ID_SERIAL))
-        ident = tunnel.session.open_lazy(tunnel.bind_bytes + plain + known.wire + forwarding + rid, self)
+        ident = tunnel.session.open_lazy(tunnel.bind_bytes, plain, fields, rid, self)
         self.asked = (ident, plain, known, rid)
         self.resting = False
         tunnel.inflight += 1

@@ -353,8 +353,10 @@ class Session:
             stream.send_ended = flags & F_END != 0
         return stream
 
-    def open_lazy(self, payload: bytes, owner: Lazy) -> int:
-        """Relay: a request without a body, for a payload that fits and that the caller answers for. Returns the id.
+    def open_lazy(self, bind: bytes, line: bytes, fields: bytes, last: bytes, owner: Lazy) -> int:
+        """Relay: a request without a body, for a payload (in four parts) that fits and that the caller answers for.
+
+        Returns the id.
 
         The caller has looked whether the session takes another stream.
         """
@@ -364,7 +366,8 @@ class Session:
         self.last_stream = ident
         self.streams[ident] = owner
         out = self.out
-        out.append(pack(REQUEST, F_END, ident, len(payload)) + payload)
+        size = len(bind) + len(line) + len(fields) + len(last)
+        out.append(b"".join((pack(REQUEST, F_END, ident, size), bind, line, fields, last)))
         if len(out) == 1:
             self.wake()
         return ident
