@@ -278,23 +278,28 @@ class TestForwarded:
     async def test_an_upgrade_and_what_passes_then(self) -> None:
         async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await read_head(reader)
-            writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\nhi")
+            writer.write(
+                b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n\x81\x02hi"
+            )
             while data := await reader.read(65_536):
                 writer.write(data)
 
         async def act(tunnel: Inspected) -> None:
             head = [b"GET", b"/ws", b"Host", b"h", b"Upgrade", b"websocket"]
             visit = tunnel.request(head, flags=f.F_UPGRADE, end=False)
-            await visit.send(b"early")
-            await visit.until(lambda: visit.body == b"hiearly")
+            await visit.send(b"\x81\x05early")
+            await visit.until(lambda: visit.body == b"\x81\x02hi\x81\x05early")
+            document = await tunnel.detail()
+            assert document["request"]["messages"] == [{"type": "text", "bytes": 5, "text": "early"}]
+            assert [message["text"] for message in document["response"]["messages"]] == ["hi", "early"]
             row = (await tunnel.json("/api/requests"))["requests"][0]
             assert (row["state"], row["status"], row["kind"]) == ("running", 101, "websocket")
-            assert (row["request_bytes"], row["response_bytes"]) == (5, 7)
+            assert (row["request_bytes"], row["response_bytes"]) == (7, 11)
             await visit.send(b"x" * 100_000)
-            await visit.until(lambda: len(visit.body) == 100_007)
+            await visit.until(lambda: len(visit.body) == 100_011)
             entry = tunnel.entry()
-            assert entry.more.sent == 100_005 and len(entry.more.request_body or b"") == 65_536
-            assert entry.received == 100_007 and len(entry.response_body or b"") == 65_536 and not entry.ended
+            assert entry.more.sent == 100_007 and len(entry.more.request_body or b"") == 65_536
+            assert entry.received == 100_011 and len(entry.response_body or b"") == 65_536 and not entry.ended
             visit.stream.send_end()
             await visit.over()
             assert (await tunnel.ended()).status == 101

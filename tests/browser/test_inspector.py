@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from portico.wire import frames as f
 from tests.agent.harness import target_server
 from tests.agent.inspecting import Inspected, inspected
 from tests.agent.test_forward import local, read_request
@@ -153,6 +154,25 @@ async def test_a_stream_grows_while_it_is_open() -> None:
         assert "data: 1" in await page.text("#panel")
         visit.stream.reset(1, "the visitor left")
         await page.until("document.querySelector('.facts').innerText.includes('left')")
+
+
+async def test_messages_of_a_websocket() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+        writer.write(b'\x81\x0a{"a":[1]}\n\x88\x02\x03\xe8')
+        await reader.read()
+
+    async with target_server(talk) as port, inspected(local(port)) as tunnel, browser() as page:
+        head = [b"GET", b"/ws", b"Host", b"h", b"Upgrade", b"websocket"]
+        visit = tunnel.request(head, flags=f.F_UPGRADE, end=False)
+        await visit.until(lambda: visit.body)
+        await page.open(f"{tunnel.inspector.url}/#{tunnel.entry().id}")
+        await page.until("document.querySelector('h1')")
+        await page.key("3")
+        shown = await page.text(".messages")
+        assert '"a": [' in shown and "close 1000" in shown
+        assert page.errors == []
 
 
 @pytest.mark.parametrize("width", [380, 1280])

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from portico.agent.recorder import Entry
+from portico.agent.websocket import messages
 from portico.wire import frames as f
 
 Pairs = list[tuple[str, str]]
@@ -119,6 +120,13 @@ def detail(entry: Entry, now: float, decoded_max: int) -> dict[str, Any]:
             "trailers": pairs(more.response_trailers),
             "body": body([] if raw else response, entry.response_body, entry.received, decoded_max),
         }
+    if document["kind"] == "websocket":
+        used = value_of(response, "sec-websocket-extensions").lower()
+        for name, side, kept in (
+            ("request", "client", more.request_body),
+            ("response", "server", entry.response_body),
+        ):
+            document[name]["messages"] = messages(bytes(kept or b""), used, side, decoded_max)
     return document
 
 

@@ -315,7 +315,14 @@ function body(title, told, side, doc) {
   const link = `/api/requests/${doc.id}/body/${side}`;
   const tools = h("p", {class: "facts"}, h("a", {href: link, download: `${doc.id}-${side}.bin`}, told.truncated ? `Download the first ${size(told.kept)}` : "Download"));
   const cut = told.truncated ? [h("p", {class: "notice"}, `Only the first ${size(told.kept)} of ${size(told.bytes)} were kept.`)] : [];
-  return [heading, ...cut, shown(told, link), tools];
+  const messages = doc[side].messages;
+  return [heading, ...cut, messages && messages.length ? conversation(messages) : shown(told, link), tools];
+}
+function conversation(messages) {
+  return h("table", {class: "fields messages"}, h("tbody", {}, messages.map((message) => h("tr", {},
+    h("th", {}, message.code ? `${message.type} ${message.code}` : message.type, h("br", {}), size(message.bytes)),
+    h("td", {}, "text" in message ? (/^\s*[[{]/.test(message.text) ? pretty(message.text) : message.text) : hex(message.base64),
+      message.cut && h("em", {}, " … cut off"))))));
 }
 function shown(told, link) {
   if (told.kind === "image" && !told.encoding && !told.truncated) return h("img", {class: "body", src: `${link}?as=image`, alt: "the body, an image"});
