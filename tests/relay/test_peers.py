@@ -14,6 +14,7 @@ from portico.relay.server import Relay
 from portico.settings import RelaySettings, Secret
 from portico.wire import frames as f
 from tests.relay.doubles import KEY, Client, ScriptedAgent, ScriptedStream, grant, port, session_token
+from tests.relay.known import forget, visitors, whole
 from tests.relay.test_tcp import TcpAgent, free_port, tcp_grant
 
 GET = b"GET /x HTTP/1.1\r\nHost: web.localhost\r\n\r\n"
@@ -232,3 +233,71 @@ class TestRoutes:
                 picows.WSListener, f"ws://127.0.0.1:{port(pair[0], 0)}/v1/peer", extra_headers=headers
             )
         assert caught.value.response is not None and int(caught.value.response.status) == 401
+
+
+class TestKnown:
+    async def test_a_known_request_takes_its_hop(self, pair: tuple[Relay, Relay], agent: ScriptedAgent) -> None:
+        """By the short way at the front, by the usual one at the owner; the tunnel is counted once, at the owner."""
+        forget()
+        front, owner = pair
+        asked: list[bool] = []
+
+        def answer(s: ScriptedStream) -> None:
+            asked.append(any(v.asked is not None for v in visitors(front)))
+            whole(s)
+
+        agent.on_stream = answer
+        client = await visit(front, GET)
+        for _ in range(4):
+            assert (await client.response())[::2] == (200, b"hello")
+            client.send(GET)
+        assert (await client.response())[::2] == (200, b"hello")
+        assert asked == [False, False, True, True, True]
+        (remote,) = set(front.peers.by_host.values())
+        live = owner.agents.by_tunnel["tun_web"]
+        assert (remote.inflight, live.inflight, live.counters.requests, front.peers.hops()) == (0, 0, 5, 0)
+        assert {tuple(s.get(b"X-Forwarded-For")) for s in agent.streams} == {(b"127.0.0.1",)}
+
+    async def test_the_tunnel_moves_between_relays(self, pair: tuple[Relay, Relay], agent: ScriptedAgent) -> None:
+        """A visitor's connection follows it, from the peer to its own relay and back."""
+        forget()
+        front, owner = pair
+        agent.on_stream = whole
+        client = await visit(front, GET)
+        for _ in range(3):
+            assert (await client.response())[2] == b"hello"
+            client.send(GET)
+        assert (await client.response())[2] == b"hello"
+        for number, relay in ((2, front), (3, owner)):
+            moved = ScriptedAgent()
+            moved.on_stream = lambda s, number=number: whole(s, b"%d" % number)  # type: ignore[misc]
+            await moved.connect(port(relay, 0), session_token(), connect=number)
+            await moved.online(grant(concurrency=2))
+            await moved.until(
+                lambda relay=relay: (
+                    (b"web.localhost" in front.agents.by_host) == (relay is front)
+                    and (relay is front or front.peers.by_host)
+                )
+            )
+            for _ in range(3):
+                client.send(GET)
+                assert (await client.response())[2] == b"%d" % number
+
+    async def test_the_owner_dies_meanwhile(self, pair: tuple[Relay, Relay], agent: ScriptedAgent) -> None:
+        forget()
+        front, _ = pair
+        agent.on_stream = whole
+        client = await visit(front, GET)
+        for _ in range(3):
+            await client.response()
+            client.send(GET)
+        await client.response()
+        agent.on_stream = lambda s: None
+        count = len(agent.streams)
+        client.send(GET)
+        await agent.until(lambda: len(agent.streams) > count)
+        assert any(v.asked is not None for v in visitors(front))
+        (link,) = front.peers.inbound
+        link.carrier.abort("made for this test")
+        status, fields, _ = await client.response()
+        assert (status, fields[b"portico-error"]) == (502, [b"edge.agent_unreachable"])

@@ -36,6 +36,8 @@ BYPASS = 65_536
 SMALL = 16_384
 #: Bytes of the read that brings an answer's head.
 HEAD_READ = 65_536
+#: Answers without the usual framing, and refusals, which a :class:`hints.HostHint` wants to see.
+_NOT_LEARNED = frozenset((204, 304, 400, 403))
 #: One receive buffer for all connections of a loop: bytes are used before the next read.
 RECEIVE_BYTES = 131_072
 
@@ -162,7 +164,7 @@ class TargetConnection(asyncio.BufferedProtocol):
         status = exchange.status
         if known is None or known.length != len(body) or self.close_after or self.junk or self.held:
             return
-        if status >= 200 and status not in (204, 304) and KNOWN_ANSWERS.worth(head):
+        if status >= 200 and status not in _NOT_LEARNED and KNOWN_ANSWERS.worth(head):
             response = f.encode_response(status, known.fields)
             KNOWN_ANSWERS.remember(head, KnownAnswer(known.length, f.encode_answer(response), status))
 
@@ -457,6 +459,8 @@ class TargetConnection(asyncio.BufferedProtocol):
 
     def abort(self) -> None:
         """Close at once; nothing more is heard of the connection."""
+        if self.asked is not None:
+            self.materialise()  # what it serves is cut with it, and not sent again once the transport says that it is lost
         self.exchange = None
         self.raw = None
         self.pool.forget(self)

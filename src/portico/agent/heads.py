@@ -82,10 +82,18 @@ class RequestWriter:
         self.known: Memo[bytes] = Memo(1024, 2048)
 
     def learn(self, head: Sequence[bytes], out: bytes) -> None:
-        """Remember the fields of a decoded ``head`` without a body that became ``out``, from the second time on."""
+        """Remember the fields of a decoded ``head`` without a body that became ``out``, from the second time on.
+
+        The last value is the one that may be another next time, so it must be one that says nothing to a proxy.
+        """
         fields = b"\0".join(head[2:-1])
         start = len(head[0]) + len(head[1]) + 1
-        if len(head) < 4 or head[0] not in METHODS_KNOWN or not self.known.worth(fields):
+        if (
+            len(head) < 4
+            or head[0] not in METHODS_KNOWN
+            or kind_of(head[-2]) != ORDINARY
+            or not self.known.worth(fields)
+        ):
             return
         end = b": %b\r\n\r\n" % head[-1]
         if out.endswith(head[-2] + end):

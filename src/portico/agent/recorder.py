@@ -308,6 +308,13 @@ class Tap:
         Most requests are such, so nothing is made of them before somebody looks.
         """
         ring = self.recorder
+        if len(body) > ring.body_limit:
+            entry = self.begin(out, f.F_END, started)
+            entry.answer(status, head[2:])
+            entry.response_data(body)
+            entry.answered = ended
+            entry.finish(status, ended)
+            return
         ring.last = seq = ring.last + 1
         size = len(out) + len(body) + len(head) + _WHOLE_BYTES
         ring.entries.append((seq, size, self, out, started, ended, status, head, body))

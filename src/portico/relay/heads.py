@@ -72,7 +72,8 @@ _NOT_IN_TRAILERS = frozenset(
 )
 
 _TABLE_MAX = 4096
-_LINE_MAX = 512
+#: Bytes of a request line that is looked up instead of parsed.
+LINE_MAX = 512
 _PLANS_MAX = 2048
 #: Names in a sequence that is remembered, and bytes in them: no browser's head has more, and others fill memory.
 _PLAN_NAMES_MAX = 64
@@ -256,7 +257,7 @@ class PlainLines(dict[bytes, "bytes | None"]):
 
     def __missing__(self, line: bytes) -> bytes | None:
         match = _PLAIN_LINE.fullmatch(line)
-        if match is None or len(line) > _LINE_MAX:
+        if match is None or len(line) > LINE_MAX:
             return None
         if len(self) >= _TABLE_MAX:
             self.clear()

@@ -141,7 +141,7 @@ class Visitor(asyncio.BufferedProtocol):
                 asked = False  # a fault of ours: the parser's way meets it too, and answers with its name
             if not asked:
                 self.resting = False
-                self._unknown(data, section)
+                self._unknown(data, line, section)
             return
         if self.asked is not None:
             self.materialise()
@@ -278,17 +278,25 @@ class Visitor(asyncio.BufferedProtocol):
         exchange.stream = stream = tunnel.session.make(ident, exchange)
         return stream
 
-    def _unknown(self, data: memoryview, section: bytes) -> None:
+    def _unknown(self, data: memoryview, line: bytes, section: bytes) -> None:
         """Bytes between two requests that are not one whole request with known fields; they may be known next time."""
         self._parse(data)
         exchange = self.parsing
         if exchange is not None and exchange.received and len(section) <= heads.KNOWN_HEADS.longest_bytes:
-            self._learn(exchange, section)
+            self._learn(exchange, line, section)
 
-    def _learn(self, exchange: Exchange, section: bytes) -> None:
-        """Remember the fields of a request that came alone and whole, has no body and keeps its connection."""
+    def _learn(self, exchange: Exchange, line: bytes, section: bytes) -> None:
+        """Remember the fields of a request that came alone and whole, has no body and keeps its connection.
+
+        Its line must be the first one of the read: behind empty lines, which the parser skips, ``section`` would hold the
+        request line too, or be what follows the request before.
+        """
         if section.find(b"\r\n\r\n") != len(section) - 4 or self.in_head or self.fault is not None or self.skipped:
             return
+        if heads.PLAIN_LINES[line] != exchange.method + b"\0" + exchange.target:
+            return
+        if len(section) + heads.LINE_MAX > self.server.settings.max_head_bytes:
+            return  # with a longer line it would be over the limit
         ordinary = not (exchange.with_body or exchange.upgrade or exchange.http10)
         if ordinary and exchange.wire is not None and heads.KNOWN_HEADS.worth(section):
             known = heads.KnownHead(exchange.host, exchange.fields, exchange.wire, exchange.keep_alive)
@@ -377,6 +385,7 @@ class Visitor(asyncio.BufferedProtocol):
 
     def on_message_begin(self) -> None:
         self.in_head = True
+        self.resting = False  # also where the request before it ended in this very read
         self.head_bytes = 0
         self.fields = []
         self.target = b""

@@ -489,8 +489,8 @@ class Session:
             self._received(answered)
 
     def _hot(self) -> int:
-        """The type of frame that :meth:`receive` looks out for."""
-        return 0 if not self.greeted else ANSWER if self.relay else REQUEST
+        """The type of frame that :meth:`receive` looks out for; none before HELLO."""
+        return -1 if not self.greeted else ANSWER if self.relay else REQUEST
 
     def _one(self, header: bytes, payload: bytes) -> None:
         """One frame, which may be cut short or have a length that it must not have."""
