@@ -58,6 +58,8 @@ ALLOWED: dict[tuple[str, int], set[str]] = {
         "closed before an answer",
     },
 }  # fmt: skip
+#: What the agent keeps of requests for its local page: less than by default, so that it is full before growth is looked at.
+INSPECT_BYTES = 8_388_608
 #: MiB and descriptors a minute that a process may seem to grow by: what the allocator and idle pools do.
 MEMORY_PER_MINUTE = 0.5
 DESCRIPTORS_PER_MINUTE = 0.5
@@ -78,7 +80,7 @@ class StartAgent(Agent):
         where = made.account
         own = {"server": where.api_url, "agent_key": where.agent_key, "config_dir": made.folder / "config"}
         args = ["start", "--all", "--config", str(config), "--json"]
-        Child.__init__(self, "agent-start", args, made.folder, own | PINGS)
+        Child.__init__(self, "agent-start", args, made.folder, own | PINGS | {"inspect_max_bytes": INSPECT_BYTES})
 
 
 def cause(what: str) -> str:

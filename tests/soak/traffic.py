@@ -328,7 +328,9 @@ async def broken_by_target(place: Place) -> str:
     try:
         said = await ask(place, "/breaks")
     except asyncio.IncompleteReadError as err:
-        return wrong(len(err.partial) == 5000, f"{len(err.partial)} bytes")
+        if not err.partial:
+            raise
+        return wrong(len(err.partial) == 5000, "cut in the body")
     return said[:60]
 
 
