@@ -409,7 +409,7 @@ class TestIdle:
     ) -> None:
         visitor = await visit()
         stream = await agent.stream()
-        for _ in range(5):  # a byte now and then, either way, keeps it
+        for _ in range(2):  # a byte now and then, either way, keeps it
             await asyncio.sleep(0.4)
             visitor.send(b".")
             await asyncio.sleep(0.4)
