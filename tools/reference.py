@@ -248,6 +248,7 @@ on stdout, log lines on stderr; the first line of each tunnel is `online` (or `e
 | `ended` | its own time is over | the same as `online`, `reason`: `ttl` |
 | `removed` | it is no longer in `portico.yml` | the same as `online` |
 | `request` | a request was answered (499: the visitor left) | `method`, `path`, `status`, `duration_ms`, `started_at` |
+| `connection` | a TCP connection ended | `visitor`, `duration_ms`, `started_at` |
 | `requests_skipped` | more of them than `request_lines_per_second` | `count` |
 
 `--ttl` counts on this machine, from the first moment online and also while the machine sleeps. At its end the tunnel takes no

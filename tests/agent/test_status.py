@@ -13,7 +13,7 @@ from rich.console import Console
 
 from portico.agent.api import Grant
 from portico.agent.client import Tunnel
-from portico.agent.stats import RECORDS, Stats
+from portico.agent.stats import CONNECTION, RECORDS, Stats
 from portico.agent.status import JsonLines, Lines, Screen, make_display
 from portico.errors import Problem
 from portico.kit.clock import uptime
@@ -86,6 +86,15 @@ class TestJson:
         assert [line["event"] for line in rest] == ["reconnecting", "offline", "error"]
         assert rest[2]["code"] == "tunnel.stopped"
 
+    def test_tcp_connections(self) -> None:
+        out, stats = io.StringIO(), Stats()
+        display = JsonLines(SETTINGS, stats, out)
+        connected(stats)
+        display.tick()
+        (line,) = self.lines(out)
+        assert line["event"] == "connection" and line["visitor"] == "203.0.113.7:50000"
+        assert line["duration_ms"] >= 0 and line["started_at"].endswith("Z") and "status" not in line
+
     def test_requests_are_limited(self) -> None:
         out, stats = io.StringIO(), Stats()
         display = JsonLines(SETTINGS, stats, out)
@@ -96,6 +105,12 @@ class TestJson:
         assert len(requests) == 10
         assert requests[0]["method"] == "GET" and requests[0]["status"] == 200
         assert requests[0]["duration_ms"] == pytest.approx(12.3, abs=5) and requests[0]["started_at"].endswith("Z")
+
+
+def connected(stats: Stats) -> None:
+    """One TCP connection that came and went."""
+    stats.opened()
+    stats.answered(CONNECTION, b"203.0.113.7:50000", 0, time.perf_counter(), time.perf_counter())
 
 
 class TestLines:
@@ -116,6 +131,22 @@ class TestLines:
         messages = [record.getMessage() for record in caplog.records]
         assert messages[:4] == ["tunnel online", "session reconnecting", "nothing listens", "tunnel ended"]
         assert messages[4] == "requests not shown" and messages[5] == "GET /x\\x1b[2J" and len(messages) == 15
+
+    def test_tcp_connections_and_why_there_are_none(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+        stats = Stats()
+        display = make_display("lines", SETTINGS, stats, color=False)
+        connected(stats)
+        for _ in range(3):
+            stats.failed("nothing listens on localhost:22")
+        display.tick()
+        stats.failed("nothing listens on localhost:22")  # the same again is told only after a while
+        display.tick()
+        assert [r.getMessage() for r in caplog.records] == [
+            "nothing listens on localhost:22 (3 times)",
+            "TCP 203.0.113.7:50000",
+        ]
+        assert "status" not in caplog.records[1].f  # type: ignore[attr-defined]
 
     def test_ends(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO)
@@ -222,6 +253,17 @@ class TestScreen:
         assert not any("█" in line for line in lines) and any("→" in line for line in lines)
         lines = self.many(self.named("web"), qr=True, height=50)
         assert any("HTTP requests" in line for line in lines) and any("Account" in line for line in lines)
+
+    def test_tcp_connections(self) -> None:
+        stats = Stats()
+        screen, _ = self.screen(stats)
+        connected(stats)
+        screen.tick()
+        text = self.text(screen)
+        assert "TCP connections" in text and "203.0.113.7:50000" in text and "closed" in text
+        serve(stats, 1, b"/")
+        screen.tick()
+        assert "Requests and connections" in self.text(screen)
 
     def test_a_window_too_small_for_the_code_says_so(self) -> None:
         screen, _ = self.screen(Stats(), height=16)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from portico.agent.stats import Stats
+from portico.agent.stats import CONNECTION, Stats
 from portico.agent.target import Target
 from portico.agent.tcp import TcpForwarder
 from portico.settings import AgentSettings
@@ -85,6 +85,8 @@ class TestBytes:
             await visit.over()
             assert (bytes(visit.body), visit.reset) == (b"banner early late", None)
             await tunnel.until_idle()
+            ((method, visitor, status, began, ended),) = tunnel.forwarder.stats.records
+            assert (method, visitor, status) == (CONNECTION, b"1.2.3.4:5", 0) and 0 < ended - began < 5
 
     async def test_everything_before_the_dial_is_done(self) -> None:
         """A visitor that says all it has, ends, and is answered."""

@@ -12,8 +12,15 @@ from typing import NamedTuple
 RECORDS = 2048
 
 
+#: The method of a record of a TCP connection.
+CONNECTION = b"TCP"
+
+
 class Record(NamedTuple):
-    """One request that is over. ``status`` 499: the visitor left first; ``ended`` is wall time in seconds."""
+    """One request that is over. ``status`` 499: the visitor left first; ``ended`` is wall time in seconds.
+
+    With :data:`CONNECTION` as its method it is a TCP connection: ``path`` is its visitor's address, and it has no status.
+    """
 
     method: bytes
     path: bytes

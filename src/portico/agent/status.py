@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from portico.agent.api import VERSION
 from portico.agent.client import Agent, Events, Tunnel
 from portico.agent.durations import shown_duration
-from portico.agent.stats import Record, Stats
+from portico.agent.stats import CONNECTION, Record, Stats
 from portico.kit.clock import uptime
 from portico.settings import AgentSettings, color_wanted
 
@@ -153,7 +153,8 @@ class Lines(Display):
         if skipped > 0:
             log.info("requests not shown", extra={"f": {"count": skipped}})
         for r in records:
-            fields = {"status": r.status, "ms": f"{r.seconds * 1000:.1f}"}
+            fields: dict[str, Any] = {"status": r.status} if r.status else {}
+            fields["ms"] = f"{r.seconds * 1000:.1f}"
             log.info("%s %s", r.method.decode("latin-1"), path_of(r), extra={"f": fields})
 
 
@@ -210,14 +211,12 @@ class JsonLines(Display):
         for r in records:
             started = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(r.ended - r.seconds))
             millis = int((r.ended - r.seconds) % 1 * 1000)
-            self._put(
-                "request",
-                method=r.method.decode("latin-1"),
-                path=r.path.decode("utf-8", "replace"),
-                status=r.status,
-                duration_ms=round(r.seconds * 1000, 3),
-                started_at=f"{started}.{millis:03d}Z",
-            )
+            times = {"duration_ms": round(r.seconds * 1000, 3), "started_at": f"{started}.{millis:03d}Z"}
+            path = r.path.decode("utf-8", "replace")
+            if r.method == CONNECTION:
+                self._put("connection", visitor=path, **times)
+            else:
+                self._put("request", method=r.method.decode("latin-1"), path=path, status=r.status, **times)
         self._out.flush()
 
 
@@ -361,7 +360,7 @@ class Screen(Display):
         if code:
             parts += [*gap, *(Text(row, "" if self._console.no_color else "color(16) on color(231)") for row in code)]
         if self._recent and room > 2:
-            parts += ["", Text("HTTP requests", "bold"), self._request_table(room - 2)]
+            parts += ["", Text(self._title(), "bold"), self._request_table(room - 2)]
         return Group(*parts)
 
     def _about(self) -> list[tuple[str, RenderableType]]:
@@ -439,6 +438,12 @@ class Screen(Display):
             return None, []
         return coded, rows
 
+    def _title(self) -> str:
+        connections = sum(record.method == CONNECTION for record in self._recent)
+        if not connections:
+            return "HTTP requests"
+        return "TCP connections" if connections == len(self._recent) else "Requests and connections"
+
     def _request_table(self, most: int) -> RenderableType:
         from rich.table import Table
         from rich.text import Text
@@ -450,7 +455,8 @@ class Screen(Display):
             style = "green" if r.status < 400 else "yellow" if r.status < 500 else "red"
             path = Text(path_of(r)[:200], no_wrap=True, overflow="ellipsis")
             took = f"{r.seconds * 1000:.1f} ms"
-            table.add_row(Text(stamp, "dim"), r.method.decode("latin-1")[:12], path, Text(str(r.status), style), took)
+            status = Text(str(r.status), style) if r.status else Text("closed", "dim")
+            table.add_row(Text(stamp, "dim"), r.method.decode("latin-1")[:12], path, status, took)
         return table
 
     def close(self) -> None:

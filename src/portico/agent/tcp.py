@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import time
 from collections.abc import Coroutine
 from socket import SO_LINGER, SOL_SOCKET
 from typing import Any, Final
@@ -16,7 +17,7 @@ from typing import Any, Final
 from portico.agent.connection import MIN_READ, RECEIVE_BYTES
 from portico.agent.proxy_protocol import header
 from portico.agent.raw import RawPipe
-from portico.agent.stats import Stats
+from portico.agent.stats import CONNECTION, Stats
 from portico.agent.target import Target, dial, why_unreachable
 from portico.kit.sockets import keep_alive
 from portico.settings import AgentSettings
@@ -55,9 +56,12 @@ class TcpForwarder:
 
     def on_open(self, stream: Stream, info: dict[str, Any]) -> Sink | None:
         """Start serving one connection."""
-        self.stats.opened()
-        pipe = RawPipe(stream, self.stats.closed)
-        first = header(self.proxy_protocol, info["peer"], info["local"]) if self.proxy_protocol else b""
+        stats = self.stats
+        stats.opened()
+        peer: str = info["peer"]
+        began = time.perf_counter()
+        pipe = RawPipe(stream, lambda: stats.answered(CONNECTION, peer.encode(), 0, began, time.perf_counter()))
+        first = header(self.proxy_protocol, peer, info["local"]) if self.proxy_protocol else b""
         self._keep(self._dial(pipe, first))
         return pipe
 
