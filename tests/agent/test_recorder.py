@@ -82,6 +82,36 @@ class TestRing:
         ring.clear()
         assert ring.bytes == 0 and list(ring.newest()) == []
 
+    def test_a_tunnel_that_is_gone_leaves_nothing(self) -> None:
+        import gc
+        import weakref
+
+        class Serves:
+            tap: Any = None
+
+            def reveal(self) -> None:
+                raise AssertionError("it is gone")
+
+        ring, serves = recorder(), Serves()
+        serves.tap = ring.tap(serves, "http://localhost:1")
+        gone = weakref.ref(serves)
+        del serves
+        gc.collect()
+        assert gone() is None and list(ring.newest()) == []
+
+    def test_what_runs_is_found_without_making_entries_of_the_rest(self) -> None:
+        ring = recorder()
+        first, last = record(ring, end=False), None
+        for _ in range(10):
+            ring.tap(None, "").whole(
+                b"GET / HTTP/1.1\r\n\r\n", 1.0, 2.0, 200, f.encode_answer(f.encode_response(200, [b"OK"])), b""
+            )
+            last = record(ring, end=False)
+            record(ring)
+            last.finish(200)
+        second = record(ring, end=False)
+        assert ring.running() == [first, second]
+
     def test_clear_keeps_what_runs(self) -> None:
         ring = recorder()
         running = record(ring, end=False)

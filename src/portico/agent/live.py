@@ -77,9 +77,8 @@ class Live:
     def _begin(self) -> None:
         self._seen, self._clears = self._recorder.last, self._recorder.clears
         self._followed.clear()
-        for entry in self._recorder.newest():
-            if not entry.ended and len(self._followed) < FOLLOWED:
-                self._followed[entry.seq] = (entry, _mark(entry))
+        for entry in self._recorder.running()[-FOLLOWED:]:
+            self._followed[entry.seq] = (entry, _mark(entry))
         self._task = asyncio.get_running_loop().create_task(self._look_again())
 
     async def _look_again(self) -> None:

@@ -13,6 +13,7 @@ them.
 from __future__ import annotations
 
 import time
+import weakref
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -271,7 +272,7 @@ Whole = tuple[int, int, "Tap", bytes, float, float, int, bytes, bytes]
 class Tap:
     """Where one tunnel's requests enter the recorder. ``serves`` is the tunnel's forwarder or folder."""
 
-    __slots__ = ("name", "recorder", "serves", "target")
+    __slots__ = ("__weakref__", "name", "recorder", "serves", "target")
 
     def __init__(self, recorder: Recorder, serves: Any, target: str) -> None:
         self.recorder = recorder
@@ -338,7 +339,8 @@ class Recorder:
         #: Raised by :meth:`clear`, so that a reader knows that its list is old.
         self.clears = 0
         self.entries: deque[Entry | Whole] = deque()
-        self._taps: list[Tap] = []
+        #: Taps live as long as their tunnels, or entries of these: tunnels come and go with portico.yml.
+        self._taps: weakref.WeakSet[Tap] = weakref.WeakSet()
         self._running: dict[int, Entry] = {}
         self._clock: list[tuple[float, float]] = [(0.0, time.time() - perf_counter())]
 
@@ -346,7 +348,7 @@ class Recorder:
         """An entrance for one tunnel, whose name may be told later."""
         made = Tap(self, serves, target)
         made.name = name
-        self._taps.append(made)
+        self._taps.add(made)
         return made
 
     def evict(self) -> None:
@@ -383,9 +385,7 @@ class Recorder:
     # ── readers ───────────────────────────────────────────────────────────────────────────────────────────────────
     def newest(self, before: int | None = None) -> Iterator[Entry]:
         """Entries from the newest to the oldest, those below number ``before``; a snapshot, safe across awaits."""
-        for tap in self._taps:
-            if tap.serves is not None:
-                tap.serves.reveal()
+        self._reveal()
         kept = list(self.entries)
         if before is not None:
             del kept[bisect_left(kept, before, key=_seq) :]
@@ -395,6 +395,17 @@ class Recorder:
         for entry in sorted(self._running.values(), key=_seq, reverse=True):
             if not entry.ended and (oldest is None or entry.seq < oldest):
                 yield entry
+
+    def running(self) -> list[Entry]:
+        """The requests that are not over."""
+        self._reveal()
+        kept = [*self._running.values(), *(one for one in self.entries if isinstance(one, Entry))]
+        return [entry for entry in kept if not entry.ended]
+
+    def _reveal(self) -> None:
+        for tap in list(self._taps):
+            if tap.serves is not None:
+                tap.serves.reveal()
 
     def find(self, seq: int) -> Entry | None:
         """The entry with a number, while it is kept."""
