@@ -305,9 +305,12 @@ async def tunnel_to(target: Target, settings: AgentSettings | None = None, **opt
 
 
 @contextlib.asynccontextmanager
-async def serving(serves: Serves, settings: AgentSettings) -> AsyncIterator[tuple[RelayConnection, Relay, Link]]:
-    """``serves`` behind a link, as bind 1."""
+async def serving(
+    serves: Serves, settings: AgentSettings, **hello: Any
+) -> AsyncIterator[tuple[RelayConnection, Relay, Link]]:
+    """``serves`` behind a link, as bind 1; ``hello``: more members of the relay's HELLO."""
     hub = await Relay().start()
+    hub.pings |= hello
     link = Link(SilentOwner(), settings, hub.url, 1)
     await link.open("token")
     link.bound[1] = serves

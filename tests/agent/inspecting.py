@@ -31,7 +31,9 @@ class Inspected:
 
     def entry(self, back: int = 1) -> Entry:
         """The newest entry, or the one ``back`` requests ago."""
-        return self.recorder.entries[-back]
+        found = self.recorder.find(self.recorder.last + 1 - back)
+        assert found is not None
+        return found
 
     async def until(self, what: Callable[[], Any], limit: float = 5.0) -> None:
         async with asyncio.timeout(limit):
@@ -60,8 +62,10 @@ class Inspected:
 
 
 @contextlib.asynccontextmanager
-async def inspected(target: Target, settings: AgentSettings | None = None, **options: Any) -> AsyncIterator[Inspected]:
-    """A tunnel to ``target`` with its page on a free port."""
+async def inspected(
+    target: Target, settings: AgentSettings | None = None, *, answers: bool = False, **options: Any
+) -> AsyncIterator[Inspected]:
+    """A tunnel to ``target`` with its page on a free port; ``answers``: its relay takes whole answers in one frame."""
     settings = dataclasses.replace(settings or AgentSettings(), web_addr="127.0.0.1:0")
     stats = Stats()
     inspector = Inspector(settings, stats)
@@ -72,7 +76,7 @@ async def inspected(target: Target, settings: AgentSettings | None = None, **opt
     serves.tap.name = "web"
     assert await inspector.start()
     try:
-        async with serving(serves, settings) as (relay, hub, _):
+        async with serving(serves, settings, answers=answers) as (relay, hub, _):
             async with httpx.AsyncClient(base_url=inspector.url, trust_env=False, timeout=20) as web:
                 yield Inspected(relay, hub, inspector, serves, web)
     finally:

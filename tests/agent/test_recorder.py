@@ -165,6 +165,36 @@ class TestForwarded:
 
         await served(answering(answer), act)
 
+    async def test_usual_requests_take_the_short_way_and_are_kept_like_the_others(self) -> None:
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while True:
+                path = (await read_head(reader)).split(b" ")[1]
+                if path == b"/slow":
+                    await asyncio.sleep(60)
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n%b" % path[-2:])
+
+        async def act(tunnel: Inspected) -> None:
+            for number in range(20):
+                visit = await tunnel.get(b"/%02d" % number, b"X-Request-Id", b"r%d" % number).over()
+                assert bytes(visit.body) == b"%02d" % number
+            await tunnel.ended()
+            assert any(isinstance(one, tuple) for one in tunnel.recorder.entries), "none took the short way"
+            rows = (await tunnel.json("/api/requests"))["requests"]
+            assert [row["path"] for row in rows] == [f"/{number:02}" for number in reversed(range(20))]
+            document = await tunnel.json(f"/api/requests/{rows[0]['id']}")
+            assert document["request"]["headers"] == [["Host", "web.localhost"], ["X-Request-Id", "r19"]]
+            assert document["response"]["headers"] == [["Content-Type", "text/plain"], ["Content-Length", "2"]]
+            assert document["response"]["body"]["text"] == "19" and document["response"]["reason"] == "OK"
+            made = (await tunnel.web.post(f"/api/requests/{rows[3]['id']}/replay")).json()
+            assert (made["path"], made["status"], made["replay_of"]) == ("/16", 200, rows[3]["id"])
+            tunnel.get(b"/slow", b"X-Request-Id", b"r20")
+            await tunnel.until(lambda: tunnel.serves.stats.open == 1)
+            row = (await tunnel.json("/api/requests", params={"status": "running"}))["requests"][0]
+            assert (row["path"], row["state"]) == ("/slow", "running")
+
+        async with target_server(handler) as port, inspected(local(port), answers=True) as tunnel:
+            await act(tunnel)
+
     @pytest.mark.parametrize("size", [10, 5000, 200_000])
     @pytest.mark.parametrize("known", [True, False])
     async def test_bodies_both_ways(self, size: int, known: bool) -> None:
