@@ -220,6 +220,7 @@ PLATFORM: tuple[tuple[str, str, str, str], ...] = (
     ("agents", "relay_cpu_percent", "CPU of the relay while they are idle", "%"),
     ("agents", "first_request_ms", "a request through each of 50 of them, p50", "ms"),
     ("grants", "per_second", "sessions with one grant, one API process", "/s"),
+    ("grants", "cpu_us", "CPU of the API process for each", "µs"),
 )
 
 
