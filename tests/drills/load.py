@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -40,8 +41,17 @@ class Visit:
 class Load:
     """``async with Load(port, host, rate) as load:``; :attr:`visits` grows meanwhile."""
 
-    def __init__(self, port: int, host: str, rate: float = 200.0, path: str = "/", kept: float = 0.5) -> None:
+    def __init__(
+        self,
+        port: int,
+        host: str,
+        rate: float = 200.0,
+        path: str = "/",
+        kept: float = 0.5,
+        fields: Sequence[str] = (),
+    ) -> None:
         self._port, self._host, self._rate, self._path, self._kept_share = port, host, rate, path, kept
+        self._fields = list(fields)
         self.visits: list[Visit] = []
         self.repeats = 0
         self.overrun = 0
@@ -125,7 +135,7 @@ class Load:
     async def _on_new(self) -> Answer:
         wire = await self._connect()
         try:
-            await wire.send(request(self._host, self._path, fields=["Connection: close"]))
+            await wire.send(request(self._host, self._path, fields=[*self._fields, "Connection: close"]))
             return await wire.answer()
         finally:
             wire.close()
@@ -148,7 +158,7 @@ class Load:
     async def _ask(self, wire: Wire) -> Answer:
         done = False
         try:
-            await wire.send(request(self._host, self._path))
+            await wire.send(request(self._host, self._path, fields=self._fields))
             answer = await wire.answer()
             done = answer.get("Connection").lower() != "close"
             return answer

@@ -99,7 +99,11 @@ class Stage:
 
     def __init__(self, name: str, folder: Path, stack: ExitStack, relays: int, settings: dict[str, Any]) -> None:
         self.name, self.folder, self._stack = name, folder, stack
-        self.settings = PINGS | {"tcp_ports": port_span(20), "tunnel_concurrency": CONCURRENCY} | settings
+        self.settings = (
+            PINGS
+            | {"tcp_ports": port_span(20), "tunnel_concurrency": CONCURRENCY, "usage_interval_seconds": 1}
+            | settings
+        )
         self.relays = relays
         self.home = temp_home(f"portico-drill-{name}-")
         stack.callback(shutil.rmtree, self.home, ignore_errors=True)

@@ -23,6 +23,8 @@ from tests.system.platform import Child, signal_all, tree
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 AGENTS = 500
+#: Seconds in which `portico up` serves again on data that a killed run left.
+UP_SECONDS = 6.0
 #: Seconds of interval and timeout of a relay's pings by default.
 DEFAULT_DEADLINE = 10.0
 
@@ -115,6 +117,29 @@ async def test_restart_in_order(platform: Stage, part: str, run_number: int) -> 
     """One relay, too: its successor takes the listening sockets over while it drains."""
     await settled(platform)
     await run(f"SIGTERM {part.split('-')[0]}", platform, killer(part, signal.SIGTERM))
+
+
+@again
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+async def test_calls_of_the_api_while_it_restarts(platform: Stage, signum: signal.Signals, run_number: int) -> None:
+    """Its own callers: a restart in order fails no call, a kill those that were in flight."""
+    await settled(platform)
+    fields = [f"Authorization: Bearer {platform.account.token}"]
+    calls = Load(platform.ports["api"], "localhost", 30, "/v1/tunnels", fields=fields)
+    async with calls:
+        await asyncio.sleep(1)
+        assert not calls.failed(), calls.causes()
+        at = time.monotonic()
+        await killer("api", signum)(platform, calls)
+        took = await calls.until_good(at, 15)
+        await asyncio.sleep(1)
+    print(
+        f"{signum.name} api: calls are answered {took:.1f} s later; {len(calls.visits)} calls, failed: {dict(calls.causes())}"
+    )
+    failed = [(round(visit.began - at, 2), visit.what) for visit in calls.failed()]
+    assert not failed if signum == signal.SIGTERM else all(began < 0.1 for began, _ in failed), failed
+    assert len(failed) <= 5
+    assert not platform.faults()
 
 
 # ── SIGSTOP ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -262,8 +287,8 @@ async def test_the_supervisor_dies(platform: Stage, what: str, run_number: int) 
     allowed = Allowed(
         IN_FLIGHT | {"ConnectionRefusedError", "TimeoutError"}, 12.0, 4000, "nobody listens until `portico up` is back"
     )
-    back = max(3.0, 1.5 * platform.up_start)
-    await run(f"kill -9 {what}", platform, act, allowed, back=back, usage_lost=2.5)
+    # Not the recovery of one process, but a start of all of them: PostgreSQL's recovery, migrations, API, relay, agent.
+    await run(f"kill -9 {what}", platform, act, allowed, back=UP_SECONDS, usage_lost=2.5)
 
 
 def alive(pid: int) -> bool:

@@ -161,11 +161,11 @@ class Account:
         self._http = httpx.Client(base_url=f"{api_url}/v1", trust_env=False, timeout=10)
         email = f"owner-{os.urandom(6).hex()}@example.test"
         body = {"email": email, "password": os.urandom(12).hex(), "organization": "System tests"}
-        self._token = self.call("POST", "/auth/register", body, token=None)["access_token"]
+        self.token = self.call("POST", "/auth/register", body, token=None)["access_token"]
         self.key_id, self.agent_key = self.new_key()
 
     def call(self, method: str, path: str, body: Any = None, token: str | None = "") -> dict[str, Any]:
-        headers = {} if token is None else {"Authorization": f"Bearer {token or self._token}"}
+        headers = {} if token is None else {"Authorization": f"Bearer {token or self.token}"}
         answer = self._http.request(method, path, json=body, headers=headers)
         assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
         return dict(answer.json()) if answer.content else {}
