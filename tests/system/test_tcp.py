@@ -356,7 +356,10 @@ class TestDisorder:
         def visit(seed: int) -> int:
             chance, count = random.Random(seed), 0
             while time.monotonic() < over:
-                disorder(socket.create_connection(("127.0.0.1", agent.port), timeout=5), chance)
+                with contextlib.suppress(
+                    ConnectionResetError, BrokenPipeError
+                ):  # by a service, before we saw that we were connected
+                    disorder(socket.create_connection(("127.0.0.1", agent.port), timeout=5), chance)
                 count += 1
             return count
 
