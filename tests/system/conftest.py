@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from portico.embedded.folders import temp_home
-from tests.system.platform import CHILDREN, ENDED, Account, Agent, Up
+from tests.system.platform import CHILDREN, ENDED, Account, Agent, Up, port_span
 from tests.system.targets import listener, port_of
 
 
@@ -34,7 +34,8 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     home = temp_home("portico-system-")
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, home, ignore_errors=True)
-        yield Up(home, tmp_path_factory.mktemp("up"), stack, tunnel_concurrency=400)
+        folder = tmp_path_factory.mktemp("up")
+        yield Up(home, folder, stack, tunnel_concurrency=400, tcp_ports=port_span(20))
 
 
 @pytest.fixture(scope="module")
