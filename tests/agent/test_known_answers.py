@@ -384,13 +384,15 @@ class TestAnswers:
             assert script.connections == 4
 
     async def test_refusals_are_shown_to_the_hint(self) -> None:
-        """Another tunnel has met the same answer before."""
+        """Also where another tunnel has met the same answer before, and this one knows its requests."""
         refusal = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 20\r\n\r\nInvalid Host header!"
         told: list[str] = []
-        for known in (True, False):
-            async with tunnel_to(Script(answer=refusal)) as tunnel:
-                if not known:
-                    tunnel.forwarder.host_hint = HostHint("it", told.append)
+        for hint in (None, HostHint("it", told.append)):
+            script = Script()
+            async with tunnel_to(script) as tunnel:
+                tunnel.forwarder.host_hint = hint
+                await tunnel.learn()
+                script.answer = refusal
                 for _ in range(4):
                     assert (await tunnel.get()).status == 403
                 await tunnel.quiet()

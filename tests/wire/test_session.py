@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -428,3 +428,264 @@ def test_names_that_nobody_uses_do_not_pile_up() -> None:
 def test_a_reset_detail_is_cut_between_characters() -> None:
     code, detail = f.decode_reset(f.encode_reset(f.INTERNAL, "é" * 300 + "x"))
     assert (code, detail) == (f.INTERNAL, "é" * 256)
+
+
+class Owner:
+    """Has a request that is no stream yet; ``takes`` whole answers or not."""
+
+    def __init__(self, session: Session, events: Recorder, takes: bool = True) -> None:
+        self.lazy: Literal[True] = True
+        self.session, self.events, self.takes = session, events, takes
+        self.ident = 0
+        self.made = 0
+        self.wholes: list[tuple[bytes, bytes]] = []
+
+    def on_whole(self, response: bytes, body: bytes) -> bool:
+        self.wholes.append((response, body))
+        return self.takes
+
+    def materialise(self) -> Stream:
+        self.made += 1
+        return self.session.make(self.ident, self.events.sink(self.ident))
+
+
+ANSWERED = f.encode_response(200, [b"OK", b"Content-Length", b"5"])
+WHOLE = [("response", 1, 200, [b"OK", b"Content-Length", b"5"], False), ("data", 1, b"hello", True)]
+
+
+def answer(ident: int, body: bytes = b"hello", response: bytes = ANSWERED) -> bytes:
+    return f.frame(f.ANSWER, ident, f.encode_answer(response) + body)
+
+
+class TestLazyAtTheRelay:
+    def opened(self, takes: bool = True) -> tuple[Session, Recorder, Owner]:
+        session, events = session_in("greeted", "relay")
+        owner = Owner(session, events, takes)
+        owner.ident = session.open_lazy(f.U32.pack(7), b"GET\0/", b"\0Host\0a\0X-Request-Id\0", b"1", owner)
+        payload = f.encode_request(7, [b"GET", b"/", b"Host", b"a", b"X-Request-Id", b"1"])
+        assert sent(session) == [("REQUEST", f.F_END, 1, payload)]
+        assert session.streams == {1: owner}
+        return session, events, owner
+
+    def test_a_whole_answer_ends_it(self) -> None:
+        session, events, owner = self.opened()
+        credit = session.recv_credit
+        session.receive(answer(1))
+        assert (owner.wholes, owner.made, events.events) == ([(ANSWERED, b"hello")], 0, [])
+        assert not session.streams
+        assert (session.recv_credit, session.recv_unreturned) == (credit - 5, 5)
+        session.receive(answer(1) + data(1, b"late") + f.frame(f.RESET, 1, f.encode_reset(1, "")))  # they crossed
+        assert (len(owner.wholes), events.events) == (1, [])
+
+    def test_one_that_is_not_taken_is_two_frames(self) -> None:
+        session, events, owner = self.opened(takes=False)
+        session.receive(answer(1))
+        assert (set(owner.wholes), owner.made, events.events) == ({(ANSWERED, b"hello")}, 1, WHOLE)
+        assert not session.streams
+        assert session.recv_unreturned == 5
+
+    def test_many_in_one_message(self) -> None:
+        session, events, first = self.opened()
+        owners = [first]
+        for takes in (True, False, True):
+            owners.append(owner := Owner(session, events, takes))
+            owner.ident = session.open_lazy(f.U32.pack(7), b"GET\0/", b"\0A\0", b"1", owner)
+        session.receive(b"".join(answer(ident) for ident in (4, 2, 3, 1)))
+        assert [(len(set(owner.wholes)), owner.made) for owner in owners] == [(1, 0), (1, 0), (1, 1), (1, 0)]
+        assert [event[1] for event in events.events] == [3, 3]
+        assert not session.streams
+        assert session.recv_unreturned == 20
+
+    def test_a_large_one_comes_alone(self) -> None:
+        session, events, owner = self.opened()
+        session.receive(memoryview(answer(1, bytes(2 * LARGE))))
+        assert (owner.wholes, events.events) == ([(ANSWERED, bytes(2 * LARGE))], [])
+        assert not session.streams
+        assert session.recv_unreturned == 2 * LARGE
+
+    def test_a_usual_stream_takes_one_too(self) -> None:
+        session, events = session_in("request", "relay")
+        stream = session.streams[1]
+        session.receive(answer(1))
+        assert events.events == WHOLE
+        assert session.streams == {1: stream}  # its request goes on
+        stream.send_end()  # type: ignore[union-attr]
+        assert not session.streams
+
+    @pytest.mark.parametrize(
+        ("frame", "events", "over"),
+        [
+            (response(1), [("response", 1, 200, [b""], False)], False),
+            (response(1, flags=f.F_END), [("response", 1, 200, [b""], True)], True),
+            (f.frame(f.INTERIM, 1, f.encode_response(103, [b""])), [("interim", 1, 103, [b""])], False),
+            (f.frame(f.RESET, 1, f.encode_reset(2, "no")), [("reset", 1, 2, "no")], True),
+            (f.frame(f.CREDIT, 1, f.U32.pack(9)), [], False),
+            (
+                response(1) + data(1, b"ab", f.F_END),
+                [("response", 1, 200, [b""], False), ("data", 1, b"ab", True)],
+                True,
+            ),
+            (response(1) + f.frame(f.END, 1), [("response", 1, 200, [b""], False), ("end", 1, [])], True),
+        ],
+        ids=["RESPONSE", "RESPONSE END", "INTERIM", "RESET", "CREDIT", "DATA", "END"],
+    )
+    def test_whatever_else_comes_makes_the_stream(self, frame: bytes, events: list[Any], over: bool) -> None:
+        session, told, owner = self.opened()
+        session.receive(frame)
+        assert (owner.made, owner.wholes, told.events) == (1, [], events)
+        assert bool(session.streams) is not over
+        if not over:
+            stream = session.streams[1]
+            assert isinstance(stream, Stream)
+            assert stream.send_ended
+
+    @pytest.mark.parametrize(
+        "frame",
+        [data(1, b"x"), f.frame(f.END, 1), f.frame(f.OPENED, 1), response(1, 101), answer(1, b"", f.encode_response(103, [b""])),
+         f.frame(f.CREDIT, 1, f.U32.pack(0)), f.frame(f.INTERIM, 1, f.encode_response(200, [b""])), answer(2)],
+        ids=["DATA", "END", "OPENED", "101", "ANSWER 103", "CREDIT 0", "INTERIM 200", "ANSWER for none"],
+    )  # fmt: skip
+    def test_violations_end_it_with_the_session(self, frame: bytes) -> None:
+        session, told, owner = self.opened(takes=False)
+        assert not session.feed(frame)
+        assert session.closed
+        assert not session.streams
+        assert owner.made == 1
+        assert told.events[-1][:3] == ("reset", 1, f.INTERNAL)
+
+    def test_the_end_of_the_session(self) -> None:
+        session, told, owner = self.opened()
+        session.close("lost")
+        session.close("again")
+        assert (owner.made, told.events) == (1, [("reset", 1, f.INTERNAL, "lost")])
+        assert not session.streams
+        session.receive(answer(1))
+        assert owner.wholes == []
+
+    def test_more_than_the_sessions_credit(self) -> None:
+        session, _, _ = self.opened()
+        session.recv_credit = 4
+        with pytest.raises(WireError) as refused:
+            session.receive(answer(1))
+        assert refused.value.code == "wire.flow_control"
+
+    def test_the_last_id(self) -> None:
+        session, events, _ = self.opened()
+        session.last_stream = 2**32 - 2
+        owner = Owner(session, events)
+        assert session.open_lazy(bytes(4), b"GET\0/", b"\0A\0", b"1", owner) == 2**32 - 1
+        before = dict(session.streams)
+        with pytest.raises(OverflowError):
+            session.open_lazy(bytes(4), b"GET\0/", b"\0A\0", b"1", owner)
+        assert session.streams == before
+        session.receive(answer(2**32 - 1))
+        assert len(owner.wholes) == 1
+
+
+class TestLazyAtTheAgent:
+    REQUEST = f.frame(f.REQUEST, 3, f.encode_request(1, [b"GET", b"/", b"A", b"1"]), f.F_END)
+
+    def quick(self, state: str = "greeted", **limits: int) -> tuple[Session, Recorder, Owner, list[int]]:
+        session, events = session_in(state, "agent", **limits)
+        owner = Owner(session, events)
+        asked: list[int] = []
+
+        def take(ident: int, payload: bytes) -> Owner:
+            f.decode_request(payload)
+            asked.append(ident)
+            owner.ident = ident
+            return owner
+
+        session.quick = take
+        return session, events, owner, asked
+
+    def test_the_answer_is_one_frame(self) -> None:
+        session, events, owner, asked = self.quick()
+        credit = session.send_credit
+        session.receive(self.REQUEST)
+        assert (asked, session.streams, session.last_stream, events.events) == ([3], {3: owner}, 3, [])
+        session.answer(3, f.encode_answer(ANSWERED), b"hello")
+        assert sent(session) == [("ANSWER", 0, 3, f.encode_answer(ANSWERED) + b"hello")]
+        assert not session.streams
+        assert session.send_credit == credit - 5
+        session.receive(
+            f.frame(f.RESET, 3, f.encode_reset(1, "")) + f.frame(f.CREDIT, 3, f.U32.pack(1))
+        )  # they crossed
+        assert (owner.made, events.events) == (0, [])
+
+    def test_only_requests_without_a_body(self) -> None:
+        session, events, _, asked = self.quick()
+        for ident, flags in ((1, 0), (2, f.F_UPGRADE), (3, f.F_TRAILERS), (4, f.F_END | f.F_UPGRADE)):
+            session.receive(f.frame(f.REQUEST, ident, f.encode_request(1, [b"GET", b"/"]), flags))
+        assert asked == []
+        assert [event[0] for event in events.events] == ["request"] * 4
+
+    def test_one_that_is_not_taken_is_a_usual_one(self) -> None:
+        session, events, _, _ = self.quick()
+        session.quick = lambda ident, payload: None
+        session.receive(self.REQUEST)
+        assert events.events == [("request", 3, 1, [b"GET", b"/", b"A", b"1"], f.F_END)]
+
+    @pytest.mark.parametrize(
+        ("frame", "told"),
+        [
+            (f.frame(f.RESET, 3, f.encode_reset(1, "gone")), [("reset", 3, 1, "gone")]),
+            (f.frame(f.CREDIT, 3, f.U32.pack(9)), []),
+        ],
+        ids=["RESET", "CREDIT"],
+    )
+    def test_whatever_comes_for_it_makes_the_stream(self, frame: bytes, told: list[Any]) -> None:
+        session, events, owner, _ = self.quick()
+        session.receive(self.REQUEST + frame)
+        assert (owner.made, events.events) == (1, told)
+        stream = session.streams.get(3)
+        assert (stream is None) is bool(told)
+        if isinstance(stream, Stream):
+            assert stream.recv_ended
+            assert stream.send_credit == f.STREAM_WINDOW + 9
+
+    @pytest.mark.parametrize(
+        "frame",
+        [data(3, b"x"), f.frame(f.END, 3), response(3), answer(3), REQUEST, f.frame(f.CREDIT, 3, f.U32.pack(f.MAX_CREDIT))],
+        ids=["DATA", "END", "RESPONSE", "ANSWER", "its id again", "credit"],
+    )  # fmt: skip
+    def test_violations_end_it_with_the_session(self, frame: bytes) -> None:
+        session, events, owner, asked = self.quick()
+        assert not session.feed(self.REQUEST + frame)
+        assert (asked, owner.made, session.streams) == ([3], 1, {})
+        assert events.events[-1][:3] == ("reset", 3, f.INTERNAL)
+
+    @pytest.mark.parametrize("ident", [0, 2, 3])
+    def test_ids_grow(self, ident: int) -> None:
+        session, _, _, asked = self.quick()
+        session.receive(self.REQUEST)
+        session.answer(3, f.encode_answer(ANSWERED), b"")
+        with pytest.raises(WireError, match="must grow"):
+            session.receive(f.frame(f.REQUEST, ident, f.encode_request(1, [b"GET", b"/"]), f.F_END))
+        assert asked == [3]
+
+    def test_the_limit_of_streams(self) -> None:
+        session, events, owner, asked = self.quick(max_streams=1)
+        session.receive(self.REQUEST)
+        session.receive(f.frame(f.REQUEST, 4, f.encode_request(1, [b"GET", b"/"]), f.F_END))
+        ((kind, _, ident, payload),) = sent(session)
+        assert (kind, ident, f.decode_reset(payload)[0]) == ("RESET", 4, f.TOO_MANY_STREAMS)
+        assert (asked, session.streams, events.events) == ([3], {3: owner}, [])
+
+    def test_nothing_is_asked_before_hello(self) -> None:
+        """Whatever type the frame has that comes first."""
+        for kind in (0, f.REQUEST):
+            session, _, _, asked = self.quick("new")
+            with pytest.raises(WireError, match="HELLO"):
+                session.receive(f.frame(kind, 1, f.encode_request(1, [b"GET", b"/"]), f.F_END if kind else 0))
+            assert asked == []
+        session, _, _, asked = self.quick("new")
+        assert not session.feed(f.frame(0, 1, f.encode_request(1, [b"GET", b"/"]), f.F_END))
+        assert asked == []
+
+    def test_the_end_of_the_session(self) -> None:
+        session, events, owner, _ = self.quick()
+        session.receive(self.REQUEST)
+        session.close("lost")
+        assert (owner.made, events.events) == (1, [("reset", 3, f.INTERNAL, "lost")])
+        assert not session.streams

@@ -37,7 +37,7 @@ def pattern(ident: int, at: int, size: int) -> bytes:
 
 @dataclass
 class Ear:
-    """One side's view of one stream: the sink, and what a test knows about it."""
+    """One side's view of one stream: the sink, or the owner of what is no stream yet, and what a test knows about it."""
 
     side: Side
     ident: int
@@ -50,6 +50,24 @@ class Ear:
     did_reset: bool = False
     answered: bool = False
     wants_credit: bool = False
+    lazy: bool = False
+    takes: bool = True
+    whole: bool = False  # it was over without ever being a stream
+
+    def on_whole(self, response: bytes, body: bytes) -> bool:
+        assert self.stream is None
+        if not self.takes:
+            return False
+        self.on_response(*f.decode_response(response), end=False)
+        self.on_data(body, end=True)
+        self.consumed = self.received
+        self.whole = True
+        return True
+
+    def materialise(self) -> Stream:
+        assert self.stream is None and not self.whole
+        self.stream = self.side.session.make(self.ident, self)
+        return self.stream
 
     def _hears(self) -> None:
         assert not (self.heard_end or self.heard_reset or self.did_reset), "an ended stream heard something"
@@ -117,6 +135,15 @@ class Side(Recorder):
     def on_open(self, stream: Stream, bind: int, info: dict[str, Any]) -> Ear:
         return self.accept(stream)
 
+    def quick(self, ident: int, payload: bytes) -> Ear | None:
+        """Half of the requests without a body are known ones."""
+        f.decode_request(payload)
+        assert ident not in self.ears
+        if ident & 1:
+            return None
+        ear = self.ears[ident] = Ear(self, ident, heard_end=True, lazy=True)
+        return ear
+
     def flush(self, join: int) -> None:
         """Move what is queued to the link, at most `join` frames a message, as the carrier would."""
         frames = wire_bytes(self.session.take(), HEADROOM)
@@ -148,6 +175,7 @@ class TwoSessions(RuleBasedStateMachine):
             side.session.send_credit = side.session.recv_credit = SESSION_WINDOW
         self.relay.session.receive(AGENT_HELLO)
         self.agent.session.receive(RELAY_HELLO)
+        self.agent.session.quick = self.agent.quick
 
     def side(self, relay: bool) -> tuple[Side, Side]:
         return (self.relay, self.agent) if relay else (self.agent, self.relay)
@@ -171,7 +199,37 @@ class TwoSessions(RuleBasedStateMachine):
             ear.stream = self.relay.session.open_request(1, [b"GET", b"/"], flags, ear)
         self.relay.ears[ear.ident] = ear
 
-    @precondition(lambda self: any(not ear.answered and not ear.stream.closed for ear in self.agent.ears.values()))
+    @precondition(lambda self: len(self.relay.session.streams) < MAX_STREAMS)
+    @rule(takes=st.booleans())
+    def open_lazy(self, takes: bool) -> None:
+        ear = Ear(self.relay, self.relay.session.last_stream + 1, lazy=True, takes=takes)
+        ident = self.relay.session.open_lazy(f.U32.pack(1), b"GET\0/", b"\0X-Request-Id\0", b"a", ear)
+        assert ident == ear.ident
+        self.relay.ears[ident] = ear
+
+    def unmade(self, side: Side) -> list[Ear]:
+        """Requests under way that are no streams."""
+        return [ear for ear in side.ears.values() if ear.lazy and ear.stream is None and not ear.whole]
+
+    @precondition(lambda self: self.unmade(self.agent))
+    @rule(data=st.data(), size=st.sampled_from([0, 1, 1000, 16_384]))
+    def answer_whole(self, data: st.DataObject, size: int) -> None:
+        session = self.agent.session
+        ear = data.draw(st.sampled_from(self.unmade(self.agent)))
+        if size <= session.send_credit and not session.congested:
+            body = pattern(ear.ident, 0, size)
+            session.answer(ear.ident, f.encode_answer(f.encode_response(200, [b"OK"])), body)
+            ear.sent, ear.answered, ear.whole = size, True, True
+
+    @rule(relay=st.booleans(), data=st.data())
+    def make(self, relay: bool, data: st.DataObject) -> None:
+        """Something special happens to a request on this side alone."""
+        if ears := self.unmade(self.side(relay)[0]):
+            data.draw(st.sampled_from(ears)).materialise()
+
+    @precondition(
+        lambda self: any(not e.answered and e.stream and not e.stream.closed for e in self.agent.ears.values())
+    )
     @rule(data=st.data(), interim=st.booleans(), end=st.booleans())
     def answer(self, data: st.DataObject, interim: bool, end: bool) -> None:
         ear = data.draw(
@@ -216,10 +274,9 @@ class TwoSessions(RuleBasedStateMachine):
     @rule(relay=st.booleans(), data=st.data())
     def reset(self, relay: bool, data: st.DataObject) -> None:
         side, _ = self.side(relay)
-        if ears := [ear for ear in side.ears.values() if ear.stream and not ear.stream.closed]:
+        if ears := [e for e in side.ears.values() if not e.whole and not (e.stream and e.stream.closed)]:
             ear = data.draw(st.sampled_from(ears))
-            assert ear.stream is not None
-            ear.stream.reset(f.CANCELLED, "enough")
+            (ear.stream or ear.materialise()).reset(f.CANCELLED, "enough")
             ear.did_reset = True
 
     # ── readers, slow and fast ───────────────────────────────────────────────────────────────────────────────────
@@ -230,7 +287,8 @@ class TwoSessions(RuleBasedStateMachine):
             self.eat(data.draw(st.sampled_from(ears)), size, stalled)
 
     def eat(self, ear: Ear, size: int, stalled: bool = False) -> None:
-        assert ear.stream is not None
+        if ear.stream is None:
+            return  # a whole answer is taken as it comes
         size = min(size, ear.received - ear.consumed)
         ear.consumed += size
         ear.stream.stalled = ear.stream.stalled or stalled
@@ -280,21 +338,24 @@ class TwoSessions(RuleBasedStateMachine):
             sender, receiver = self.side(relay)
             forth, back = sender.under_way(), receiver.under_way()
             data = sum(len(payload) for kind, _, _, payload in forth if kind == "DATA")
+            data += sum(len(f.decode_answer(payload)[1]) for kind, _, _, payload in forth if kind == "ANSWER")
             credit = sum(f.U32.unpack(p)[0] for kind, _, ident, p in back if kind == "CREDIT" and ident == 0)
             assert sender.session.send_credit + data + credit == receiver.session.recv_credit
             for ident, stream in sender.session.streams.items():
                 other = receiver.session.streams.get(ident)
-                if other is None or stream.send_ended:
+                if other is None or (relay if stream.lazy else stream.send_ended):
                     continue
                 data = sum(len(p) for kind, _, i, p in forth if kind == "DATA" and i == ident)
                 credit = sum(f.U32.unpack(p)[0] for kind, _, i, p in back if kind == "CREDIT" and i == ident)
-                assert stream.send_credit + data + credit == other.recv_credit
+                may_send = f.STREAM_WINDOW if stream.lazy else stream.send_credit
+                assert may_send + data + credit == (f.STREAM_WINDOW if other.lazy else other.recv_credit)
 
     @invariant()
     def memory_is_bounded(self) -> None:
         """What readers have not taken fits into the windows, and the windows into the budget."""
         for side in (self.relay, self.agent):
-            streams = side.session.streams
+            assert len(side.session.streams) <= MAX_STREAMS
+            streams = {ident: stream for ident, stream in side.session.streams.items() if not stream.lazy}
             grown = sum(stream.window - f.STREAM_WINDOW for stream in streams.values())
             assert grown + side.session.growth == GROWTH
             for ident, stream in streams.items():
@@ -302,13 +363,13 @@ class TwoSessions(RuleBasedStateMachine):
                 assert f.STREAM_WINDOW <= stream.window <= MAX_WINDOW
                 assert ear.received - ear.consumed <= stream.window
                 assert 0 <= stream.recv_credit <= stream.window
-            assert len(streams) <= MAX_STREAMS
 
     @invariant()
     def nobody_sends_more_than_it_may(self) -> None:
         for side in (self.relay, self.agent):
             assert 0 <= side.session.send_credit <= SESSION_WINDOW
-            assert all(0 <= stream.send_credit <= MAX_WINDOW for stream in side.session.streams.values())
+            streams = [stream for stream in side.session.streams.values() if not stream.lazy]
+            assert all(0 <= stream.send_credit <= MAX_WINDOW for stream in streams)
 
     def teardown(self) -> None:
         """Let the link run dry with eager readers: then all that was sent has arrived, and nobody waits for credit."""
@@ -330,7 +391,13 @@ class TwoSessions(RuleBasedStateMachine):
         for side, other in ((self.relay, self.agent), (self.agent, self.relay)):
             for ident, ear in side.ears.items():
                 far = other.ears.get(ident)
-                assert ear.stream is not None
+                if ear.stream is None:
+                    assert ear.lazy
+                    if far is not None and ear.whole and not far.did_reset:
+                        assert (far.received, far.sent) == (ear.sent, ear.received)
+                        assert far.heard_end
+                    assert (ident in side.session.streams) != ear.whole
+                    continue
                 if far is None or ear.did_reset or ear.heard_reset or far.did_reset or far.heard_reset:
                     assert ear.stream.closed or far is None
                     continue
