@@ -60,9 +60,10 @@ ALLOWED: dict[tuple[str, int], set[str]] = {
 }  # fmt: skip
 #: What the agent keeps of requests for its local page: less than by default, so that it is full before growth is looked at.
 INSPECT_BYTES = 8_388_608
-#: MiB and descriptors a minute that a process may seem to grow by: what the allocator and idle pools do.
-MEMORY_PER_MINUTE = 0.5
-DESCRIPTORS_PER_MINUTE = 0.5
+#: A process grows when it does so by more than these MiB or descriptors a minute, and by more than these in all, over its longest
+#: life: the allocator and idle pools do less.
+MEMORY_PER_MINUTE, MEMORY_GROWN = 0.5, 4.0
+DESCRIPTORS_PER_MINUTE, DESCRIPTORS_GROWN = 0.5, 10.0
 #: MiB that a part may hold more at rest in the end than at rest in the beginning.
 MEMORY_AT_REST = 40.0
 
@@ -255,8 +256,11 @@ def _judged(
         faults += [
             f"{row['part']} grows: {row['memory_per_minute']} MiB and {row['descriptors_per_minute']} descriptors a minute"
             for row in table
-            if float(row["memory_per_minute"]) > MEMORY_PER_MINUTE
-            or float(row["descriptors_per_minute"]) > DESCRIPTORS_PER_MINUTE
+            if (float(row["memory_per_minute"]) > MEMORY_PER_MINUTE and float(row["memory_grown"]) > MEMORY_GROWN)
+            or (
+                float(row["descriptors_per_minute"]) > DESCRIPTORS_PER_MINUTE
+                and float(row["descriptors_grown"]) > DESCRIPTORS_GROWN
+            )
         ]
     return {
         "seconds": round(seconds),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+import statistics
 import time
 from dataclasses import dataclass, field
 
@@ -31,13 +33,15 @@ class Life:
 
 
 def slope(at: list[float], values: list[float]) -> float:
-    """Growth per minute, by least squares."""
-    count = len(at)
-    if count < 3:
-        return 0.0
-    middle, mean = sum(at) / count, sum(values) / count
-    spread = sum((t - middle) ** 2 for t in at)
-    return 60 * sum((t - middle) * (v - mean) for t, v in zip(at, values, strict=True)) / spread if spread else 0.0
+    """Growth per minute: the median over all pairs of samples (Theil and Sen), which a burst does not move."""
+    pairs = itertools.combinations(zip(at, values, strict=True), 2)
+    return statistics.median([60 * (v2 - v1) / (t2 - t1) for (t1, v1), (t2, v2) in pairs] or [0.0])
+
+
+def grown(values: list[float]) -> float:
+    """By how much the median of the last quarter is above that of the first."""
+    quarter = max(1, len(values) // 4)
+    return statistics.median(values[-quarter:]) - statistics.median(values[:quarter])
 
 
 class Sampler:
@@ -94,10 +98,12 @@ class Sampler:
                     "memory_last": round(memory[-1], 1),
                     "memory_most": round(max(memory), 1),
                     "memory_per_minute": round(slope(at, memory), 3),
+                    "memory_grown": round(grown(memory), 1),
                     "descriptors_first": int(descriptors[0]),
                     "descriptors_last": int(descriptors[-1]),
                     "descriptors_most": int(max(descriptors)),
                     "descriptors_per_minute": round(slope(at, descriptors), 3),
+                    "descriptors_grown": round(grown(descriptors), 1),
                     "lives": sum(one.part == part for one in self.lives),
                 }
             )
