@@ -2,6 +2,9 @@
 
 Transports and sessions are in memory; what was made of the bytes is read off the frames. The first byte of an input seeds
 how the rest is cut into reads: whatever the cuts, the same must come of it. Where h11 reads a request too, both must agree.
+
+An input is also taken as several reads (``SPLIT`` stands between them), which come again and again on one connection and on
+many: once with nothing remembered, once by a process that knows again what it has seen. Nothing may differ.
 """
 
 from __future__ import annotations
@@ -9,15 +12,19 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import random
+import re
 from collections import Counter
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from typing import Any, NamedTuple
 
 import h11
 
 from portico.agent.connection import TargetConnection
 from portico.agent.forward import Forwarder
+from portico.agent.heads import KNOWN_ANSWERS
+from portico.agent.recorder import Recorder as Inspected
 from portico.agent.stats import Stats
 from portico.agent.target import Target
 from portico.relay import heads
@@ -32,6 +39,19 @@ from tests.wire.recorder import Recorder, wire_bytes
 #: Fields that the relay adds; a visitor's own are dropped.
 OURS = frozenset(heads._OURS_IN_REQUEST)
 ALL = 1 << 30
+#: Between the reads of an input; no message has it.
+SPLIT = b"\xff\xff"
+#: Reads of one input that are repeated.
+MOST_READS = 6
+_REQUEST_ID = re.compile(rb"req_[0-9a-f]{22}")
+
+
+def remember(on: bool) -> None:
+    """Forget all that was seen, and remember what comes, or nothing."""
+    for memo in (heads.KNOWN_HEADS, heads.KNOWN_ANSWERS, KNOWN_ANSWERS):
+        memo.clear()
+        memo._seen.clear()
+        memo.longest_bytes = 2048 if on else -1
 
 
 class Faults(logging.Handler):
@@ -134,10 +154,10 @@ async def feed(protocol: Any, wire: Memory, data: bytes, sizes: random.Random | 
 
 # ── requests ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 class Request:
-    """What an agent got of one request, and answered once it was whole."""
+    """What an agent got of one request, and answered once it was whole (``one``: in one frame)."""
 
-    def __init__(self, stream: Stream, head: list[bytes], flags: int) -> None:
-        self.stream, self.flags = stream, flags
+    def __init__(self, stream: Stream, head: list[bytes], flags: int, one: bool) -> None:
+        self.stream, self.flags, self.one = stream, flags, one
         self.method, self.target = head[:2]
         pairs = zip(head[2::2], head[3::2], strict=True)
         self.fields = [(name.lower(), value) for name, value in pairs if name.lower() not in OURS]
@@ -160,6 +180,12 @@ class Request:
             self.answer()
 
     def answer(self) -> None:
+        stream = self.stream
+        if self.one and stream.recv_ended:
+            begin = f.encode_answer(f.encode_response(200, [b"OK", b"Content-Length", b"2"]))
+            stream.session.put(f.frame(f.ANSWER, stream.id, begin + b"ok"))
+            stream.close()
+            return
         self.stream.send_response(200, [b"OK", b"Content-Length", b"2"], end=False)
         self.stream.send_data(b"ok", end=True)
 
@@ -173,13 +199,13 @@ class Request:
 class AgentSide(Recorder):
     """Answers each request; an upgrade by 101 or, as seeded, by 200."""
 
-    def __init__(self, switch: bool) -> None:
+    def __init__(self, switch: bool, one: bool) -> None:
         super().__init__()
-        self.switch = switch
+        self.switch, self.one = switch, one
         self.requests: list[Request] = []
 
     def on_request(self, stream: Stream, bind: int, head: list[bytes], flags: int) -> Any:
-        request = stream.sink = Request(stream, head, flags)
+        request = stream.sink = Request(stream, head, flags, self.one)
         self.requests.append(request)
         if flags & f.F_UPGRADE and self.switch:
             stream.send_response(101, [b"Switching", b"Upgrade", b"x"], end=False)
@@ -204,7 +230,8 @@ class Server(PublicServer):
         self._held: list[Visitor] = []
         self._base = b"localhost"
         self.by_host = {}
-        self.idle_seconds = self.first_byte_seconds = 60.0
+        self.idle_seconds = settings.idle_timeout_seconds
+        self.first_byte_seconds = settings.first_byte_timeout_seconds or math.inf
         self._draining = False
 
     def find(self, host: bytes) -> Any:
@@ -214,28 +241,49 @@ class Server(PublicServer):
         return host != b"nobody"
 
 
-async def relay_reads(data: bytes, sizes: random.Random | None, switch: bool) -> list[Request]:
-    """The requests that an agent gets of a visitor's bytes."""
-    side = AgentSide(switch)
+class Heard(NamedTuple):
+    """What came of a visitor's bytes."""
+
+    requests: list[Request]
+    answers: bytes
+    counts: tuple[Any, ...]
+
+    def key(self) -> tuple[Any, ...]:
+        """Everything that can be observed, but for ids."""
+        return [request.key() for request in self.requests], _REQUEST_ID.sub(b"req", self.answers), self.counts
+
+
+async def relay_reads(reads: Sequence[bytes], sizes: random.Random | None, switch: bool, one: bool) -> Heard:
+    """The requests that an agent gets of a visitor's bytes; each of ``reads`` comes when all before it is answered."""
+    side = AgentSide(switch, one)
     relay, agent = Session(Recorder(), relay=True), Session(side, relay=False)
     relay.greeted = agent.greeted = True
     server = Server(RelaySettings(relay_key=Secret("tnl_rly_unused")), relay)
     visitor, wire = Visitor(server, b"http", 80), Memory()
     visitor.connection_made(wire)
-    await feed(visitor, wire, data, sizes, lambda: shuttle(relay, agent))
-    quiet = 0
-    while quiet < 3:  # each answer lets the next one go
-        quiet = 0 if visitor.queue and not wire.closed else quiet + 1
-        shuttle(relay, agent)
-        await asyncio.sleep(0)
-    assert visitor.fault != "edge.internal", data
+    for data in reads:
+        await feed(visitor, wire, data, sizes, lambda: shuttle(relay, agent))
+        quiet = 0
+        while quiet < 3:  # each answer lets the next one go
+            quiet = 0 if visitor.queue and not wire.closed else quiet + 1
+            shuttle(relay, agent)
+            await asyncio.sleep(0)
+    assert visitor.fault != "edge.internal", reads
     done = [request for request in side.requests if request.whole]
     visitor.connection_lost(None)
     shuttle(relay, agent)
     assert not server.tunnel.inflight
     assert not relay.streams
     assert not agent.streams
-    return done
+    counters = server.tunnel.counters
+    counts = (
+        counters.requests,
+        counters.bytes_in,
+        counters.bytes_out,
+        counters.errors,
+        sorted(server.refusals.items()),
+    )
+    return Heard(done, bytes(wire.out), (*counts, wire.closed, wire.paused))
 
 
 def h11_reads(data: bytes) -> list[tuple[bytes, bytes, list[tuple[bytes, bytes]], bytes, list[tuple[bytes, bytes]]]]:
@@ -285,14 +333,28 @@ def compare_with_h11(data: bytes, requests: list[Request]) -> None:
         assert [part.lower() for part in ours.trailers[::2]] == heads.trailers(flat)[::2], data
 
 
+async def again_and_again(reads: list[bytes], switch: bool, one: bool) -> list[Any]:
+    """Each read on connections of its own, then all of them on one, several times over."""
+    heard = [await relay_reads([read], None, switch, one) for _ in range(3) for read in reads]
+    heard.append(await relay_reads(reads * 3, None, switch, one))
+    return [each.key() for each in heard]
+
+
 def visitor(data: bytes) -> None:
-    """A hostile visitor: no fault of ours, nothing left over, and one reading of its bytes, however they are cut."""
+    """A hostile visitor: no fault of ours, nothing left over, and one reading of its bytes, however they are cut, and
+    whether they were seen before."""
     seed, data = data[:1], data[1:]
-    switch = bool(seed and seed[0] & 1)
-    whole = run(relay_reads(data, None, switch))
-    cut = run(relay_reads(data, random.Random(seed), switch))
+    switch, one = bool(seed and seed[0] & 1), bool(seed and seed[0] & 2)
+    reads = [read for read in data.split(SPLIT) if read][:MOST_READS]
+    data = b"".join(reads)
+    remember(False)
+    whole = run(relay_reads([data], None, switch, one)).requests
+    cut = run(relay_reads([data], random.Random(seed), switch, one)).requests
     assert [request.key() for request in whole] == [request.key() for request in cut], data
     compare_with_h11(data, whole)
+    forgetful = run(again_and_again(reads, switch, one))
+    remember(True)
+    assert run(again_and_again(reads, switch, one)) == forgetful, data
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -383,9 +445,67 @@ async def agent_reads(data: bytes, sizes: random.Random | None, method: bytes, f
     return answers
 
 
+async def agent_answers(parts: list[bytes], quick: bool) -> list[Any]:
+    """What a relay gets of a target's reads, each the answer to a request; ``quick``: of an agent that knows requests again."""
+    side = RelaySide()
+    relay, agent = Session(Recorder(), relay=True), Session(side, relay=False)
+    relay.greeted = agent.greeted = True
+    settings = AgentSettings()
+    forwarder = side.forwarder = Forwarder(Target("tcp", "127.0.0.1", 9), settings, Stats())
+    tap = forwarder.tap = Inspected(settings, "run").tap(forwarder, "target")
+    if quick:
+        agent.quick = lambda ident, payload: forwarder.quick(agent, ident, payload)
+    pool = forwarder.pool
+    answers: list[Answer] = []
+    written: list[bytes] = []
+    for number, part in enumerate(parts):
+        if not pool.idle:
+            connection, wire = TargetConnection(pool), Memory()
+            connection.connection_made(wire)
+            pool.open.add(connection)
+            pool.idle.append(connection)
+        answer = Answer()
+        head = [b"GET", b"/", b"Host", b"web.localhost", b"X-Request-Id", b"%d" % number]
+        answer.stream = relay.open_request(1, head, f.F_END, answer)
+        answers.append(answer)
+        shuttle(relay, agent)
+        written.append(bytes(wire.out))
+        wire.out.clear()
+        await feed(connection, wire, part, None, lambda: shuttle(relay, agent))
+        shuttle(relay, agent)
+        if connection not in pool.idle and not connection.lost:
+            connection.eof_received()
+            connection.connection_lost(None)
+            shuttle(relay, agent)
+    seen: list[Any] = [(a.end, a.interim, a.status, a.head, a.body, a.trailers) for a in answers]
+    entries = list(tap.recorder.newest())
+    seen += [
+        (e.line(), e.head(), e.status, e.answer_head(), e.received, bytes(e.response_body or b"")) for e in entries
+    ]
+    seen += [row[:3] for row in forwarder.stats.records]
+    for connection in list(pool.open):
+        connection.lost = True
+        pool.forget(connection)
+    await forwarder.abort()
+    for answer in answers:
+        if not answer.end:
+            answer.stream.reset(f.CANCELLED)
+    shuttle(relay, agent)
+    assert not agent.streams
+    assert not relay.streams
+    stats = forwarder.stats
+    return [*seen, written, (stats.total, stats.open, stats.failures), agent.send_credit, relay.recv_credit]
+
+
 def target(data: bytes) -> None:
-    """A strange target: each answer is whole or broken off, and is the same however its bytes are cut."""
+    """A strange target: each answer is whole or broken off, and is the same however its bytes are cut, and whether they
+    were seen before."""
     seed, data = data[:1], data[1:]
+    parts = [part for part in data.split(SPLIT) if part][:MOST_READS]
+    data = b"".join(parts)
+    remember(True)
+    forgetful = run(agent_answers(parts * 5, quick=False))
+    assert run(agent_answers(parts * 5, quick=True)) == forgetful, data
     kind = seed[0] if seed else 0
     method = (b"GET", b"HEAD", b"GET", b"GET")[kind & 3]
     flags = f.F_UPGRADE if kind & 3 == 3 else f.F_END
