@@ -6,6 +6,7 @@ Each test makes a request known, and looks at the relay's end of the connection 
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -154,6 +155,27 @@ class TestTheShortWay:
             assert last.get(b"X-Forwarded-Port") == [b"%d" % port(relay, 1)]
         assert asked == [True] * 3
         writer.close()
+
+    async def test_the_listener_says_the_scheme(self, relay: Relay, agent: ScriptedAgent, known: Client) -> None:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        secure = Client(*await asyncio.open_connection("127.0.0.1", port(relay, 2), ssl=context))
+        asked: list[bool] = []
+
+        def answer(s: ScriptedStream) -> None:
+            asked.append(any(v.asked is not None for v in visitors(relay)))
+            whole(s)
+
+        agent.on_stream = answer
+        for client, scheme, number in ((secure, b"https", 2), (known, b"http", 1), (secure, b"https", 2)):
+            client.send(GET)
+            assert (await client.response())[::2] == (200, b"hello")
+            last = agent.streams[-1]
+            assert last.get(b"X-Forwarded-Proto") == [scheme]
+            assert last.get(b"X-Forwarded-Port") == [b"%d" % port(relay, number)]
+            assert last.get(b"Forwarded")[0].endswith(b"proto=" + scheme)
+        assert asked == [True] * 3
+        secure.writer.close()
 
     async def test_two_hosts_on_one_connection(
         self, relay: Relay, agent: ScriptedAgent, visit: Visit, known: Client

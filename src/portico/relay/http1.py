@@ -243,7 +243,7 @@ class Visitor(asyncio.BufferedProtocol):
     def on_whole(self, response: bytes, body: bytes) -> bool:
         """The whole answer to what was asked: written at once when its head is a known one."""
         known = heads.KNOWN_ANSWERS.get(response)
-        if known is None or known.length != len(body) or self.draining:
+        if known is None or known.length != len(body) or self.draining or self.paused:
             return False
         tunnel, asked = self.tunnel, self.asked
         assert tunnel is not None and asked is not None
