@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from portico.agent.heads import KNOWN_ANSWERS, HeadError, KnownAnswer, ResponseHead, trailer_fields
+from portico.kit.gone import GONE
 from portico.wire import frames as f
 
 if TYPE_CHECKING:
@@ -213,11 +214,13 @@ class TargetConnection(asyncio.BufferedProtocol):
         self.pool.forget(self)
         if self.raw is not None:
             self.raw.lost(exc)
+            self.transport = GONE
             return
         if exc is not None and self.exchange is not None and not self.complete:
             self._read_rest()
         if self.exchange is not None:
             self._ended(self.exchange, exc)
+        self.transport = GONE
 
     def _read_rest(self) -> None:
         """A write failed since the target wants no more of the request; why it does not, it said before: that is still

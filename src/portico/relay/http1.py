@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import httptools
 
+from portico.kit.gone import GONE
 from portico.relay import heads
 from portico.relay.decide import decide
 from portico.relay.exchange import ID_PREFIX, ID_SERIAL, Exchange, request_id
@@ -55,7 +56,7 @@ class Visitor(asyncio.BufferedProtocol):
     NEVER: Final = math.inf
     lazy: Literal[True] = True
     # Defaults stand on the class: many connections bring one request and change few of them.
-    transport: asyncio.Transport = cast(asyncio.Transport, None)
+    transport: asyncio.Transport = GONE
     address = ""
     port = 0
     parser: Any = None  # made when the first request comes that is not a known one
@@ -121,6 +122,7 @@ class Visitor(asyncio.BufferedProtocol):
         if current is not None:
             current.abandon()
         self.parser = None
+        self.transport = GONE
 
     def get_buffer(self, sizehint: int) -> memoryview:
         current = self.current
