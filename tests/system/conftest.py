@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,24 @@ from tests.system.platform import CHILDREN, ENDED, Account, Agent, Up, port_span
 from tests.system.targets import listener, port_of
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Iterator[Any]:
-    """A failed test shows what the processes said last."""
-    report = yield
-    if report.failed and Path(__file__).parent in item.path.parents:
-        for child in [*ENDED, *CHILDREN]:
-            report.sections.append((f"end of {child.name}'s output", child.tail()))
-    if call.when == "teardown":
-        ENDED.clear()
-    return report
+def show_ends(conftest: str) -> Callable[[pytest.Item, pytest.CallInfo[Any]], Iterator[Any]]:
+    """A hook for the folder of ``conftest``: a failed test shows what the processes said last."""
+    folder = Path(conftest).parent
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Iterator[Any]:
+        report = yield
+        if report.failed and folder in item.path.parents:
+            for child in [*ENDED, *CHILDREN]:
+                report.sections.append((f"end of {child.name}'s output", child.tail()))
+        if call.when == "teardown":
+            ENDED.clear()
+        return report
+
+    return pytest_runtest_makereport
+
+
+pytest_runtest_makereport = show_ends(__file__)
 
 
 @pytest.fixture(scope="session")

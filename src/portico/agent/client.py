@@ -37,6 +37,8 @@ GRANT_OLD = frozenset(("tunnel.grant_expired", "tunnel.grant_stale", "tunnel.gra
 TOKEN_OLD = frozenset(("session.token_expired", "session.token_invalid", "session.not_found", "session.ended"))
 #: A connection that lasted this many seconds starts the back-off from its beginning.
 STEADY_SECONDS = 5.0
+#: Attempts in a row that found no relay before the API is asked for others: about three seconds.
+RENEW_FROM = 4
 #: Longest wait that a relay may ask for.
 HINT_MAX_SECONDS = 300.0
 
@@ -260,7 +262,7 @@ class Agent:
         attempt = 0
         while not self._over():
             try:
-                await self._connect()
+                await self._connect(attempt)
             except Problem as problem:
                 if credential_refused(problem):
                     self._end(problem)
@@ -299,8 +301,8 @@ class Agent:
         ceiling = min(limits.reconnect_max_seconds, limits.reconnect_first_seconds * 2 ** min(max(attempt, 0), 20))
         return random.uniform(0, ceiling)  # noqa: S311 - jitter, no secret
 
-    async def _connect(self) -> None:
-        """Open and bind one new link; raises the last problem when no relay takes us."""
+    async def _connect(self, attempt: int = 0) -> None:
+        """Open and bind one new link; raises the last problem when no relay takes us. ``attempt`` counts those before."""
         assert self.info is not None
         if self._stale_token or self.info.expires_at <= time.time():
             await self._renew(patient=self._stale_token)
@@ -319,8 +321,9 @@ class Agent:
                 continue
             self._use(link)
             return
-        if not self._stale_token:
-            # The relays that we know are gone: perhaps the platform has others by now.
+        if not self._stale_token and attempt >= RENEW_FROM:
+            # The relays that we know are gone for a while: perhaps the platform has others by now. Not at once: a relay that
+            # is being restarted has many agents, and their questions would keep the API from everything else.
             await self._renew(patient=False)
         raise problem or Problem("edge.no_relay")
 
