@@ -205,5 +205,5 @@ class TestEdited:
             await tunnel.get().over()
             await tunnel.ended()
             refused = await tunnel.web.post(f"/api/requests/{tunnel.entry().id}/replay", content=edit)
-            assert (refused.status_code, refused.json()["code"]) == (422, "inspect.edit_invalid"), refused.text
+            assert (refused.status_code, refused.json()["code"]) == (400, "inspect.edit_invalid"), refused.text
             assert tunnel.recorder.last == 1
