@@ -1,6 +1,8 @@
 """One drill: steady load, something breaks, and afterwards everything is as it was. What it measured goes into the record.
 
 1 s of load ─► act ─► back within the limit? ─► 2 s of load ─► failures explained? usage counted? nothing left over?
+
+Recovery is the longest time after the act in which no request was answered.
 """
 
 from __future__ import annotations
@@ -99,8 +101,9 @@ async def run(
         assert not load.failed(), f"not steady before the drill: {load.causes()}"
         at = time.monotonic()
         counts_from = await act(stage, load) or at
-        recovery = await load.until_good(counts_from, 60)
+        await load.until_good(counts_from, 60)
         await asyncio.sleep(AFTER_SECONDS)
+    recovery = load.silence(counts_from)
     good = sum(visit.good for visit in load.visits)
     counted = await stage.used_at_rest(used_before + good) - used_before
     result = Result(

@@ -8,6 +8,7 @@ again on a new one, once, as browsers and HTTP libraries do (RFC 9112, 9.3.1); s
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -101,6 +102,11 @@ class Load:
                     return good[0].ended - since
             assert time.monotonic() - since < limit, f"not back in {limit:g} s: {self.causes(since)}"
             await asyncio.sleep(0.02)
+
+    def silence(self, since: float) -> float:
+        """The longest time after ``since`` in which no request was answered well."""
+        answered = sorted(visit.ended for visit in self.visits if visit.good and visit.ended >= since)
+        return max((b - a for a, b in itertools.pairwise([since, *answered])), default=0.0)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 

@@ -112,6 +112,25 @@ async def test_more_may_wait_than_may_be_in_flight(relay: Relay, agent: Scripted
     back.close()
 
 
+async def test_after_a_stand_still_what_is_too_much_waits_for_room(relay: Relay, visit: Visit) -> None:
+    full = await (await ScriptedAgent().connect(port(relay, 0), session_token())).online(grant(concurrency=1))
+    full.on_stream = lambda stream: None
+    first, refused = await visit(GET), await visit()
+    await full.until(lambda: full.streams)
+    refused.send(GET)
+    assert (await refused.response())[0] == 429
+    relay.public.now -= 10  # the last sweep was long ago
+    relay.public._sweep()
+    second = await visit(GET)
+    await asyncio.sleep(0.2)
+    full.streams[0].answer(body=b"one")
+    assert (await first.response())[2] == b"one"
+    await full.until(lambda: len(full.streams) == 2)
+    full.streams[1].answer(body=b"two")
+    assert (await second.response())[2] == b"two"
+    full.close()
+
+
 async def test_a_visitor_that_leaves_meanwhile(relay: Relay, agent: ScriptedAgent, visit: Visit) -> None:
     await lose(relay, agent)
     client = await visit(GET)

@@ -99,8 +99,8 @@ def _drills(drills: dict[str, Any]) -> list[str]:
     return [
         f"## Drills, {drills['repeats']} times each",
         "",
-        "Under 200 requests a second, half of them on kept connections. *Back* is the time until requests that began "
-        "afterwards were answered; *waited* the longest that one request took.",
+        "Under 200 requests a second, half of them on kept connections. *Back* is the longest time without "
+        "an answer to anybody; *waited* the longest that one request took.",
         "",
         *_table(
             ["drill", "runs", "requests", "failed", "back: median / most", "waited", "usage counted / answered"],

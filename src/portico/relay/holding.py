@@ -35,6 +35,9 @@ class Holding:
         self._loop = asyncio.get_running_loop()
         self._settled_at = self._loop.time() + settings.hold_seconds
         self._catching_up: dict[bytes, float] = {}
+        self._stood_still = (
+            0.0  # until when (loop time) all tunnels catch up with what came while this process stood still
+        )
         self._pacing: set[bytes] = set()
         self._waiting: dict[bytes, deque[Exchange]] = {}
         self._timers: dict[bytes, asyncio.TimerHandle] = {}
@@ -48,7 +51,7 @@ class Holding:
         host = exchange.host
         full = code != "edge.tunnel_offline"
         if full:
-            until = self._catching_up.get(host, 0.0)
+            until = max(self._catching_up.get(host, 0.0), self._stood_still)
         else:
             until = max(self._agents.returning.get(host, 0.0), self._settled_at)
         if until <= self._loop.time() or self.count >= self._settings.hold_max_requests:
@@ -62,6 +65,10 @@ class Holding:
         if full:
             self._pace(host)
         return True
+
+    def stood_still(self) -> None:
+        """This process did nothing for a while (a busy or sleeping machine): what came meanwhile comes at once, now."""
+        self._stood_still = self._loop.time() + self._settings.hold_seconds
 
     def _active(self, host: bytes) -> bool:
         row = self._snapshot.tunnel_for_host(host.decode("ascii", "replace"))

@@ -33,6 +33,8 @@ from portico.wire.frames import PROTOCOL
 log = logging.getLogger("portico.relay.listeners")
 
 SWEEP_SECONDS = 0.5
+#: A sweep this late says that the process stood still.
+STOOD_STILL_SECONDS = 1.5
 #: Connections over a limit that are told so and given a moment to read it; those above this number are cut off unheard.
 MAX_TURNED_AWAY = 1024
 _REASONS = {
@@ -121,7 +123,9 @@ class PublicServer:
                 del self._by_address[address]
 
     def _sweep(self) -> None:
-        self.now = self.loop.time()
+        before, self.now = self.now, self.loop.time()
+        if self.now - before > STOOD_STILL_SECONDS:
+            self.holding.stood_still()
         for visitors in (self.connections, self.turned_away):
             for visitor in [v for v in visitors if v.deadline < self.now]:
                 visitor.expire()
