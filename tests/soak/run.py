@@ -309,7 +309,12 @@ def machine() -> dict[str, Any]:
         ),
         platform.machine(),
     )
-    return {"cores": os.cpu_count(), "cpu": model, "kernel": platform.release(), "python": platform.python_version()}
+    return {
+        "cores": os.cpu_count(),
+        "cpu": model,
+        "kernel": platform.release().partition("-")[0],
+        "python": platform.python_version(),
+    }
 
 
 def main() -> int:
