@@ -221,6 +221,15 @@ class TestTheShortWay:
         assert await client.rest() == wanted
         assert len(agent.streams) == count + 1
 
+    async def test_connections_that_bring_one_request_each_teach_too(
+        self, agent: ScriptedAgent, visit: Visit, exchanges: list[Exchange]
+    ) -> None:
+        agent.on_stream = whole
+        close = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        answers = {await (await visit(close)).rest() for _ in range(6)}
+        assert answers == {b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello"}
+        assert len(exchanges) == 2  # the second one was remembered
+
     async def test_full_and_emptied_memos(self, agent: ScriptedAgent, known: Client) -> None:
         for number in range(3 * heads.KNOWN_HEADS._most):
             heads.KNOWN_HEADS.remember(b"%d" % number, heads.KNOWN_HEADS[SECTION] if not number else None)  # type: ignore[arg-type]

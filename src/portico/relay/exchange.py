@@ -253,6 +253,8 @@ class Exchange:
             return
         if conn.draining:
             self.keep_alive = False
+        if self.framing == COUNTED and self.left < SMALL and not (self.http10 or self.upgrade):
+            self._learn(status, head, out)
         if not self.keep_alive:
             out.append(b"Connection: close\r\n")
         elif self.http10:
@@ -261,8 +263,6 @@ class Exchange:
         data = b"".join(out)
         if self.tunnel is not None:
             self.tunnel.counters.bytes_out += len(data)
-        if self.framing == COUNTED and self.left < SMALL and self.keep_alive and not (self.http10 or self.upgrade):
-            self._learn(status, head, data)
         if end:
             conn.write(data)
         else:
@@ -272,11 +272,12 @@ class Exchange:
         if end:
             self._answered()
 
-    def _learn(self, status: int, head: list[bytes], text: bytes) -> None:
-        """Remember the head of an ordinary answer, from the second time on."""
+    def _learn(self, status: int, head: list[bytes], out: list[bytes]) -> None:
+        """Remember the head of an ordinary answer, from the second time on; ``out``: its lines, but for what the visitor's
+        connection adds."""
         payload = f.encode_response(status, head)
         if heads.KNOWN_ANSWERS.worth(payload):
-            heads.KNOWN_ANSWERS.remember(payload, heads.KnownAnswer(text, self.left))
+            heads.KNOWN_ANSWERS.remember(payload, heads.KnownAnswer(b"".join((*out, b"\r\n")), self.left))
 
     def _fields(self, out: list[bytes], head: list[bytes]) -> tuple[int, bool]:
         """Append the fields that pass; ``(content length or -1 for none or -2 for a bad one, whether Upgrade was there)``."""
