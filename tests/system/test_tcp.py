@@ -290,8 +290,9 @@ class TestEnds:
         agent.online()
         for data in (b"", b"anybody there?"):
             async with visiting(agent.port) as visitor:
-                await visitor.send(data)
-                assert await visitor.reader.read() == b""
+                with contextlib.suppress(ConnectionResetError):  # bytes that reach a closed connection are answered so
+                    await visitor.send(data)
+                    assert await visitor.reader.read() == b""
         agent.wait_for(lambda: f"nothing listens on localhost:{number}" in agent.err, 5, "warning")
         up.child.wait_for(lambda: "edge.target_refused" in up.child.err, 5, "reason in the relay's log")
 
