@@ -212,6 +212,10 @@ class RelaySettings:
     max_connections: int = 50000
     # Requests in flight of one tunnel when its grant names no limit; above it 429.
     default_concurrency: int = 100
+    # Client addresses (of IPv6: /64s) that one tunnel with a client rate tells apart; further ones share 256 buckets.
+    rate_clients_per_tunnel: int = 8192
+    # The same of all tunnels of the process together (about 200 bytes each).
+    rate_clients_max: int = 131072
     # Seconds for a TCP tunnel's port to be let go by whoever has it (a relay that just died or drains), then the bind is refused.
     tcp_bind_seconds: float = 3.0
     # Seconds for the agent to reach the target of a TCP connection; longer than the agent's own limit for it.
