@@ -225,6 +225,26 @@ class RelaySettings:
     # Bytes waiting to be written to one visitor before its stream stops giving credit to the agent.
     visitor_write_buffer_bytes: int = 32768
 
+    # == Passwords of visitors
+    # Threads that verify passwords; each uses a core and 19 MiB while it works, and yields to everything else.
+    password_verify_threads: int = 2
+    # New passwords a minute that one client address may try (of IPv6: one /64); above it 429. Right ones are given back.
+    password_attempts_per_address: int = 30
+    # New passwords that a client address may try at once, after a minute without any.
+    password_attempts_burst: int = 30
+    # Requests of the whole process that wait for a password to be verified; above it 429.
+    password_verify_waiting: int = 1024
+    # Requests that wait so for the passwords of one policy, so that a tunnel under attack leaves room to the others.
+    password_verify_waiting_per_policy: int = 256
+    # Right passwords that are remembered (under a keyed hash), so that the next request costs no verification.
+    password_cache_max: int = 10000
+    # Seconds that a right password is remembered; one that was changed is forgotten at once.
+    password_cache_seconds: float = 3600.0
+    # Wrong passwords that are remembered.
+    password_refusal_cache_max: int = 4096
+    # Seconds that a wrong password is remembered: a browser that repeats one costs one verification.
+    password_refusal_cache_seconds: float = 10.0
+
     # == Agent sessions and the wire
     # Bytes of credit that a stream can grow to while its reader keeps up.
     stream_window_max_bytes: int = 1048576

@@ -117,6 +117,64 @@ class TestEveryCode:
         assert "default-src 'none'" in policy and f"'sha256-{digest}'" in policy
 
 
+#: What the edge promises by number; another status under the same code would be another promise.
+STATUSES = {
+    "edge.bad_request": 400,
+    "edge.host_unassigned": 404,
+    "edge.tunnel_offline": 404,
+    "edge.tls_mode_mismatch": 421,
+    "edge.https_redirect": 308,
+    "edge.account_suspended": 403,
+    "edge.auth_required": 401,
+    "edge.auth_invalid": 401,
+    "edge.auth_throttled": 429,
+    "edge.ip_denied": 403,
+    "edge.concurrency_exceeded": 429,
+    "edge.rate_limited": 429,
+    "edge.agent_unreachable": 502,
+    "edge.target_refused": 502,
+    "edge.target_timeout": 504,
+}
+
+
+class TestStatuses:
+    def test_they_are_those_of_the_contract(self) -> None:
+        assert {code: catalogue()[code].status for code in STATUSES} == STATUSES
+
+    @pytest.mark.parametrize("html", [True, False])
+    def test_a_password_is_asked_for(self, html: bool) -> None:
+        headers = pages.refusal(
+            "edge.auth_required", request_id="r", html=html, extra=[pages.challenge('My "own" \\ realm\r\nX: y é')]
+        )[1]
+        challenge = named(headers, b"WWW-Authenticate")
+        assert challenge == rb'Basic realm="My \"own\" \\ realmX: y ", charset="UTF-8"'
+        assert named(pages.refusal("edge.auth_required", request_id="r", html=html)[1], b"WWW-Authenticate") is None
+
+    @pytest.mark.parametrize(
+        ("port", "target", "expected"),
+        [
+            (443, b"/a?b=c", b"https://web.localhost/a?b=c"),
+            (7443, b"/", b"https://web.localhost:7443/"),
+            (443, b"//other.example/", b"https://web.localhost//other.example/"),
+            (443, b"*", b"https://web.localhost/"),
+            (443, b"/\xc3\xa9 \r\nX: y", b"https://web.localhost/%C3%A9%20%0D%0AX:%20y"),
+        ],
+    )
+    def test_the_way_to_https(self, port: int, target: bytes, expected: bytes) -> None:
+        status, headers, _ = pages.refusal(
+            "edge.https_redirect", request_id="r", html=True, extra=[pages.location(b"web.localhost", port, target)]
+        )
+        assert status == 308 and named(headers, b"Location") == expected
+        assert named(headers, b"Cache-Control") == b"no-store"  # the policy may change back
+
+    @pytest.mark.parametrize(
+        ("seconds", "expected"), [(0.0, b"1"), (0.2, b"1"), (1.0, b"1"), (1.01, b"2"), (90.0, b"90")]
+    )
+    def test_when_to_try_again(self, seconds: float, expected: bytes) -> None:
+        headers = pages.refusal("edge.rate_limited", request_id="r", html=False, extra=[pages.retry_after(seconds)])[1]
+        assert named(headers, b"Retry-After") == expected
+
+
 class TestEscaping:
     def test_html(self) -> None:
         plain = Reader(
@@ -160,6 +218,16 @@ class TestPrefersHtml:
             (b"application/json", False),
             (b"\xff\xfe,;;=,text/html", True),
             (b"a," * 10_000 + b"text/html", False),
+            (b"text/*", True),
+            (b"text/html;q=0, text/*", False),
+            (b"text/html;q=0.5, */*", False),
+            (b"text/html;q=0.5, */*;q=0.5", True),
+            (b"text/html;q=0.9, application/*", False),
+            (b"text/html;level=1;q=0.7, application/json;q=0.6", True),
+            (b"image/avif,image/webp,*/*;q=0.8", False),
+            (b"application/json;q=0, */*, text/html;q=0.1", False),
+            (b"application/json;q=0, application/problem+json;q=0, text/html;q=0.1", True),
+            (b"text/html;q=nan", False),
         ],
     )
     def test_it(self, accept: bytes, expected: bool) -> None:

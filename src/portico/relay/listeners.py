@@ -12,6 +12,7 @@ import math
 import socket
 import ssl
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import picows
@@ -20,6 +21,7 @@ from portico.errors import Problem
 from portico.kit.carrier import MAX_MESSAGE
 from portico.kit.networks import is_loopback, network
 from portico.relay import pages
+from portico.relay.credentials import Credentials
 from portico.relay.exchange import Exchange
 from portico.relay.heads import STATUS_LINES
 from portico.relay.holding import Holding
@@ -89,6 +91,7 @@ class PublicServer:
         self._held: list[Visitor] = []
         self._draining = False
         self.holding = Holding(settings, snapshot, agents, peers)
+        self.credentials = Credentials(settings, self.loop)
         self._sweeper = self.loop.call_later(SWEEP_SECONDS, self._sweep)
 
     # ── connections ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -152,6 +155,7 @@ class PublicServer:
             visitor.transport.abort()
         self._sweeper.cancel()
         self.holding.close()
+        self.credentials.close()
         return len(left)
 
     # ── batching ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -178,10 +182,8 @@ class PublicServer:
 
     def wants_html(self, exchange: Exchange) -> bool:
         fields = exchange.fields
-        for at in range(0, len(fields), 2):
-            if fields[at].lower() == b"accept":
-                return pages.prefers_html(fields[at + 1])
-        return False
+        accept = [fields[at + 1] for at in range(0, len(fields), 2) if fields[at].lower() == b"accept"]
+        return pages.prefers_html(b",".join(accept))
 
     def refused(self, code: str) -> None:
         self.refusals[code] += 1
@@ -196,13 +198,16 @@ class PublicServer:
         head_only: bool = False,
         host: bytes = b"",
         detail: str | None = None,
+        extra: Sequence[tuple[bytes, bytes]] = (),
     ) -> bytes:
-        """A whole refusal, or the landing page of the base domain where nothing else is there."""
+        """A whole refusal (``extra``: see ``pages.refusal``), or the landing page of the base domain where nothing else is."""
         if code == "edge.host_unassigned" and host == self._base:
             status, fields, body = pages.landing(self.settings.base_domain, html=html)
         else:
             name = host.decode("ascii", "replace") or None
-            status, fields, body = pages.refusal(code, request_id=ident.decode(), html=html, detail=detail, host=name)
+            status, fields, body = pages.refusal(
+                code, request_id=ident.decode(), html=html, detail=detail, host=name, extra=extra
+            )
         out = [STATUS_LINES[status, _REASONS.get(status) or _reason(status)]]
         out += [b"%b: %b\r\n" % field for field in fields]
         if not keep_alive:

@@ -12,6 +12,9 @@ import functools
 import hashlib
 import html as markup
 import json
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from portico.errors import ErrorSpec, catalogue
@@ -20,6 +23,7 @@ Headers = list[tuple[bytes, bytes]]
 Reply = tuple[int, Headers, bytes]
 
 MAX_DETAIL_CHARS = 500
+_NOT_IN_A_URL = re.compile(rb"[^\x21-\x7e]")
 RETRY_AFTER_SECONDS = {429: 1}
 
 NODES = ("Visitor", "Relay", "Agent", "Local app")
@@ -76,6 +80,42 @@ _ADVICE = {
         "too many requests are under way at the same time.",
         "Wait a moment, then reload.",
         "The tunnel has as many requests in flight as its plan allows. Look for slow responses in the local app.",
+    ),
+    "edge.tls_mode_mismatch": Advice(
+        "this connection is not the right one for this address.",
+        "Open the address with https:// in a new tab. If that does not help, tell the owner.",
+        "The tunnel takes TLS only, is passed through, or has no certificate for this name. The policy’s plain_http can "
+        "redirect visitors to https.",
+    ),
+    "edge.https_redirect": Advice(
+        "this address is served by https alone.",
+        "Open it with https:// in front.",
+        "The tunnel’s policy redirects plain HTTP (plain_http: redirect).",
+    ),
+    "edge.auth_required": Advice(
+        "the owner has protected this address, so you have to sign in.",
+        "Reload, then enter the user name and password that the owner gave you. Some addresses ask for a certificate instead.",
+        "The tunnel’s policy asks for it (basic_auth or client_certificates).",
+    ),
+    "edge.auth_invalid": Advice(
+        "the user name or the password is not right.",
+        "Reload and try again. If you lost the password, ask the owner.",
+        "Users and passwords are in the tunnel’s policy (basic_auth). A change works within two seconds.",
+    ),
+    "edge.auth_throttled": Advice(
+        "too many passwords were tried from your network.",
+        "Wait a minute, then reload.",
+        "The relay tries so many new passwords a minute for one client address: password_attempts_per_address.",
+    ),
+    "edge.ip_denied": Advice(
+        "the owner does not let your network address in.",
+        "Connect from another network (a VPN may be expected), or ask the owner to allow your address.",
+        "The tunnel’s address rules decide: addresses in the policy, or --allow-cidr and --deny-cidr.",
+    ),
+    "edge.rate_limited": Advice(
+        "more requests came than this address takes in so short a time.",
+        "Wait a moment, then reload.",
+        "The limits are rate_limits in the tunnel’s policy, and those of your plan.",
     ),
     "edge.too_many_connections": Advice(
         "your network address holds too many connections to this relay.",
@@ -187,21 +227,45 @@ def refusal(
     html: bool,
     detail: str | None = None,
     host: str | None = None,
+    extra: Sequence[tuple[bytes, bytes]] = (),
 ) -> Reply:
     """Status, headers (``Content-Length`` among them) and body of a refusal with a code of the catalogue.
 
     ``detail`` is one sentence about this occurrence and ``host`` the name that was asked for; both may come from outside.
-    For ``HEAD`` the caller leaves the body out and keeps the headers.
+    ``extra``: what the status calls for beside the code's own headers, see :func:`challenge`, :func:`location` and
+    :func:`retry_after`. For ``HEAD`` the caller leaves the body out and keeps the headers.
     """
     page = _page(code, html)
     fill = _fill_html if html else _fill_json
     body = fill(page, request_id, host, None if detail is None else detail[:MAX_DETAIL_CHARS])
+    own = page.headers
+    if extra:
+        named = {name for name, _ in extra}
+        own = [*(field for field in own if field[0] not in named), *extra]
     headers = [
-        *page.headers,
+        *own,
         (b"X-Request-Id", _header_value(request_id)),
         (b"Content-Length", str(len(body)).encode()),
     ]
     return page.status, headers, body
+
+
+def challenge(realm: str) -> tuple[bytes, bytes]:
+    """The field that makes a browser ask for a user name and a password (RFC 7617, 2 and 2.1)."""
+    text = _header_value(realm).replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    return b"WWW-Authenticate", b'Basic realm="%b", charset="UTF-8"' % text
+
+
+def location(host: bytes, port: int, target: bytes) -> tuple[bytes, bytes]:
+    """Where a request that came by plain HTTP belongs; ``host`` normalised, ``target`` in origin form, as they were parsed."""
+    authority = host if port == 443 else b"%b:%d" % (host, port)
+    path = _NOT_IN_A_URL.sub(lambda found: b"%%%02X" % found[0][0], target) if target[:1] == b"/" else b"/"
+    return b"Location", b"https://" + authority + path
+
+
+def retry_after(seconds: float) -> tuple[bytes, bytes]:
+    """When to try again: whole seconds, at least one."""
+    return b"Retry-After", b"%d" % max(1, math.ceil(seconds))
 
 
 def landing(base_domain: str, *, html: bool) -> Reply:
@@ -214,19 +278,18 @@ def landing(base_domain: str, *, html: bool) -> Reply:
 
 @functools.lru_cache(maxsize=512)
 def prefers_html(accept: bytes) -> bool:
-    """Whether an ``Accept`` value names HTML at least as eagerly as JSON. ``*/*`` alone is a program: JSON."""
-    best = {"html": 0.0, "json": 0.0}
+    """Whether an ``Accept`` value (RFC 9110, 12.5.1) names HTML, at least as eagerly as it takes JSON.
+
+    The most specific range decides for each. ``*/*`` names nothing: on its own it is a program's, and gets JSON.
+    """
+    ranges: dict[str, float] = {}
     for part in accept.decode("latin-1").lower().split(",")[:32]:
         name, *parameters = (piece.strip() for piece in part.split(";"))
-        kind = {
-            "text/html": "html",
-            "application/xhtml+xml": "html",
-            "application/json": "json",
-            "application/problem+json": "json",
-        }.get(name)
-        if kind is not None:
-            best[kind] = max(best[kind], _quality(parameters))
-    return best["html"] > 0 and best["html"] >= best["json"]
+        ranges[name] = max(ranges.get(name, 0.0), _quality(parameters))
+    some = ranges.get("application/*", ranges.get("*/*", 0.0))
+    json_taken = max(ranges.get(name, some) for name in ("application/problem+json", "application/json"))
+    html_taken = max(ranges.get("text/html", ranges.get("text/*", 0.0)), ranges.get("application/xhtml+xml", 0.0))
+    return html_taken > 0 and html_taken >= json_taken
 
 
 def _quality(parameters: list[str]) -> float:
