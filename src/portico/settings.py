@@ -350,6 +350,8 @@ class ApiSettings:
     base_domain: str = "localhost"
     # How a public URL is written: scheme and port that visitors use (http://web.localhost:7080).
     public_url: str = "http://localhost:7080"
+    # TCP port of https as visitors reach it, in the URLs of TLS tunnels; 0: that of public_url if it is https, else 7443.
+    public_https_port: int = 0
     # Public ports of TCP tunnels, first-last, all of them open to visitors on the relays; empty: no TCP tunnels.
     tcp_ports: str = "7100-7199"
     # Host in the URLs of TCP tunnels; empty: the base domain.
@@ -434,7 +436,7 @@ class ApiSettings:
     session_max_tunnels: int = 1000
     # Requests in flight that one tunnel may have; its policy can lower it.
     tunnel_concurrency: int = 100
-    # TCP connections that one tunnel may have open; its policy can lower it (`concurrency`).
+    # Connections that one TCP or TLS tunnel may have open; its policy can lower it (`concurrency`).
     tunnel_connections: int = 1000
     # Seconds after a deletion in which its port goes to no other organization: who still connects must not reach a stranger.
     tcp_port_quarantine_seconds: int = 600

@@ -216,7 +216,7 @@ class Platform:
         return env | {f"PORTICO_{key.upper()}": str(value) for key, value in more.items()}
 
     def _api_unit(self) -> ProcessUnit:
-        sock = self._listeners["api"]
+        sock, main = self._listeners["api"], self.relay(1)
         return ProcessUnit(
             "api",
             ["api"],
@@ -224,6 +224,7 @@ class Platform:
                 api_host=self.settings.host,
                 api_port=port_of(sock),
                 tcp_ports=self.settings.tcp_ports,
+                public_https_port=main.https,
                 shutdown_seconds=_API_DRAIN_SECONDS,
             ),
             listeners={"api": sock},

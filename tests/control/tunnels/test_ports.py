@@ -52,8 +52,8 @@ class TestCreate:
         assert (await owner.client.get(f"/v1/tunnels/{got['id']}")).json() == got
         change = (await payloads(db))[-1]
         assert change["tunnel"] == {
-            "id": got["id"], "organization": owner.organization, "hosts": [], "port": FIRST, "state": "active",
-            "generation": 1,
+            "id": got["id"], "organization": owner.organization, "protocol": "tcp", "hosts": [], "port": FIRST,
+            "state": "active", "generation": 1,
         }  # fmt: skip
         event = (await owner.client.get(f"/v1/tunnels/{got['id']}/events")).json()["data"][0]
         assert event["details"] == {"name": "ssh", "port": FIRST}

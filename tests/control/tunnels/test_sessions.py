@@ -241,7 +241,7 @@ class TestOpen:
             ({"policy": {"concurrency": 0}}, "tunnel.policy_invalid"),
             ({"policy": {"concurrency": True}}, "tunnel.policy_invalid"),
             ({"policy": {"version": 2}}, "tunnel.policy_invalid"),
-            ({"protocol": "tls"}, "tunnel.protocol_unavailable"),
+            ({"protocol": "tls", "remote_port": 7100}, "tunnel.port_invalid"),
             ({"domain": "app.example.com"}, "tunnel.domain_unavailable"),
         ],
     )

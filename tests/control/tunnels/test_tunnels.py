@@ -37,8 +37,8 @@ class TestCreate:
         assert change == {
             "kind": "tunnel",
             "tunnel": {
-                "id": got["id"], "organization": owner.organization, "hosts": ["shop-create.localhost"], "state": "active",
-                "generation": 1,
+                "id": got["id"], "organization": owner.organization, "protocol": "http", "hosts": ["shop-create.localhost"],
+                "state": "active", "generation": 1,
             },
         }  # fmt: skip
         assert "tunnel.create" in await actions(db, owner.organization)
@@ -89,7 +89,7 @@ class TestCreate:
             ({"subdomain": "xn--80ak6aa92e"}, 400, "tunnel.name_invalid"),
             ({"subdomain": "api"}, 403, "tunnel.name_reserved"),
             ({"policy": {"cocurrency": 3}}, 400, "tunnel.policy_invalid"),
-            ({"protocol": "tls"}, 400, "tunnel.protocol_unavailable"),
+            ({"protocol": "tls", "remote_port": 7100}, 400, "tunnel.port_invalid"),
             ({"domain": "app.example.com"}, 400, "tunnel.domain_unavailable"),
             ({"protocol": "udp"}, 422, "request.invalid"),
             ({"nmae": "typo"}, 422, "request.invalid"),

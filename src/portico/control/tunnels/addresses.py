@@ -21,6 +21,7 @@ class Addresses:
         parts = urlsplit(settings.public_url)
         self._scheme = parts.scheme
         self._port = f":{parts.port}" if parts.port is not None else ""
+        self._tls_port = settings.public_https_port or ((parts.port or 443) if parts.scheme == "https" else 7443)
         self._base = settings.base_domain.lower().strip(".")
         tcp_host = settings.tcp_url_host or self._base
         self._tcp_host = f"[{tcp_host}]" if ":" in tcp_host else tcp_host
@@ -33,17 +34,25 @@ class Addresses:
         """The URL of a tunnel as a visitor types it."""
         if row["protocol"] == "tcp":
             return f"tcp://{self._tcp_host}:{row['port']}"
+        if row["protocol"] == "tls":
+            return f"tls://{self.host(row['subdomain'])}:{self._tls_port}"
         return f"{self._scheme}://{row['subdomain']}.{self._base}{self._port}"
 
     def hosts(self, row: Columns) -> list[str]:
         """The public hosts of a tunnel; a TCP tunnel has a port instead."""
         return [self.host(row["subdomain"])] if row["subdomain"] else []
 
+    def grant_hosts(self, row: Columns) -> list[dict[str, str]]:
+        """The hosts as a grant names them, each with who ends TLS for it."""
+        mode = "passthrough" if row["protocol"] == "tls" else "terminate"
+        return [{"host": host, "tls": mode} for host in self.hosts(row)]
+
     def edge_row(self, row: Columns) -> dict[str, Any]:
         """A tunnel as relays hold it (``contracts/edge-stream.schema.json``)."""
         found = {
             "id": row["id"],
             "organization": row["organization_id"],
+            "protocol": row["protocol"],
             "hosts": self.hosts(row),
             "state": row["state"],
             "generation": row["generation"],

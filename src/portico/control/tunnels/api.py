@@ -73,7 +73,8 @@ class Body(BaseModel):
 class TunnelBody(Body):
     """A new tunnel. Without `name` or `subdomain` they are derived from each other, or made up.
 
-    A tunnel with `protocol` `tcp` has a public port instead of a subdomain: `remote_port`, or a free one."""
+    A tunnel with `protocol` `tcp` has a public port instead of a subdomain: `remote_port`, or a free one. One with `tls` has a
+    subdomain, and its visitors' TLS is passed through by that name, untouched."""
 
     protocol: Protocol = "http"
     name: Label | None = None

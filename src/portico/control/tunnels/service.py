@@ -5,7 +5,7 @@
                  suspended          by the operator
     generation   rises with every change that must fence grants issued before it: stop, start, new host or port, new policy
 
-An HTTP tunnel has a subdomain, a TCP tunnel a port (:mod:`~portico.control.tunnels.ports`); both are kept until it is
+An HTTP or TLS tunnel has a subdomain, a TCP tunnel a port (:mod:`~portico.control.tunnels.ports`); both are kept until it is
 deleted. Names and subdomains are unique by constraints, never by looking first: of any number of simultaneous creations of one
 subdomain, one succeeds. Every write appends its audit row, its event and its edge change in the caller's transaction.
 """
@@ -163,7 +163,7 @@ class Tunnels:
             if name is not None and await store.tunnel_by_name(tx, caller.org, name) is not None:
                 return None
             raise Problem("tunnel.limit_reached", f"your organization has {limit} tunnels already", limit=limit)
-        for chosen, public in _candidates(name, subdomain) if protocol == "http" else _names(name):
+        for chosen, public in _candidates(name, subdomain) if protocol != "tcp" else _names(name):
             row = await store.insert_tunnel(
                 tx,
                 {
@@ -256,18 +256,25 @@ class Tunnels:
 
     def check_shape(self, protocol: str, subdomain: str | None, port: int | None) -> None:
         """Raises when no relay of this installation serves the protocol, or when it has no such address."""
-        if protocol not in ("http", "tcp") or (protocol == "tcp" and not self.ports.offered):
+        if protocol == "tcp" and not self.ports.offered:
             raise Problem("tunnel.protocol_unavailable", f"{protocol} tunnels are not available")
         if protocol == "tcp" and subdomain is not None:
             raise Problem("tunnel.name_invalid", "a TCP tunnel has a port and no subdomain", hint="Leave it out.")
         if protocol != "tcp" and port is not None:
-            raise Problem("tunnel.port_invalid", "an HTTP tunnel has a subdomain and no port", hint="Leave it out.")
+            raise Problem(
+                "tunnel.port_invalid", f"{kind_of(protocol)} tunnel has a subdomain and no port", hint="Leave it out."
+            )
 
     # -- what relays hold
 
     async def edge_rows(self, reader: Reader) -> list[dict[str, Any]]:
         """Every tunnel as relays hold it, in the reader's snapshot."""
         return [self.addresses.edge_row(row) for row in await store.edge_tunnels(reader)]
+
+
+def kind_of(protocol: str) -> str:
+    """The protocol with its article, before the word tunnel."""
+    return f"an {protocol.upper()}" if protocol == "http" else f"a {protocol.upper()}"
 
 
 def event(tunnel_id: str, kind: str, details: dict[str, Any]) -> dict[str, Any]:

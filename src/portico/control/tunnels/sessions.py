@@ -24,7 +24,7 @@ from portico.control.identity.facts import Account
 from portico.control.identity.signing_keys import SigningKeys
 from portico.control.tunnels import policy, store
 from portico.control.tunnels.relays import RelayDirectory
-from portico.control.tunnels.service import Tunnels
+from portico.control.tunnels.service import Tunnels, kind_of
 from portico.errors import Problem
 from portico.kit.clock import Clock
 from portico.kit.db import Reader, Tx
@@ -258,8 +258,7 @@ class Sessions:
     async def _fit(self, tx: Tx, caller: Caller, row: dict[str, Any], spec: TunnelSpec) -> dict[str, Any]:
         """Start a stopped tunnel, and give it the subdomain or port, target and policy that its agent declares."""
         if row["protocol"] != spec.protocol:
-            kind = f"an {row['protocol'].upper()}" if row["protocol"] == "http" else f"a {row['protocol'].upper()}"
-            raise Problem("tunnel.protocol_mismatch", f"the tunnel {row['name']} is {kind} tunnel")
+            raise Problem("tunnel.protocol_mismatch", f"the tunnel {row['name']} is {kind_of(row['protocol'])} tunnel")
         if row["state"] == "suspended":
             raise Problem("tunnel.suspended", f"the tunnel {row['name']} is suspended")
         wanted: dict[str, Any] = {"state": "active"}
@@ -331,14 +330,15 @@ class Sessions:
     ) -> dict[str, Any]:
         addresses = self._tunnels.addresses
         url = addresses.url(row)
-        most = self._settings.tunnel_connections if row["protocol"] == "tcp" else self._settings.tunnel_concurrency
+        requests = row["protocol"] == "http"
+        most = self._settings.tunnel_concurrency if requests else self._settings.tunnel_connections
         claims = grants.grant_claims(
             session=session_id,
             organization=organization,
             tunnel=row["id"],
             name=row["name"],
             protocol=row["protocol"],
-            hosts=[{"host": host, "tls": "terminate"} for host in addresses.hosts(row)],
+            hosts=addresses.grant_hosts(row),
             port=row["port"],
             limits=policy.limits(row["policy"], concurrency=most),
             generation=row["generation"],

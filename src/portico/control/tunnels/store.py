@@ -510,7 +510,7 @@ async def end_sessions_of_key(tx: Tx, key_id: str, code: str, grace_seconds: flo
 
 # -- what relays hold ---------------------------------------------------------------------------------------------------
 
-_EDGE_TUNNELS = "SELECT id, organization_id, subdomain, port, state, generation FROM tunnels"
+_EDGE_TUNNELS = "SELECT id, organization_id, protocol, subdomain, port, state, generation FROM tunnels"
 _EDGE_ENDED = """
 SELECT id, ended_code, ceil(extract(epoch FROM refused_until))::bigint AS until
 FROM agent_sessions WHERE refused_until > to_timestamp($1)
