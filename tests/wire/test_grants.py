@@ -8,8 +8,9 @@ import pytest
 
 from portico.errors import Problem
 from portico.kit.jwt import KeySet, SigningKey
-from portico.wire import grants
+from portico.wire import frames, grants
 from portico.wire.grants import GrantHost, verify_grant, verify_session
+from portico.wire.policy_check import MAX_POLICY_BYTES
 
 NOW = 1_800_000_000
 LIFE = 900
@@ -36,7 +37,7 @@ def grant(**change: Any) -> dict[str, Any]:
     claims = grants.grant_claims(
         session="ses_1", organization="org_1", tunnel="tun_1", name="web", protocol="http",
         hosts=[{"host": "web.localhost", "tls": "terminate"}], limits={"concurrency": 100}, generation=2,
-        policy_hash="abc", policy={}, url="http://web.localhost:7080", now=NOW, life=LIFE,
+        policy_hash="abc", policy={}, policy_version=3, url="http://web.localhost:7080", now=NOW, life=LIFE,
     )  # fmt: skip
     return {**claims, **change}
 
@@ -102,6 +103,22 @@ class TestGrant:
         assert claims.hosts == (GrantHost("web.localhost", "terminate"),)
         assert (claims.tun, claims.name, claims.proto, claims.gen) == ("tun_1", "web", "http", 2)
         assert claims.limits == {"concurrency": 100} and claims.policy == {"concurrency": 5}
+        assert claims.policy_version == 3
+
+    def test_a_grant_of_an_earlier_version_has_no_policy_version(self, key: SigningKey, keys: KeySet) -> None:
+        claims = grant()
+        del claims["policy_version"]
+        assert verify_grant(signed(key, claims), keys, NOW).policy_version == 0
+
+    def test_the_largest_policy_fits_a_grant_and_a_frame(self, key: SigningKey, keys: KeySet) -> None:
+        policy = {"client_certificates": {"ca": "x" * (MAX_POLICY_BYTES - 40)}}
+        hosts = [{"host": f"{index:02}." + "a" * 60 + ".localhost", "tls": "terminate"} for index in range(16)]
+        token = key.sign(grants.GRANT_TYP, grant(policy=policy, hosts=hosts), limit=grants.MAX_GRANT_BYTES)
+        assert verify_grant(token, keys, NOW).policy == policy
+        assert len(token) + 100 < frames.MAX_JSON
+
+    def test_oversize(self, keys: KeySet) -> None:
+        assert refusal(verify_grant, "a" * (grants.MAX_GRANT_BYTES + 1), keys, NOW) == "tunnel.grant_invalid"
 
     def test_a_session_is_not_a_grant(self, key: SigningKey, keys: KeySet) -> None:
         token = key.sign(grants.SESSION_TYP, grant())
@@ -161,12 +178,13 @@ class TestMalformedClaims:
             *[("limits", bad) for bad in (None, [], 1, {"concurrency": "5"}, {"concurrency": -1}, {"concurrency": True},
                                           {"concurrency": None}, {str(n): 1 for n in range(33)})],
             *[("policy", bad) for bad in (None, [], "x", 1)],
+            *[("policy_version", bad) for bad in NUMBERS],
         ],
     )  # fmt: skip
     def test_grant(self, key: SigningKey, keys: KeySet, name: str, bad: Any) -> None:
         assert refusal(verify_grant, signed(key, grant(**{name: bad})), keys, NOW) == "tunnel.grant_invalid"
 
-    @pytest.mark.parametrize("name", list(grant()))
+    @pytest.mark.parametrize("name", [name for name in grant() if name != "policy_version"])
     def test_grant_without(self, key: SigningKey, keys: KeySet, name: str) -> None:
         claims = grant()
         del claims[name]

@@ -88,7 +88,7 @@ class SigningKey:
         x = _encode(self.public.public_bytes_raw())
         return {"kty": "OKP", "crv": "Ed25519", "x": x, "kid": self.kid, "use": "sig", "alg": "EdDSA"}
 
-    def sign(self, typ: str, claims: Mapping[str, Any]) -> str:
+    def sign(self, typ: str, claims: Mapping[str, Any], *, limit: int = MAX_TOKEN_BYTES) -> str:
         """The compact JWS of ``claims``. Raises ``InvalidToken`` when it would be larger than any verifier accepts."""
         header = self._headers.get(typ)
         if header is None:
@@ -97,8 +97,8 @@ class SigningKey:
         payload = json.dumps(claims, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         signing_input = f"{header}.{_encode(payload.encode())}"
         token = f"{signing_input}.{_encode(self._key.sign(signing_input.encode('ascii')))}"
-        if len(token) > MAX_TOKEN_BYTES:
-            raise InvalidToken(f"a token of {len(token)} bytes exceeds {MAX_TOKEN_BYTES}")
+        if len(token) > limit:
+            raise InvalidToken(f"a token of {len(token)} bytes exceeds {limit}")
         return token
 
     def __repr__(self) -> str:
@@ -155,13 +155,14 @@ def _public_key(row: Any) -> tuple[str, Ed25519PublicKey]:
         raise InvalidKey("the x of a key is not 32 bytes in base64url") from None
 
 
-def verify(token: str, keys: KeySet, *, typ: str) -> dict[str, Any]:
+def verify(token: str, keys: KeySet, *, typ: str, limit: int = MAX_TOKEN_BYTES) -> dict[str, Any]:
     """The claims of a token of type ``typ`` signed by a key of the set. Raises ``InvalidToken`` for anything else.
 
-    Only the signature and the shape are checked; times, issuer and audience are the caller's.
+    ``limit`` is the longest token of that type. Only the signature and the shape are checked; times, issuer and audience
+    are the caller's.
     """
-    if len(token) > MAX_TOKEN_BYTES or not token.isascii():
-        raise InvalidToken(f"not a token of at most {MAX_TOKEN_BYTES} ASCII characters")
+    if len(token) > limit or not token.isascii():
+        raise InvalidToken(f"not a token of at most {limit} ASCII characters")
     segments = token.split(".", 3)
     if len(segments) != 3:
         raise InvalidToken("not three segments")

@@ -33,6 +33,7 @@ ISSUER: Final = "portico"
 AUDIENCE: Final = "relay"
 SESSION_TYP: Final = "portico-session+jwt"
 GRANT_TYP: Final = "portico-grant+jwt"
+MAX_GRANT_BYTES: Final = 16_000  # with a policy of the largest size; it has to fit one BIND frame
 DEFAULT_LEEWAY_SECONDS: Final = 60.0
 
 MAX_ID_CHARS: Final = 64
@@ -141,6 +142,7 @@ class GrantClaims:
     nbf: int
     exp: int
     policy: Mapping[str, Any] = field(default_factory=dict)
+    policy_version: int = 0  # order among policies of this tunnel; of a grant without it: before all others
     port: int | None = None  # public port, of a tcp tunnel alone
 
     @classmethod
@@ -164,6 +166,7 @@ class GrantClaims:
                 nbf=_whole(claims, "nbf", MAX_TIME),
                 exp=_whole(claims, "exp", MAX_TIME),
                 policy=_mapping(claims, "policy"),
+                policy_version=_whole(claims, "policy_version") if "policy_version" in claims else 0,
                 port=_port(claims),
             )
         except _Malformed as err:
@@ -236,13 +239,14 @@ def grant_claims(
     url: str,
     now: int,
     life: int,
+    policy_version: int = 0,
     port: int | None = None,
 ) -> dict[str, Any]:
     """The claims that the control plane signs as ``GRANT_TYP``; ``port`` is there for a tcp tunnel alone."""
     claims: dict[str, Any] = {
         "iss": ISSUER, "aud": AUDIENCE, "sid": session, "org": organization, "tun": tunnel, "name": name,
         "proto": protocol, "hosts": hosts, "limits": dict(limits), "gen": generation, "policy_hash": policy_hash,
-        "policy": dict(policy), "url": url, "iat": now, "nbf": now, "exp": now + life,
+        "policy": dict(policy), "policy_version": policy_version, "url": url, "iat": now, "nbf": now, "exp": now + life,
     }  # fmt: skip
     return claims if port is None else claims | {"port": port}
 
@@ -290,7 +294,7 @@ def verify_grant(
     Raises ``tunnel.grant_invalid`` (another session's or organization's grant too) or ``tunnel.grant_expired``.
     """
     try:
-        raw = jwt.verify(token, keys, typ=GRANT_TYP)
+        raw = jwt.verify(token, keys, typ=GRANT_TYP, limit=MAX_GRANT_BYTES)
     except jwt.InvalidToken as err:
         raise Problem("tunnel.grant_invalid", f"the grant is not valid: {err}") from None
     claims = GrantClaims.parse(raw)

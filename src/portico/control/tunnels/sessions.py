@@ -349,7 +349,7 @@ class Sessions:
             life=life,
         )
         try:
-            token = signer.sign(grants.GRANT_TYP, claims)
+            token = signer.sign(grants.GRANT_TYP, claims, limit=grants.MAX_GRANT_BYTES)
         except InvalidToken as err:
             raise Problem(
                 "tunnel.policy_invalid", f"the policy is too large for a grant: {err}", path="policy"
