@@ -23,6 +23,7 @@ Headers = list[tuple[bytes, bytes]]
 Reply = tuple[int, Headers, bytes]
 
 MAX_DETAIL_CHARS = 500
+_CODE = re.compile(r"`([^`]+)`")
 _NOT_IN_A_URL = re.compile(rb"[^\x21-\x7e]")
 RETRY_AFTER_SECONDS = {429: 1}
 
@@ -39,11 +40,13 @@ _MARKS = {
     "agent → local target": 5,
     "local target": 6,
 }
+_ALL_REACHED = 7
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """What happened, in words for everyone; then what to do, for each of the two people who may read the page."""
+    """What happened, in words for everyone; then what to do, for each of the two people who may read the page (what stands
+    between backticks is shown as code)."""
 
     what: str
     visitor: str
@@ -59,7 +62,7 @@ _ADVICE = {
     "edge.head_too_large": Advice(
         "the request carries more headers than the relay accepts.",
         "Delete the cookies of this site, then reload.",
-        "Keep cookies and other headers small; the relay’s limit is max_head_bytes.",
+        "Keep cookies and other headers small; the relay’s limit is `max_head_bytes`.",
     ),
     "edge.head_timeout": Advice(
         "the request did not arrive whole in time.",
@@ -69,7 +72,7 @@ _ADVICE = {
     "edge.host_unassigned": Advice(
         "no tunnel has this name.",
         "Check the address for a typing error, or ask whoever gave it to you.",
-        "Start a tunnel with this name: portico http PORT --subdomain NAME",
+        "Start a tunnel with this name: `portico http PORT --subdomain NAME`",
     ),
     "edge.tunnel_offline": Advice(
         "the address is right, but nobody is serving it at the moment.",
@@ -79,53 +82,55 @@ _ADVICE = {
     "edge.concurrency_exceeded": Advice(
         "too many requests are under way at the same time.",
         "Wait a moment, then reload.",
-        "The tunnel has as many requests in flight as its plan allows. Look for slow responses in the local app.",
+        "The tunnel has as many requests in flight as its policy or plan allows. Look for slow responses in the local app.",
     ),
     "edge.tls_mode_mismatch": Advice(
         "this connection is not the right one for this address.",
-        "Open the address with https:// in a new tab. If that does not help, tell the owner.",
-        "The tunnel takes TLS only, is passed through, or has no certificate for this name. The policy’s plain_http can "
-        "redirect visitors to https.",
+        "Open the address with `https://` in a new tab. If that does not help, tell the owner.",
+        "The tunnel takes TLS only, is passed through, or has no certificate for this name. With `plain_http: redirect` in its "
+        "policy, visitors are sent to https.",
     ),
     "edge.https_redirect": Advice(
         "this address is served by https alone.",
-        "Open it with https:// in front.",
-        "The tunnel’s policy redirects plain HTTP (plain_http: redirect).",
+        "Open it with `https://` in front.",
+        "The tunnel’s policy says `plain_http: redirect`.",
     ),
     "edge.auth_required": Advice(
         "the owner has protected this address, so you have to sign in.",
-        "Reload, then enter the user name and password that the owner gave you. Some addresses ask for a certificate instead.",
-        "The tunnel’s policy asks for it (basic_auth or client_certificates).",
+        "Reload, then enter the user name and password that the owner gave you. Some addresses ask your browser for a "
+        "certificate instead.",
+        "The tunnel’s policy has `basic_auth` or `client_certificates`. Give visitors what it asks for, or take it out.",
     ),
     "edge.auth_invalid": Advice(
         "the user name or the password is not right.",
         "Reload and try again. If you lost the password, ask the owner.",
-        "Users and passwords are in the tunnel’s policy (basic_auth). A change works within two seconds.",
+        "The users are in the tunnel’s policy, `basic_auth`. A password cannot be read there, but set anew; that works within "
+        "two seconds.",
     ),
     "edge.auth_throttled": Advice(
         "too many passwords were tried from your network.",
         "Wait a minute, then reload.",
-        "The relay tries so many new passwords a minute for one client address: password_attempts_per_address.",
+        "Passwords that were right before are not affected. The relay’s limit is `password_attempts_per_address`.",
     ),
     "edge.ip_denied": Advice(
         "the owner does not let your network address in.",
         "Connect from another network (a VPN may be expected), or ask the owner to allow your address.",
-        "The tunnel’s address rules decide: addresses in the policy, or --allow-cidr and --deny-cidr.",
+        "The first matching rule decides: `addresses` in the tunnel’s policy, or `--allow-cidr` and `--deny-cidr`.",
     ),
     "edge.rate_limited": Advice(
         "more requests came than this address takes in so short a time.",
         "Wait a moment, then reload.",
-        "The limits are rate_limits in the tunnel’s policy, and those of your plan.",
+        "The limits are those of `rate_limits` in the tunnel’s policy, and of your plan.",
     ),
     "edge.too_many_connections": Advice(
         "your network address holds too many connections to this relay.",
         "Close other tabs of this site, wait a moment, then reload.",
-        "The limit for one client address is the relay’s connections_per_address.",
+        "The limit for one client address is the relay’s `connections_per_address`.",
     ),
     "edge.connection_idle": Advice(
         "nothing was sent in either direction for longer than the relay allows.",
         "Connect again. A program that stays connected for days should send a keep-alive now and then.",
-        "The relay’s limit for TCP tunnels is tcp_idle_timeout_seconds.",
+        "The relay’s limit for TCP tunnels is `tcp_idle_timeout_seconds`.",
     ),
     "edge.agent_unreachable": Advice(
         "the connection to the owner’s machine was lost while it worked on your request.",
@@ -140,12 +145,12 @@ _ADVICE = {
     "edge.target_invalid": Advice(
         "the app behind the tunnel sent an answer that is not valid HTTP.",
         "Try again. If it happens again, tell the owner.",
-        "The local app closed the connection or does not speak HTTP. Check whether it expects https.",
+        "The local app closed the connection or does not speak HTTP. Check whether it expects https: `portico http https://localhost:PORT`",
     ),
     "edge.target_timeout": Advice(
         "the app behind the tunnel took too long to answer.",
         "Try again later, or tell the owner.",
-        "The local app took the request but did not answer within first_byte_timeout_seconds.",
+        "The local app took the request but did not answer within `first_byte_timeout_seconds`.",
     ),
     "edge.account_suspended": Advice(
         "the account behind this address is suspended.",
@@ -189,11 +194,14 @@ background:var(--card);border:2px solid var(--line)}
 border-radius:50%;background:var(--bad);color:var(--card);font:700 16px/21px system-ui,sans-serif}
 .do{display:grid;grid-template-columns:1fr 1fr;gap:20px 28px;border-top:1px solid var(--line);padding-top:20px}
 .do p{font-size:15px;color:var(--soft);margin:0}
+.do section{min-width:0}
+.do code{display:inline-block;max-width:100%}
+.do pre code{display:inline}
 footer{margin-top:24px;padding-top:16px;border-top:1px solid var(--line);font-size:13px;color:var(--soft);
 display:flex;flex-wrap:wrap;gap:6px 20px}
 code{font:13px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,monospace;background:var(--code);border-radius:5px;
 padding:1px 6px;overflow-wrap:anywhere;color:var(--ink)}
-pre{margin:0 0 18px;background:var(--code);border-radius:10px;padding:14px 16px;overflow-x:auto}
+pre{margin:10px 0 0;background:var(--code);border-radius:10px;padding:14px 16px;overflow-x:auto}
 pre code{padding:0;background:none;font-size:14px}
 @media (max-width:540px){main{padding:26px 20px 22px;border-radius:12px}h1{font-size:23px}
 .do{grid-template-columns:1fr}
@@ -373,13 +381,18 @@ def _html_parts(spec: ErrorSpec, advice: Advice) -> tuple[bytes, ...]:
     text = (
         f"{_head(f'{spec.status} {spec.title}')}"
         f'<p class="status">{spec.status}</p><h1>{markup.escape(spec.title)}</h1>'
-        f"<p>{_SLOT}</p>{_chain(spec.hop)}"
-        f'<div class="do"><section><h2>If you are visiting</h2><p>{markup.escape(advice.visitor)}</p></section>'
-        f"<section><h2>If this is your tunnel</h2><p>{markup.escape(advice.owner)}</p></section></div>"
+        f"<p>{_SLOT}</p>{_chain(spec)}"
+        f'<div class="do"><section><h2>If you are visiting</h2><p>{_words(advice.visitor)}</p></section>'
+        f"<section><h2>If this is your tunnel</h2><p>{_words(advice.owner)}</p></section></div>"
         f"<footer><span>Code <code>{spec.code}</code></span><span>Request <code>{_SLOT}</code></span></footer>"
         "</main></body></html>"
     )
     return tuple(part.encode() for part in text.split(_SLOT))
+
+
+def _words(text: str) -> str:
+    """Escaped text, with what stands between backticks as code."""
+    return _CODE.sub(r"<code>\1</code>", markup.escape(text))
 
 
 def _head(title: str) -> str:
@@ -390,19 +403,20 @@ def _head(title: str) -> str:
     )
 
 
-def _chain(hop: str | None) -> str:
-    """Visitor → relay → agent → local app: what was reached in green, where it failed in red, the rest open."""
-    mark = _MARKS.get(hop or "")
+def _chain(spec: ErrorSpec) -> str:
+    """Visitor → relay → agent → local app: what was reached in green, where it ended in red, the rest open."""
+    mark = _MARKS.get(spec.hop or "")
     if mark is None:
         return ""
-    items = [_node(index, mark) for index in range(len(NODES))]
-    return f'<ol class="chain" aria-label="Failed at: {markup.escape(hop or "")}">{"".join(items)}</ol>'
+    said = "it failed here" if spec.status >= 500 else "it ended here"
+    items = [_node(index, mark, said) for index in range(len(NODES))]
+    return f'<ol class="chain" aria-label="Ended at: {markup.escape(spec.hop or "")}">{"".join(items)}</ol>'
 
 
-def _node(index: int, mark: int) -> str:
+def _node(index: int, mark: int, said: str = "") -> str:
     state = _state(2 * index, mark)
     link = f'<span class="link {_state(2 * index + 1, mark)}"></span>' if index < len(NODES) - 1 else ""
-    note = "it failed here" if state == "bad" else NODE_NOTES[index]
+    note = said if state == "bad" else NODE_NOTES[index]
     return f'<li class="{state}">{link}<span class="dot"></span>{NODES[index]}<small>{note}</small></li>'
 
 
@@ -412,16 +426,24 @@ def _state(position: int, mark: int) -> str:
 
 def _landing_html(base_domain: str) -> bytes:
     domain = markup.escape(base_domain)
+    chain = "".join(_node(index, _ALL_REACHED) for index in range(len(NODES)))
     return (
         f"{_head('Portico')}<h1>This is a Portico relay</h1>"
-        f"<p>It gives local apps a public address below <code>{domain}</code>. "
-        "No app answers at this address itself.</p>"
-        "<pre><code>portico login\nportico http 8000</code></pre>"
-        '<p class="soft">The second command prints the address of your tunnel. '
-        "If someone gave you an address here, check that its name is complete.</p>"
-        "</main></body></html>"
+        f"<p>It gives an app that runs on somebody’s own machine a public address below <code>{domain}</code>. "
+        f'At this address itself there is no app.</p><ol class="chain" aria-label="How it works">{chain}</ol>'
+        '<div class="do"><section><h2>If someone gave you an address</h2>'
+        f"<p>It has a name in front: <code>NAME.{domain}</code>. Check that yours is complete, or ask whoever gave it to you. "
+        "What you find there belongs to the owner of that name.</p></section>"
+        "<section><h2>If you want an address</h2>"
+        "<p>Sign in once with the server that your operator named, then start a tunnel to the port of your app:</p>"
+        "<pre><code>portico login --server URL\nportico http 8000</code></pre></section></div></main></body></html>"
     ).encode()
 
 
 def _landing_text(base_domain: str) -> bytes:
-    return f"This is a Portico relay for names below {base_domain}. Start a tunnel with: portico http 8000\n".encode()
+    return (
+        f"This is a Portico relay: it gives local apps a public address below {base_domain}.\n"
+        "At this address itself there is no app. To get one:\n\n"
+        "  portico login --server URL     (the server that your operator named)\n"
+        "  portico http 8000              (prints the address of your tunnel)\n"
+    ).encode()
