@@ -327,9 +327,15 @@ def _page(code: str, html: bool) -> _Page:
     headers = [*(_HTML_HEADERS if html else _JSON_HEADERS), *_EVERY_HEADERS, (b"Portico-Error", code.encode())]
     if spec.status in RETRY_AFTER_SECONDS:
         headers.append((b"Retry-After", str(RETRY_AFTER_SECONDS[spec.status]).encode()))
-    advice = _ADVICE.get(code) or Advice(spec.title + ".", "Try again in a moment.", spec.hint)
-    parts = _html_parts(spec, advice) if html else _json_parts(spec)
-    return _Page(spec.status, headers, parts, json.dumps(spec.title).encode(), advice.what)
+    words = advice(code)
+    parts = _html_parts(spec, words) if html else _json_parts(spec)
+    return _Page(spec.status, headers, parts, json.dumps(spec.title).encode(), words.what)
+
+
+def advice(code: str) -> Advice:
+    """The words for a code; the catalogue's where it has none of its own."""
+    spec = catalogue()[code]
+    return _ADVICE.get(code) or Advice(spec.title + ".", "Try again in a moment.", spec.hint)
 
 
 def _json_parts(spec: ErrorSpec) -> tuple[bytes, ...]:
