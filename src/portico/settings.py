@@ -3,18 +3,23 @@
 A settings class is a frozen dataclass; its field names are the keys of its table in ``portico.toml`` and, upper-cased
 behind ``PORTICO_``, its environment variables. An unknown key in the file, or a value of the wrong type, refuses
 with the key's name. No module but this one reads the environment.
+
+A secret NAME can come from a file of its own: ``PORTICO_NAME_FILE`` in the environment, ``name_file`` in ``portico.toml``,
+or a systemd credential called ``name``. Two sources of one layer are refused, and so is a file that others may read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import stat
 import tomllib
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from portico.errors import Problem
 
@@ -61,6 +66,8 @@ def _convert(key: str, raw: Any, kind: Any) -> Any:
         items = [part.strip() for part in raw.split(",") if part.strip()] if isinstance(raw, str) else list(raw)
         return tuple(_convert(key, item, typing.get_args(kind)[0]) for item in items)
     if kind is Secret:
+        if not raw:
+            raise _refuse(key, "is empty")
         return raw if isinstance(raw, Secret) else Secret(str(raw))
     if kind is Path:
         return Path(raw).expanduser()
@@ -96,6 +103,113 @@ def read_table(path: Path, table: str) -> dict[str, Any]:
     return found
 
 
+# --- secrets in files -------------------------------------------------------------------------------------------------
+
+#: Bytes of a file that holds one secret; a private key of any kind fits.
+SECRET_FILE_MAX_BYTES = 65_536
+#: Where container engines mount secrets: its modes are theirs, and nobody else is in there.
+_CONTAINER_SECRETS = Path("/run/secrets")
+
+
+def _is_secret(kind: Any) -> bool:
+    return kind is Secret or Secret in typing.get_args(kind)
+
+
+def check_private(what: str, path: Path, mode: int, environ: Mapping[str, str] | None = None) -> None:
+    """Raise ``config.invalid`` when others than owner and group may read or write ``path`` (a group is set on purpose)."""
+    environ = os.environ if environ is None else environ
+    if not hasattr(os, "geteuid"):  # elsewhere modes say nothing
+        return
+    folders = [_CONTAINER_SECRETS, *(Path(text) for text in [environ.get("CREDENTIALS_DIRECTORY")] if text)]
+    if mode & 0o006 and not any(folder in path.absolute().parents for folder in folders):
+        kind = "read" if mode & 0o004 else "written"
+        advice = f"Run: chmod 600 {path} (or 640, for a group). If others had access, replace the secret too."
+        raise Problem("config.invalid", f"{what}: {path} can be {kind} by every user", hint=advice)
+
+
+def secret_in_file(what: str, path: Path, environ: Mapping[str, str] | None = None) -> Secret:
+    """The secret that ``path`` holds alone, without the newline at its end; ``what`` names the setting in refusals.
+
+    Raises ``config.invalid`` when it cannot be read, is empty, is too long, or can be read by every user of the machine.
+    """
+    path = path.expanduser()
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            data = file.read(SECRET_FILE_MAX_BYTES + 1)
+        text = data.decode().rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as err:
+        why = getattr(err, "strerror", None) or "it is not text"
+        raise Problem("config.invalid", f"{what}: {path} cannot be read: {why}") from None
+    check_private(what, path, mode, environ)
+    if not text.strip() or "\0" in text:
+        raise Problem("config.invalid", f"{what}: {path} is empty")
+    if len(data) > SECRET_FILE_MAX_BYTES:
+        raise Problem("config.invalid", f"{what}: {path} is longer than {SECRET_FILE_MAX_BYTES} bytes")
+    return Secret(text)
+
+
+def secret_file_variables(*classes: type) -> set[str]:
+    """The variables that name files of secrets of these settings classes."""
+    return {
+        f"PORTICO_{key.upper()}_FILE"
+        for cls in classes
+        for key, kind in typing.get_type_hints(cls).items()
+        if _is_secret(kind)
+    }
+
+
+def _secret_from(sources: Mapping[str, Any], environ: Mapping[str, str]) -> Any:
+    """The secret of the only source that is given (a text, or a path to it); ``None`` without one."""
+    given = {name: value for name, value in sources.items() if value not in (None, "")}
+    if len(given) > 1:
+        raise _refuse(next(iter(given)), f"is given twice: {' and '.join(given)}; keep one")
+    for name, value in given.items():
+        return secret_in_file(f"setting {name}", value, environ) if isinstance(value, Path) else value
+    return "" if "" in sources.values() else None
+
+
+def _environment_secret(key: str, environ: Mapping[str, str]) -> Any:
+    name = f"PORTICO_{key.upper()}"
+    sources: dict[str, Any] = {name: environ.get(name)}
+    if file := environ.get(f"{name}_FILE"):
+        sources[f"{name}_FILE"] = Path(file)
+    if folder := environ.get("CREDENTIALS_DIRECTORY"):
+        credential = Path(folder) / key
+        sources[f"the credential {key}"] = credential if credential.is_file() else None
+    return _secret_from(sources, environ)
+
+
+def _holds_secret(text: str) -> bool:
+    """Whether a value that may be secret is one: a URL without a password is not."""
+    try:
+        url = urlsplit(text)
+        return not (url.scheme and (url.netloc or url.path.startswith("/"))) or url.password is not None
+    except ValueError:
+        return True
+
+
+def _table_values(
+    cls: type, hints: Mapping[str, Any], file: Path, table: str, environ: Mapping[str, str]
+) -> dict[str, Any]:
+    """The converted values of one table; raises ``config.invalid``."""
+    keys = {f.name for f in dataclasses.fields(cls)}
+    secret = {key for key in keys if _is_secret(hints[key])}
+    found = read_table(file, table)
+    for key in found:
+        if key not in keys and not (key.endswith("_file") and key.removesuffix("_file") in secret):
+            raise _refuse(key, f"unknown key in [{table}] of {file}; known keys: {', '.join(sorted(keys))}")
+    values = {key: _convert(key, raw, hints[key]) for key, raw in found.items() if key in keys}
+    for key in secret & found.keys():
+        if _holds_secret(str(found[key])):
+            check_private(f"setting {key}", file, stat.S_IMODE(file.stat().st_mode), environ)
+    for key in secret:
+        if named := found.get(f"{key}_file"):
+            sources = {key: found.get(key), f"{key}_file": file.parent / Path(str(named)).expanduser()}
+            values[key] = _secret_from(sources, environ)
+    return values
+
+
 def load(
     cls: type[T],
     *,
@@ -113,13 +227,12 @@ def load(
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     if file is not None and table is not None:
-        for key, raw in read_table(file, table).items():
-            if key not in fields:
-                raise _refuse(key, f"unknown key in [{table}] of {file}; known keys: {', '.join(sorted(fields))}")
-            values[key] = _convert(key, raw, hints[key])
+        values = _table_values(cls, hints, file, table, environ)
     for key in fields:
-        if (raw := environ.get(f"PORTICO_{key.upper()}")) is not None:
-            values[key] = _convert(f"PORTICO_{key.upper()}", raw, hints[key])
+        name = f"PORTICO_{key.upper()}"
+        raw = _environment_secret(key, environ) if _is_secret(hints[key]) else environ.get(name)
+        if raw is not None:
+            values[key] = _convert(name, raw, hints[key])
     for key, raw in (overrides or {}).items():
         if key not in fields:
             raise TypeError(f"{cls.__name__} has no setting {key!r}")
@@ -131,7 +244,9 @@ def load(
         if key not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise _refuse(missing[0], f"is required; set PORTICO_{missing[0].upper()}")
+        name = f"PORTICO_{missing[0].upper()}"
+        more = f", or {name}_FILE to a file that holds it" if _is_secret(hints[missing[0]]) else ""
+        raise _refuse(missing[0], f"is required; set {name}{more}")
     return cls(**values)
 
 
@@ -346,6 +461,10 @@ class ApiSettings:
     api_port: int = 7000
     # The API and console as people and agents reach them.
     api_url: str = "http://127.0.0.1:7000"
+    # Certificate chain (PEM) with which the API speaks https; empty: plain HTTP, for a proxy in front. SIGHUP reads it again.
+    api_tls_cert_file: Path | None = None
+    # Private key (PEM, without a password) of that certificate.
+    api_tls_key_file: Path | None = None
     # Public tunnel names live under this domain.
     base_domain: str = "localhost"
     # How a public URL is written: scheme and port that visitors use (http://web.localhost:7080).
@@ -825,12 +944,16 @@ def agent_sources(
     file = agent_settings(overrides).config_dir / "portico.toml"
     table = read_table(file, "agent") if file.is_file() else {}
     found: dict[str, str] = {}
+    secret = {key for key, kind in typing.get_type_hints(AgentSettings).items() if _is_secret(kind)}
     for key in (field.name for field in dataclasses.fields(AgentSettings)):
+        name = f"PORTICO_{key.upper()}"
         if (overrides or {}).get(key) is not None:
             found[key] = "command line"
-        elif f"PORTICO_{key.upper()}" in environ:
-            found[key] = f"PORTICO_{key.upper()}"
-        elif key in table:
+        elif name in environ:
+            found[key] = name
+        elif key in secret and _environment_secret(key, environ) is not None:
+            found[key] = f"{name}_FILE" if f"{name}_FILE" in environ else f"the credential {key}"
+        elif key in table or (key in secret and f"{key}_file" in table):
             found[key] = str(file)
     return found
 

@@ -171,7 +171,12 @@ class TestStart:
         file.write_text(f"server: {api.url}\nagent_key_file: key.txt\n{HEAD}  a: {{addr: 1}}\n")
         done = await cli.run("start", "--config", str(file), "--all")
         assert done.code == 2 and "agent_key_file" in only_line(done.err)
-        (file.parent / "key.txt").write_text(KEY + "\n")
+        key = file.parent / "key.txt"
+        key.write_text(KEY + "\n")
+        key.chmod(0o644)
+        done = await cli.run("start", "--config", str(file), "--all")
+        assert done.code == 2 and "can be read by every user" in only_line(done.err) and "chmod 600" in done.err
+        key.chmod(0o600)
         running = Started(await cli.start("start", "--config", str(file), "--all", "--json"))
         await running.online("a")
         assert await running.end() == 0 and api.calls[-1][3] == f"Bearer {KEY}"

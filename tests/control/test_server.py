@@ -8,15 +8,18 @@ import json
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from portico.kit.sealing import new_master_key
+from tests.authority import Authority
 
 PROGRAM = """
 import sys
@@ -58,7 +61,7 @@ class Api:
 
 
 @contextlib.asynccontextmanager
-async def api(database_url: str, *arguments: str) -> AsyncIterator[Api]:
+async def api(database_url: str, *arguments: str, **settings: object) -> AsyncIterator[Api]:
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
     listener.set_inheritable(True)
     env = os.environ | {
@@ -67,6 +70,7 @@ async def api(database_url: str, *arguments: str) -> AsyncIterator[Api]:
         "PORTICO_SHUTDOWN_SECONDS": "3",
         "FD": str(listener.fileno()),
     }
+    env |= {f"PORTICO_{name.upper()}": str(value) for name, value in settings.items()}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -237,3 +241,31 @@ async def test_noise_on_the_socket_hurts_nobody(database_url: str, request_head:
             assert b" 500 " not in answer.split(b"\r\n")[0]
         writer.close()
         await running.ready(200, "/healthz")
+
+
+async def test_https_with_a_certificate_that_is_renewed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is read again on SIGHUP, which ends no connection; a handshake that does not end is cut."""
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("api", "127.0.0.1")
+    files = {"api_tls_cert_file": cert, "api_tls_key_file": key, "request_head_timeout_seconds": 1}
+    async with api("postgresql://nobody@127.0.0.1:1/none", **files) as running:
+        async with httpx.AsyncClient(base_url=f"https://127.0.0.1:{running.port}", verify=authority.client()) as client:
+            for _ in range(200):
+                with contextlib.suppress(httpx.ConnectError):
+                    if (await client.get("/healthz")).status_code == 200:
+                        break
+                await asyncio.sleep(0.025)
+            first = ssl.get_server_certificate(("127.0.0.1", running.port))
+            reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+            assert await asyncio.wait_for(reader.read(), 3) == b"", "a visitor who never speaks"
+            writer.close()
+            cert.write_text("broken")
+            running.process.send_signal(signal.SIGHUP)
+            await asyncio.sleep(0.2)
+            assert ssl.get_server_certificate(("127.0.0.1", running.port)) == first
+            authority.issue("api", "127.0.0.1")
+            running.process.send_signal(signal.SIGHUP)
+            await asyncio.sleep(0.2)
+            assert ssl.get_server_certificate(("127.0.0.1", running.port)) != first
+            assert (await client.get("/healthz")).status_code == 200
+    assert "the certificate stays as it was" in (said := capfd.readouterr().err) and "Traceback" not in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import asyncpg
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.engine import make_url
 
 from portico.embedded.postgres import EmbeddedPostgres
 from portico.errors import Problem
-from portico.kit.db import Database, PoolLimits, async_url, is_unique_violation
+from portico.kit.db import Database, PoolLimits, async_url, dsn, is_unique_violation
 
 things = sa.Table("things", sa.MetaData(), sa.Column("id", sa.Text, primary_key=True), sa.Column("n", sa.Integer))
 
@@ -238,8 +240,32 @@ class TestUrl:
         assert found.drivername == "postgresql+asyncpg"
         assert found.query.get("host") == host
 
-    def test_sslmode_is_translated(self) -> None:
-        assert async_url("postgresql://u@h/d?sslmode=require").query == {"ssl": "require"}
+    def test_the_driver_reads_libpqs_words_for_tls(self, tmp_path: Path) -> None:
+        ca = tmp_path / "ca.pem"
+        ca.touch()
+        found, more = dsn(f"postgresql://u:p%40ss@h/d?sslmode=verify-full&sslrootcert={ca}")
+        assert make_url(found).query == {"sslmode": "verify-full", "sslrootcert": str(ca)} and not more
+        assert make_url(found).password == "p@ss"
+
+    def test_the_public_authorities(self) -> None:
+        found, more = dsn("postgresql://u@h/d?sslmode=verify-full&sslrootcert=system")
+        assert found == "postgresql://u@h/d"
+        assert more["ssl"].check_hostname and more["ssl"].verify_mode is ssl.CERT_REQUIRED
+
+    def test_a_ca_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(Problem) as refused:
+            dsn(f"postgresql://u@h/d?sslmode=verify-full&sslrootcert={tmp_path}/none.pem")
+        assert (
+            refused.value.code == "config.invalid" and f"sslrootcert names {tmp_path}/none.pem" in refused.value.detail
+        )
+
+    async def test_nor_named(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        db = Database("postgresql://u@127.0.0.1:1/d?sslmode=verify-full")
+        with pytest.raises(Problem) as refused:
+            await db.ping()
+        assert refused.value.code == "config.invalid" and "root.crt" in refused.value.detail
+        await db.close()
 
     @pytest.mark.parametrize("url", ["", "nonsense", "mysql://u@h/d"])
     def test_refused_without_repeating_it(self, url: str) -> None:

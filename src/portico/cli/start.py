@@ -152,14 +152,10 @@ def credentials_for(agent: settings.AgentSettings, values: dict[str, Any]) -> Cr
 
 
 def _key_in(path: Path) -> settings.Secret:
-    try:
-        key = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as err:
-        why = getattr(err, "strerror", None) or "it is not text"
-        raise Problem("config.invalid", f"agent_key_file {path} cannot be read: {why}") from None
-    if not key or len(key.split()) > 1:
-        raise Problem("config.invalid", f"agent_key_file {path} does not hold a key alone")
-    return settings.Secret(key)
+    key = settings.secret_in_file("agent_key_file", path)
+    if len(key.reveal().split()) > 1:
+        raise Problem("config.invalid", f"agent_key_file: {path} does not hold a key alone")
+    return settings.Secret(key.reveal().strip())
 
 
 def register(app: typer.Typer) -> None:

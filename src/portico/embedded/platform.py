@@ -31,7 +31,7 @@ from portico.embedded.units import ProcessUnit, answers, postgres_unit, run_to_e
 from portico.embedded.valkey import EmbeddedValkey
 from portico.errors import Problem
 from portico.kit.sockets import check_port, port_of
-from portico.settings import PlatformSettings
+from portico.settings import ApiSettings, PlatformSettings, RelaySettings, secret_file_variables
 
 #: Of our own environment, what would mislead a child: it belongs to commands that people type.
 _NOT_FOR_CHILDREN = (
@@ -40,6 +40,9 @@ _NOT_FOR_CHILDREN = (
     "PORTICO_CONFIG_DIR",
     "PORTICO_LISTEN_FDS",
     "PORTICO_NOTIFY_FD",
+    "CREDENTIALS_DIRECTORY",
+    # What they name was read here; children get the values.
+    *secret_file_variables(PlatformSettings, RelaySettings, ApiSettings),
 )
 #: Seconds for a relay's visitors and a worker's job when everything ends: the rest of the ten is for what comes after.
 _RELAY_DRAIN_SECONDS = 5

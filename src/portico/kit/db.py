@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import asyncpg
@@ -67,17 +69,32 @@ class PoolLimits:
 
 
 def async_url(url: str) -> URL:
-    """A plain ``postgresql://`` URL (TCP, or ``?host=/socket/dir``) for asyncpg; others are ``config.invalid``."""
+    """A plain ``postgresql://`` URL (TCP, or ``?host=/socket/dir``) for SQLAlchemy; others are ``config.invalid``."""
     try:
         parsed = make_url(url)
     except sa_exc.ArgumentError:
         raise Problem("config.invalid", "setting database_url: not a database URL", key="database_url") from None
     if parsed.drivername.split("+")[0] not in ("postgresql", "postgres"):
         raise Problem("config.invalid", "setting database_url: only postgresql:// is supported", key="database_url")
-    parsed = parsed.set(drivername="postgresql+asyncpg")
-    if sslmode := parsed.query.get("sslmode"):  # libpq's name for what asyncpg calls ssl
-        parsed = parsed.difference_update_query(["sslmode"]).update_query_dict({"ssl": sslmode})
-    return parsed
+    return parsed.set(drivername="postgresql+asyncpg")
+
+
+def dsn(url: str) -> tuple[str, dict[str, Any]]:
+    """``url`` as asyncpg reads it, which knows libpq's ``sslmode``, ``sslrootcert`` and the rest; and arguments beside it.
+
+    ``sslrootcert=system`` (libpq 16): the public certificate authorities, and the server's name is checked. Raises
+    ``config.invalid`` when a file that it names is not there.
+    """
+    parsed = async_url(url).set(drivername="postgresql")
+    for name in ("sslrootcert", "sslcert", "sslkey"):
+        path = str(parsed.query.get(name, "system"))
+        if path != "system" and not Path(path).is_file():
+            detail = f"setting database_url: {name} names {path}, where there is no file"
+            raise Problem("config.invalid", detail, key="database_url")
+    if parsed.query.get("sslrootcert") != "system":
+        return parsed.render_as_string(hide_password=False), {}
+    parsed = parsed.difference_update_query(["sslrootcert", "sslmode"])
+    return parsed.render_as_string(hide_password=False), {"ssl": ssl.create_default_context()}
 
 
 class HasConnection(Protocol):
@@ -167,29 +184,37 @@ class Database:
     def __init__(self, url: str, limits: PoolLimits | None = None, *, application: str = "portico") -> None:
         self.url = url
         self.limits = limits or PoolLimits()
+        self._dsn, self._more = dsn(url)
+        self._application = application
         self.engine: AsyncEngine = create_async_engine(
             async_url(url),
             pool_size=self.limits.size,
             max_overflow=0,
             pool_timeout=self.limits.acquire_timeout_seconds,
-            connect_args={
-                "timeout": self.limits.connect_timeout_seconds,
-                "server_settings": {
-                    "application_name": application,
-                    "statement_timeout": str(int(self.limits.statement_timeout_seconds * 1000)),
-                    "lock_timeout": str(int(self.limits.lock_timeout_seconds * 1000)),
-                    "idle_in_transaction_session_timeout": str(int(self.limits.idle_in_transaction_seconds * 1000)),
-                },
-            },
+            async_creator=self._connect_pooled,
         )
         self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         event.listen(self.engine.sync_engine, "checkout", _refuse_dead)
 
+    async def _connect_pooled(self) -> asyncpg.Connection:
+        limits = self.limits
+        return await asyncpg.connect(
+            self._dsn,
+            **self._more,
+            timeout=limits.connect_timeout_seconds,
+            server_settings={
+                "application_name": self._application,
+                "statement_timeout": str(int(limits.statement_timeout_seconds * 1000)),
+                "lock_timeout": str(int(limits.lock_timeout_seconds * 1000)),
+                "idle_in_transaction_session_timeout": str(int(limits.idle_in_transaction_seconds * 1000)),
+            },
+        )
+
     async def connect(self, application: str, *, timeout_seconds: float) -> asyncpg.Connection:
         """A connection outside the pool, for LISTEN; the caller closes it. ``timeout_seconds`` limits every statement."""
-        scheme, rest = self.url.split("://", 1)
         return await asyncpg.connect(
-            f"{scheme.split('+')[0]}://{rest}",
+            self._dsn,
+            **self._more,
             timeout=min(timeout_seconds, self.limits.connect_timeout_seconds),
             command_timeout=timeout_seconds,
             server_settings={"application_name": application},
@@ -332,7 +357,23 @@ def _loss(err: BaseException, raw: asyncpg.Connection) -> BaseException | None:
     return Problem("service.unavailable", "the database connection was lost", headers={"Retry-After": "1"})
 
 
+def _driver_error(err: BaseException) -> BaseException:
+    """What the driver or the network said, without SQLAlchemy's wrappers."""
+    if isinstance(err, sa_exc.DBAPIError) and err.orig is not None:
+        err = err.orig
+    return err.__cause__ if isinstance(err, AsyncAdapt_asyncpg_dbapi.Error) and err.__cause__ is not None else err
+
+
 def _unavailable(err: BaseException) -> BaseException:
+    origin = _driver_error(err)
+    if isinstance(origin, asyncpg.exceptions.ClientConfigurationError):
+        return Problem("config.invalid", f"setting database_url: {origin}", key="database_url")
+    if isinstance(origin, ssl.SSLCertVerificationError):
+        log.error("the database's certificate is refused", extra={"f": {"why": origin.verify_message}})
+        hint = "sslrootcert in database_url names the CA of the database, its host the name in the certificate."
+        return Problem(
+            "service.unavailable", "the database's certificate is refused", hint=hint, headers={"Retry-After": "1"}
+        )
     if _is_connection_loss(err) or isinstance(err, sa_exc.OperationalError | asyncpg.TooManyConnectionsError):
         log.warning("database unavailable", extra={"f": {"error": f"{type(err).__name__}: {err}"[:300]}})
         return Problem("service.unavailable", "the database does not answer", headers={"Retry-After": "1"})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,16 @@ from redis.exceptions import ConnectionError as LostError
 from redis.exceptions import RedisError
 
 log = logging.getLogger(__name__)
+
+
+def _words(err: BaseException) -> str:
+    """What to log of a failure; a refused certificate has its own words, under redis-py's and asyncio's."""
+    cause: BaseException | None = err
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return f"its certificate is refused: {cause.verify_message}"
+    return f"{type(err).__name__}: {err}"[:200]
 
 
 class Redis:
@@ -79,7 +90,7 @@ class Redis:
 
     def _failed(self, err: BaseException) -> None:
         if not self._failing:
-            log.warning("redis is not reachable, going on without", extra={"f": {"error": type(err).__name__}})
+            log.warning("redis is not reachable, going on without", extra={"f": {"error": _words(err)}})
         self._failing = True
         self._skip_until = self._monotonic() + self._pause
 
