@@ -21,7 +21,7 @@ import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from typer.main import get_command
 
@@ -179,6 +179,11 @@ def limits_page() -> str:
         "Every size, time, count and retry that Portico enforces has a name here. A value comes from the command",
         "line, else from the environment variable, else from the process's table in `portico.toml`, else it is the",
         "default. An unknown key in the file is refused.",
+        "",
+        "Those with `…_FILE` are secrets, which can come from a file of their own: `PORTICO_NAME_FILE`, `name_file` in",
+        "`portico.toml` (a relative path is one below that file), or a systemd credential `name`. A last newline is left out.",
+        "Two sources of one layer are refused, and so is a file that every user can read (below `/run/secrets` and",
+        "in `$CREDENTIALS_DIRECTORY` the modes are those of the engine or of systemd).",
     ]
     for cls in settings_classes():
         summary = (inspect.getdoc(cls) or "").split("\n\n")[0]
@@ -194,6 +199,7 @@ def settings_rows(cls: type) -> Iterator[str]:
     """The tables of one class, one for each of its sections."""
     comments = field_comments(cls)
     fields = dataclasses.fields(cls)
+    hints = get_type_hints(cls)
     if fields and not comments[fields[0].name].section:
         yield from HEADER
     for field in fields:
@@ -203,7 +209,7 @@ def settings_rows(cls: type) -> Iterator[str]:
         value = default(field)
         if isinstance(value, Path):
             value = str(value).replace(str(Path.home()), "~")
-        env = f"`PORTICO_{field.name.upper()}`"
+        env = f"`PORTICO_{field.name.upper()}`" + (", `…_FILE`" if settings.is_secret(hints[field.name]) else "")
         yield f"| `{field.name}` | {env} | {cell(shown(field.name, value))} | {cell(comment.text)} |"
 
 

@@ -111,7 +111,8 @@ SECRET_FILE_MAX_BYTES = 65_536
 _CONTAINER_SECRETS = Path("/run/secrets")
 
 
-def _is_secret(kind: Any) -> bool:
+def is_secret(kind: Any) -> bool:
+    """Whether a setting of this type (`Secret`, `Secret | None`) can come from a file."""
     return kind is Secret or Secret in typing.get_args(kind)
 
 
@@ -155,7 +156,7 @@ def secret_file_variables(*classes: type) -> set[str]:
         f"PORTICO_{key.upper()}_FILE"
         for cls in classes
         for key, kind in typing.get_type_hints(cls).items()
-        if _is_secret(kind)
+        if is_secret(kind)
     }
 
 
@@ -194,7 +195,7 @@ def _table_values(
 ) -> dict[str, Any]:
     """The converted values of one table; raises ``config.invalid``."""
     keys = {f.name for f in dataclasses.fields(cls)}
-    secret = {key for key in keys if _is_secret(hints[key])}
+    secret = {key for key in keys if is_secret(hints[key])}
     found = read_table(file, table)
     for key in found:
         if key not in keys and not (key.endswith("_file") and key.removesuffix("_file") in secret):
@@ -230,7 +231,7 @@ def load(
         values = _table_values(cls, hints, file, table, environ)
     for key in fields:
         name = f"PORTICO_{key.upper()}"
-        raw = _environment_secret(key, environ) if _is_secret(hints[key]) else environ.get(name)
+        raw = _environment_secret(key, environ) if is_secret(hints[key]) else environ.get(name)
         if raw is not None:
             values[key] = _convert(name, raw, hints[key])
     for key, raw in (overrides or {}).items():
@@ -245,7 +246,7 @@ def load(
     ]
     if missing:
         name = f"PORTICO_{missing[0].upper()}"
-        more = f", or {name}_FILE to a file that holds it" if _is_secret(hints[missing[0]]) else ""
+        more = f", or {name}_FILE to a file that holds it" if is_secret(hints[missing[0]]) else ""
         raise _refuse(missing[0], f"is required; set {name}{more}")
     return cls(**values)
 
@@ -944,7 +945,7 @@ def agent_sources(
     file = agent_settings(overrides).config_dir / "portico.toml"
     table = read_table(file, "agent") if file.is_file() else {}
     found: dict[str, str] = {}
-    secret = {key for key, kind in typing.get_type_hints(AgentSettings).items() if _is_secret(kind)}
+    secret = {key for key, kind in typing.get_type_hints(AgentSettings).items() if is_secret(kind)}
     for key in (field.name for field in dataclasses.fields(AgentSettings)):
         name = f"PORTICO_{key.upper()}"
         if (overrides or {}).get(key) is not None:

@@ -41,6 +41,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "relay": "processes",
         "worker": "processes",
         "migrate": "processes",
+        "admin": "admin",
     },
 }
 #: Started by `portico up` alone; not in the help.
