@@ -156,6 +156,14 @@ class Clients:
         else:
             self._overflow[hash(key) % _SHARED] = full_at
 
+    def give_back(self, address: str) -> None:
+        """A token that :meth:`take` took was not used."""
+        key = network(address)
+        if key in self._full_at:
+            self._full_at[key] -= self._each
+        elif (shared := hash(key) % _SHARED) in self._overflow:
+            self._overflow[shared] -= self._each
+
     def _make_room(self, now: float) -> bool:
         """Whether a new client may be remembered, perhaps instead of one that need not be."""
         table = self._full_at
