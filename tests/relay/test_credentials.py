@@ -341,9 +341,9 @@ class TestLimits:
         assert verdicts == ["invalid"] * 3 + ["throttled"] * 2 and len(one.calls) == 3
         # The same network by another address of it, also with the right password; another network has its own.
         assert one.look(basic("alice", "secret"), address="2001:db8::2") == "throttled"
-        assert 8.0 < one.credentials.wait("2001:db8::2") <= 10.0
+        assert 8.0 < one.credentials.retry_after("2001:db8::2") <= 10.0
         assert one.look(basic("alice", "secret"), address="2001:db8:0:1::1") == "need"
-        assert one.credentials.wait("2001:db8:0:1::1") == 0
+        assert one.credentials.retry_after("2001:db8:0:1::1") == 0
         # What is known needs no attempt; nor does what can be told without.
         assert one.look(basic("alice", "wrong0"), address="2001:db8::1") == "invalid"
         assert one.look(None, address="2001:db8::1") == "missing"

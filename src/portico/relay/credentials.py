@@ -204,7 +204,7 @@ class Credentials:
         self._count(attempt.accounts, 1)
         self._start()
 
-    def wait(self, address: str) -> float:
+    def retry_after(self, address: str) -> float:
         """Seconds until an attempt of this client may be taken, at the least."""
         return self._budgets.wait(address, self._loop.time())
 
