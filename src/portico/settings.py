@@ -292,6 +292,10 @@ class RelaySettings:
     control_host: str = "127.0.0.1"
     # TCP port of the listener that agents connect to.
     control_port: int = 7081
+    # Address of the listener for metrics and health; never a public one: they are about all tenants.
+    metrics_host: str = "127.0.0.1"
+    # TCP port of that listener (`/metrics` for Prometheus, `/healthz`, `/readyz`); none: there is no such listener.
+    metrics_port: int | None = None
     # Address on which the ports of TCP tunnels are opened, each while its tunnel is online here.
     tcp_host: str = "127.0.0.1"
     # Tunnels without a domain of their own are names directly below this one.
@@ -460,6 +464,10 @@ class ApiSettings:
     api_host: str = "127.0.0.1"
     # TCP port of the API and console.
     api_port: int = 7000
+    # Address of the listener for metrics and health; never a public one: they are about all tenants.
+    metrics_host: str = "127.0.0.1"
+    # TCP port of that listener (`/metrics` for Prometheus, `/healthz`, `/readyz`); none: there is no such listener.
+    metrics_port: int | None = None
     # The API and console as people and agents reach them.
     api_url: str = "http://127.0.0.1:7000"
     # Certificate chain (PEM) with which the API speaks https; empty: plain HTTP, for a proxy in front. SIGHUP reads it again.
@@ -706,6 +714,12 @@ class WorkerSettings:
     database_url: Secret
     # Lowest level of log records that are written.
     log_level: str = "INFO"
+    # Address of the listener for metrics and health; never a public one: they are about all tenants.
+    metrics_host: str = "127.0.0.1"
+    # TCP port of that listener (`/metrics` for Prometheus, `/healthz`, `/readyz`); none: there is no such listener.
+    metrics_port: int | None = None
+    # Listening sockets inherited from the parent, as name=fd,…; set by `portico up`.
+    listen_fds: str = ""
     # Descriptor on which readiness is reported; set by `portico up`.
     notify_fd: int | None = None
     # Connections that one worker process holds at most: its leases, and one for each job at work.

@@ -31,6 +31,7 @@ from portico.relay import heads
 from portico.relay.http1 import READ_SIZE, Visitor
 from portico.relay.listeners import PublicServer
 from portico.relay.peers import RemoteTunnel
+from portico.relay.tally import Tally
 from portico.settings import AgentSettings, RelaySettings, Secret
 from portico.wire import frames as f
 from portico.wire.session import HEADROOM, Session, Stream
@@ -225,6 +226,7 @@ class Server(PublicServer):
         self.buffer_view = self.buffer[:]
         self.connections, self.turned_away = set(), set()
         self.refusals: Counter[str] = Counter()
+        self.tally = Tally()
         self.tunnel = RemoteTunnel(session, 1, (b"web.localhost",), 100)
         self._by_address: Counter[str] = Counter()
         self._held: list[Visitor] = []

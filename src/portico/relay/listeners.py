@@ -29,6 +29,7 @@ from portico.relay.http1 import READ_SIZE, Visitor
 from portico.relay.peers import Peers, RemoteTunnel
 from portico.relay.sessions import Agents, LiveTunnel
 from portico.relay.snapshot import Snapshot
+from portico.relay.tally import Tally
 from portico.settings import RelaySettings
 from portico.wire.frames import PROTOCOL
 
@@ -54,6 +55,10 @@ class Guest(Protocol):
     deadline: float
     draining: bool
     transport: asyncio.Transport
+
+    @property
+    def scheme(self) -> bytes:
+        """What it came in as: ``http``, ``https``, ``tcp`` or ``tls``."""
 
     def expire(self) -> None:
         """Its deadline passed."""
@@ -84,6 +89,7 @@ class PublicServer:
         self.connections: set[Guest] = set()
         self.turned_away: set[Guest] = set()
         self.refusals: Counter[str] = Counter()
+        self.tally = Tally()
         self._by_address: Counter[str] = Counter()
         self.by_host = agents.by_host
         self._remote = peers.by_host
@@ -105,6 +111,7 @@ class PublicServer:
         if self._by_address[address] >= limits.connections_per_address and not exempt:
             return False
         self._by_address[address] += 1
+        self.tally.accepted[visitor.scheme] += 1
         self.connections.add(visitor)
         visitor.draining = self._draining
         return True
@@ -263,7 +270,7 @@ class ControlListener:
         if path == b"/healthz":
             return _answer(200, b"ok\n", "text/plain")
         if path == b"/readyz":
-            ready = self.agents.snapshot.version is not None and not self.agents.draining
+            ready = self.ready()
             return _answer(200 if ready else 503, b"ready\n" if ready else b"not ready\n", "text/plain")
         if path not in (b"/v1/connect", b"/v1/peer"):
             return None
@@ -273,6 +280,10 @@ class ControlListener:
             self.refusals[problem.code] += 1
             log.info("agent refused", extra={"f": {"code": problem.code, "detail": problem.detail}})
             return _refusal(problem)
+
+    def ready(self) -> bool:
+        """Whether visitors and agents should come here."""
+        return self.agents.snapshot.version is not None and not self.agents.draining
 
     def _connect(self, request: Any, *, peer: bool) -> Any:
         offered = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
@@ -293,15 +304,15 @@ class ControlListener:
 
 
 async def serve_control(
-    agents: Agents, peers: Peers, sock: socket.socket, context: ssl.SSLContext | None, backlog: int
+    control: ControlListener, sock: socket.socket, context: ssl.SSLContext | None, backlog: int
 ) -> asyncio.Server:
     """Agents on ``sock``."""
     return await picows.ws_create_server(
-        ControlListener(agents, peers),
+        control,
         sock=sock,
         ssl=context,
         backlog=backlog,
-        websocket_handshake_timeout=agents.settings.hello_timeout_seconds,
+        websocket_handshake_timeout=control.agents.settings.hello_timeout_seconds,
         max_frame_size=MAX_MESSAGE,
         enable_auto_pong=False,  # the carrier answers
     )

@@ -190,6 +190,7 @@ class TcpVisitor(asyncio.BufferedProtocol):
 
     NEVER: Final = math.inf
     known = True
+    scheme: Final = b"tcp"
     __slots__ = (
         "address", "closed", "closing", "counted", "deadline", "draining", "eof", "heard", "opened", "paused",
         "paused_at", "pending", "port", "ports", "reading", "server", "stream", "transport", "tunnel", "unconsumed",
