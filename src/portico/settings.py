@@ -312,6 +312,18 @@ class RelaySettings:
     peers: tuple[str, ...] = ()
     # Key that relays of one address share; without it no peer is let in and none is called.
     peer_key: Secret | None = None
+    # Redis or Valkey by which relays share the rates of organizations; without it each applies the whole rate by itself.
+    redis_url: Secret | None = None
+    # Seconds for Redis to answer; it is asked in the background, a slow one delays no request.
+    redis_timeout_seconds: float = 0.25
+    # Seconds in which Redis is not asked again after it failed; about so long after its return rates are shared again.
+    redis_pause_seconds: float = 1.0
+    # Seconds between two rounds in which a relay reports tokens used and leases more, for organizations with requests.
+    rate_sync_seconds: float = 0.1
+    # Seconds after which leased tokens that nobody used are given back.
+    rate_lease_seconds: float = 1.0
+    # Seconds of an organization's rate that one relay leases at most; it is twice the recent use otherwise.
+    rate_batch_seconds: float = 0.5
 
     # == Visitors
     # Bytes of a request head (request line and headers); above it 431. Leaves room in one frame for ours.
