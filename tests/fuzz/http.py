@@ -16,7 +16,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import h11
@@ -28,10 +28,10 @@ from portico.agent.recorder import Recorder as Inspected
 from portico.agent.stats import Stats
 from portico.agent.target import Target
 from portico.relay import heads
+from portico.relay.door import Door
 from portico.relay.http1 import READ_SIZE, Visitor
 from portico.relay.listeners import PublicServer
 from portico.relay.peers import RemoteTunnel
-from portico.relay.tally import Tally
 from portico.settings import AgentSettings, RelaySettings, Secret
 from portico.wire import frames as f
 from portico.wire.session import HEADROOM, Session, Stream
@@ -215,10 +215,24 @@ class AgentSide(Recorder):
         return request
 
 
+NO_POLICY: Mapping[str, Any] = {}
+#: What a peer says of the one tunnel.
+ANNOUNCED: Mapping[str, Any] = {
+    "proto": "http",
+    "tunnel": "tun_web",
+    "organization": "org_test",
+    "hosts": ["web.localhost"],
+    "limits": {},
+    "concurrency": 100,
+    "policy_version": 0,
+    "policy": NO_POLICY,
+}
+
+
 class Server(PublicServer):
     """A public server of one visitor and one tunnel."""
 
-    def __init__(self, settings: RelaySettings, session: Session) -> None:
+    def __init__(self, settings: RelaySettings, session: Session, policy: Mapping[str, Any] = NO_POLICY) -> None:
         self.settings = settings
         self.loop = asyncio.get_running_loop()
         self.now = 0.0
@@ -226,8 +240,8 @@ class Server(PublicServer):
         self.buffer_view = self.buffer[:]
         self.connections, self.turned_away = set(), set()
         self.refusals: Counter[str] = Counter()
-        self.tally = Tally()
-        self.tunnel = RemoteTunnel(session, 1, (b"web.localhost",), 100)
+        self.tunnel = RemoteTunnel(session, 1, {**ANNOUNCED, "policy": policy})
+        self.tunnel.settle(None)
         self._by_address: Counter[str] = Counter()
         self._held: list[Visitor] = []
         self._base = b"localhost"
@@ -239,8 +253,8 @@ class Server(PublicServer):
     def find(self, host: bytes) -> Any:
         return None if host == b"nobody" else self.tunnel
 
-    def knows(self, host: bytes) -> bool:
-        return host != b"nobody"
+    def standing(self, host: bytes) -> str | None:
+        return None if host == b"nobody" else "active"
 
 
 class Heard(NamedTuple):
@@ -261,7 +275,7 @@ async def relay_reads(reads: Sequence[bytes], sizes: random.Random | None, switc
     relay, agent = Session(Recorder(), relay=True), Session(side, relay=False)
     relay.greeted = agent.greeted = True
     server = Server(RelaySettings(relay_key=Secret("tnl_rly_unused")), relay)
-    visitor, wire = Visitor(server, b"http", 80), Memory()
+    visitor, wire = Visitor(server, Door(b"http", 80)), Memory()
     visitor.connection_made(wire)
     for data in reads:
         await feed(visitor, wire, data, sizes, lambda: shuttle(relay, agent))

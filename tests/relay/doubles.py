@@ -37,19 +37,24 @@ def grant(
     life: int = 900,
     age: int = 0,
     concurrency: int = 100,
+    policy: dict[str, Any] | None = None,
+    policy_version: int = 0,
 ) -> str:
     claims = grants.grant_claims(
         session=session, organization=ORG, tunnel=f"tun_{name}", name=name, protocol="http",
         hosts=[{"host": f"{name}.localhost", "tls": "terminate"}], limits={"concurrency": concurrency},
-        generation=generation, policy_hash="none", policy={}, url=f"http://{name}.localhost",
+        generation=generation, policy_hash="none", policy=policy or {}, url=f"http://{name}.localhost",
         now=int(time.time()) - age, life=life,
     )  # fmt: skip
-    return KEY.sign(grants.GRANT_TYP, claims)
+    return KEY.sign(grants.GRANT_TYP, claims | {"policy_version": policy_version})
 
 
-def row(name: str, state: str = "active", generation: int = 1) -> dict[str, Any]:
+def row(
+    name: str, state: str = "active", generation: int = 1, policy: dict[str, Any] | None = None, policy_version: int = 0
+) -> dict[str, Any]:
     return {
         "id": f"tun_{name}", "organization": ORG, "hosts": [f"{name}.localhost"], "state": state, "generation": generation,
+        "policy": policy or {}, "policy_version": policy_version,
     }  # fmt: skip
 
 

@@ -15,8 +15,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from portico.relay import heads
+from portico.relay.credentials import authorization
+from portico.relay.door import Door
 from portico.relay.exchange import Exchange
 from portico.relay.http1 import Visitor
+from portico.relay.rates import Rates
 from portico.settings import RelaySettings, Secret
 from portico.wire import frames as f
 from portico.wire.session import Session, Stream
@@ -28,6 +31,8 @@ SECTIONS = [
     HOST + b"\r\n",
     HOST + b"Accept: text/html\r\nCookie: a=b\r\n\r\n",
     HOST + b"Connection: close\r\n\r\n",
+    HOST + b"Authorization: Basic good\r\n\r\n",
+    HOST + b"Authorization: Basic bad\r\n\r\n",
     HOST + b"Connection: keep-alive, X-A\r\nX-A: 1\r\nTE: trailers\r\n\r\n",
     HOST + b"Content-Length: 0\r\nX-Forwarded-For: 6.6.6.6\r\n\r\n",
     HOST + b"Content-Length: 4\r\n\r\nbody",
@@ -66,6 +71,24 @@ ANSWERS = [
     (502, [], b"", "reset"),
 ]
 EVENTS = ["", "", "", "", "drain", "eof", "pause", "resume", "full", "expire", "lose"]
+DIGEST = "$argon2id$v=19$m=19456,t=2,p=1$c29tZXNhbHRzb21lc2FsdA$" + "A" * 43
+#: What the tunnel's policy becomes, as an event of its own.
+POLICIES: dict[str, dict[str, Any]] = {
+    "open": {},
+    "headers": {
+        "headers": {
+            "request": {"remove": ["Accept"], "add": [{"name": "X-Added", "value": "1"}]},
+            "response": {"remove": ["X-A"], "add": [{"name": "X-Frame-Options", "value": "DENY"}]},
+        }
+    },
+    "host": {"headers": {"host": "rewrite"}},
+    "barred": {"addresses": {"rules": [{"deny": "192.0.2.0/24"}]}},
+    "let in": {"addresses": {"rules": [{"deny": "10.0.0.0/8"}, {"allow": "192.0.2.0/24"}]}},
+    "tls only": {"plain_http": "refuse"},
+    "redirect": {"plain_http": "redirect"},
+    "password": {"basic_auth": {"users": [{"name": "a", "digest": DIGEST}]}},
+    "rates": {"rate_limits": {"tunnel": {"requests": 1, "seconds": 86400, "burst": 3}}},
+}
 
 
 @dataclass
@@ -79,7 +102,7 @@ class Step:
 
 
 reads = st.one_of(
-    st.tuples(st.sampled_from(LINES[:2]), st.sampled_from(SECTIONS[:4])).map(b"".join),
+    st.tuples(st.sampled_from(LINES[:2]), st.sampled_from(SECTIONS[:6])).map(b"".join),
     st.tuples(st.sampled_from(LINES), st.sampled_from(SECTIONS)).map(b"".join),
     st.lists(st.tuples(st.sampled_from(LINES), st.sampled_from(SECTIONS)).map(b"".join), min_size=2, max_size=3).map(
         b"".join
@@ -90,7 +113,8 @@ reads = st.one_of(
 def scripts(pool: list[bytes]) -> st.SearchStrategy[list[Step]]:
     """Scripts of a few different reads, which come again and again."""
     answers = st.one_of(st.just(0), st.integers(0, len(ANSWERS) - 1))
-    step = st.builds(Step, st.sampled_from(pool), answers, st.sampled_from(EVENTS), st.booleans())
+    events = st.sampled_from([*EVENTS, *POLICIES])
+    step = st.builds(Step, st.sampled_from(pool), answers, events, st.booleans())
     return st.lists(step, min_size=4, max_size=16)
 
 
@@ -135,6 +159,20 @@ class NoWaiting:
         return False
 
 
+class Gate(Server):
+    """A server that knows which passwords are good, and governs its tunnel."""
+
+    def govern(self, name: str) -> None:
+        tunnel = self.tunnel
+        tunnel.govern(tunnel.policy_version + 1, POLICIES[name])
+        rate = tunnel.policy.tunnel_rate
+        tunnel.settle(Rates(self.settings, self.loop.time).make("tun_web", rate, None))
+
+    def password(self, tunnel: Any, fields: list[bytes], address: str) -> str:
+        given = authorization(fields)
+        return "missing" if given is None else "valid" if given == b"Basic good" else "invalid"
+
+
 class Counted:
     """How often the short ways were taken."""
 
@@ -158,7 +196,7 @@ async def play(script: list[Step]) -> Any:
     agent = Agent()
     relay, far = Session(Recorder(), relay=True), Session(agent, relay=False)
     relay.greeted = far.greeted = True
-    server = Server(RelaySettings(relay_key=Secret("tnl_rly_unused")), relay)
+    server = Gate(RelaySettings(relay_key=Secret("tnl_rly_unused")), relay)
     server.holding = NoWaiting()  # type: ignore[assignment]
     seen: list[Any] = []
     visitor: Visitor | None = None
@@ -182,11 +220,13 @@ async def play(script: list[Step]) -> Any:
             visitor.expire()
         elif event == "lose":
             wire.closed = True
+        elif event in POLICIES:
+            server.govern(event)
 
     for step in script:
         if visitor is None:
             wire = Memory()
-            visitor = Watched(server, b"http", 80)
+            visitor = Watched(server, Door(b"http", 80))
             visitor.connection_made(wire)
         if not step.late:
             happen(step.event)
@@ -233,6 +273,8 @@ GET = LINES[0] + SECTIONS[0]
 @example(script=told(b"\r\n" + GET, b"\r\n" + GET, b"\r\n" + GET, b"GET /b HTTP/1.1\r\n" + GET))
 @example(script=told(GET, b"\r\n\r\n\r\n", GET, b"\r\n\r\n\r\n", GET, b"GET /a HTTP/1.1\r\n\r\n\r\n"))
 @example(script=told(GET, GET, GET, GET, event="pause"))
+@example(script=[*told(GET, GET, GET, event="headers"), *told(GET, GET, GET, event="open"), *told(GET, GET)])
+@example(script=[*told(GET, GET, GET, event="barred"), *told(GET, GET, event="let in"), *told(GET, GET)])
 @settings(max_examples=400, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(script=st.lists(reads, min_size=1, max_size=4).flatmap(scripts))
 def test_nothing_differs(script: list[Step]) -> None:

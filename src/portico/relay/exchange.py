@@ -14,12 +14,14 @@ import secrets
 from typing import TYPE_CHECKING, cast
 
 from portico.relay import heads
-from portico.relay.decide import decide
+from portico.relay.decide import PASSWORD, decide
 from portico.relay.heads import PASS
+from portico.relay.policy import OPEN
 from portico.wire import frames as f
 from portico.wire.session import Stream
 
 if TYPE_CHECKING:
+    from portico.relay.door import Door
     from portico.relay.http1 import Visitor
     from portico.relay.peers import RemoteTunnel
     from portico.relay.sessions import LiveTunnel
@@ -69,6 +71,8 @@ class Exchange:
     keep_alive = True
     started = False
     held = False  # waits, or waited, for its tunnel to come back
+    judged = False  # its password was, or is being, checked
+    policy = OPEN  # under which it was forwarded
     counted = False  # holds a place in the tunnel's concurrency
     received = False  # the request is here, whole
     blocked = False  # waits for credit: nothing more is read from the visitor
@@ -92,10 +96,40 @@ class Exchange:
         if method == b"HEAD":
             self.head_only = True
 
+    # ── the facts of its decision ─────────────────────────────────────────────────────────────────────────────────
     @property
-    def known(self) -> bool:
-        """Whether the platform knows the host, live or not."""
-        return self.conn.server.knows(self.host)
+    def standing(self) -> str | None:
+        """The state of the tunnel that the platform has for the host, live or not."""
+        return self.conn.server.standing(self.host)
+
+    @property
+    def door(self) -> Door:
+        return self.conn.door
+
+    @property
+    def secure(self) -> bool:
+        """Whether the visitor's side is encrypted."""
+        return not self.conn.plain
+
+    @property
+    def address(self) -> str:
+        """The client's."""
+        return self.conn.address
+
+    @property
+    def certified(self) -> bool:
+        return self.conn.certified
+
+    def password(self) -> str:
+        """What is known of the request's password: missing, valid, invalid, throttled, or need."""
+        assert self.tunnel is not None
+        return self.conn.server.password(self.tunnel, self.fields, self.address)
+
+    def wait(self) -> float:
+        """Seconds until the rates have room; 0 when they have it now."""
+        assert self.tunnel is not None
+        assert self.tunnel.rates is not None
+        return self.tunnel.rates.check(self.address, self.conn.server.loop.time())
 
     # ── the request ───────────────────────────────────────────────────────────────────────────────────────────────
     def start(self) -> None:
@@ -106,24 +140,25 @@ class Exchange:
         self.tunnel = tunnel = conn.server.find(self.host)
         code = decide(self)
         if code is not None:
-            if code in MAY_WAIT and not self.held and conn.server.holding.take(self, code):
-                self.held = self.blocked = True
-                self.started = False
-                conn.update_reading()
-            else:
+            if not self._postponed(code):
                 self.refuse(code)
             return
         assert tunnel is not None
+        if tunnel.rates is not None:
+            tunnel.rates.take(self.address, conn.server.loop.time())
         tunnel.inflight += 1
         self.counted = True
         tunnel.counters.requests += 1
-        wire = self.wire
+        self.policy = policy = tunnel.policy
         flags = 0 if self.with_body or self.upgrade else f.F_END
         if self.upgrade:
             flags |= f.F_UPGRADE
         try:
+            wire = self.wire
             if wire is None:
                 wire = self.wire = heads.wire_fields(self.fields)
+            if policy.request is not None:
+                wire = heads.wire_fields(policy.request(self.fields))
             known_for, forwarding = conn.forwarded
             if known_for != self.host:
                 forwarding = conn.forwarding(self.host)
@@ -140,8 +175,26 @@ class Exchange:
         elif self.received:
             self._maybe_end()
 
+    def _postponed(self, code: str) -> bool:
+        """Whether the request waits for what would change the answer; it hears :meth:`go_on` then."""
+        server = self.conn.server
+        if code is PASSWORD:
+            if self.judged:  # and forgotten at once: there are too many of them
+                return False
+            self.judged = True
+            assert self.tunnel is not None
+            server.judge(self.tunnel, self.fields, self.address, self.go_on)
+        elif code in MAY_WAIT and not self.held and server.holding.take(self, code):
+            self.held = True
+        else:
+            return False
+        self.blocked = True
+        self.started = False
+        self.conn.update_reading()
+        return True
+
     def go_on(self) -> None:
-        """The wait for its tunnel is over, one way or the other."""
+        """The wait is over, one way or the other."""
         conn = self.conn
         if conn.closed or conn.current is not self or self.done:
             return
@@ -232,6 +285,9 @@ class Exchange:
         self.responded = True
         conn = self.conn
         conn.deadline = conn.NEVER
+        given, edit = head, self.policy.response
+        if edit is not None:
+            head = [head[0], *edit(head[1:])]
         out = [heads.STATUS_LINES[status, head[0]]]
         length, upgrade = self._fields(out, head)
         if length == -2:
@@ -254,7 +310,7 @@ class Exchange:
         if conn.draining:
             self.keep_alive = False
         if self.framing == COUNTED and self.left < SMALL and not (self.http10 or self.upgrade):
-            self._learn(status, head, out)
+            self._learn(status, given, out)
         if not self.keep_alive:
             out.append(b"Connection: close\r\n")
         elif self.http10:
@@ -276,8 +332,9 @@ class Exchange:
         """Remember the head of an ordinary answer, from the second time on; ``out``: its lines, but for what the visitor's
         connection adds."""
         payload = f.encode_response(status, head)
-        if heads.KNOWN_ANSWERS.worth(payload):
-            heads.KNOWN_ANSWERS.remember(payload, heads.KnownAnswer(b"".join((*out, b"\r\n")), self.left))
+        answers = self.policy.answers
+        if answers.worth(payload):
+            answers.remember(payload, heads.KnownAnswer(b"".join((*out, b"\r\n")), self.left))
 
     def _fields(self, out: list[bytes], head: list[bytes]) -> tuple[int, bool]:
         """Append the fields that pass; ``(content length or -1 for none or -2 for a bad one, whether Upgrade was there)``."""
@@ -426,6 +483,8 @@ class Exchange:
 
     def refuse(self, code: str, detail: str | None = None) -> None:
         """Answer with a refusal page; the stream, if any, is over."""
+        if code is PASSWORD:
+            code = "edge.auth_throttled"
         self.responded = self.done = True
         self.sending = False
         self.pending = []

@@ -19,11 +19,12 @@ import httptools
 
 from portico.kit.gone import GONE
 from portico.relay import heads
-from portico.relay.decide import decide
 from portico.relay.exchange import ID_PREFIX, ID_SERIAL, Exchange, request_id
+from portico.relay.policy import OPEN, Compiled
 
 if TYPE_CHECKING:
-    from portico.relay.listeners import PublicServer
+    from portico.relay.door import Door
+    from portico.relay.listeners import Headers, PublicServer
     from portico.relay.peers import RemoteTunnel
     from portico.relay.sessions import LiveTunnel
     from portico.wire.session import Stream
@@ -58,7 +59,6 @@ class Visitor(asyncio.BufferedProtocol):
     # Defaults stand on the class: many connections bring one request and change few of them.
     transport: asyncio.Transport = GONE
     address = ""
-    port = 0
     parser: Any = None  # made when the first request comes that is not a known one
     current: Exchange | None = None
     parsing: Exchange | None = None
@@ -88,19 +88,24 @@ class Visitor(asyncio.BufferedProtocol):
     resting = True  # between two requests, with nothing of the next one in the parser
     unsent = -1  # bytes that the visitor had not taken at the last look after the close; -1 before it
     forwarded = (b"", b"")
-    #: The head of the last request that was a known one, and its fields with ours behind them.
-    repeated: tuple[heads.KnownHead | None, bytes] = (None, b"")
+    #: The head of the last request that was a known one, the policy that it fell under, and its fields with ours behind them.
+    repeated: tuple[heads.KnownHead | None, Compiled, bytes] = (None, OPEN, b"")
+    candidate = cast("heads.KnownHead", None)  # the known head that is decided on, and then :attr:`asked`
+    #: Policy and host for which all that is the same for every request of this connection was found good.
+    cleared: tuple[Compiled | None, bytes] = (None, b"")
+    certified = False  # a client certificate was presented, and verified against the door's authority
 
-    def __init__(self, server: PublicServer, scheme: bytes, port: int) -> None:
-        """``port``: the public one that the connection came in by."""
+    def __init__(self, server: PublicServer, door: Door) -> None:
         self.server = server
-        self.scheme = scheme
-        self.port = port
+        self.door = door
+        self.plain = door.scheme == b"http"
 
     # ── transport events ──────────────────────────────────────────────────────────────────────────────────────────
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.address = plain_address(transport.get_extra_info("peername"))
+        if self.door.client_ca is not None:
+            self.certified = presented_certificate(transport)
         settings = self.server.settings
         self.transport.set_write_buffer_limits(high=settings.visitor_write_buffer_bytes)
         self.deadline = self.server.now + settings.head_timeout_seconds
@@ -168,12 +173,12 @@ class Visitor(asyncio.BufferedProtocol):
             return False
         if self.raw:
             current.end()
-            return self.scheme == b"http"  # TLS has no half-close: the connection ends both ways
+            return self.plain  # TLS has no half-close: the connection ends both ways
         if not current.received:
             return False  # the request can never be complete
         self.written_at_eof = self.written
         self.deadline = min(self.deadline, self.server.now + HALF_CLOSE_SECONDS)
-        return self.scheme == b"http"
+        return self.plain
 
     def pause_writing(self) -> None:
         self.paused = True
@@ -220,35 +225,66 @@ class Visitor(asyncio.BufferedProtocol):
         """
         plain = heads.PLAIN_LINES[line]
         server = self.server
-        self.tunnel = tunnel = server.find(known.host)
-        if plain is None or decide(self) is not None:
+        host = known.host
+        self.tunnel = tunnel = server.find(host)
+        if plain is None or tunnel is None:
             return False
-        assert tunnel is not None
-        for_known, fields = self.repeated
-        if for_known is not known:
-            fields = known.wire + self.forwarding(known.host)
-            self.repeated = (known, fields)
+        policy = tunnel.policy
+        self.candidate = known
+        if self.cleared[0] is not policy or self.cleared[1] != host:
+            for check in tunnel.chain.connection:
+                if check(self) is not None:
+                    return False
+            self.cleared = (policy, host)
+        for check in tunnel.chain.request:
+            if check(self) is not None:
+                return False
+        for_known, for_policy, fields = self.repeated
+        if for_known is not known or for_policy is not policy:
+            edit = policy.request
+            fields = (known.wire if edit is None else heads.wire_fields(edit(known.fields))) + self.forwarding(host)
+            self.repeated = (known, policy, fields)
         rid = b"%b%010x" % (ID_PREFIX, next(ID_SERIAL))
         ident = tunnel.session.open_lazy(tunnel.bind_bytes, plain, fields, rid, self)
         self.asked = (ident, plain, known, rid)
         self.resting = False
+        if tunnel.rates is not None:
+            tunnel.rates.take(self.address, server.loop.time())
         tunnel.inflight += 1
         tunnel.counters.requests += 1
         self.deadline = server.now + server.first_byte_seconds
         return True
 
+    # The facts of a decision on a request with known fields; the host is a live one.
+    standing: str | None = "active"
+
     @property
-    def known(self) -> bool:
-        """Whether the platform knows the host of a request that is decided on; here only where it is live."""
-        return True
+    def host(self) -> bytes:
+        return self.candidate.host
+
+    @property
+    def secure(self) -> bool:
+        return not self.plain
+
+    def password(self) -> str:
+        """What is known of the request's password."""
+        assert self.tunnel is not None
+        return self.server.password(self.tunnel, self.candidate.fields, self.address)
+
+    def wait(self) -> float:
+        """Seconds until the rates have room."""
+        assert self.tunnel is not None
+        assert self.tunnel.rates is not None
+        return self.tunnel.rates.check(self.address, self.server.loop.time())
 
     def on_whole(self, response: bytes, body: bytes) -> bool:
         """The whole answer to what was asked: written at once when its head is a known one."""
-        known = heads.KNOWN_ANSWERS.get(response)
-        if known is None or known.length != len(body) or self.draining or self.paused:
-            return False
         tunnel, asked = self.tunnel, self.asked
         assert tunnel is not None and asked is not None
+        # The memo is the policy's under which it was asked, as `repeated` has it.
+        known = self.repeated[1].answers.get(response)
+        if known is None or known.length != len(body) or self.draining or self.paused:
+            return False
         self.asked = None
         tunnel.inflight -= 1
         if asked[2].keep_alive:
@@ -273,6 +309,7 @@ class Visitor(asyncio.BufferedProtocol):
         method, _, target = plain.partition(b"\0")
         exchange = Exchange(self, known.host, method, target, known.fields)
         exchange.wire, exchange.id, exchange.tunnel = known.wire, rid, tunnel
+        exchange.policy = self.repeated[1]
         exchange.started = exchange.counted = exchange.received = True
         exchange.keep_alive = known.keep_alive
         self.current = exchange
@@ -575,7 +612,7 @@ class Visitor(asyncio.BufferedProtocol):
     def forwarding(self, host: bytes) -> bytes:
         """The forwarding fields as a frame has them, up to the request's own id; computed once for a connection and host."""
         if self.forwarded[0] != host:
-            self.forwarded = (host, heads.FORWARDING[self.address, self.scheme, host, self.port])
+            self.forwarded = (host, heads.FORWARDING[self.address, self.door.scheme, host, self.door.port])
         return self.forwarded[1]
 
     def write_head(self, head: bytes) -> None:
@@ -625,6 +662,7 @@ class Visitor(asyncio.BufferedProtocol):
             head_only=exchange.head_only,
             host=exchange.host,
             detail=detail,
+            fields=self.server.refusal_fields(exchange, code),
         )
         exchange.keep_alive = keep
         self.finished(exchange)
@@ -639,11 +677,19 @@ class Visitor(asyncio.BufferedProtocol):
         head_only: bool = False,
         host: bytes = b"",
         detail: str | None = None,
+        fields: Headers = (),
     ) -> None:
         self.server.refused(code)
         self.write(
             self.server.page(
-                code, ident, html=html, keep_alive=keep_alive, head_only=head_only, host=host, detail=detail
+                code,
+                ident,
+                html=html,
+                keep_alive=keep_alive,
+                head_only=head_only,
+                host=host,
+                detail=detail,
+                extra=fields,
             )
         )
 
@@ -720,7 +766,7 @@ class Visitor(asyncio.BufferedProtocol):
         self.current = None
         self.queue = cast("deque[Exchange]", ())
         self.deadline = self.server.now + LINGER_SECONDS
-        if self.eof or self.scheme != b"http" or not self.transport.can_write_eof():
+        if self.eof or not self.plain or not self.transport.can_write_eof():
             self.transport.close()
             return
         self.transport.write_eof()
@@ -807,6 +853,12 @@ def plain_address(peer: Any) -> str:
         return ""
     address = str(peer[0]).split("%", 1)[0]
     return address[7:] if address.startswith("::ffff:") and "." in address else address
+
+
+def presented_certificate(transport: asyncio.BaseTransport) -> bool:
+    """Whether the visitor presented a certificate; the handshake verified it against the context's authority, or failed."""
+    tls = transport.get_extra_info("ssl_object")
+    return tls is not None and tls.getpeercert(binary_form=True) is not None
 
 
 def reset_transport(transport: asyncio.Transport) -> None:

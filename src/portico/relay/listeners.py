@@ -12,7 +12,7 @@ import math
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import picows
@@ -21,7 +21,8 @@ from portico.errors import Problem
 from portico.kit.carrier import MAX_MESSAGE
 from portico.kit.networks import is_loopback, network
 from portico.relay import pages
-from portico.relay.credentials import Credentials
+from portico.relay.credentials import Credentials, authorization
+from portico.relay.door import Door
 from portico.relay.exchange import Exchange
 from portico.relay.heads import STATUS_LINES
 from portico.relay.holding import Holding
@@ -29,7 +30,6 @@ from portico.relay.http1 import READ_SIZE, Visitor
 from portico.relay.peers import Peers, RemoteTunnel
 from portico.relay.sessions import Agents, LiveTunnel
 from portico.relay.snapshot import Snapshot
-from portico.relay.tally import Tally
 from portico.settings import RelaySettings
 from portico.wire.frames import PROTOCOL
 
@@ -48,6 +48,10 @@ _REASONS = {
 }
 
 
+#: Fields of an answer of ours.
+Headers = Sequence[tuple[bytes, bytes]]
+
+
 class Guest(Protocol):
     """A visitor's connection, of whatever protocol, as the server counts and times it."""
 
@@ -55,10 +59,6 @@ class Guest(Protocol):
     deadline: float
     draining: bool
     transport: asyncio.Transport
-
-    @property
-    def scheme(self) -> bytes:
-        """What it came in as: ``http``, ``https``, ``tcp`` or ``tls``."""
 
     def expire(self) -> None:
         """Its deadline passed."""
@@ -89,8 +89,8 @@ class PublicServer:
         self.connections: set[Guest] = set()
         self.turned_away: set[Guest] = set()
         self.refusals: Counter[str] = Counter()
-        self.tally = Tally()
         self._by_address: Counter[str] = Counter()
+        self.credentials = Credentials(settings, self.loop)
         self.by_host = agents.by_host
         self._remote = peers.by_host
         self._base = settings.base_domain.encode().lower()
@@ -111,7 +111,6 @@ class PublicServer:
         if self._by_address[address] >= limits.connections_per_address and not exempt:
             return False
         self._by_address[address] += 1
-        self.tally.accepted[visitor.scheme] += 1
         self.connections.add(visitor)
         visitor.draining = self._draining
         return True
@@ -161,6 +160,7 @@ class PublicServer:
         for visitor in self.turned_away:
             visitor.transport.abort()
         self._sweeper.cancel()
+        self.credentials.close()
         self.holding.close()
         self.credentials.close()
         return len(left)
@@ -183,9 +183,42 @@ class PublicServer:
         """The live tunnel of a normalised host, here or on a peer."""
         return self.by_host.get(host) or self._remote.get(host)
 
-    def knows(self, host: bytes) -> bool:
-        """Whether the platform knows a normalised host, live or not."""
-        return self.snapshot.tunnel_for_host(host.decode("ascii", "replace")) is not None
+    def standing(self, host: bytes) -> str | None:
+        """The state of the tunnel that the platform has for a normalised host, live or not; ``None`` when it has none."""
+        row = self.snapshot.tunnel_for_host(host.decode("ascii", "replace"))
+        return row.state if row is not None else None
+
+    def password(self, tunnel: LiveTunnel | RemoteTunnel, fields: list[bytes], address: str) -> str:
+        """What is known of a request's password: missing, valid, invalid, throttled, or need (see :meth:`judge`)."""
+        users = tunnel.policy.users
+        assert users is not None
+        return self.credentials.look(users, authorization(fields), address, self.loop.time())
+
+    def judge(
+        self, tunnel: LiveTunnel | RemoteTunnel, fields: list[bytes], address: str, done: Callable[[], None]
+    ) -> None:
+        """Check a request's password off the loop; ``done`` is called when :meth:`password` knows more."""
+        users, given = tunnel.policy.users, authorization(fields)
+        assert users is not None
+        assert given is not None
+        self.credentials.verify(users, given, address, done)
+
+    def refusal_fields(self, exchange: Exchange, code: str) -> Headers:
+        """The header fields that a refusal of this request has beside its code's own."""
+        tunnel = exchange.tunnel
+        if tunnel is None:
+            return ()
+        policy = tunnel.policy
+        if code in ("edge.auth_required", "edge.auth_invalid") and policy.users is not None:
+            return (pages.challenge(policy.realm),)
+        if code == "edge.https_redirect":
+            port = self.settings.public_https_port or self.settings.https_port
+            return (pages.location(exchange.host, port, exchange.target),)
+        if code == "edge.rate_limited":
+            return (pages.retry_after(exchange.wait()),)
+        if code == "edge.auth_throttled":
+            return (pages.retry_after(self.credentials.retry_after(exchange.address)),)
+        return ()
 
     def wants_html(self, exchange: Exchange) -> bool:
         fields = exchange.fields
@@ -205,7 +238,7 @@ class PublicServer:
         head_only: bool = False,
         host: bytes = b"",
         detail: str | None = None,
-        extra: Sequence[tuple[bytes, bytes]] = (),
+        extra: Headers = (),
     ) -> bytes:
         """A whole refusal (``extra``: see ``pages.refusal``), or the landing page of the base domain where nothing else is."""
         if code == "edge.host_unassigned" and host == self._base:
@@ -235,12 +268,11 @@ async def serve_public(
     public: PublicServer, sock: socket.socket, context: ssl.SSLContext | None, backlog: int
 ) -> asyncio.Server:
     """Visitors on ``sock``, in clear text or with TLS."""
-    scheme = b"https" if context is not None else b"http"
     name = sock.getsockname()
-    port = name[1] if isinstance(name, tuple) else 0
+    door = Door(b"https" if context is not None else b"http", name[1] if isinstance(name, tuple) else 0)
     timeout = public.settings.head_timeout_seconds if context is not None else None
     return await public.loop.create_server(
-        lambda: Visitor(public, scheme, port), sock=sock, ssl=context, backlog=backlog, ssl_handshake_timeout=timeout
+        lambda: Visitor(public, door), sock=sock, ssl=context, backlog=backlog, ssl_handshake_timeout=timeout
     )
 
 
@@ -270,7 +302,7 @@ class ControlListener:
         if path == b"/healthz":
             return _answer(200, b"ok\n", "text/plain")
         if path == b"/readyz":
-            ready = self.ready()
+            ready = self.agents.snapshot.version is not None and not self.agents.draining
             return _answer(200 if ready else 503, b"ready\n" if ready else b"not ready\n", "text/plain")
         if path not in (b"/v1/connect", b"/v1/peer"):
             return None
@@ -280,10 +312,6 @@ class ControlListener:
             self.refusals[problem.code] += 1
             log.info("agent refused", extra={"f": {"code": problem.code, "detail": problem.detail}})
             return _refusal(problem)
-
-    def ready(self) -> bool:
-        """Whether visitors and agents should come here."""
-        return self.agents.snapshot.version is not None and not self.agents.draining
 
     def _connect(self, request: Any, *, peer: bool) -> Any:
         offered = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
@@ -304,15 +332,15 @@ class ControlListener:
 
 
 async def serve_control(
-    control: ControlListener, sock: socket.socket, context: ssl.SSLContext | None, backlog: int
+    agents: Agents, peers: Peers, sock: socket.socket, context: ssl.SSLContext | None, backlog: int
 ) -> asyncio.Server:
     """Agents on ``sock``."""
     return await picows.ws_create_server(
-        control,
+        ControlListener(agents, peers),
         sock=sock,
         ssl=context,
         backlog=backlog,
-        websocket_handshake_timeout=control.agents.settings.hello_timeout_seconds,
+        websocket_handshake_timeout=agents.settings.hello_timeout_seconds,
         max_frame_size=MAX_MESSAGE,
         enable_auto_pong=False,  # the carrier answers
     )

@@ -16,18 +16,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import picows
 
 from portico.kit.carrier import MAX_MESSAGE, Carrier
 from portico.relay.control_link import Backoff
 from portico.relay.meter import Counters
+from portico.relay.policy import Governed, PolicyInvalid
 from portico.relay.sessions import Agents, LiveTunnel, new_session
 from portico.settings import RelaySettings
 from portico.wire import frames as f
 from portico.wire.session import IGNORE, Session, Sink, Stream
+
+if TYPE_CHECKING:
+    from portico.relay.rates import TunnelRates
 
 log = logging.getLogger("portico.relay.peers")
 
@@ -40,18 +44,28 @@ CROSSING_SECONDS = 5.0
 GONE, LOST = "tunnel.moved", "tunnel.lost"
 
 
-class RemoteTunnel:
-    """A tunnel that is live on a peer; what a decision and an exchange need of one."""
+class RemoteTunnel(Governed):
+    """A tunnel that is live on a peer; what a decision and an exchange need of one. Where the visitor came in is decided on;
+    the owner counts."""
 
-    __slots__ = ("bind_bytes", "concurrency", "counters", "hosts", "inflight", "session")
+    __slots__ = ("bind_bytes", "counters", "hosts", "organization", "plan", "session", "tunnel")
 
-    def __init__(self, session: Session, bind: int, hosts: tuple[bytes, ...], concurrency: int) -> None:
+    def __init__(self, session: Session, bind: int, announced: Mapping[str, Any]) -> None:
+        """Raises ``PolicyInvalid``: what this relay cannot enforce it does not pass on."""
+        super().__init__(raw=announced["proto"] != "http", passthrough=announced["proto"] == "tls")
         self.session = session
         self.bind_bytes = f.U32.pack(bind)
-        self.hosts = hosts
-        self.concurrency = concurrency
-        self.inflight = 0
-        self.counters = Counters("", "")  # the owner counts
+        self.tunnel = str(announced["tunnel"])
+        self.organization = str(announced["organization"])
+        self.hosts = tuple(str(host).encode() for host in announced["hosts"])
+        self.plan = {str(name): int(limit) for name, limit in announced["limits"].items()}
+        self.allowance = int(announced["concurrency"])
+        self.counters = Counters("", "")
+        self.govern(int(announced["policy_version"]), announced["policy"])
+
+    def limits(self) -> Mapping[str, int]:
+        """The limits of the plan."""
+        return self.plan
 
     @property
     def reachable(self) -> bool:
@@ -105,8 +119,13 @@ class Inbound(_Quiet):
         self.on_unbind(bind, "", "")
         announced = json.loads(grant)
         self.peers.agents.moved(announced["tunnel"], announced["session"], (announced["gen"], announced["connect"]))
-        hosts = tuple(str(host).encode() for host in announced["hosts"])
-        remote = RemoteTunnel(self.session, bind, hosts, int(announced["concurrency"]))
+        try:
+            remote = RemoteTunnel(self.session, bind, announced)
+        except PolicyInvalid as err:
+            fields = {"tunnel": announced["tunnel"], "why": str(err)}
+            log.error("a peer's tunnel has a policy that this relay cannot read", extra={"f": fields})
+            return
+        remote.settle(self.peers.rates_of(remote))
         self.tunnels[bind] = remote
         self.peers.add(remote)
 
@@ -180,7 +199,12 @@ class Outbound(_Quiet):
         generation, connect = live.connection.order
         announced = {
             "hosts": [host.decode() for host in live.hosts],
-            "concurrency": live.concurrency,
+            "concurrency": live.allowance,
+            "limits": dict(live.grant.limits),
+            "proto": live.grant.proto,
+            "organization": live.grant.org,
+            "policy_version": live.policy_version,
+            "policy": live.document,
             "tunnel": live.grant.tun,
             "session": live.connection.claims.sid,
             "gen": generation,
@@ -326,7 +350,10 @@ class Peers:
         self.outbound: set[Outbound] = set()
         #: Called with the hosts of a tunnel that a peer announced.
         self.on_bound: list[Callable[[tuple[bytes, ...]], None]] = []
+        #: The rates that a tunnel's policy and plan set.
+        self.rates_of: Callable[[RemoteTunnel], TunnelRates | None] = lambda remote: None
         agents.on_bound.append(self._bound)
+        agents.on_governed.append(self._bound)
         agents.on_dropped.append(self._dropped)
 
     def accept(self) -> Inbound:

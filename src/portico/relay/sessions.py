@@ -14,8 +14,8 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from picows import WSCloseCode
 
@@ -23,11 +23,15 @@ from portico.errors import Problem
 from portico.kit.carrier import Carrier
 from portico.relay.control_link import ControlLink
 from portico.relay.meter import Counters, Meter
-from portico.relay.snapshot import Change, Snapshot
+from portico.relay.policy import Governed, PolicyInvalid
+from portico.relay.snapshot import Change, Snapshot, TunnelRow
 from portico.settings import RelaySettings
 from portico.wire import frames as f
 from portico.wire.grants import GrantClaims, SessionClaims, verify_grant, verify_session
 from portico.wire.session import Handler, Session, Sink, Stream
+
+if TYPE_CHECKING:
+    from portico.relay.rates import TunnelRates
 
 log = logging.getLogger("portico.relay.sessions")
 
@@ -38,21 +42,18 @@ ROW_DELAY_SECONDS = 15.0
 MAX_DEPARTURES, REASON_CHARS = 20_000, 120
 
 
-class LiveTunnel:
-    """A tunnel bound on a connection of this relay. ``inflight`` and ``concurrency`` are what the decision looks at."""
+class LiveTunnel(Governed):
+    """A tunnel bound on a connection of this relay."""
 
-    __slots__ = (
-        "bind", "bind_bytes", "concurrency", "connection", "counters", "grant", "hosts", "inflight", "returning", "session",
-    )  # fmt: skip
+    __slots__ = ("bind", "bind_bytes", "connection", "counters", "grant", "hosts", "returning", "session")
 
     def __init__(self, connection: AgentConnection, bind: int, grant: GrantClaims, counters: Counters) -> None:
+        super().__init__(raw=grant.proto != "http", passthrough=grant.proto == "tls")
         self.connection = connection
         self.session = connection.session
         self.bind = bind
         self.bind_bytes = f.U32.pack(bind)
         self.counters = counters
-        self.inflight = 0
-        self.concurrency = 0
         self.hosts: tuple[bytes, ...] = ()
         self.grant = grant
         self.returning = False  # it went without a word, or to come again at once
@@ -60,7 +61,11 @@ class LiveTunnel:
     def adopt(self, grant: GrantClaims, default_concurrency: int) -> None:
         self.grant = grant
         self.hosts = tuple(host.host.encode() for host in grant.hosts)
-        self.concurrency = grant.limits.get("concurrency") or default_concurrency
+        self.allowance = grant.limits.get("concurrency") or default_concurrency
+
+    def limits(self) -> Mapping[str, int]:
+        """The limits of the plan, as the grant has them."""
+        return self.grant.limits
 
     @property
     def reachable(self) -> bool:
@@ -259,6 +264,10 @@ class Agents:
         self.returning: dict[bytes, float] = {}
         self.on_bound: list[Callable[[LiveTunnel], None]] = []
         self.on_dropped: list[Callable[[LiveTunnel], None]] = []
+        #: A live tunnel has another policy.
+        self.on_governed: list[Callable[[LiveTunnel], None]] = []
+        #: The rates that a tunnel's policy and grant set.
+        self.rates_of: Callable[[LiveTunnel], TunnelRates | None] = lambda live: None
         #: The platform ended a tunnel, with this code: what is in flight on it ends too, where it has no end of its own.
         self.on_ended: list[Callable[[LiveTunnel, str], None]] = []
         #: Opens what a tunnel needs beside its hosts. ``False``: :meth:`announce` or :meth:`refuse` is called later.
@@ -382,21 +391,45 @@ class Agents:
 
     def _install(self, connection: AgentConnection, bind: int, grant: GrantClaims) -> None:
         """Bind, or renew the grant of what is bound."""
-        live = self.by_tunnel.get(grant.tun)
-        if live is None or live.connection is not connection or live.bind != bind:
-            if live is not None:
-                self.drop(live)
+        held = self.by_tunnel.get(grant.tun)
+        if held is not None and held.connection is connection and held.bind == bind:
+            live = held
+            self._govern(live, grant)
+        else:
             live = LiveTunnel(connection, bind, grant, self.meter.counters(grant.tun, grant.org))
+            self._govern(live, grant)
+            if held is not None:
+                self.drop(held)
             self.by_tunnel[grant.tun] = connection.binds[bind] = live
             self.poke()
         self._unmap(live)
         live.adopt(grant, self.settings.default_concurrency)
+        live.settle(self.rates_of(live))
         for host in live.hosts:
             self.by_host[host] = live
         for callback in self.on_bound:
             callback(live)
         if self.listen(live):
             self.announce(live)
+
+    def _govern(self, live: LiveTunnel, grant: GrantClaims) -> None:
+        """The newest policy that can be read, of the grant's and the edge state's; raises when there is none: a tunnel whose
+        policy is not understood is not served without it."""
+        row = self.snapshot.tunnel(grant.tun)
+        refusal: PolicyInvalid | None = None
+        offered = [(grant.policy_version, grant.policy)]
+        if row is not None:
+            offered.append((row.policy_version, row.policy))
+        for version, document in sorted(offered, key=lambda offer: offer[0], reverse=True):
+            try:
+                live.govern(version, document)
+            except PolicyInvalid as err:
+                _say_unread(live, version, err)
+                refusal = err
+                continue
+            return
+        if live.policy_version < 0:
+            raise Problem("tunnel.policy_invalid", f"this relay cannot read the tunnel's policy: {refusal}")
 
     def announce(self, live: LiveTunnel) -> None:
         """Tell the agent that its tunnel is bound."""
@@ -511,12 +544,27 @@ class Agents:
             return
         if change.kind == "tunnel_removed":
             self._end(live, change.code, "the tunnel was deleted")
-        elif change.row is not None and change.row.generation > live.grant.gen:
+            return
+        if change.row is not None and change.row.policy_version > live.policy_version:
+            self._new_policy(live, change.row)
+        if change.row is not None and change.row.generation > live.grant.gen:
             if change.row.active:
                 live.connection.unbind(live, "tunnel.grant_stale", "the tunnel changed; ask for a new grant")
             else:
                 code = _STATE_CODES.get(change.row.state, "tunnel.stopped")
                 self._end(live, code, f"the tunnel is {change.row.state}")
+
+    def _new_policy(self, live: LiveTunnel, row: TunnelRow) -> None:
+        """A new policy holds for what comes from now on; one that cannot be read leaves the old one as it is."""
+        try:
+            live.govern(row.policy_version, row.policy)
+        except PolicyInvalid as err:
+            _say_unread(live, row.policy_version, err)
+            return
+        live.settle(self.rates_of(live))
+        log.info("tunnel policy changed", extra={"f": {"tunnel": row.id, "version": row.policy_version}})
+        for callback in self.on_governed:
+            callback(live)
 
     def _end(self, live: LiveTunnel, code: str, detail: str) -> None:
         live.connection.unbind(live, code, detail)
@@ -572,6 +620,11 @@ class Agents:
         for connection in list(self.connections):
             connection.carrier.end(WSCloseCode.GOING_AWAY, "relay shut down")
         await asyncio.sleep(0)
+
+
+def _say_unread(live: LiveTunnel, version: int, why: PolicyInvalid) -> None:
+    fields = {"tunnel": live.grant.tun, "version": version, "why": str(why)}
+    log.error("a tunnel's policy cannot be read; the one before it stays", extra={"f": fields})
 
 
 _STATE_CODES = {"stopped": "tunnel.stopped", "suspended": "edge.account_suspended"}

@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -49,9 +49,13 @@ class OutOfOrder(SnapshotInvalid):
     """A delta that does not follow the state held; only a new snapshot helps."""
 
 
+_NO_POLICY: Mapping[str, Any] = {}  # one for all: most tunnels have none
+
+
 @dataclass(frozen=True, slots=True)
 class TunnelRow:
-    """One tunnel as the control plane sees it. ``canonical``: the row as received, for hash and copy."""
+    """One tunnel as the control plane sees it. ``canonical``: the row as received, for hash and copy. ``policy`` is read by
+    whoever has the tunnel live: one that this relay does not understand is no fault of the stream."""
 
     id: str
     organization: str
@@ -59,6 +63,8 @@ class TunnelRow:
     state: str
     generation: int
     canonical: bytes
+    policy_version: int = 0
+    policy: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def active(self) -> bool:
@@ -151,6 +157,8 @@ def _tunnel(value: Any) -> TunnelRow:
         state=_text(row.get("state"), "state of a tunnel"),
         generation=_whole(row.get("generation"), "generation of a tunnel"),
         canonical=canonical(row),
+        policy_version=_whole(row.get("policy_version", 0), "policy version of a tunnel"),
+        policy=_object(row.get("policy", {}), "policy of a tunnel") or _NO_POLICY,
     )
 
 

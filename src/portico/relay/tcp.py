@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from portico.errors import Problem
 from portico.kit.sockets import bind_tcp
 from portico.relay.decide import decide
+from portico.relay.door import Door
 from portico.relay.exchange import RESET_CODES
 from portico.relay.http1 import READ_SIZE, STALL_SECONDS, plain_address, reset_transport
 from portico.wire import frames as f
@@ -186,13 +187,12 @@ class TcpPorts:
 
 class TcpVisitor(asyncio.BufferedProtocol):
     """One visitor's connection: its socket on this side, the sink of its stream on the other. Also the facts of its
-    decision (``tunnel``, ``known``) and a guest of ``PublicServer`` (``address``, ``deadline``, ``drain`` …)."""
+    decision (``tunnel``, ``door``, ``address`` …) and a guest of ``PublicServer`` (``address``, ``deadline``, ``drain`` …)."""
 
     NEVER: Final = math.inf
-    known = True
-    scheme: Final = b"tcp"
+    host, standing, secure, certified = b"", "active", False, False
     __slots__ = (
-        "address", "closed", "closing", "counted", "deadline", "draining", "eof", "heard", "opened", "paused",
+        "address", "closed", "closing", "counted", "deadline", "door", "draining", "eof", "heard", "opened", "paused",
         "paused_at", "pending", "port", "ports", "reading", "server", "stream", "transport", "tunnel", "unconsumed",
         "unsent",
     )  # fmt: skip
@@ -203,6 +203,7 @@ class TcpVisitor(asyncio.BufferedProtocol):
         self.server = ports.public
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
         self.tunnel: LiveTunnel | None = port.live
+        self.door = Door(b"tcp", port.number)
         self.stream: Stream | None = None
         self.address = ""
         self.pending = b""
@@ -230,9 +231,21 @@ class TcpVisitor(asyncio.BufferedProtocol):
         except OverflowError:
             self._refuse("edge.agent_unreachable")
             return
+        if live.rates is not None:
+            live.rates.take(self.address, self.server.loop.time())
         live.inflight += 1
         self.counted = True
         live.counters.connections += 1
+
+    def password(self) -> str:
+        """No head, no password: not asked."""
+        return "missing"
+
+    def wait(self) -> float:
+        """Seconds until the rates have room."""
+        assert self.tunnel is not None
+        assert self.tunnel.rates is not None
+        return self.tunnel.rates.check(self.address, self.server.loop.time())
 
     def get_buffer(self, sizehint: int) -> memoryview:
         room = self.stream.sendable() if self.stream is not None else READ_SIZE
