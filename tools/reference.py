@@ -265,7 +265,7 @@ def file_page() -> str:
                 continue
             value = f"{key.kind}, such as `{key.example}`" if key.example not in ("", key.kind) else key.kind
             fallback = "required" if key.required else key.default or "none"
-            only = f" Only for {key.only} tunnels." if key.only else ""
+            only = f" Only for {' and '.join(key.only)} tunnels." if key.only else ""
             lines.append(f"| `{key.name}` | {cell(value)} | {cell(fallback)} | {cell(key.about + only)} |")
     missing = [key for key in (*tunnel_keys.TOP, *tunnel_keys.TUNNEL) if key.refusal]
     lines += [
@@ -285,7 +285,7 @@ _CLI_INTRO = """# Command line
 [brackets] is what happens without the option. Every setting of a command can also come from the
 [environment or a file](limits.md). [Exit codes](exit-codes.md) have a page of their own.
 
-## What `http`, `tcp` and `start` print
+## What `http`, `tcp`, `tls` and `start` print
 
 On a terminal: a screen with the session, every tunnel and the last requests; of more tunnels than fit, those with trouble first.
 Without a terminal: log lines on stderr and one line `URL -> TARGET` for each tunnel on stdout. With `--json`: one object a line

@@ -853,6 +853,8 @@ class AgentSettings:
     # == Local target
     # Seconds to connect to the target (TLS included).
     target_connect_timeout_seconds: float = 10.0
+    # Seconds for a visitor's TLS handshake where the agent ends TLS (`portico tls --tls-cert`).
+    tls_handshake_timeout_seconds: float = 10.0
     # Seconds of silence of the target after a request was sent whole, then 504; 0 is no limit.
     first_byte_timeout_seconds: float = 300.0
     # Open connections to one target; requests above it wait for a free one. Upgraded connections do not count.

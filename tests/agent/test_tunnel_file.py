@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from portico.agent import tunnel_keys
 from portico.agent.durations import parse_duration, shown_duration
 from portico.agent.follow import tunnel_options
 from portico.agent.target import parse_target
+from portico.agent.tls_files import TlsFiles
 from portico.agent.tunnel_file import Config, Fault, read
 from portico.control.tunnels import names
+from tests.agent.certificates import certificate
 
 LIMIT = 1 << 20
 
@@ -81,6 +84,39 @@ class TestValues:
         assert options.spec == {"name": "ssh", "protocol": "tcp", "remote_port": 7105}
         assert (options.target.url, options.proxy_protocol) == ("tcp://localhost:22", 2)
 
+    def test_tls(self, tmp_path: Path) -> None:
+        both = certificate(tmp_path, "localhost")[1]
+        text = (
+            "version: 1\ntunnels:\n  through: {protocol: tls, addr: 8443, subdomain: vault, proxy_protocol: 2}\n"
+            f"  ended: {{protocol: tls, addr: 8000, tls_cert: ./{both.name}, tls_key: {both}, tls_alpn: 'h2, http/1.1'}}\n"
+        )
+        config = parsed(tmp_path, text)
+        assert config.faults == []
+        through, ended = (tunnel_options(config.tunnels[name]) for name in ("through", "ended"))
+        assert through.spec == {"name": "through", "protocol": "tls", "subdomain": "vault"}
+        assert (through.target.url, through.tls, through.proxy_protocol) == ("tls://localhost:8443", None, 2)
+        assert (ended.target.url, ended.tls) == ("tcp://localhost:8000", TlsFiles(both, both, ("h2", "http/1.1")))
+
+    @pytest.mark.parametrize(
+        ("lines", "where", "says"),
+        [
+            (["tls_cert: both.pem"], (6, 15), "tls_cert: it needs tls_key beside it"),
+            (["tls_key: both.pem"], (6, 14), "tls_key: it needs tls_cert beside it"),
+            (["tls_alpn: h2"], (6, 15), "tls_alpn: it needs tls_cert beside it"),
+            (["tls_cert: no.pem", "tls_key: both.pem"], (6, 15), "tls_cert: "),
+            (["tls_cert: both.pem", "tls_key: empty.pem"], (7, 14), "empty.pem holds no private key"),
+            (["tls_cert: both.pem", "tls_key: other.pem"], (7, 14), "is not the key of the certificate"),
+        ],
+    )
+    def test_certificates_are_looked_at(
+        self, tmp_path: Path, lines: list[str], where: tuple[int, int], says: str
+    ) -> None:
+        certificate(tmp_path, "localhost")[1].rename(tmp_path / "both.pem")
+        certificate(tmp_path, "localhost")[1].rename(tmp_path / "other.pem")
+        (tmp_path / "empty.pem").touch()
+        found = tunnel(tmp_path, "addr: 8443", "protocol: tls", *lines)
+        assert len(found) == 1 and found[0][:2] == where and says in found[0][2], found
+
     def test_the_local_page_can_be_switched_off(self, tmp_path: Path) -> None:
         config = parsed(tmp_path, "version: 1\nweb_addr: false\ntunnels:\n  a: {addr: 1}\n")
         assert (config.faults, config.settings["web_addr"]) == ([], "false")
@@ -89,7 +125,12 @@ class TestValues:
     def test_the_example_of_every_key_is_a_good_one(self, tmp_path: Path, key: tunnel_keys.Key) -> None:
         if key.refusal or not key.example:
             return
-        entries = {"addr": "8000"} | ({"protocol": "tcp"} if key.only == "tcp" else {})
+        entries = {"addr": "8000"} | ({"protocol": key.only[0]} if key.only else {})
+        if key.name.startswith("tls_"):
+            both = certificate(tmp_path, "localhost")[1]
+            entries |= {"tls_cert": str(both), "tls_key": str(both)}
+            for name in ("fullchain.pem", "privkey.pem"):
+                shutil.copy(both, tmp_path / name)
         top = "version: 1\n" if key.name != "version" else ""
         if key in tunnel_keys.TOP:
             top += f"{key.name}: {key.example}\n"
@@ -224,7 +265,9 @@ class TestFaults:
             ("addr:", 10, "has no value"),
             ("addr: ''", 11, "addr:"),
             ("remote_port: 7100", 5, "remote_port: only a tunnel with protocol: tcp has it"),
-            ("protocol: tls", 15, "tls tunnels do not exist yet"),
+            ("protocol: udp", 15, "udp tunnels do not exist yet"),
+            ("tls_cert: ./x.pem", 5, "tls_cert: only a tunnel with protocol: tls has it"),
+            ("proxy_protocol: 2", 5, "proxy_protocol: only a tunnel with protocol: tcp or tls has it"),
             ("protocol: gopher", 15, "'gopher' is not a protocol"),
             ("subdomain: on", 16, "YAML reads on as true or false; put it in quotes"),
             ("subdomain: My_Shop", 16, "'My_Shop' is not 1 to 63 lower-case letters"),
@@ -268,7 +311,7 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("line", "says"),
         [
-            ("subdomain: x", "subdomain: only a tunnel with protocol: http has it"),
+            ("subdomain: x", "subdomain: only a tunnel with protocol: http or tls has it"),
             ("remote_port: 70000", "'70000' is not a number from 1 to 65535"),
             ("proxy_protocol: 3", "'3' is not a number from 1 to 2"),
         ],

@@ -21,6 +21,7 @@ from portico.agent.stats import Stats
 from portico.agent.status import make_display
 from portico.agent.target import Target
 from portico.agent.tcp import TcpForwarder
+from portico.agent.tls_files import TlsFiles, TlsIdentity
 from portico.kit import telemetry
 from portico.settings import AgentSettings
 
@@ -46,8 +47,10 @@ class TunnelOptions:
     tls_verify: bool | None = None
     #: Seconds after which the tunnel ends itself.
     ttl: float | None = None
-    #: Version of the PROXY protocol header that a TCP target gets; 0: none.
+    #: Version of the PROXY protocol header that the target of a TCP or TLS tunnel gets; 0: none.
     proxy_protocol: int = 0
+    #: With which the agent ends the TLS of a TLS tunnel's visitors; ``None``: it passes through.
+    tls: TlsFiles | None = None
     #: Whether its requests are kept for the local page.
     inspect: bool = True
 
@@ -130,8 +133,10 @@ async def _inspector(
 
 
 def _forwarder(options: TunnelOptions, settings: AgentSettings, stats: Stats, inspector: Inspector | None) -> Served:
-    if options.spec.get("protocol") == "tcp":
-        return TcpForwarder(options.target, settings, stats, proxy_protocol=options.proxy_protocol)
+    if options.spec.get("protocol") in ("tcp", "tls"):
+        identity = TlsIdentity(options.tls) if options.tls is not None else None
+        version = options.proxy_protocol
+        return TcpForwarder(options.target, settings, stats, proxy_protocol=version, identity=identity)
     made: Forwarder | FileServer
     if options.target.kind == "file":
         made = FileServer(options.target, settings, stats)

@@ -179,4 +179,11 @@ def _another(new: TunnelOptions, old: TunnelOptions) -> bool:
 
 def _serving(options: TunnelOptions) -> tuple[Any, ...]:
     """What a forwarder is made of."""
-    return (options.target, options.host_header, options.tls_verify, options.proxy_protocol, options.inspect)
+    return (
+        options.target,
+        options.host_header,
+        options.tls_verify,
+        options.proxy_protocol,
+        options.tls,
+        options.inspect,
+    )

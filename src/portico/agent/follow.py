@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portico.agent.app import TunnelOptions
+from portico.agent.tls_files import TlsFiles
 from portico.agent.tunnel_file import Config, Declared, read
 from portico.settings import AgentSettings
 
@@ -26,13 +28,18 @@ def tunnel_options(declared: Declared) -> TunnelOptions:
     values = declared.values
     spec: dict[str, Any] = {"name": declared.name, "protocol": values.get("protocol", "http")}
     spec |= {key: values[key] for key in ("subdomain", "remote_port") if key in values}
+    tls, target = None, values["addr"]
+    if "tls_cert" in values:
+        tls = TlsFiles(values["tls_cert"], values["tls_key"], values.get("tls_alpn", ()))
+        target = replace(target, tls=False)
     return TunnelOptions(
-        values["addr"],
+        target,
         spec,
         host_header=values.get("host_header", "preserve"),
         tls_verify=values.get("target_tls_verify"),
         ttl=values.get("ttl"),
         proxy_protocol=values.get("proxy_protocol", 0),
+        tls=tls,
         inspect=values.get("inspect", True),
     )
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from portico.wire import frames as f
-from portico.wire.session import Stream
 
 if TYPE_CHECKING:
     from portico.agent.recorder import Entry
@@ -30,6 +29,22 @@ class Connection(Protocol):
         """Close at once; nothing more is heard of the connection."""
 
 
+class RawStream(Protocol):
+    """What a pipe needs of its stream: that of a session, or the TLS in front of it (``tls_stream.py``)."""
+
+    stalled: bool
+
+    @property
+    def closed(self) -> bool: ...
+    def sendable(self) -> int: ...
+    def wait(self) -> None: ...
+    def send_opened(self) -> None: ...
+    def send_data(self, data: bytes | memoryview) -> None: ...
+    def send_end(self) -> None: ...
+    def consumed(self, size: int) -> None: ...
+    def reset(self, code: int, detail: str = "") -> None: ...
+
+
 class RawPipe:
     """The sink of a raw stream, and the reader of its connection to the target. ``done`` is called once, at its end."""
 
@@ -46,7 +61,7 @@ class RawPipe:
         "stream",
     )
 
-    def __init__(self, stream: Stream, done: Callable[[], None]) -> None:
+    def __init__(self, stream: RawStream, done: Callable[[], None]) -> None:
         self.stream = stream
         self.connection: Connection | None = None
         #: The upgraded request, when it is recorded.

@@ -25,7 +25,8 @@ LOCALHOST = ("127.0.0.1", "::1")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A parsed TARGET. ``kind`` is ``tcp``, ``unix`` or ``file``; ``tls`` only with ``tcp``; ``raw``: of a TCP tunnel."""
+    """A parsed TARGET. ``kind`` is ``tcp``, ``unix`` or ``file``; ``tls`` only with ``tcp``; ``raw``: of a TCP or TLS tunnel,
+    where ``tls`` says that the visitors' own TLS reaches it."""
 
     kind: str
     host: str = ""
@@ -46,7 +47,7 @@ class Target:
     def url(self) -> str:
         """As shown to people and to the API."""
         if self.kind == "tcp" and self.raw:
-            return f"tcp://{self.place}"
+            return f"{'tls' if self.tls else 'tcp'}://{self.place}"
         if self.kind == "tcp":
             return f"http{'s' if self.tls else ''}://{self.authority}"
         return f"unix:{self.path}" if self.kind == "unix" else f"file://{self.path}"
@@ -160,13 +161,23 @@ def parse_tcp_target(text: str) -> Target:
         raise Problem(problem.code, problem.detail, hint=hint) from None
 
 
-def _bytes_target(text: str) -> str:
+def parse_tls_target(text: str) -> Target:
+    """The TARGET of a TLS tunnel: 8443, host:port, tls://host:port or unix:/path; raises ``target.invalid``."""
+    try:
+        found = parse_target(_bytes_target(text.strip(), "tls"))
+    except Problem as problem:
+        hint = "Use 8443, host:port, tls://host:port or unix:/path."
+        raise Problem(problem.code, problem.detail, hint=hint) from None
+    return replace(found, raw=True, tls=found.kind == "tcp")
+
+
+def _bytes_target(text: str, kind: str = "tcp") -> str:
     """``text`` as :func:`parse_target` takes it, without what only HTTP can reach."""
     scheme, _, rest = text.partition("://")
-    if rest and scheme.lower() == "tcp":
+    if rest and scheme.lower() in ("tcp", kind):
         return rest.rstrip("/")
     if (rest and scheme.lower() != "unix") or text.lower().startswith("file:"):
-        raise _refuse(text, "a TCP tunnel carries bytes, so it needs a port or a socket")
+        raise _refuse(text, f"a {kind.upper()} tunnel carries bytes, so it needs a port or a socket")
     return text
 
 

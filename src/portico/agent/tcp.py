@@ -1,8 +1,10 @@
-"""Serves the streams of a TCP tunnel: each one is a connection to the target, dialled while its first bytes wait.
+"""Serves the streams of a TCP or TLS tunnel: each one is a connection to the target, dialled while its first bytes wait.
 
 relay ──OPEN──► TcpForwarder ──dial──► target
 relay ◄─OPENED, or RESET─┘
       ◄── bytes, END, RESET both ways (portico.agent.raw) ──►
+
+The TLS of a TLS tunnel's visitors is bytes like any other, unless the agent ends it (portico.agent.tls_stream).
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from portico.agent.proxy_protocol import header
 from portico.agent.raw import RawPipe
 from portico.agent.stats import CONNECTION, Stats
 from portico.agent.target import Target, dial, why_unreachable
+from portico.agent.tls_files import TlsIdentity
+from portico.agent.tls_stream import TlsStream
+from portico.errors import Problem
 from portico.kit.sockets import keep_alive
 from portico.settings import AgentSettings
 from portico.wire import frames as f
@@ -30,10 +35,20 @@ _LINGER_ZERO: Final = struct.pack("ii", 1, 0)
 
 
 class TcpForwarder:
-    """Serves the streams of one tunnel from a TCP or Unix socket. ``proxy_protocol``: 1, 2 or 0 for none."""
+    """Serves the streams of one tunnel from a TCP or Unix socket. ``proxy_protocol``: 1, 2 or 0 for none. ``identity``: with
+    which visitors' TLS ends here; ``None``: it does not."""
 
-    def __init__(self, target: Target, settings: AgentSettings, stats: Stats, *, proxy_protocol: int = 0) -> None:
+    def __init__(
+        self,
+        target: Target,
+        settings: AgentSettings,
+        stats: Stats,
+        *,
+        proxy_protocol: int = 0,
+        identity: TlsIdentity | None = None,
+    ) -> None:
         self.target = target
+        self.identity = identity
         self.settings = settings
         self.stats = stats
         self.proxy_protocol = proxy_protocol
@@ -50,8 +65,8 @@ class TcpForwarder:
         return self._view
 
     def on_request(self, stream: Stream, head: list[bytes], flags: int) -> Sink | None:
-        """No relay asks for it: a TCP tunnel has no host."""
-        stream.reset(f.NO_SUCH_BIND, "this tunnel carries TCP")
+        """No relay asks for it: what comes in here is a connection."""
+        stream.reset(f.NO_SUCH_BIND, "this tunnel carries connections")
         return None
 
     def on_open(self, stream: Stream, info: dict[str, Any]) -> Sink | None:
@@ -60,9 +75,22 @@ class TcpForwarder:
         stats.opened()
         peer: str = info["peer"]
         began = time.perf_counter()
-        pipe = RawPipe(stream, lambda: stats.answered(CONNECTION, peer.encode(), 0, began, time.perf_counter()))
+        front: Stream | TlsStream = stream
+        if self.identity is not None:
+            try:
+                context = self.identity.context()
+            except Problem as problem:  # the files went away before the first visitor came
+                stats.failed(problem.detail)
+                stats.closed()
+                stream.reset(f.INTERNAL, "the agent has no certificate to show")
+                return None
+            front = TlsStream(stream, context, stats.failed, self.settings.tls_handshake_timeout_seconds)
+        pipe = RawPipe(front, lambda: stats.answered(CONNECTION, peer.encode(), 0, began, time.perf_counter()))
         first = header(self.proxy_protocol, peer, info["local"]) if self.proxy_protocol else b""
         self._keep(self._dial(pipe, first))
+        if isinstance(front, TlsStream):
+            front.pipe = pipe
+            return front
         return pipe
 
     async def _dial(self, pipe: RawPipe, first: bytes) -> None:

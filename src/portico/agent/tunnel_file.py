@@ -17,7 +17,9 @@ from typing import Any
 import yaml
 
 from portico.agent import tunnel_keys
+from portico.agent.tls_files import TlsFiles
 from portico.agent.tunnel_keys import Key
+from portico.errors import Problem
 
 _TAGS = "tag:yaml.org,2002:"
 _SCALARS = frozenset(_TAGS + kind for kind in ("str", "int", "float", "bool", "null", "timestamp", "merge", "value"))
@@ -193,6 +195,7 @@ class _Reader:
             declared = Declared(name, self._values(found, table), str(self.path), key.start_mark.line + 1)
             self.tunnels[name] = declared
             self._check_subdomain(declared, found.get("subdomain"))
+            self._check_tls(declared.values, found)
 
     def _protocol(self, node: yaml.MappingNode) -> str:
         """What kind of tunnel it is: which keys it has depends on that. A fault in it is found later."""
@@ -208,6 +211,18 @@ class _Reader:
         if first is not declared:
             message = f"the subdomain {subdomain!r} is that of tunnel {first.name!r} (line {first.line}) already"
             self._at(node, message)
+
+    def _check_tls(self, values: dict[str, Any], found: dict[str, yaml.Node]) -> None:
+        """Certificate and key are there together, and belong together."""
+        for name, needs in (("tls_cert", "tls_key"), ("tls_key", "tls_cert"), ("tls_alpn", "tls_cert")):
+            if name in values and needs not in found:
+                self._at(found[name], f"{name}: it needs {needs} beside it")
+        if "tls_cert" in values and "tls_key" in values:
+            try:
+                TlsFiles(values["tls_cert"], values["tls_key"]).load()
+            except Problem as problem:
+                at = "tls_key" if problem.detail.startswith("tls_key") else "tls_cert"
+                self._at(found[at], problem.detail.replace(" ", ": ", 1))
 
     # ── maps ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def _pairs(self, node: yaml.MappingNode, what: str) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:

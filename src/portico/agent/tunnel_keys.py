@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from portico.agent.durations import parse_duration
-from portico.agent.target import Target, check_host_header, parse_target, parse_tcp_target
+from portico.agent.target import Target, check_host_header, parse_target, parse_tcp_target, parse_tls_target
 from portico.errors import Problem
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ def _environment(text: str, folder: Path) -> str:
 def _protocol(text: str, folder: Path) -> str:
     if text in PROTOCOLS:
         return text
-    if text in ("tls", "udp"):
+    if text == "udp":
         raise ValueError(f"{text} tunnels do not exist yet; there is: {', '.join(PROTOCOLS)}")
     raise ValueError(f"{text[:40]!r} is not a protocol; there is: {', '.join(PROTOCOLS)}")
 
@@ -110,6 +110,16 @@ def _target(text: str, folder: Path) -> Target:
 
 def _tcp_target(text: str, folder: Path) -> Target:
     return _worded(parse_tcp_target, _below(text, folder))
+
+
+def _tls_target(text: str, folder: Path) -> Target:
+    return _worded(parse_tls_target, _below(text, folder))
+
+
+def _alpn(text: str, folder: Path) -> tuple[str, ...]:
+    from portico.agent.tls_files import alpn_names
+
+    return alpn_names(text)
 
 
 def _below(text: str, folder: Path) -> str:
@@ -137,14 +147,15 @@ def _worded(check: Callable[[str], T], text: str) -> T:
 
 
 #: What ``protocol`` may be.
-PROTOCOLS = ("http", "tcp")
+PROTOCOLS = ("http", "tcp", "tls")
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
     """One key. ``read`` makes its value of the text, or raises ``ValueError`` with a sentence.
 
-    ``refusal``: why the key cannot be used. ``kind`` is what the page calls the value. ``only``: the one protocol that has it.
+    ``refusal``: why the key cannot be used. ``kind`` is what the page calls the value. ``only``: the
+    protocols that have it, where not all do.
     """
 
     name: str
@@ -155,7 +166,7 @@ class Key:
     example: str = ""
     required: bool = False
     refusal: str = ""
-    only: str = ""
+    only: tuple[str, ...] = ()
 
 
 def _missing(name: str, sentence: str) -> Key:
@@ -190,23 +201,30 @@ TUNNEL = (
     Key(
         "addr", "TARGET", _target,
         "What visitors reach: `8000`, `host:port`, `http(s)://host[:port]`, `unix:/path` or `file:///dir`. "
-        "`unix:./path` and `file:./dir` are below this file's folder. For tcp: a port, `host:port` or `unix:/path`.",
+        "`unix:./path` and `file:./dir` are below this file's folder. For tcp and tls: a port, `host:port` or `unix:/path`.",
         example="8000", required=True,
     ),
     Key("subdomain", "name", lambda text, folder: check_name(text), "Subdomain of the URL.", "the tunnel's name", "shop",
-        only="http"),
+        only=("http", "tls")),
     Key(
         "host_header", "rule", lambda text, folder: check_host_header(text),
         "Host that the target sees: `preserve` (the visitor's), `rewrite` (its own), or a name.", "preserve", "rewrite",
-        only="http",
+        only=("http",),
     ),
     Key(
         "target_tls_verify", "switch", _switch, "Check the certificate of an https target.",
-        "yes, except on this machine", "false", only="http",
+        "yes, except on this machine", "false", only=("http",),
     ),
-    Key("remote_port", "port", _number(1, 65_535), "Public port, of the platform's range.", "a free one", "7105", only="tcp"),
+    Key("remote_port", "port", _number(1, 65_535), "Public port, of the platform's range.", "a free one", "7105",
+        only=("tcp",)),
     Key("proxy_protocol", "1 or 2", _number(1, 2), "Tell the target each visitor's address by a PROXY header of this version.",
-        "no header", "2", only="tcp"),
+        "no header", "2", only=("tcp", "tls")),
+    Key("tls_cert", "path", _path, "PEM file with certificate and chain: the agent ends the visitors' TLS with it, and `addr` "
+        "gets plain bytes. Read again when it changes.", "TLS passes through to `addr`", "./fullchain.pem", only=("tls",)),
+    Key("tls_key", "path", _path, "PEM file with its private key, not encrypted; with `tls_cert` alone.", "none", "./privkey.pem",
+        only=("tls",)),
+    Key("tls_alpn", "names", _alpn, "Protocols that are offered to visitors by ALPN, best first, with commas between them; with "
+        "`tls_cert` alone.", "none", "http/1.1", only=("tls",)),
     Key("inspect", "switch", _switch, "Keep requests for the local page.", "true", "false"),
     Key("ttl", "duration", lambda text, folder: parse_duration(text),
         "The tunnel ends itself this long after it came online, such as `90s`, `15m` or `1h30m`.", "it stays", "2h"),
@@ -222,10 +240,11 @@ TUNNEL = (
 
 def keys_of(protocol: str) -> tuple[Key, ...]:
     """The keys of a tunnel of this protocol; those of another one are refused."""
-    read = _tcp_target if protocol == "tcp" else _target
+    read = {"tcp": _tcp_target, "tls": _tls_target}.get(protocol, _target)
     return tuple(
         replace(key, read=read) if key.name == "addr"
-        else key if key.only in ("", protocol) else replace(key, refusal=f"only a tunnel with protocol: {key.only} has it")
+        else key if not key.only or protocol in key.only
+        else replace(key, refusal=f"only a tunnel with protocol: {' or '.join(key.only)} has it")
         for key in TUNNEL
     )  # fmt: skip
 

@@ -23,6 +23,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     "For developers": {
         "http": "tunnel",
         "tcp": "tcp",
+        "tls": "tls",
         "start": "start",
         "config": "config",
         "ls": "tunnel",

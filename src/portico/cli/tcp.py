@@ -12,6 +12,18 @@ from portico.cli import output
 from portico.cli.account import ProxyOption, ServerOption, signed_in
 from portico.cli.tunnel import PoolOption, TtlOption, refuse_pool, ttl_seconds, with_options
 
+ProxyProtocolOption = Annotated[
+    int | None,
+    typer.Option(
+        "--proxy-protocol",
+        help="Tell the target each visitor's address by a PROXY protocol header of this version [no header].",
+        min=1,
+        max=2,
+        metavar="1|2",
+        show_default=False,
+    ),
+]
+
 
 def tcp(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="22, host:port, tcp://host:port or unix:/path")],
@@ -26,16 +38,7 @@ def tcp(
             show_default=False,
         ),
     ] = None,
-    proxy_protocol: Annotated[
-        int | None,
-        typer.Option(
-            help="Tell the target each visitor's address by a PROXY protocol header of this version [no header].",
-            min=1,
-            max=2,
-            metavar="1|2",
-            show_default=False,
-        ),
-    ] = None,
+    proxy_protocol: ProxyProtocolOption = None,
     region: Annotated[str | None, typer.Option(help="Preferred region.", show_default=False)] = None,
     ttl: TtlOption = None,
     pool: PoolOption = False,
