@@ -1,12 +1,14 @@
-"""What tests of several parts share: one PostgreSQL and one Valkey per run, one database per test module."""
+"""What tests of several parts share: one PostgreSQL, one Valkey and one `portico up` per run, one database per test module."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +102,16 @@ async def db(database_url: str) -> AsyncIterator[Any]:
     database = Database(database_url, PoolLimits(size=8))
     yield database
     await database.close()
+
+
+@pytest.fixture(scope="session")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The platform that most system tests share. A tunnel takes 400 requests at once, for those that stand still."""
+    from portico.embedded.folders import temp_home
+    from tests.system.platform import Up, port_span
+
+    home = temp_home("portico-system-")
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, home, ignore_errors=True)
+        folder = tmp_path_factory.mktemp("up")
+        yield Up(home, folder, stack, tunnel_concurrency=400, tcp_ports=port_span(20))

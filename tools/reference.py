@@ -5,6 +5,7 @@ limits.md   every setting with its default, environment variable and meaning, fr
             meaning is the comment beside or above the field (`make check` refuses a field without one), and a
             comment `# == Title` begins a section
 portico-yml.md   every key of portico.yml, from the table that checks it
+metrics.md  every metric of every process, from their declarations
 cli.md      every command with its arguments and options, from the application itself
 exit-codes.md   every exit code and the error codes behind it, from the table of cli/output.py
 """
@@ -29,7 +30,11 @@ from portico import errors, settings
 from portico.agent import tunnel_keys
 from portico.cli import main as cli
 from portico.cli import output
+from portico.control import metrics as api_metrics
+from portico.kit import metrics as common_metrics
+from portico.relay import metrics as relay_metrics
 from portico.relay import pages
+from portico.worker import metrics as worker_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "reference"
@@ -377,6 +382,46 @@ def exit_codes_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+_METRICS_INTRO = """# Metrics
+
+Every process shows its figures to Prometheus at `/metrics` of a listener of its own, which also answers `/healthz` (the process
+runs) and `/readyz` (visitors, agents or calls should come here; of the API: whether it is stopping, its own `/readyz` also asks
+the database). The listener is opened where `metrics_port` is set, on `metrics_host` (127.0.0.1 unless you say otherwise); no
+public listener ever answers for it. Both formats are spoken, Prometheus's text and OpenMetrics.
+
+`portico up` gives each of its processes a free port on 127.0.0.1 and writes them, for Prometheus to follow, to `metrics.json` in
+its data folder; `portico doctor` shows them:
+
+```yaml
+scrape_configs:
+  - job_name: portico
+    file_sd_configs: [{files: [/var/lib/portico/metrics.json]}]   # adds the label `process`
+```
+
+Processes that you run yourself: `PORTICO_METRICS_PORT=9101 portico relay`, and the same for `api` and `worker`.
+
+Counting costs a request a few integer additions; families are made when Prometheus asks. No label names a tenant, a host, a path
+or an address. Besides the families below every process has `process_…` (CPU seconds, memory, open files, start time) and
+`python_gc_…`.
+"""
+
+
+def metrics_page() -> str:
+    """Every family, by process."""
+    lines = [NOTICE, _METRICS_INTRO.rstrip()]
+    for title, declared in (
+        ("Every process", common_metrics.COMMON),
+        ("Relay", relay_metrics.DECLARED),
+        ("API", api_metrics.DECLARED),
+        ("Worker", worker_metrics.DECLARED),
+    ):
+        lines += ["", f"## {title}", "", "| name | kind | labels | meaning |", "|---|---|---|---|"]
+        for metric in declared:
+            labels = ", ".join(f"`{label}`" for label in metric.labels) or "none"
+            lines.append(f"| `{metric.name}` | {metric.kind} | {labels} | {cell(metric.help)} |")
+    return "\n".join(lines) + "\n"
+
+
 def stale(path: Path, text: str) -> Iterator[str]:
     """The difference between the committed page and the fresh one."""
     old = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -391,6 +436,7 @@ def main(arguments: list[str]) -> int:
         OUT / "portico-yml.md": file_page(),
         OUT / "cli.md": cli_page(),
         OUT / "exit-codes.md": exit_codes_page(),
+        OUT / "metrics.md": metrics_page(),
     }
     if arguments == ["--write"]:
         OUT.mkdir(parents=True, exist_ok=True)

@@ -294,6 +294,10 @@ class RelaySettings:
     control_host: str = "127.0.0.1"
     # TCP port of the listener that agents connect to.
     control_port: int = 7081
+    # Address of the listener for metrics and health; never a public one: they are about all tenants.
+    metrics_host: str = "127.0.0.1"
+    # TCP port of that listener (`/metrics` for Prometheus, `/healthz`, `/readyz`); none: there is no such listener.
+    metrics_port: int | None = None
     # Address on which the ports of TCP tunnels are opened, each while its tunnel is online here.
     tcp_host: str = "127.0.0.1"
     # Tunnels without a domain of their own are names directly below this one.
@@ -310,6 +314,18 @@ class RelaySettings:
     peers: tuple[str, ...] = ()
     # Key that relays of one address share; without it no peer is let in and none is called.
     peer_key: Secret | None = None
+    # Redis or Valkey by which relays share the rates of organizations; without it each applies the whole rate by itself.
+    redis_url: Secret | None = None
+    # Seconds for Redis to answer; it is asked in the background, a slow one delays no request.
+    redis_timeout_seconds: float = 0.25
+    # Seconds in which Redis is not asked again after it failed; about so long after its return rates are shared again.
+    redis_pause_seconds: float = 1.0
+    # Seconds between two rounds in which a relay reports tokens used and leases more, for organizations with requests.
+    rate_sync_seconds: float = 0.1
+    # Seconds after which leased tokens that nobody used are given back.
+    rate_lease_seconds: float = 1.0
+    # Seconds of an organization's rate that one relay leases at most; it is twice the recent use otherwise.
+    rate_batch_seconds: float = 0.5
 
     # == Visitors
     # Bytes of a request head (request line and headers); above it 431. Leaves room in one frame for ours.
@@ -462,6 +478,10 @@ class ApiSettings:
     api_host: str = "127.0.0.1"
     # TCP port of the API and console.
     api_port: int = 7000
+    # Address of the listener for metrics and health; never a public one: they are about all tenants.
+    metrics_host: str = "127.0.0.1"
+    # TCP port of that listener (`/metrics` for Prometheus, `/healthz`, `/readyz`); none: there is no such listener.
+    metrics_port: int | None = None
     # The API and console as people and agents reach them.
     api_url: str = "http://127.0.0.1:7000"
     # Certificate chain (PEM) with which the API speaks https; empty: plain HTTP, for a proxy in front. SIGHUP reads it again.
@@ -708,6 +728,12 @@ class WorkerSettings:
     database_url: Secret
     # Lowest level of log records that are written.
     log_level: str = "INFO"
+    # Address of the listener for metrics and health; never a public one: they are about all tenants.
+    metrics_host: str = "127.0.0.1"
+    # TCP port of that listener (`/metrics` for Prometheus, `/healthz`, `/readyz`); none: there is no such listener.
+    metrics_port: int | None = None
+    # Listening sockets inherited from the parent, as name=fd,…; set by `portico up`.
+    listen_fds: str = ""
     # Descriptor on which readiness is reported; set by `portico up`.
     notify_fd: int | None = None
     # Connections that one worker process holds at most: its leases, and one for each job at work.

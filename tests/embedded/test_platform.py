@@ -137,6 +137,12 @@ def test_a_whole_life(home: Path) -> None:
         findings = {row["check"]: row for row in json.loads(told.stdout)}
         assert told.returncode == 0, findings
         assert {"API", "Clock", "Signing keys", "Relay", "Relay link"} <= set(findings)
+        shown = {row["labels"]["process"]: row["targets"][0] for row in json.loads((home / "metrics.json").read_text())}
+        assert set(shown) == {"api", "relay-1", "worker"}
+        for process, place in shown.items():
+            assert place in findings["Metrics"]["says"]
+            status, figures = get(f"http://{place}/metrics")
+            assert status == 200 and f"portico_{process.split('-')[0]}_".encode() in figures
         assert str(up.process.pid) in findings["Platform"]["says"]
 
         before = up.children()
@@ -145,6 +151,7 @@ def test_a_whole_life(home: Path) -> None:
             os.kill(before[name], signal.SIGKILL)
         until(lambda: set(up.children()) == set(before) and not set(up.children().values()) & set(before.values()))
         until(lambda: answers(credentials["api_url"] + "/readyz"))
+        assert all(answers(f"http://{place}/metrics") for place in shown.values()), "the ports outlive their processes"
 
         pids = up.children()
         began = time.monotonic()

@@ -32,6 +32,7 @@ from portico.relay.door import Door
 from portico.relay.http1 import READ_SIZE, Visitor
 from portico.relay.listeners import PublicServer
 from portico.relay.peers import RemoteTunnel
+from portico.relay.tally import Tally
 from portico.settings import AgentSettings, RelaySettings, Secret
 from portico.wire import frames as f
 from portico.wire.session import HEADROOM, Session, Stream
@@ -240,6 +241,7 @@ class Server(PublicServer):
         self.buffer_view = self.buffer[:]
         self.connections, self.turned_away = set(), set()
         self.refusals: Counter[str] = Counter()
+        self.tally = Tally()
         self.tunnel = RemoteTunnel(session, 1, {**ANNOUNCED, "policy": policy})
         self.tunnel.settle(None)
         self._by_address: Counter[str] = Counter()

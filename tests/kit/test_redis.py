@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from portico.errors import Problem
 from portico.kit.redis import Redis
 
 
@@ -111,6 +112,13 @@ async def test_a_wrong_command_is_not_a_crash(valkey: Any) -> None:
     await asyncio.sleep(0.02)
     assert await redis.pipeline(lambda p: p.get("kit:text")) == ["x"]
     await redis.close()
+
+
+@pytest.mark.parametrize("url", ["", "http://host", "redis://:hunter2@host:port/0", "host:6379"])
+async def test_a_url_of_another_kind_is_refused_without_showing_it(url: str) -> None:
+    with pytest.raises(Problem, match="redis_url") as caught:
+        Redis(url)
+    assert caught.value.code == "config.invalid" and "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [10_000])

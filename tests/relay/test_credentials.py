@@ -145,7 +145,7 @@ class TestParsing:
                 None,
             ),
             ("$argon2id$v=19$m=65536,t=5,p=1$1b66LNpxS8anlqicce0d4Q$tm13RKFmRtbABv9DEyQCvvbaQ5LFGn984jZBaPcTKag", None),
-            ("$argon2id$v=19$m=65536,t=1,p=5$1b66LNpxS8anlqicce0d4Q$tm13RKFmRtbABv9DEyQCvvbaQ5LFGn984jZBaPcTKag", None),
+            ("$argon2id$v=19$m=65536,t=1,p=9$1b66LNpxS8anlqicce0d4Q$tm13RKFmRtbABv9DEyQCvvbaQ5LFGn984jZBaPcTKag", None),
             (
                 "$argon2id$v=19$m=065536,t=1,p=1$1b66LNpxS8anlqicce0d4Q$tm13RKFmRtbABv9DEyQCvvbaQ5LFGn984jZBaPcTKag",
                 None,
@@ -319,7 +319,7 @@ class TestLimits:
                 await waiter.wait()
         assert len(one.calls) == 1 and one.credentials.waiting == 0
         # Only the first of them was on anybody's account.
-        assert list(one.credentials._budgets) == ["192.0.2.0"]
+        assert list(one.credentials._budgets._full_at) == ["192.0.2.0"]
 
     async def test_a_failing_waiter_is_no_matter_of_the_others(self, rig: Callable[..., Rig]) -> None:
         one = rig()
@@ -341,9 +341,9 @@ class TestLimits:
         assert verdicts == ["invalid"] * 3 + ["throttled"] * 2 and len(one.calls) == 3
         # The same network by another address of it, also with the right password; another network has its own.
         assert one.look(basic("alice", "secret"), address="2001:db8::2") == "throttled"
-        assert one.credentials.retry_after("2001:db8::2") in (9, 10)
+        assert 8.0 < one.credentials.retry_after("2001:db8::2") <= 10.0
         assert one.look(basic("alice", "secret"), address="2001:db8:0:1::1") == "need"
-        assert one.credentials.retry_after("2001:db8:0:1::1") == 1
+        assert one.credentials.retry_after("2001:db8:0:1::1") == 0
         # What is known needs no attempt; nor does what can be told without.
         assert one.look(basic("alice", "wrong0"), address="2001:db8::1") == "invalid"
         assert one.look(None, address="2001:db8::1") == "missing"
@@ -369,9 +369,11 @@ class TestLimits:
         monkeypatch.setattr(credentials, "MAX_NETWORKS", 16)
         one = rig(password_attempts_burst=1, password_attempts_per_address=1)
         for n in range(40):
-            assert await one.settle(basic("alice", f"wrong{n}"), address=f"192.0.2.{n}") == "invalid"
+            verdict = await one.settle(basic("alice", f"wrong{n}"), address=f"192.0.2.{n}")
+            assert verdict == "invalid" or n >= 16  # later ones share what is left
         assert len(one.credentials._budgets) == 16
-        assert one.look(basic("alice", "x"), address="192.0.2.39") == "throttled"
+        # Neither who is remembered nor who came later can begin anew.
+        assert {one.look(basic("alice", "x"), address=f"192.0.2.{n}") for n in (0, 15, 39)} == {"throttled"}
 
     async def test_what_waits_is_bounded_for_all_and_for_each_policy(self, rig: Callable[..., Rig]) -> None:
         one = rig(password_verify_waiting=5, password_verify_waiting_per_policy=3, password_verify_threads=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,13 +14,11 @@ from hypothesis import strategies as st
 
 from portico.relay.rates import Bucket, Rates, TunnelRates
 from portico.settings import RelaySettings, Secret
+from portico.wire import policy
 
 
-@dataclass(frozen=True)
-class Rate:
-    requests: int = 10
-    seconds: float = 1.0
-    burst: int = 20
+def rate(requests: int = 10, seconds: float = 1.0, burst: int = 20) -> policy.Rate:
+    return policy.Rate(requests, seconds, burst)
 
 
 class Clock:
@@ -97,7 +95,7 @@ def test_nothing_set_is_nothing_to_ask(rates: Rates) -> None:
 
 
 def test_the_longest_wait_is_told(rates: Rates, clock: Clock) -> None:
-    found = rates.make("tun_a", Rate(100, 1.0, 1), Rate(1, 10.0, 1), "org_a", {"org_requests": 2, "org_burst": 1})
+    found = rates.make("tun_a", rate(100, 1.0, 1), rate(1, 10.0, 1), "org_a", {"org_requests": 2, "org_burst": 1})
     assert found is not None
     assert passed(found, "192.0.2.1", clock.now, 5) == 1
     assert found.check("192.0.2.1", clock.now) == pytest.approx(10)
@@ -106,7 +104,7 @@ def test_the_longest_wait_is_told(rates: Rates, clock: Clock) -> None:
 
 
 def test_a_refused_request_costs_nothing(rates: Rates, clock: Clock) -> None:
-    found = rates.make("tun_a", Rate(10, 1, 1), None)
+    found = rates.make("tun_a", rate(10, 1, 1), None)
     assert found is not None
     found.take("192.0.2.1", clock.now)
     for _ in range(100):
@@ -115,7 +113,7 @@ def test_a_refused_request_costs_nothing(rates: Rates, clock: Clock) -> None:
 
 
 def test_each_client_has_its_own(rates: Rates, clock: Clock) -> None:
-    found = rates.make("tun_a", None, Rate(10, 1, 5))
+    found = rates.make("tun_a", None, rate(10, 1, 5))
     assert found is not None
     assert [passed(found, f"192.0.2.{n}", clock.now, 9) for n in range(3)] == [5, 5, 5]
     assert passed(found, "2001:db8::1", clock.now, 9) == 5
@@ -136,32 +134,32 @@ def test_organization_over_all_its_tunnels(rates: Rates, clock: Clock) -> None:
 
 def test_neither_a_reconnect_nor_an_edit_fills_a_bucket(rates: Rates, clock: Clock) -> None:
     limits = {"org_requests": 10, "org_burst": 5000}
-    found = rates.make("tun_a", Rate(), Rate(), "org_a", limits)
+    found = rates.make("tun_a", rate(), rate(), "org_a", limits)
     assert found is not None and passed(found, "192.0.2.1", clock.now, 30) == 20
     del found
     gc.collect()
     rates.prune()
-    again = rates.make("tun_a", Rate(), Rate(), "org_a", limits)
+    again = rates.make("tun_a", rate(), rate(), "org_a", limits)
     assert again is not None and passed(again, "192.0.2.2", clock.now, 30) == 0
-    rates.make("tun_a", Rate(1, 1.0, 100), Rate(1, 1.0, 100), "org_a", limits)
+    rates.make("tun_a", rate(1, 1.0, 100), rate(1, 1.0, 100), "org_a", limits)
     assert passed(again, "192.0.2.1", clock.now, 200) == 80, "what was used stays used"
-    rates.make("tun_a", Rate(1000, 1.0, 10), Rate(1000, 1.0, 10), "org_a", limits)
+    rates.make("tun_a", rate(1000, 1.0, 10), rate(1000, 1.0, 10), "org_a", limits)
     assert passed(again, "192.0.2.1", clock.now, 99) == 0
     assert 0 < again.check("192.0.2.1", clock.now) < 1, "the wait is that of the rate that holds now"
 
 
 def test_a_rate_that_is_gone_holds_nobody(rates: Rates, clock: Clock) -> None:
-    found = rates.make("tun_a", Rate(), Rate(), "org_a", {"org_requests": 1})
+    found = rates.make("tun_a", rate(), rate(), "org_a", {"org_requests": 1})
     assert found is not None
     passed(found, "192.0.2.1", clock.now, 30)
-    again = rates.make("tun_a", Rate(1000, 1.0, 5000), None, "org_a", {})
+    again = rates.make("tun_a", rate(1000, 1.0, 5000), None, "org_a", {})
     assert again is found and passed(found, "192.0.2.1", clock.now, 100) == 100
 
 
 def test_what_is_full_and_in_nobodys_use_is_forgotten(rates: Rates, clock: Clock) -> None:
     limits = {"org_requests": 10}
-    live = rates.make("tun_a", Rate(), Rate(), "org_a", limits)
-    gone = rates.make("tun_b", Rate(), Rate(), "org_b", limits)
+    live = rates.make("tun_a", rate(), rate(), "org_a", limits)
+    gone = rates.make("tun_b", rate(), rate(), "org_b", limits)
     assert live is not None and gone is not None
     gone.take("192.0.2.1", clock.now)
     del gone
@@ -171,12 +169,12 @@ def test_what_is_full_and_in_nobodys_use_is_forgotten(rates: Rates, clock: Clock
     rates.prune()
     rates.prune()
     assert len(rates) == 2, "of the live one nothing is"
-    assert rates.make("tun_a", Rate(), Rate(), "org_a", limits) is live
+    assert rates.make("tun_a", rate(), rate(), "org_a", limits) is live
 
 
 def test_a_flood_of_addresses_does_not_wash_a_bucket_away(clock: Clock) -> None:
     rates = make(clock, rate_clients_per_tunnel=50)
-    found = rates.make("tun_a", None, Rate(1, 100.0, 3))
+    found = rates.make("tun_a", None, rate(1, 100.0, 3))
     assert found is not None and found.clients is not None
     assert passed(found, "192.0.2.1", clock.now, 9) == 3
     through = sum(passed(found, f"198.51.{n // 250}.{n % 250}", clock.now, 5) for n in range(5000))
@@ -187,7 +185,7 @@ def test_a_flood_of_addresses_does_not_wash_a_bucket_away(clock: Clock) -> None:
 
 def test_full_buckets_make_room(clock: Clock) -> None:
     rates = make(clock, rate_clients_per_tunnel=50)
-    found = rates.make("tun_a", None, Rate(1, 1.0, 3))
+    found = rates.make("tun_a", None, rate(1, 1.0, 3))
     assert found is not None and found.clients is not None
     assert passed(found, "192.0.2.1", clock.now, 9) == 3
     for n in range(49):
@@ -201,14 +199,14 @@ def test_full_buckets_make_room(clock: Clock) -> None:
 
 def test_all_tables_together_are_bounded(clock: Clock) -> None:
     rates = make(clock, rate_clients_per_tunnel=50, rate_clients_max=80)
-    one = rates.make("tun_a", None, Rate(1, 100.0, 3))
-    two = rates.make("tun_b", None, Rate(1, 100.0, 3))
+    one = rates.make("tun_a", None, rate(1, 100.0, 3))
+    two = rates.make("tun_b", None, rate(1, 100.0, 3))
     assert one is not None and two is not None and one.clients is not None and two.clients is not None
     for n in range(60):
         one.take(f"198.51.100.{n}", clock.now)
         two.take(f"198.51.100.{n}", clock.now)
     assert len(one.clients) + len(two.clients) == 80
-    rates.make("tun_a", Rate(), None)
+    rates.make("tun_a", rate(), None)
     for n in range(60):
         two.take(f"203.0.113.{n}", clock.now)
     assert len(two.clients) == 50, "the room of one that counts clients no more is free"
@@ -216,11 +214,11 @@ def test_all_tables_together_are_bounded(clock: Clock) -> None:
 
 def test_of_a_tunnel_here_and_of_a_peers(rates: Rates, clock: Clock) -> None:
     """The owner counts tunnel and organization; where the visitor came in, clients are counted."""
-    policy = SimpleNamespace(tunnel_rate=Rate(), client_rate=Rate(1, 1, 1))
+    ruled = SimpleNamespace(tunnel_rate=rate(), client_rate=rate(1, 1, 1))
     grant = SimpleNamespace(tun="tun_a", org="org_a", limits={"org_requests": 5, "concurrency": 9})
-    here = rates.of(cast(Any, SimpleNamespace(policy=policy, grant=grant)))
-    there = rates.of(cast(Any, SimpleNamespace(policy=policy, tunnel="tun_b", organization="org_a")))
+    here = rates.of(cast(Any, SimpleNamespace(policy=ruled, grant=grant)))
+    there = rates.of(cast(Any, SimpleNamespace(policy=ruled, tunnel="tun_b", organization="org_a")))
     assert here is not None and here.tunnel is not None and here.organization is not None and here.clients is not None
     assert there is not None and there.tunnel is None and there.organization is None and there.clients is not None
-    bare = SimpleNamespace(tunnel_rate=Rate(), client_rate=None)
+    bare = SimpleNamespace(tunnel_rate=rate(), client_rate=None)
     assert rates.of(cast(Any, SimpleNamespace(policy=bare, tunnel="tun_c", organization="org_a"))) is None

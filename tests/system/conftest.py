@@ -1,8 +1,7 @@
-"""Fixtures of the system tests: `portico up` once for the run, an account and a folder for the logs of each module."""
+"""Fixtures of the system tests: an account and a folder for the logs of each module (`up` is the run's own, see above)."""
 
 from __future__ import annotations
 
-import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -11,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from portico.embedded.folders import temp_home
-from tests.system.platform import CHILDREN, ENDED, Account, Agent, Up, port_span
+from tests.system.platform import CHILDREN, ENDED, Account, Agent, Up
 from tests.system.targets import listener, port_of
 
 
@@ -34,16 +32,6 @@ def show_ends(conftest: str) -> Callable[[pytest.Item, pytest.CallInfo[Any]], It
 
 
 pytest_runtest_makereport = show_ends(__file__)
-
-
-@pytest.fixture(scope="session")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """The platform that most system tests share. A tunnel takes 400 requests at once, for those that stand still."""
-    home = temp_home("portico-system-")
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, home, ignore_errors=True)
-        folder = tmp_path_factory.mktemp("up")
-        yield Up(home, folder, stack, tunnel_concurrency=400, tcp_ports=port_span(20))
 
 
 @pytest.fixture(scope="module")

@@ -53,8 +53,8 @@ def api(config: ConfigOption = None) -> None:
     from portico.control import server
     from portico.kit import sockets
 
-    sock = sockets.inherited(chosen.listen_fds).get("api")
-    _run("api", chosen.log_level, server.serve(chosen, sock))
+    given = sockets.inherited(chosen.listen_fds)
+    _run("api", chosen.log_level, server.serve(chosen, given.get("api"), given.get("metrics")))
 
 
 def relay(config: ConfigOption = None) -> None:
@@ -76,9 +76,11 @@ def worker(
     require_server_parts()
     chosen = settings.load(settings.WorkerSettings, table="worker", file=config)
     control = settings.load(settings.ApiSettings, table="api", file=config)
+    from portico.kit import sockets
     from portico.worker import runner
 
-    _run("worker", chosen.log_level, runner.serve(chosen, control, tuple(names or ())))
+    given = sockets.inherited(chosen.listen_fds)
+    _run("worker", chosen.log_level, runner.serve(chosen, control, tuple(names or ()), given.get("metrics")))
 
 
 def migrate(config: ConfigOption = None) -> None:

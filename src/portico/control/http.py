@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from portico.control.metrics import Tally
 from portico.errors import Problem
 from portico.kit.ids import new_id
 from portico.settings import ApiSettings
@@ -67,6 +69,9 @@ class Exchange:
             return
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id"))
+        tally: Tally = scope["app"].state.tally
+        tally.in_flight += 1
+        began = time.perf_counter()
         scope.setdefault("state", {})["request_id"] = request_id
         started = False
 
@@ -74,6 +79,7 @@ class Exchange:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                tally.answered(message["status"], time.perf_counter() - began)
                 self._finish(message, request_id)
             await send(message)
 
@@ -97,6 +103,8 @@ class Exchange:
             if started:
                 raise  # the server cuts the connection: the client must not take a torn answer for a whole one
             await answer(Problem("internal.error"), request_id)(scope, receive, send_with_headers)
+        finally:
+            tally.in_flight -= 1
 
     def _finish(self, message: Message, request_id: str) -> None:
         headers = MutableHeaders(scope=message)
@@ -160,6 +168,7 @@ def _unprintable(path: str) -> bool:
 
 def install(app: FastAPI, settings: ApiSettings) -> None:
     """Add the middleware and the exception handlers."""
+    app.state.tally = Tally()
     app.add_middleware(Exchange, settings=settings)
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(RequestValidationError, _on_validation)

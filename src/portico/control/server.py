@@ -16,10 +16,11 @@ from contextlib import contextmanager, suppress
 import uvicorn
 from fastapi import FastAPI
 
+from portico.control import metrics as api_metrics
 from portico.control.app import create_app
 from portico.control.protocol import protocol
 from portico.errors import Problem
-from portico.kit import notify, sockets
+from portico.kit import metrics, notify, sockets
 from portico.kit.tlsfiles import CertificateFiles, certificate_files
 from portico.settings import ApiSettings
 
@@ -57,7 +58,9 @@ class _Server(uvicorn.Server):
         return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
 
-async def serve(settings: ApiSettings, listen_socket: socket.socket | None = None) -> None:
+async def serve(
+    settings: ApiSettings, listen_socket: socket.socket | None = None, metrics_socket: socket.socket | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT, then end within ``shutdown_seconds`` (a second signal cuts at once).
 
     SIGHUP reads the certificate again. Raises ``config.invalid`` or what :func:`sockets.bind_tcp` raises.
@@ -68,6 +71,10 @@ async def serve(settings: ApiSettings, listen_socket: socket.socket | None = Non
     listener = listen_socket or sockets.bind_tcp(
         settings.api_host, settings.api_port, what="API", option="PORTICO_API_PORT"
     )
+    shown = await metrics.serve(
+        api_metrics.DECLARED, lambda: api_metrics.read(app.state), lambda: not app.state.stopping.is_set(),
+        settings, metrics_socket,
+    )  # fmt: skip
     loop = asyncio.get_running_loop()
     handled = (signal.SIGTERM, signal.SIGINT)
     for number in handled:
@@ -76,6 +83,8 @@ async def serve(settings: ApiSettings, listen_socket: socket.socket | None = Non
     try:
         await server.serve(sockets=[listener])
     finally:
+        if shown is not None:
+            await shown.close()
         for number in (*handled, signal.SIGHUP):
             with suppress(ValueError, RuntimeError):
                 loop.remove_signal_handler(number)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from portico.embedded import ports, secretfiles
+from portico.embedded import figures, ports, secretfiles
 from portico.embedded.accounts import barrier, server_account
 from portico.embedded.lock import OwnerLock
 from portico.embedded.pg_install import find_install
@@ -65,7 +65,7 @@ async def examine(settings: PlatformSettings, home: Path, server: str | None = N
     findings = [_guard(check, case) for check in local]
     findings += [*_ports(case), _guard(tcp_ports, case)]
     if case.server and (case.running or server):
-        remote: tuple[Callable[[Case], Awaitable[list[Finding]]], ...] = (api, keys, relay)
+        remote: tuple[Callable[[Case], Awaitable[list[Finding]]], ...] = (api, keys, relay, metrics)
         for group in await asyncio.gather(*(check(case) for check in remote)):
             findings += group
     return findings
@@ -318,6 +318,25 @@ async def relay(case: Case) -> list[Finding]:
     if case.remote or not (case.running and url and control):
         return []
     return [await _relay_health(url), await _relay_link(control.replace("ws://", "http://", 1))]
+
+
+async def metrics(case: Case) -> list[Finding]:
+    """Whether every process of this data folder shows its figures, and where."""
+    if case.remote or not case.running or not (places := figures.read_targets(case.home)):
+        return []
+    silent = [name for name, place in places.items() if not await _shows_metrics(f"http://{place}")]
+    if silent:
+        return [Finding("Metrics", "FAIL", f"{', '.join(silent)} does not answer at the port in {figures.FILE}")]
+    shown = ", ".join(f"{name} {place}" for name, place in places.items())
+    return [Finding("Metrics", "OK", f"{shown} (/metrics; for Prometheus: {case.home / figures.FILE})")]
+
+
+async def _shows_metrics(url: str) -> bool:
+    try:
+        status, _, _, _ = await ask(url, "/metrics")
+    except Exception:
+        return False
+    return status == 200
 
 
 async def _relay_link(url: str) -> Finding:

@@ -21,6 +21,7 @@ from typing import Any
 
 from portico.embedded import ports, secretfiles
 from portico.embedded.accounts import server_account
+from portico.embedded.figures import write_targets
 from portico.embedded.folders import make_home, own_folder
 from portico.embedded.lock import OwnerLock
 from portico.embedded.logs import LogStream
@@ -72,6 +73,8 @@ class Platform:
         self.first_admin: dict[str, str] = {}
         self._lock: OwnerLock | None = None
         self._listeners: dict[str, socket.socket] = {}
+        #: Where each process shows its metrics, by its name.
+        self._figures: dict[str, socket.socket] = {}
         self._supervisor: Supervisor | None = None
         self._database_url = self._redis_url = ""
         #: The key of relay to relay: of this run only, in nobody's file.
@@ -114,6 +117,8 @@ class Platform:
             self.logs.say(f"ended {name}, left behind by a run that was killed", "WARN")
         roster.remove()
         self._listeners = ports.open_all(self.settings.host, wanted)
+        # Figures are the operator's: on this machine alone, wherever visitors may come from.
+        self._figures = ports.open_all("127.0.0.1", [(name, 0, f"metrics of {name}", "") for name in self._processes()])
         self._supervisor = Supervisor(self.logs, roster, self._limits())
         await self._start_servers()
         given = await self._prepare()
@@ -170,6 +175,9 @@ class Platform:
         for _, port, _, option in wanted:
             check_port(port, option)
         return wanted
+
+    def _processes(self) -> list[str]:
+        return ["api", *(f"relay-{number}" for number in range(1, self.settings.relays + 1)), "worker"]
 
     def _limits(self) -> SupervisorLimits:
         names = {field.name for field in dataclasses.fields(SupervisorLimits)}
@@ -230,7 +238,7 @@ class Platform:
                 public_https_port=main.https,
                 shutdown_seconds=_API_DRAIN_SECONDS,
             ),
-            listeners={"api": sock},
+            listeners={"api": sock, "metrics": self._figures["api"]},
             health=(self.host, port_of(sock), "/readyz"),
         )
 
@@ -260,13 +268,14 @@ class Platform:
                 exempt_loopback=1,
                 drain_seconds=_RELAY_DRAIN_SECONDS,
             ),
-            listeners=listeners | {"control": self._listeners[f"control-{number}"]},
+            listeners=listeners | {"control": self._listeners[f"control-{number}"], "metrics": self._figures[at.name]},
             # Everything ends: agents have no other place to find first.
             end_signal=signal.SIGINT,
         )
 
     def _worker_unit(self) -> ProcessUnit:
-        return ProcessUnit("worker", ["worker"], self.environment(shutdown_seconds=_RELAY_DRAIN_SECONDS))
+        environment = self.environment(shutdown_seconds=_RELAY_DRAIN_SECONDS)
+        return ProcessUnit("worker", ["worker"], environment, listeners={"metrics": self._figures["worker"]})
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -282,12 +291,14 @@ class Platform:
             **{key: given[key] for key in ("operator_key", "organization_id", "agent_key")},
         }
         secretfiles.write_credentials(self.home, self.credentials)
+        write_targets(self.home, {name: port_of(sock) for name, sock in self._figures.items()})
 
     async def stop(self) -> None:
         """Drain and end everything that was started; leaves no process, socket file or lock."""
         if self._supervisor is not None:
             await self._supervisor.stop()
         ports.close_all(self._listeners)
+        ports.close_all(self._figures)
         if self._lock is not None:
             self._lock.release()
 

@@ -224,6 +224,11 @@ class Database:
         """Close every connection of the pool."""
         await self.engine.dispose()
 
+    def connections(self) -> tuple[int, int]:
+        """Connections of the pool that are at work, and that are idle."""
+        pool = self.engine.pool
+        return pool.checkedout(), pool.checkedin()  # type: ignore[attr-defined]
+
     async def ping(self) -> None:
         """One round trip; raises ``service.unavailable`` when the database does not answer."""
         async with self.read() as reader:

@@ -22,6 +22,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as LostError
 from redis.exceptions import RedisError
 
+from portico.errors import Problem
+
 log = logging.getLogger(__name__)
 
 
@@ -36,7 +38,7 @@ def _words(err: BaseException) -> str:
 
 
 class Redis:
-    """One pool per process. ``close()`` at the end."""
+    """One pool per process. ``close()`` at the end. Raises ``config.invalid`` for a URL that is none of Redis."""
 
     def __init__(
         self,
@@ -50,13 +52,17 @@ class Redis:
         self._skip_until = 0.0
         self._failing = False
         # One retry, on a lost connection only: a pooled connection to a server that was restarted costs nothing.
-        self._client: client.Redis = client.Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_connect_timeout=timeout_seconds,
-            retry=Retry(NoBackoff(), 1, supported_errors=(LostError,)),
-            max_connections=64,
-        )
+        try:
+            self._client: client.Redis = client.Redis.from_url(
+                url,
+                decode_responses=True,
+                socket_connect_timeout=timeout_seconds,
+                retry=Retry(NoBackoff(), 1, supported_errors=(LostError,)),
+                max_connections=64,
+            )
+        except ValueError:  # its text may have a part of the URL, and that may have the password
+            form = "redis://[:password@]host:port/0, rediss://… or unix:///path"
+            raise Problem("config.invalid", f"setting redis_url: expected {form}", key="redis_url") from None
 
     @property
     def available(self) -> bool:

@@ -196,6 +196,8 @@ class ControlLink:
         self.draining = False
         self.silent = False
         self.resyncs = 0
+        #: The newest version that a line of the stream named.
+        self.heard_version = 0
         self.on_connected: list[Callable[[], None]] = []
 
     async def run(self) -> None:
@@ -287,6 +289,8 @@ class ControlLink:
             raise
 
     async def _message(self, message: dict[str, Any]) -> None:
+        if type(named := message.get("version")) is int:
+            self.heard_version = named
         match kind := message.get("type"):
             case "snapshot":
                 await self._snapshot.apply_gently(message)

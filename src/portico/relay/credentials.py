@@ -32,8 +32,10 @@ from typing import Final, Literal, Protocol
 from argon2.exceptions import VerificationError, VerifyMismatchError
 from argon2.low_level import Type, verify_secret
 
-from portico.kit.networks import network
+from portico.relay.rates import Clients, Room
 from portico.settings import RelaySettings
+from portico.wire.policy import Rate
+from portico.wire.policy_check import password_digest
 
 log = logging.getLogger("portico.relay.credentials")
 
@@ -41,8 +43,6 @@ Verdict = Literal["missing", "valid", "invalid", "throttled", "need"]
 
 #: Bytes of an Authorization value that is read, and of the two parts of a credential.
 MAX_AUTHORIZATION, MAX_NAME, MAX_PASSWORD = 2048, 256, 1024
-#: What a stored digest may demand of a relay: KiB of memory, passes, lanes. One that demands more fits no password.
-MAX_MEMORY_KIB, MAX_PASSES, MAX_LANES = 65_536, 4, 4
 #: Of a decoy beside no user at all: what the API makes digests with.
 _USUAL_COST = "m=19456,t=2,p=1"
 #: Networks whose budget is remembered; each has made an attempt within the last minutes.
@@ -53,10 +53,6 @@ NICE: Final = 10
 _BASIC = re.compile(rb"basic +", re.IGNORECASE)
 _BASE64 = re.compile(rb"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
-_DIGEST = re.compile(
-    r"\$argon2id\$v=19\$(m=([1-9][0-9]{0,9}),t=([1-9][0-9]{0,9}),p=([1-9][0-9]{0,9}))"
-    r"\$[A-Za-z0-9+/]{11,86}\$[A-Za-z0-9+/]{16,86}"
-)
 
 
 class User(Protocol):
@@ -91,12 +87,10 @@ def parse(value: bytes) -> tuple[bytes, bytes] | None:
 
 def cost(digest: str) -> str | None:
     """The parameters of an argon2id digest as they are written in it, ``None`` for one that a relay may not verify."""
-    found = _DIGEST.fullmatch(digest)
-    if found is None:
+    try:
+        return password_digest(digest).split("$")[3]
+    except ValueError:
         return None
-    memory, passes, lanes = (int(found[at]) for at in (2, 3, 4))
-    within = 8 * lanes <= memory <= MAX_MEMORY_KIB and passes <= MAX_PASSES and lanes <= MAX_LANES
-    return found[1] if within else None
 
 
 class Accounts:
@@ -119,14 +113,14 @@ class Accounts:
 class _Attempt:
     """One verification, waiting or under way, and who waits for it."""
 
-    __slots__ = ("accounts", "digest", "key", "network", "password", "waiters")
+    __slots__ = ("accounts", "address", "digest", "key", "password", "waiters")
 
-    def __init__(self, accounts: Accounts, key: bytes, digest: bytes, password: bytes, client: str) -> None:
+    def __init__(self, accounts: Accounts, key: bytes, digest: bytes, password: bytes, address: str) -> None:
         self.accounts = accounts
         self.key = key
         self.digest = digest
         self.password = password
-        self.network = client
+        self.address = address
         self.waiters: list[Callable[[], None]] = []
 
 
@@ -161,7 +155,8 @@ class Credentials:
         self._attempts: dict[bytes, _Attempt] = {}
         self._queues: dict[Accounts, deque[_Attempt]] = {}  # in the order of their turns
         self._waiting: dict[Accounts, int] = {}
-        self._budgets: dict[str, tuple[float, float]] = {}  # network → attempts left, as of when
+        attempts = Rate(settings.password_attempts_per_address, 60.0, settings.password_attempts_burst)
+        self._budgets = Clients(attempts, MAX_NETWORKS, Room(MAX_NETWORKS))
         self._running = 0
         self._closed = False
         #: Requests that wait for a verification now; verifications since the start.
@@ -191,7 +186,7 @@ class Credentials:
             return "valid"
         if self._invalid.holds(key, now):
             return "invalid"
-        return "need" if self._may(accounts, key, network(address), now) else "throttled"
+        return "need" if self._may(accounts, key, address, now) else "throttled"
 
     def verify(self, accounts: Accounts, authorization: bytes, address: str, done: Callable[[], None]) -> None:
         """Find out; ``done`` is called from the loop once :meth:`look` knows. Asked for directly after a ``need``."""
@@ -202,45 +197,29 @@ class Credentials:
         key = self._key(digest, name, password)
         attempt = self._attempts.get(key)
         if attempt is None:
-            client = network(address)
-            self._spend(client, 1.0)
-            attempt = self._attempts[key] = _Attempt(accounts, key, digest, password, client)
+            self._budgets.take(address, self._loop.time())
+            attempt = self._attempts[key] = _Attempt(accounts, key, digest, password, address)
             self._queues.setdefault(accounts, deque()).append(attempt)
         attempt.waiters.append(done)
         self._count(attempt.accounts, 1)
         self._start()
 
-    def retry_after(self, address: str) -> int:
-        """Whole seconds, at least one, until an attempt of this client may be taken."""
-        lacking = 1.0 - self._left(network(address), self._loop.time())
-        return max(1, math.ceil(lacking * 60.0 / max(1, self._settings.password_attempts_per_address)))
+    def retry_after(self, address: str) -> float:
+        """Seconds until an attempt of this client may be taken, at the least."""
+        return self._budgets.wait(address, self._loop.time())
 
     def _key(self, digest: bytes, name: bytes, password: bytes) -> bytes:
         told = b"%d %d %b%b%b" % (len(digest), len(name), digest, name, password)
         return hashlib.blake2b(told, key=self._secret, digest_size=32).digest()
 
     # ── limits ────────────────────────────────────────────────────────────────────────────────────────────────────
-    def _may(self, accounts: Accounts, key: bytes, client: str, now: float) -> bool:
+    def _may(self, accounts: Accounts, key: bytes, address: str, now: float) -> bool:
         limits = self._settings
         if self.waiting >= limits.password_verify_waiting:
             return False
         if self._waiting.get(accounts, 0) >= limits.password_verify_waiting_per_policy:
             return False
-        return key in self._attempts or self._left(client, now) >= 1.0
-
-    def _left(self, client: str, now: float) -> float:
-        """Attempts that a network may make now: a bucket that fills by the minute."""
-        limits = self._settings
-        left, at = self._budgets.get(client, (math.inf, now))
-        return min(limits.password_attempts_burst, left + (now - at) * limits.password_attempts_per_address / 60.0)
-
-    def _spend(self, client: str, attempts: float) -> None:
-        now = self._loop.time()
-        left = self._left(client, now) - attempts
-        self._budgets.pop(client, None)
-        while len(self._budgets) >= MAX_NETWORKS:
-            del self._budgets[next(iter(self._budgets))]  # the longest without an attempt
-        self._budgets[client] = (left, now)
+        return key in self._attempts or not self._budgets.wait(address, now)
 
     def _count(self, accounts: Accounts, requests: int) -> None:
         self.waiting += requests
@@ -277,7 +256,7 @@ class Credentials:
         now = self._loop.time()
         if fits:
             self._valid.add(attempt.key, now)
-            self._spend(attempt.network, -1.0)  # people behind one address may all sign in
+            self._budgets.give_back(attempt.address)  # people behind one address may all sign in
         else:
             self._invalid.add(attempt.key, now)
         del self._attempts[attempt.key]

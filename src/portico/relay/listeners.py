@@ -30,6 +30,7 @@ from portico.relay.http1 import READ_SIZE, Visitor
 from portico.relay.peers import Peers, RemoteTunnel
 from portico.relay.sessions import Agents, LiveTunnel
 from portico.relay.snapshot import Snapshot
+from portico.relay.tally import Tally
 from portico.settings import RelaySettings
 from portico.wire.frames import PROTOCOL
 
@@ -60,6 +61,10 @@ class Guest(Protocol):
     draining: bool
     transport: asyncio.Transport
 
+    @property
+    def door(self) -> Door:
+        """What it came in by."""
+
     def expire(self) -> None:
         """Its deadline passed."""
 
@@ -89,6 +94,7 @@ class PublicServer:
         self.connections: set[Guest] = set()
         self.turned_away: set[Guest] = set()
         self.refusals: Counter[str] = Counter()
+        self.tally = Tally()
         self._by_address: Counter[str] = Counter()
         self.credentials = Credentials(settings, self.loop)
         self.by_host = agents.by_host
@@ -111,6 +117,7 @@ class PublicServer:
         if self._by_address[address] >= limits.connections_per_address and not exempt:
             return False
         self._by_address[address] += 1
+        self.tally.accepted[visitor.door.scheme] += 1
         self.connections.add(visitor)
         visitor.draining = self._draining
         return True
@@ -302,7 +309,7 @@ class ControlListener:
         if path == b"/healthz":
             return _answer(200, b"ok\n", "text/plain")
         if path == b"/readyz":
-            ready = self.agents.snapshot.version is not None and not self.agents.draining
+            ready = self.ready()
             return _answer(200 if ready else 503, b"ready\n" if ready else b"not ready\n", "text/plain")
         if path not in (b"/v1/connect", b"/v1/peer"):
             return None
@@ -312,6 +319,10 @@ class ControlListener:
             self.refusals[problem.code] += 1
             log.info("agent refused", extra={"f": {"code": problem.code, "detail": problem.detail}})
             return _refusal(problem)
+
+    def ready(self) -> bool:
+        """Whether visitors and agents should come here."""
+        return self.agents.snapshot.version is not None and not self.agents.draining
 
     def _connect(self, request: Any, *, peer: bool) -> Any:
         offered = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
@@ -332,15 +343,15 @@ class ControlListener:
 
 
 async def serve_control(
-    agents: Agents, peers: Peers, sock: socket.socket, context: ssl.SSLContext | None, backlog: int
+    control: ControlListener, sock: socket.socket, context: ssl.SSLContext | None, backlog: int
 ) -> asyncio.Server:
     """Agents on ``sock``."""
     return await picows.ws_create_server(
-        ControlListener(agents, peers),
+        control,
         sock=sock,
         ssl=context,
         backlog=backlog,
-        websocket_handshake_timeout=agents.settings.hello_timeout_seconds,
+        websocket_handshake_timeout=control.agents.settings.hello_timeout_seconds,
         max_frame_size=MAX_MESSAGE,
         enable_auto_pong=False,  # the carrier answers
     )

@@ -85,6 +85,7 @@ class Meter:
         self._left: list[Spool] = []
         self._seq = 0
         self._since = int(wall())
+        self._forgotten = dict.fromkeys(FIELDS, 0)  # of tunnels that are no longer in memory: totals never go back
         self._merged_bytes = 0  # what the last merge left, so that merging is not repeated for nothing
         self._lock = asyncio.Lock()  # over every change of a spool; disk work happens under it, in a thread
         self._wake = asyncio.Event()
@@ -106,8 +107,14 @@ class Meter:
         counters.retained = max(0, counters.retained - 1)
 
     def totals(self) -> dict[str, int]:
-        """Sums over the tunnels in memory, for metrics."""
-        return {field: sum(getattr(c, field) for c in self._counters.values()) for field in FIELDS}
+        """Sums over all tunnels since this process started, for metrics."""
+        counters = self._counters.values()
+        return {field: self._forgotten[field] + sum(getattr(c, field) for c in counters) for field in FIELDS}
+
+    def waiting(self) -> tuple[int, int]:
+        """Batches that the control plane has not acknowledged, and their bytes."""
+        spools = [*self._left, self._own]
+        return sum(len(spool.live) for spool in spools), sum(spool.size() for spool in spools)
 
     # -- running
 
@@ -199,7 +206,9 @@ class Meter:
             elif not counters.retained and now - counters.quiet_since > self._settings.usage_forget_seconds:
                 forgotten.append(key)
         for key in forgotten:
-            del self._counters[key]
+            gone = self._counters.pop(key)
+            for field in FIELDS:
+                self._forgotten[field] += getattr(gone, field)
         return rows
 
     def _number(self, since: int, until: int, rows: list[dict[str, Any]]) -> Batch:

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 from portico.kit.networks import network
 
 if TYPE_CHECKING:
+    from portico.relay.shared_rates import SharedRates
     from portico.settings import RelaySettings
     from portico.wire.grants import GrantClaims
+    from portico.wire.policy import Rate
 
 #: Waits below this many seconds are rounding.
 _NOTHING: Final = 1e-9
@@ -29,17 +31,6 @@ _NOTHING: Final = 1e-9
 _LOOKS: Final = 8
 #: Buckets that the clients share for whom there is no room in a table.
 _SHARED: Final = 256
-
-
-class Rate(Protocol):
-    """``wire.policy.Rate``: ``requests`` every ``seconds``, at most ``burst`` at once."""
-
-    @property
-    def requests(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def burst(self) -> int: ...
 
 
 class Limits(Protocol):
@@ -156,6 +147,14 @@ class Clients:
         else:
             self._overflow[hash(key) % _SHARED] = full_at
 
+    def give_back(self, address: str) -> None:
+        """A token that :meth:`take` took was not used."""
+        key = network(address)
+        if key in self._full_at:
+            self._full_at[key] -= self._each
+        elif (shared := hash(key) % _SHARED) in self._overflow:
+            self._overflow[shared] -= self._each
+
     def _make_room(self, now: float) -> bool:
         """Whether a new client may be remembered, perhaps instead of one that need not be."""
         table = self._full_at
@@ -223,9 +222,9 @@ class Rates:
     """All buckets of a process. They outlive the tunnel's connection and its policy, so that neither a reconnect nor an edit
     fills them; what is full and in nobody's use is forgotten (:meth:`prune`)."""
 
-    def __init__(self, settings: RelaySettings, clock: Callable[[], float]) -> None:
-        """``clock``: the loop's time."""
-        self._clock = clock
+    def __init__(self, settings: RelaySettings, clock: Callable[[], float], shared: SharedRates | None = None) -> None:
+        """``clock``: the loop's time. ``shared``: where relays share the rates of organizations."""
+        self._clock, self._shared = clock, shared
         self._clients_per_tunnel = settings.rate_clients_per_tunnel
         self._room = Room(settings.rate_clients_max)
         self._tunnels: dict[str, TunnelRates] = {}
@@ -279,7 +278,9 @@ class Rates:
     def _organization(self, id: str, per_second: int, burst: int) -> Allowance:
         found = self._organizations.get(id)
         if found is None:
-            found = self._organizations[id] = Bucket(per_second, burst)
+            shared = self._shared
+            found = Bucket(per_second, burst) if shared is None else shared.lease(id, per_second, burst)
+            self._organizations[id] = found
         else:
             found.change(per_second, burst, self._clock())
         return found

@@ -20,8 +20,9 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from portico.kit import notify, sockets
+from portico.kit import metrics, notify, sockets
 from portico.relay import control_link, listeners, tls
+from portico.relay import metrics as figures
 from portico.relay.control_link import ControlLink
 from portico.relay.listeners import PublicServer
 from portico.relay.meter import Meter
@@ -67,6 +68,8 @@ class Relay:
         self.agents.rates_of = self.peers.rates_of = self.rates.of
         self.public = PublicServer(settings, self.snapshot, self.agents, self.peers)
         self.ports = TcpPorts(self.public, self.agents)
+        self.control = listeners.ControlListener(self.agents, self.peers)
+        self.metrics: metrics.Listener | None = None
         self.servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = self._cut = False
@@ -102,15 +105,30 @@ class Relay:
         control = self._listen("control", limits.control_host, limits.control_port)
         public = self._listen("public", limits.public_host, limits.public_port)
         https = self._listen("https", limits.https_host, limits.https_port)
-        self.servers.append(await listeners.serve_control(self.agents, self.peers, control, None, backlog))
+        self.servers.append(await listeners.serve_control(self.control, control, None, backlog))
         self._spawn(self.peers.run())
         if limits.peers and limits.peer_key is not None:
             # Visitors wait in the listening queue meanwhile: what the others hold is better known before the first of them.
             await self._until(lambda: len(self.peers.inbound) >= len(limits.peers), PEERS_SECONDS)
         self.servers.append(await listeners.serve_public(self.public, public, None, backlog))
         self.servers.append(await listeners.serve_public(self.public, https, tls.server_context(certificate), backlog))
+        await self._start_metrics()
         for work in (self.link.run(), self.meter.run(), self.store.run(), self._sweep()):
             self._spawn(work)
+
+    async def _start_metrics(self) -> None:
+        """The figures on a listener of their own, when one was given or its port is set."""
+        self.metrics = await metrics.serve(
+            figures.DECLARED,
+            lambda: figures.read(self),
+            self.control.ready,
+            self.settings,
+            self._given.pop("metrics", None),
+        )
+
+    async def _stop_metrics(self) -> None:
+        if self.metrics is not None:
+            await self.metrics.close()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -143,6 +161,8 @@ class Relay:
         self._stopped = True
         for server in self.servers:
             server.close()
+        if self.settings.notify_fd is not None:  # else the drain is watched to its end
+            await self._stop_metrics()
         self.ports.draining = True
         self.agents.go_away()
         self.peers.go_away()
@@ -158,6 +178,7 @@ class Relay:
         await self.agents.close()
         self.peers.close()
         await self.meter.close()
+        await self._stop_metrics()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -325,11 +325,12 @@ def _user(walk: _Walk, path: str, value: object) -> dict[str, Any]:
     elif "password" in found:
         clean["password"] = walk.text(f"{path}.password", found["password"], MAX_PASSWORD_CHARS)
     elif "digest" in found:
-        clean["digest"] = walk.worded(f"{path}.digest", found["digest"], _digest)
+        clean["digest"] = walk.worded(f"{path}.digest", found["digest"], password_digest)
     return clean
 
 
-def _digest(value: object) -> str:
+def password_digest(value: object) -> str:
+    """An argon2id digest that a relay may verify; raises ``ValueError`` with a sentence."""
     match = _ARGON2.fullmatch(value) if isinstance(value, str) else None
     if match is None or not isinstance(value, str):
         raise ValueError("is not an argon2id digest ($argon2id$v=19$m=…,t=…,p=…$salt$hash); give password instead")

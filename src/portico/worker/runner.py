@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,11 +19,12 @@ import asyncpg
 from sqlalchemy import exc as sa_exc
 
 from portico.errors import Problem
-from portico.kit import notify
+from portico.kit import metrics, notify
 from portico.kit.clock import SystemClock
 from portico.kit.db import Database, PoolLimits, Reader
 from portico.settings import ApiSettings, WorkerSettings
 from portico.worker import maintenance
+from portico.worker import metrics as worker_metrics
 from portico.worker.jobs import Context, Job
 
 log = logging.getLogger("portico.worker")
@@ -34,7 +36,12 @@ _LOCK_SPACE = zlib.crc32(b"portico worker") - (1 << 31)  # the first half of the
 _DATABASE_ERRORS = (Problem, asyncpg.PostgresError, asyncpg.InterfaceError, sa_exc.SQLAlchemyError, OSError)
 
 
-async def serve(settings: WorkerSettings, control: ApiSettings, names: Sequence[str] = ()) -> None:
+async def serve(
+    settings: WorkerSettings,
+    control: ApiSettings,
+    names: Sequence[str] = (),
+    metrics_socket: socket.socket | None = None,
+) -> None:
     """Run the named workers (all when none is named) until SIGTERM or SIGINT, then let the jobs at work finish.
 
     Raises ``config.invalid`` for an unknown name.
@@ -51,11 +58,17 @@ async def serve(settings: WorkerSettings, control: ApiSettings, names: Sequence[
     context = Context(settings, control, db, SystemClock())
     try:
         runners = [Runner(name, WORKERS[name](settings), context, stopping) for name in chosen]
+        shown = await metrics.serve(
+            worker_metrics.DECLARED, lambda: worker_metrics.read(runners), lambda: not stopping.is_set(),
+            settings, metrics_socket,
+        )  # fmt: skip
         tasks = [asyncio.create_task(runner.run(), name=runner.name) for runner in runners]
         notify.ready(settings.notify_fd)
         log.info("worker ready", extra={"f": {"workers": ",".join(chosen)}})
         await stopping.wait()
         await _finish(tasks, settings.shutdown_seconds)
+        if shown is not None:
+            await shown.close()
     finally:
         await db.close()
 
@@ -76,7 +89,10 @@ class Runner:
         self.name, self._jobs, self._context, self._stopping = name, jobs, context, stopping
         now = time.monotonic()
         self._due = {job.name: now for job in jobs}
-        self._failures = dict.fromkeys(self._due, 0)
+        #: Failed runs of each job since the last that succeeded.
+        self.failures = dict.fromkeys(self._due, 0)
+        #: Of each job: runs that succeeded, runs that failed, and their seconds.
+        self.runs: dict[str, list[float]] = {name: [0, 0, 0.0] for name in self._due}
         self.leads = False
 
     async def run(self) -> None:
@@ -115,19 +131,25 @@ class Runner:
         try:
             did = await job.run(self._context)
         except Exception as err:  # a failing job must not end the others
-            self._failures[job.name] += 1
-            pause = min(self._context.settings.retry_max_seconds, 2.0 ** self._failures[job.name])
+            self.failures[job.name] += 1
+            self._count(job, 1, began)
+            pause = min(self._context.settings.retry_max_seconds, 2.0 ** self.failures[job.name])
             fields = {"job": job.name, "error": f"{type(err).__name__}: {err}"[:300], "again_in": f"{pause:.0f}s"}
             known = isinstance(err, Problem) and err.retryable
             log.log(logging.WARNING if known else logging.ERROR, "job failed", exc_info=not known, extra={"f": fields})
             self._due[job.name] = time.monotonic() + pause
             return
-        self._failures[job.name] = 0
+        self.failures[job.name] = 0
+        self._count(job, 0, began)
         self._due[job.name] = began + job.every_seconds
         if did:
             log.info(
                 "job done", extra={"f": {"job": job.name, "did": did, "ms": int((time.monotonic() - began) * 1000)}}
             )
+
+    def _count(self, job: Job, outcome: int, began: float) -> None:
+        self.runs[job.name][outcome] += 1
+        self.runs[job.name][2] += time.monotonic() - began
 
     async def _pause(self) -> None:
         """A tick, or less when it is time to stop."""

@@ -168,6 +168,11 @@ class Hub:
         except TimeoutError:
             raise Problem("service.unavailable", "the database does not answer", headers={"Retry-After": "1"}) from None
 
+    @property
+    def streams(self) -> int:
+        """Edge streams of this process."""
+        return len(self._streams)
+
     async def close(self) -> None:
         """End every stream and the reading."""
         self._end_all("this process is stopping")

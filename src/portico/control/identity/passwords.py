@@ -45,6 +45,11 @@ class Passwords:
         # What a sign-in to an account that does not exist is verified against: same parameters, unknown password.
         self._decoy = self._hasher.hash(secrets.token_urlsafe(32))
 
+    @property
+    def waiting(self) -> int:
+        """Hashes under way or waiting for their turn."""
+        return self._waiting
+
     def close(self) -> None:
         """Let the threads end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
