@@ -379,6 +379,20 @@ class RelaySettings:
     # Seconds that a wrong password is remembered: a browser that repeats one costs one verification.
     password_refusal_cache_seconds: float = 10.0
 
+    # == TLS
+    # Bytes of a TLS ClientHello; post-quantum keys and Encrypted Client Hello make some of them large.
+    tls_hello_max_bytes: int = 32768
+    # TLS connections whose handshake is not over, in one process; above it those that said nothing yet make room.
+    max_handshakes: int = 2000
+    # TLS contexts kept (one for each certificate and client CA in use); some 20 kB each, and 1 ms to make.
+    tls_contexts_max: int = 2048
+    # Seconds after which a context is made anew, and with it the key of its session tickets.
+    tls_context_seconds: float = 43200.0
+    # Folder of the development CA (`portico dev-ca`); without it and without certificates HTTPS has one that nobody trusts.
+    dev_ca_dir: Path | None = None
+    # What opens the key of the development CA; set by `portico up`.
+    dev_ca_passphrase: Secret | None = None
+
     # == Agent sessions and the wire
     # Bytes of credit that a stream can grow to while its reader keeps up.
     stream_window_max_bytes: int = 1048576

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from portico.relay.heads import normal_host
+from portico.relay.hello import Hello, Invalid, NeedMore, parse
 from portico.wire import frames as f
 from portico.wire.frames import WireError
 from portico.wire.session import HEADROOM, Session, Stream
@@ -147,9 +149,30 @@ def heads(data: bytes) -> None:
         pass
 
 
+def hello(data: bytes) -> None:
+    """The ClientHello: a verdict on any bytes, the same however many were there before, and never a need that does not rise."""
+    limit = 8192
+    whole = parse(data, limit)
+    assert isinstance(whole, Hello | NeedMore | Invalid)
+    have = 0
+    while have <= len(data):
+        found = parse(data[:have], limit)
+        if not isinstance(found, NeedMore):
+            # Fewer bytes never say anything else than all of them.
+            assert found == whole if isinstance(found, Hello) else isinstance(whole, Invalid)
+            break
+        assert found.total > have
+        have = found.total
+    if isinstance(whole, Hello):
+        assert whole.size <= len(data)
+        if whole.sni is not None:
+            assert normal_host(whole.sni) == whole.sni
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "wire": wire,
     "heads": heads,
     "http1": http.visitor,
     "response": http.target,
+    "hello": hello,
 }

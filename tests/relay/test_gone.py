@@ -34,9 +34,9 @@ async def test_without_the_collector(
         "127.0.0.1", port(relay, 2 if secure else 1), ssl=context if secure else None
     )
     async with asyncio.timeout(5):
-        while not relay.public.connections:
+        while not (found := [weakref.ref(one) for one in relay.public.connections if isinstance(one, Visitor)]):
             await asyncio.sleep(0.01)
-    (visitor,) = (weakref.ref(one) for one in relay.public.connections if isinstance(one, Visitor))
+    (visitor,) = found
     close = b"Connection: close\r\n" if closes == "relay" else b""
     writer.write(b"GET / HTTP/1.1\r\nHost: web.localhost\r\n" + close + b"\r\n")
     assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")

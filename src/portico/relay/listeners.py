@@ -190,6 +190,13 @@ class PublicServer:
         """The live tunnel of a normalised host, here or on a peer."""
         return self.by_host.get(host) or self._remote.get(host)
 
+    def client_ca(self, host: bytes) -> tuple[str, str] | None:
+        """Hash and PEM of the authority that visitors of a host should have a certificate of."""
+        tunnel = self.find(host)
+        if tunnel is None or tunnel.policy.client_ca is None or tunnel.policy.client_ca_pem is None:
+            return None
+        return tunnel.policy.client_ca, tunnel.policy.client_ca_pem
+
     def standing(self, host: bytes) -> str | None:
         """The state of the tunnel that the platform has for a normalised host, live or not; ``None`` when it has none."""
         row = self.snapshot.tunnel_for_host(host.decode("ascii", "replace"))
@@ -271,16 +278,11 @@ def _reason(status: int) -> bytes:
     return HTTPStatus(status).phrase.encode()
 
 
-async def serve_public(
-    public: PublicServer, sock: socket.socket, context: ssl.SSLContext | None, backlog: int
-) -> asyncio.Server:
-    """Visitors on ``sock``, in clear text or with TLS."""
+async def serve_public(public: PublicServer, sock: socket.socket, backlog: int) -> asyncio.Server:
+    """Visitors on ``sock``, in clear text; those with TLS come by ``tls_port.py``."""
     name = sock.getsockname()
-    door = Door(b"https" if context is not None else b"http", name[1] if isinstance(name, tuple) else 0)
-    timeout = public.settings.head_timeout_seconds if context is not None else None
-    return await public.loop.create_server(
-        lambda: Visitor(public, door), sock=sock, ssl=context, backlog=backlog, ssl_handshake_timeout=timeout
-    )
+    door = Door(b"http", name[1] if isinstance(name, tuple) else 0)
+    return await public.loop.create_server(lambda: Visitor(public, door), sock=sock, backlog=backlog)
 
 
 def _answer(status: int, body: bytes, kind: str) -> picows.WSUpgradeResponseWithListener:

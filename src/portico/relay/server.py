@@ -21,9 +21,12 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from portico.kit import metrics, notify, sockets
-from portico.relay import control_link, listeners, tls
+from portico.relay import control_link, development, listeners
 from portico.relay import metrics as figures
+from portico.relay.certificates import CertificateStore
 from portico.relay.control_link import ControlLink
+from portico.relay.door import Door
+from portico.relay.http1 import Visitor
 from portico.relay.listeners import PublicServer
 from portico.relay.meter import Meter
 from portico.relay.peers import Peers
@@ -31,6 +34,7 @@ from portico.relay.rates import Rates
 from portico.relay.sessions import Agents
 from portico.relay.snapshot import Snapshot, SnapshotStore
 from portico.relay.tcp import TcpPorts
+from portico.relay.tls_port import TlsPort
 from portico.settings import RelaySettings
 
 log = logging.getLogger("portico.relay")
@@ -70,7 +74,13 @@ class Relay:
         self.ports = TcpPorts(self.public, self.agents)
         self.control = listeners.ControlListener(self.agents, self.peers)
         self.metrics: metrics.Listener | None = None
-        self.servers: list[asyncio.Server] = []
+        self.certificates = CertificateStore(
+            settings.base_domain,
+            contexts_max=settings.tls_contexts_max,
+            context_seconds=settings.tls_context_seconds,
+            clock=time.monotonic,
+        )
+        self.servers: list[asyncio.Server | TlsPort] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = self._cut = False
         self._cpu = (time.process_time(), time.monotonic())
@@ -100,7 +110,7 @@ class Relay:
         """Raises ``Problem`` (a port is taken) or ``OSError`` (the state folder cannot be written)."""
         limits, backlog = self.settings, self.settings.listen_backlog
         limits.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        certificate = tls.development_certificate(limits.state_dir, limits.base_domain)
+        self._fill_certificates()
         self.store.load()
         control = self._listen("control", limits.control_host, limits.control_port)
         public = self._listen("public", limits.public_host, limits.public_port)
@@ -110,8 +120,10 @@ class Relay:
         if limits.peers and limits.peer_key is not None:
             # Visitors wait in the listening queue meanwhile: what the others hold is better known before the first of them.
             await self._until(lambda: len(self.peers.inbound) >= len(limits.peers), PEERS_SECONDS)
-        self.servers.append(await listeners.serve_public(self.public, public, None, backlog))
-        self.servers.append(await listeners.serve_public(self.public, https, tls.server_context(certificate), backlog))
+        self.servers.append(await listeners.serve_public(self.public, public, backlog))
+        self.servers.append(
+            TlsPort(self.public, https, self.certificates, self._terminated, client_ca=self.public.client_ca)
+        )
         await self._start_metrics()
         for work in (self.link.run(), self.meter.run(), self.store.run(), self._sweep()):
             self._spawn(work)
@@ -129,6 +141,18 @@ class Relay:
     async def _stop_metrics(self) -> None:
         if self.metrics is not None:
             await self.metrics.close()
+
+    def _fill_certificates(self) -> None:
+        limits = self.settings
+        issuer = development.authority(limits.dev_ca_dir, limits.dev_ca_passphrase, limits.base_domain)
+        known = self.public.standing
+        development.Development(issuer, limits.base_domain, lambda name: known(name) is not None).fill(
+            self.certificates
+        )
+
+    def _terminated(self, door: Door) -> asyncio.BaseProtocol:
+        """Who serves a connection whose TLS ends here."""
+        return Visitor(self.public, door)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
