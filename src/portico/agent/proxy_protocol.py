@@ -6,16 +6,9 @@ https://www.haproxy.org/download/1.8/doc/proxy-protocol.txt
 from __future__ import annotations
 
 import socket
-import struct
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import Final
 
-SIGNATURE: Final = b"\r\n\r\n\0\r\nQUIT\n"
-_LOCAL, _PROXY = 0x20, 0x21
-_TCP4, _TCP6 = 0x11, 0x21
-_ADDRESSES_4: Final = struct.Struct("!4s4sHH")
-_ADDRESSES_6: Final = struct.Struct("!16s16sHH")
-_HEAD: Final = struct.Struct("!12sBBH")
+from portico.kit.proxy_protocol import ADDRESSES_4, ADDRESSES_6, HEAD, LOCAL, PROXY, SIGNATURE, TCP4, TCP6
 
 Address = IPv4Address | IPv6Address
 
@@ -28,14 +21,14 @@ def header(version: int, peer: str, local: str) -> bytes:
     """
     source, target = _place(peer), _place(local)
     if source is None or target is None:
-        return b"PROXY UNKNOWN\r\n" if version == 1 else _HEAD.pack(SIGNATURE, _LOCAL, 0, 0)
+        return b"PROXY UNKNOWN\r\n" if version == 1 else HEAD.pack(SIGNATURE, LOCAL, 0, 0)
     (host, port), (to_host, to_port) = source, target
     if host.version != to_host.version:  # both in one family: the older one has a place in the newer
         host, to_host = _v6(host), _v6(to_host)
     if version == 1:
         return f"PROXY TCP{host.version} {_text(host)} {_text(to_host)} {port} {to_port}\r\n".encode("ascii")
-    form, family = (_ADDRESSES_4, _TCP4) if host.version == 4 else (_ADDRESSES_6, _TCP6)
-    return _HEAD.pack(SIGNATURE, _PROXY, family, form.size) + form.pack(host.packed, to_host.packed, port, to_port)
+    form, family = (ADDRESSES_4, TCP4) if host.version == 4 else (ADDRESSES_6, TCP6)
+    return HEAD.pack(SIGNATURE, PROXY, family, form.size) + form.pack(host.packed, to_host.packed, port, to_port)
 
 
 def _place(text: str) -> tuple[Address, int] | None:
