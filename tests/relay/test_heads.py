@@ -72,6 +72,20 @@ def test_field_kinds_ignore_case_and_stay_bounded() -> None:
     assert kinds[b"HOST"] == heads.HOST
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((b"X-Forwarded-For", heads.DROP), (b"x-forwarded-prefix", heads.DROP), (b"X-Forwarded-Ssl", heads.DROP)),
+        *((b"X_Forwarded_For", heads.DROP), (b"X-Forwarded_For", heads.DROP), (b"X_REQUEST_ID", heads.DROP)),
+        *((b"Content_Length", heads.DROP), (b"Transfer_Encoding", heads.DROP), (b"Proxy_Authorization", heads.DROP)),
+        *((b"X-Forwarded", heads.PASS), (b"X-Forwarder", heads.PASS), (b"X_My_Header", heads.PASS)),
+        *((b"Content_Type", heads.PASS), (b"Content-Length", heads.LENGTH), (b"Host", heads.HOST)),
+    ],
+)
+def test_what_an_app_could_take_for_a_field_of_ours_is_dropped(name: bytes, kind: int) -> None:
+    assert heads.REQUEST_KINDS[name] == kind
+
+
 def test_status_lines_stay_bounded() -> None:
     lines = heads.StatusLines()
     for number in range(10_000):
@@ -92,7 +106,11 @@ def test_forwarding_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [b"Content-Length", b"transfer-ENCODING", b"Host", b"Set-Cookie", b"Authorization", b"Portico-Error", b"TE"]
+    "name",
+    [
+        *(b"Content-Length", b"transfer-ENCODING", b"Host", b"Set-Cookie", b"Authorization", b"Portico-Error", b"TE"),
+        *(b"PORTICO_ERROR", b"X-Forwarded-For", b"x_forwarded_for", b"X-Forwarded-Prefix", b"Content_Length"),
+    ],
 )
 def test_trailers_cannot_change_the_message(name: bytes) -> None:
     assert heads.trailers([b"X-Sum", b"1", name, b"x", b"X-End", b"2"]) == [b"X-Sum", b"1", b"X-End", b"2"]

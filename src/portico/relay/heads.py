@@ -6,7 +6,7 @@ Heads repeat their field names, so each spelling is classified once and looked u
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from portico.kit.memo import Memo
@@ -80,23 +80,39 @@ _PLAN_NAMES_MAX = 64
 _PLAN_BYTES_MAX = 1536
 
 
-class FieldKinds(dict[bytes, int]):
-    """Field name in any spelling → kind; learns the spellings that it meets, up to a bound."""
+def poses(name: bytes, kinds: Container[bytes]) -> bool:
+    """Whether a lower-case name is a forwarding field, known to us or not, or one of ``kinds`` with an underscore for a hyphen.
 
-    def __init__(self, kinds: dict[bytes, int]) -> None:
+    CGI, WSGI and their like make the same variable of ``X-Forwarded-For`` and ``X_Forwarded_For``: an app that trusts the one
+    would believe a visitor's other.
+    """
+    hyphens = name.replace(b"_", b"-")
+    return hyphens.startswith(b"x-forwarded-") or (hyphens != name and hyphens in kinds)
+
+
+class FieldKinds(dict[bytes, int]):
+    """Field name in any spelling → kind; learns the spellings that it meets, up to a bound.
+
+    ``alike``: names that an app could take for one of ``kinds``, or for a forwarding field, are dropped (:func:`poses`).
+    """
+
+    def __init__(self, kinds: dict[bytes, int], *, alike: bool = False) -> None:
         super().__init__(kinds)
         self._kinds = dict(kinds)
+        self._alike = alike
 
     def __missing__(self, name: bytes) -> int:
         if len(name) > MAX_NAME:
             return TOO_LONG
         kind = self._kinds.get(name.lower(), PASS)
+        if kind == PASS and self._alike and poses(name.lower(), self._kinds):
+            kind = DROP
         if len(self) < _TABLE_MAX:
             self[name] = kind
         return kind
 
 
-REQUEST_KINDS = FieldKinds(_REQUEST_KINDS)
+REQUEST_KINDS = FieldKinds(_REQUEST_KINDS, alike=True)
 RESPONSE_KINDS = FieldKinds(_RESPONSE_KINDS)
 
 
@@ -218,7 +234,12 @@ def without(fields: list[bytes], names: set[bytes]) -> list[bytes]:
 
 def trailers(fields: list[bytes]) -> list[bytes]:
     """The flat trailer fields that may be passed on."""
-    return without(fields, _NOT_IN_TRAILERS) if fields else fields  # type: ignore[arg-type]
+    kept: list[bytes] = []
+    for at in range(0, len(fields), 2):
+        name = fields[at].lower()
+        if name not in _NOT_IN_TRAILERS and not poses(name, _NOT_IN_TRAILERS):
+            kept += fields[at : at + 2]
+    return kept
 
 
 def wire_fields(fields: Sequence[bytes]) -> bytes:
