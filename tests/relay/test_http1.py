@@ -46,6 +46,21 @@ class TestForward:
         for name in (b"X-Hop", b"Connection", b"TE"):
             assert request.get(name) == []
 
+    async def test_a_visitor_that_reads_trailers_is_known_to_the_agent_by_a_flag(
+        self, agent: ScriptedAgent, visit: Visit
+    ) -> None:
+        client = await visit()
+        for value, flag in (
+            (b"trailers", f.F_TRAILERS),
+            (b"gzip, Trailers;q=1", 0),
+            (b"deflate, trailers", f.F_TRAILERS),
+        ):
+            for _ in range(3):
+                client.send(b"GET / HTTP/1.1\r\nHost: web.localhost\r\nTE: %b\r\nConnection: TE\r\n\r\n" % value)
+                assert (await client.response())[0] == 200
+                assert agent.streams[-1].flags == f.F_END | flag
+                assert agent.streams[-1].get(b"TE") == agent.streams[-1].get(b"Connection") == []
+
     async def test_keep_alive_and_pipelining_keep_order(self, agent: ScriptedAgent, visit: Visit) -> None:
         waiting: list[ScriptedStream] = []
         agent.on_stream = waiting.append

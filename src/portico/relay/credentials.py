@@ -70,6 +70,12 @@ def authorization(fields: Sequence[bytes]) -> bytes | None:
     return None if not found else found[0] if len(found) == 1 else b""
 
 
+def carried(fields: Sequence[bytes]) -> bool:
+    """Whether flat fields have a password in them, which is to be kept no longer than it is needed."""
+    value = authorization(fields)
+    return value is not None and (not value or _BASIC.match(value) is not None)
+
+
 def parse(value: bytes) -> tuple[bytes, bytes] | None:
     """Name and password of a ``Basic`` Authorization value (RFC 7617), or ``None`` when it is none.
 

@@ -67,6 +67,7 @@ class Exchange:
     head_only = False
     with_body = False
     upgrade = False
+    te_trailers = False  # the visitor reads trailers
     http10 = False
     keep_alive = True
     started = False
@@ -153,6 +154,8 @@ class Exchange:
         flags = 0 if self.with_body or self.upgrade else f.F_END
         if self.upgrade:
             flags |= f.F_UPGRADE
+        if self.te_trailers:
+            flags |= f.F_TRAILERS
         try:
             wire = self.wire
             if wire is None:
@@ -167,7 +170,7 @@ class Exchange:
         except (ValueError, OverflowError) as err:
             self.refuse("edge.head_too_large" if isinstance(err, ValueError) else "edge.agent_unreachable")
             return
-        if flags == f.F_END:
+        if flags & f.F_END:
             return
         self.sending = True
         if self.pending:

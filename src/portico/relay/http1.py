@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 import httptools
 
 from portico.kit.gone import GONE
-from portico.relay import heads
+from portico.relay import credentials, heads
 from portico.relay.exchange import ID_PREFIX, ID_SERIAL, Exchange, request_id
 from portico.relay.policy import OPEN, Compiled
 
@@ -337,7 +337,9 @@ class Visitor(asyncio.BufferedProtocol):
         if len(section) + heads.LINE_MAX > self.server.settings.max_head_bytes:
             return  # with a longer line it would be over the limit
         ordinary = not (exchange.with_body or exchange.upgrade or exchange.http10)
-        if ordinary and exchange.wire is not None and heads.KNOWN_HEADS.worth(section):
+        if not ordinary or exchange.wire is None or exchange.te_trailers:
+            return
+        if heads.KNOWN_HEADS.worth(section) and not credentials.carried(exchange.fields):
             known = heads.KnownHead(exchange.host, exchange.fields, exchange.wire, exchange.keep_alive)
             heads.KNOWN_HEADS.remember(section, known)
 
@@ -575,8 +577,7 @@ class Visitor(asyncio.BufferedProtocol):
             self._ask_upgrade(exchange, upgrade)
         if exchange.with_body and self.parser.should_upgrade():
             self.skipped = b"Content-Length: %d" % length if length else b"Transfer-Encoding: chunked"
-        if te_trailers:
-            exchange.fields += (b"TE", b"trailers")
+        exchange.te_trailers = te_trailers
         return exchange
 
     def _make(self, fields: list[bytes], host: bytes, sized: bool, *, chunked: bool) -> Exchange | None:

@@ -96,7 +96,6 @@ class PublicServer:
         self.refusals: Counter[str] = Counter()
         self.tally = Tally()
         self._by_address: Counter[str] = Counter()
-        self.credentials = Credentials(settings, self.loop)
         self.by_host = agents.by_host
         self._remote = peers.by_host
         self._base = settings.base_domain.encode().lower()
@@ -167,7 +166,6 @@ class PublicServer:
         for visitor in self.turned_away:
             visitor.transport.abort()
         self._sweeper.cancel()
-        self.credentials.close()
         self.holding.close()
         self.credentials.close()
         return len(left)

@@ -1,0 +1,391 @@
+"""Passwords of visitors from end to end: a real relay, the real agent's link and forwarder, its local page, and a target that
+keeps every byte that it was sent."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import itertools
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from argon2 import PasswordHasher
+from argon2.low_level import verify_secret
+
+from portico.agent.forward import Forwarder
+from portico.agent.inspector import Inspector
+from portico.agent.link import Link
+from portico.agent.stats import Stats
+from portico.agent.target import parse_target
+from portico.relay import credentials, heads
+from portico.relay.server import Relay
+from portico.settings import AgentSettings
+from tests.agent.harness import SilentOwner
+from tests.relay.doubles import Client, grant, port, row, session_token
+from tests.relay.known import forget
+
+QUICK = PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
+PASSWORD = "hunter2-of-alice"
+ALICE = {"name": "alice", "digest": QUICK.hash(PASSWORD)}
+BOB = {"name": "bøb", "digest": QUICK.hash("pässwörd: with colon")}
+PROTECTED: dict[str, Any] = {"basic_auth": {"users": [ALICE, BOB]}}
+
+DENY: dict[str, Any] = {"addresses": {"rules": [{"deny": "127.0.0.0/8"}]}}
+FULL: dict[str, Any] = {"concurrency": 1}
+
+Visit = Callable[..., Any]
+
+
+def basic(name: str = "alice", password: str = PASSWORD) -> bytes:
+    return b"Basic " + base64.b64encode(f"{name}:{password}".encode())
+
+
+def get(authorization: bytes | None, more: bytes = b"", host: bytes = b"web.localhost") -> bytes:
+    given = b"" if authorization is None else b"Authorization: %b\r\n" % authorization
+    return b"GET /a HTTP/1.1\r\nHost: %b\r\n%b%b\r\n" % (host, given, more)
+
+
+class Target:
+    """A local app: answers every request alike, upgrades when asked, and keeps what it was sent."""
+
+    def __init__(self) -> None:
+        self.sent = bytearray()
+
+    async def start(self) -> int:
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return int(self.server.sockets[0].getsockname()[1])
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                self.sent += head
+                if b"\r\nupgrade:" in head.lower():
+                    writer.write(b"HTTP/1.1 101 Switching\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+                    while data := await reader.read(4096):
+                        writer.write(data)
+                else:
+                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+        writer.close()
+
+    @property
+    def requests(self) -> int:
+        return self.sent.count(b" HTTP/1.1\r\n")
+
+
+@dataclasses.dataclass
+class Edge:
+    """A tunnel that is online, and what can be seen of it from every side."""
+
+    relay: Relay
+    target: Target
+    page: httpx.AsyncClient
+    verified: list[bytes]
+    versions: Any
+
+    def change(self, policy: dict[str, Any]) -> None:
+        """The edge stream brings another policy."""
+        version = self.relay.snapshot.version
+        assert version is not None
+        tunnel = row("web", policy=policy, policy_version=next(self.versions))
+        change = {"kind": "tunnel", "tunnel": tunnel}
+        self.relay.snapshot.apply({"type": "delta", "version": version + 1, "changes": [change]})
+
+
+@pytest.fixture
+def policy() -> dict[str, Any]:
+    """Overridden by tests of another one."""
+    return PROTECTED
+
+
+@pytest.fixture
+async def edge(relay: Relay, policy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Edge]:
+    forget()
+    verified: list[bytes] = []
+
+    def verify(digest: bytes, password: bytes, kind: Any) -> bool:
+        verified.append(password)
+        assert threading.current_thread() is not threading.main_thread()
+        return verify_secret(digest, password, kind)
+
+    monkeypatch.setattr(credentials, "verify_secret", verify)
+    target = Target()
+    settings = dataclasses.replace(AgentSettings(), web_addr="127.0.0.1:0")
+    stats = Stats()
+    inspector = Inspector(settings, stats)
+    forwarder = Forwarder(parse_target(str(await target.start())), settings, stats)
+    forwarder.tap = inspector.recorder.tap(forwarder, "web")
+    assert await inspector.start()
+    link = Link(SilentOwner(), settings, f"ws://127.0.0.1:{port(relay, 0)}/v1/connect", 1)
+    await link.open(session_token())
+    link.bound[1] = forwarder
+    link.bind(1, grant(policy=policy, policy_version=1))
+    async with asyncio.timeout(5):
+        while b"web.localhost" not in relay.public.by_host:
+            await asyncio.sleep(0.005)
+    try:
+        async with httpx.AsyncClient(base_url=inspector.url, trust_env=False) as page:
+            yield Edge(relay, target, page, verified, itertools.count(2))
+    finally:
+        link.close("test over")
+        await forwarder.abort()
+        await inspector.close()
+        target.server.close()
+
+
+class Gate:
+    """Verifications go on once it is open."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open, self._entered = threading.Event(), threading.Event()
+
+        def verify(digest: bytes, password: bytes, kind: Any) -> bool:
+            self._entered.set()
+            self.open.wait(5)
+            return verify_secret(digest, password, kind)
+
+        monkeypatch.setattr(credentials, "verify_secret", verify)
+
+    async def entered(self) -> None:
+        """Until one has begun."""
+        assert await asyncio.to_thread(self._entered.wait, 5)
+
+
+@pytest.fixture
+def gate(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    made = Gate(monkeypatch)
+    yield made
+    made.open.set()
+
+
+async def ask(client: Client, request: bytes) -> tuple[int, bytes | None, dict[bytes, list[bytes]]]:
+    """Status, code of the refusal, fields."""
+    client.send(request)
+    status, fields, _ = await client.response()
+    return status, fields.get(b"portico-error", [None])[0], fields
+
+
+class TestWhoComesIn:
+    @pytest.mark.parametrize(
+        ("given", "status", "code"),
+        [
+            (None, 401, b"edge.auth_required"),
+            (b"Bearer abc", 401, b"edge.auth_required"),
+            (basic("alice", "wrong"), 401, b"edge.auth_invalid"),
+            (basic("nobody"), 401, b"edge.auth_invalid"),
+            (basic("bøb", "pässwörd"), 401, b"edge.auth_invalid"),
+            (b"Basic !!", 401, b"edge.auth_invalid"),
+            (b"Basic", 401, b"edge.auth_required"),
+            (basic() + b"\r\nAuthorization: " + basic(), 401, b"edge.auth_invalid"),
+            (basic(), 200, None),
+            (basic("bøb", "pässwörd: with colon"), 200, None),
+            (basic().replace(b"Basic ", b"bASIC   "), 200, None),
+        ],
+    )
+    async def test_each_time_the_same(
+        self, edge: Edge, visit: Visit, given: bytes | None, status: int, code: bytes | None
+    ) -> None:
+        """First verified, then remembered, on one connection and on another; also when the request itself is a known one."""
+        client = await visit()
+        for _ in range(4):
+            got, error, fields = await ask(client, get(given))
+            assert (got, error) == (status, code)
+            challenge = fields.get(b"www-authenticate")
+            assert challenge == ([b'Basic realm="Portico", charset="UTF-8"'] if status == 401 else None)
+            assert status == 200 or fields[b"cache-control"] == [b"no-store"]
+        assert (await ask(await visit(), get(given)))[:2] == (status, code)
+        assert len(edge.verified) <= 1
+        assert edge.target.requests == (5 if status == 200 else 0)
+
+    async def test_after_any_wrong_one_the_right_one_and_the_other_way_round(self, edge: Edge, visit: Visit) -> None:
+        client = await visit()
+        for _ in range(3):
+            assert (await ask(client, get(basic("alice", "wrong"))))[0] == 401
+            assert (await ask(client, get(basic())))[0] == 200
+            assert (await ask(client, get(None)))[0] == 401
+        assert sorted(edge.verified) == sorted((b"wrong", PASSWORD.encode()))
+
+    async def test_a_body_waits_for_the_verdict(self, edge: Edge, visit: Visit) -> None:
+        head = b"POST /a HTTP/1.1\r\nHost: web.localhost\r\nContent-Length: 100000\r\nAuthorization: %b\r\n\r\n"
+        client = await visit()
+        got, code, _ = await ask(client, head % basic("alice", "wrong") + b"x" * 100_000)
+        assert (got, code) == (401, b"edge.auth_invalid")
+        client = await visit()
+        client.send(head.replace(b"100000", b"5") % basic() + b"x" * 5)
+        assert (await client.response())[0] == 200
+        assert edge.target.sent.endswith(b"\r\n\r\n") and edge.target.requests == 1
+
+    async def test_pipelined_requests_are_decided_each_on_its_own(self, edge: Edge, visit: Visit) -> None:
+        client = await visit(
+            get(basic()) + get(None) + get(basic("alice", "wrong")) + get(basic("bøb", "x")) + get(basic())
+        )
+        assert [(await client.response())[0] for _ in range(5)] == [200, 401, 401, 401, 200]
+
+    async def test_a_visitor_that_leaves_meanwhile(self, edge: Edge, visit: Visit, gate: Gate) -> None:
+        client = await visit(get(basic()))
+        await gate.entered()
+        client.writer.transport.abort()
+        while edge.relay.public.connections:
+            await asyncio.sleep(0.005)
+        other = await visit(get(basic()))
+        gate.open.set()
+        assert (await other.response())[0] == 200
+        assert edge.relay.agents.by_tunnel["tun_web"].inflight == 0
+        assert edge.target.requests == 1
+
+    async def test_an_upgrade_is_refused_before_its_101(self, edge: Edge, visit: Visit) -> None:
+        upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        for given, code in ((None, b"edge.auth_required"), (basic("alice", "x"), b"edge.auth_invalid")):
+            client = await visit()
+            got, error, _ = await ask(client, get(given, upgrade))
+            assert (got, error) == (401, code)
+        assert edge.target.requests == 0
+        client = await visit(get(basic(), upgrade))
+        assert (await client.read_head()).startswith(b"HTTP/1.1 101 ")
+        client.send(b"ping")
+        assert await client.read(4) == b"ping"
+        assert b"uthorization" not in edge.target.sent
+
+    @pytest.mark.parametrize("policy", [{"basic_auth": {"realm": "Shop preview", "users": [ALICE]}}])
+    async def test_the_realm_is_the_owners(self, edge: Edge, visit: Visit) -> None:
+        fields = (await ask(await visit(), get(None)))[2]
+        assert fields[b"www-authenticate"] == [b'Basic realm="Shop preview", charset="UTF-8"']
+
+
+class TestWhereItGoes:
+    async def test_nobody_behind_the_edge_sees_it(
+        self, edge: Edge, visit: Visit, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        given = basic()
+        with caplog.at_level(logging.DEBUG):
+            client = await visit()
+            for name in (b"Authorization", b"AUTHORIZATION", b"authorization"):
+                for _ in range(3):
+                    assert (await ask(client, get(None, b"%b: %b\r\nX-Kept: 1\r\n" % (name, given))))[0] == 200
+            assert (await ask(client, get(basic("alice", "a wrong one"))))[0] == 401
+            assert (await ask(client, get(b"Basic " + b"*" * 50)))[0] == 401
+        secrets = (given[6:], PASSWORD.encode(), basic("alice", "a wrong one")[6:], b"a wrong one")
+        assert edge.target.requests == 9 and edge.target.sent.count(b"X-Kept: 1") == 9
+        assert b"uthorization" not in edge.target.sent.replace(b"AUTHORIZATION", b"Authorization")
+        listed = (await edge.page.get("/api/requests")).json()
+        shown = (await edge.page.get("/")).text + (await edge.page.get("/api/requests")).text
+        for entry in listed["requests"]:
+            shown += (await edge.page.get(f"/api/requests/{entry['id']}")).text
+        assert shown.count("X-Kept") >= 9 and "uthorization" not in shown
+        for secret in secrets:
+            assert (
+                secret not in edge.target.sent and secret.decode() not in shown and secret.decode() not in caplog.text
+            )
+
+    async def test_it_is_not_among_the_heads_that_the_relay_remembers(self, edge: Edge, visit: Visit) -> None:
+        for given, status in ((basic(), 200), (basic("alice", "wrong"), 401)):
+            client = await visit()
+            for _ in range(5):
+                assert (await ask(client, get(given)))[0] == status
+        assert not [section for section in heads.KNOWN_HEADS if b"asic" in section]
+
+    @pytest.mark.parametrize("policy", [{}])
+    async def test_without_basic_auth_it_is_the_targets(self, edge: Edge, visit: Visit) -> None:
+        client = await visit()
+        for _ in range(4):
+            assert (await ask(client, get(basic("any", "thing"))))[0] == 200
+            assert (await ask(client, get(b"Bearer abc")))[0] == 200
+        assert edge.target.sent.count(b"\r\nAuthorization: %b\r\n" % basic("any", "thing")) == 4
+        assert edge.target.sent.count(b"\r\nAuthorization: Bearer abc\r\n") == 4
+        assert edge.verified == []
+
+
+class TestChanges:
+    async def test_a_password_that_is_taken_away_on_an_open_connection(self, edge: Edge, visit: Visit) -> None:
+        client = await visit()
+        for _ in range(4):
+            assert (await ask(client, get(basic())))[0] == 200
+        edge.change({"basic_auth": {"users": [BOB]}})
+        assert (await ask(client, get(basic())))[:2] == (401, b"edge.auth_invalid")
+        edge.change({"basic_auth": {"users": [{"name": "alice", "digest": QUICK.hash("another")}]}})
+        assert (await ask(client, get(basic())))[:2] == (401, b"edge.auth_invalid")
+        assert (await ask(client, get(basic("alice", "another"))))[0] == 200
+        edge.change({})
+        sent = edge.target.sent.count(b"uthorization")
+        assert (await ask(client, get(basic())))[0] == 200
+        assert edge.target.sent.count(b"uthorization") == sent + 1, "it is the target's again"
+        edge.change(PROTECTED)
+        assert (await ask(client, get(None)))[:2] == (401, b"edge.auth_required")
+        assert (await ask(client, get(basic())))[0] == 200
+        assert edge.target.sent.count(b"uthorization") == sent + 1
+
+    async def test_a_change_while_a_password_is_verified(self, edge: Edge, visit: Visit, gate: Gate) -> None:
+        client = await visit(get(basic()))
+        await gate.entered()
+        edge.change({"basic_auth": {"users": [BOB]}})
+        gate.open.set()
+        status, _, _ = await client.response()
+        assert status in (401, 429) and edge.target.requests == 0
+        assert (await ask(client, get(basic())))[:2] == (401, b"edge.auth_invalid")
+
+
+class TestOrder:
+    """Bad host before TLS mode before credentials before address before capacity, by what comes back."""
+
+    async def test_bad_host_beats_everything(self, edge: Edge, visit: Visit) -> None:
+        edge.change(PROTECTED | DENY | FULL | {"plain_http": "refuse"})
+        got = await ask(await visit(), get(basic("alice", "x"), host=b"nobody.localhost"))
+        assert got[:2] == (404, b"edge.host_unassigned") and edge.verified == []
+
+    async def test_tls_mode_beats_credentials(self, edge: Edge, visit: Visit) -> None:
+        edge.change(PROTECTED | DENY | {"plain_http": "refuse"})
+        for given in (None, basic("alice", "x"), basic()):
+            assert (await ask(await visit(), get(given)))[:2] == (421, b"edge.tls_mode_mismatch")
+        assert edge.verified == []
+
+    async def test_credentials_beat_address_beats_capacity(self, edge: Edge, visit: Visit) -> None:
+        edge.change(PROTECTED | DENY | FULL)
+        edge.relay.agents.by_tunnel["tun_web"].inflight += 1
+        client = await visit()
+        assert (await ask(client, get(None)))[:2] == (401, b"edge.auth_required")
+        assert (await ask(client, get(basic("alice", "x"))))[:2] == (401, b"edge.auth_invalid")
+        assert (await ask(client, get(basic())))[:2] == (403, b"edge.ip_denied")
+        edge.change(PROTECTED | FULL)
+        assert (await ask(client, get(basic("alice", "x"))))[:2] == (401, b"edge.auth_invalid")
+        assert (await ask(client, get(basic())))[:2] == (429, b"edge.concurrency_exceeded")
+        edge.relay.agents.by_tunnel["tun_web"].inflight -= 1
+        assert (await ask(client, get(basic())))[0] == 200
+
+
+class TestAttempts:
+    @pytest.mark.parametrize(
+        "relay_settings", [{"password_attempts_per_address": 2, "password_attempts_burst": 3, "exempt_loopback": True}]
+    )
+    async def test_a_barred_address_cannot_spend_our_time(self, edge: Edge, visit: Visit) -> None:
+        """Although its address is looked at after its password."""
+        edge.change(PROTECTED | DENY)
+        client = await visit()
+        got = [await ask(client, get(basic("alice", f"wrong{n}"))) for n in range(20)]
+        assert [(status, code) for status, code, _ in got] == (
+            [(401, b"edge.auth_invalid")] * 3 + [(429, b"edge.auth_throttled")] * 17
+        )
+        assert 1 <= int(got[-1][2][b"retry-after"][0]) <= 30
+        assert len(edge.verified) == 3
+        # Also with the right password, until there is an attempt again: a guesser must not learn that it guessed it.
+        assert (await ask(client, get(basic())))[:2] == (429, b"edge.auth_throttled")
+        assert (await ask(client, get(None)))[:2] == (401, b"edge.auth_required")
+
+    @pytest.mark.parametrize("relay_settings", [{"password_attempts_per_address": 1, "password_attempts_burst": 1}])
+    async def test_who_was_let_in_before_is_let_in_while_a_neighbour_guesses(self, edge: Edge, visit: Visit) -> None:
+        good, bad = await visit(), await visit()
+        assert (await ask(good, get(basic())))[0] == 200
+        codes = {(await ask(bad, get(basic("alice", f"wrong{n}"))))[1] for n in range(10)}
+        assert codes == {b"edge.auth_invalid", b"edge.auth_throttled"}
+        for _ in range(5):
+            assert (await ask(good, get(basic())))[0] == 200
+
+    async def test_many_connections_at_once_cost_one_verification(self, edge: Edge, visit: Visit) -> None:
+        clients = [await visit(get(basic())) for _ in range(50)]
+        assert [(await client.response())[0] for client in clients] == [200] * 50
+        assert edge.verified == [PASSWORD.encode()]
