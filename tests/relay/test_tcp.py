@@ -367,10 +367,10 @@ class TestEnds:
     ) -> None:
         """Closed without a byte, also when the visitor has spoken; the log says why, once."""
         agent.on_tcp = lambda s: s.stream.reset(reset, "nothing listens on 127.0.0.1:22")
-        with caplog.at_level(logging.WARNING, "portico.relay.tcp"):
+        with caplog.at_level(logging.WARNING, "portico.relay.raw"):
             for _ in range(3):
                 assert await (await visit()).rest() == b""
-        (said,) = [r for r in caplog.records if r.name == "portico.relay.tcp"]
+        (said,) = [r for r in caplog.records if r.name == "portico.relay.raw"]
         fields = said.f  # type: ignore[attr-defined]
         assert fields["code"] == code and fields["detail"] == "nothing listens on 127.0.0.1:22"
         assert fields["tunnel"] == "tun_ssh" and fields["visitor"] == "127.0.0.1"
@@ -395,7 +395,7 @@ class TestEnds:
             connection.deadline = 0.0
         assert await visitor.rest() == b""
         await until(lambda: stream.reset)
-        assert "edge.target_timeout" in str([r.f for r in caplog.records if r.name == "portico.relay.tcp"])  # type: ignore[attr-defined]
+        assert "edge.target_timeout" in str([r.f for r in caplog.records if r.name == "portico.relay.raw"])  # type: ignore[attr-defined]
         await until(lambda: quiet(relay))
 
 
@@ -417,7 +417,7 @@ class TestIdle:
         assert stream.reset is None
         assert await visitor.is_reset()
         assert stream.reset is not None and stream.reset[0] == f.IDLE_TIMEOUT
-        assert "edge.connection_idle" in str([r.f for r in caplog.records if r.name == "portico.relay.tcp"])  # type: ignore[attr-defined]
+        assert "edge.connection_idle" in str([r.f for r in caplog.records if r.name == "portico.relay.raw"])  # type: ignore[attr-defined]
         await until(lambda: quiet(relay))
 
 

@@ -48,12 +48,13 @@ class RemoteTunnel(Governed):
     """A tunnel that is live on a peer; what a decision and an exchange need of one. Where the visitor came in is decided on;
     the owner counts."""
 
-    __slots__ = ("bind_bytes", "counters", "hosts", "organization", "plan", "session", "tunnel")
+    __slots__ = ("bind", "bind_bytes", "counters", "hosts", "organization", "plan", "session", "tunnel")
 
     def __init__(self, session: Session, bind: int, announced: Mapping[str, Any]) -> None:
         """Raises ``PolicyInvalid``: what this relay cannot enforce it does not pass on."""
         super().__init__(raw=announced["proto"] != "http", passthrough=announced["proto"] == "tls")
         self.session = session
+        self.bind = bind
         self.bind_bytes = f.U32.pack(bind)
         self.tunnel = str(announced["tunnel"])
         self.organization = str(announced["organization"])
@@ -70,6 +71,10 @@ class RemoteTunnel(Governed):
     @property
     def reachable(self) -> bool:
         return not self.session.closed and len(self.session.streams) < self.session.max_streams
+
+    def open_tcp(self, info: dict[str, Any], sink: Sink) -> Stream:
+        """A new raw stream; raises ``OverflowError`` at a limit."""
+        return self.session.open_tcp(self.bind, info, sink)
 
 
 class _Quiet:
@@ -236,6 +241,33 @@ class Outbound(_Quiet):
 
     def on_request(self, stream: Stream, bind: int, head: list[bytes], flags: int) -> Sink | None:
         """A visitor's request from the peer: on to the agent, if the tunnel is live here and has room."""
+        live = self._with_room(stream, bind)
+        if live is None:
+            return None
+        try:
+            hop = Hop(self.peers, stream, live, live.open(head, flags, IGNORE))
+        except (ValueError, OverflowError):
+            stream.reset(f.TOO_MANY_STREAMS, "the agent's session takes no more")
+            return None
+        live.counters.requests += 1
+        return hop.asking
+
+    def on_open(self, stream: Stream, bind: int, info: dict[str, Any]) -> Sink | None:
+        """A visitor's connection from the peer, likewise."""
+        live = self._with_room(stream, bind)
+        if live is None:
+            return None
+        try:
+            hop = Hop(self.peers, stream, live, live.open_tcp({name: info[name] for name in ("peer", "local")}, IGNORE))
+        except OverflowError:
+            stream.reset(f.TOO_MANY_STREAMS, "the agent's session takes no more")
+            return None
+        live.counters.connections += 1
+        self.peers.raw_hops.add(hop)
+        return hop.asking
+
+    def _with_room(self, stream: Stream, bind: int) -> LiveTunnel | None:
+        """The tunnel that a peer asks for; ``None`` after the refusal."""
         live = self.by_bind.get(bind)
         if live is None or not live.reachable:
             stream.reset(f.NO_SUCH_BIND, "the tunnel is not live on this relay")
@@ -243,22 +275,19 @@ class Outbound(_Quiet):
         if live.inflight >= live.concurrency:
             stream.reset(f.TOO_MANY_STREAMS, "the tunnel has no room")
             return None
-        try:
-            return Hop(stream, live, head, flags).asking
-        except (ValueError, OverflowError):
-            stream.reset(f.TOO_MANY_STREAMS, "the agent's session takes no more")
-            return None
+        return live
 
 
 class Hop:
-    """One request that passes through this relay: two streams, each end's credit given as the other takes the bytes."""
+    """One request or connection that passes through this relay: two streams, each end's credit given as the other takes
+    the bytes."""
 
-    def __init__(self, incoming: Stream, live: LiveTunnel, head: list[bytes], flags: int) -> None:
+    def __init__(self, peers: Peers, incoming: Stream, live: LiveTunnel, outgoing: Stream) -> None:
+        self.peers = peers
         self.live = live
-        self.answering = _Side(self, live.open(head, flags, IGNORE))  # may raise: nothing is counted yet
+        self.answering = _Side(self, outgoing)
         self.asking = _Side(self, incoming)  # the peer's stream: request bytes come from it
         live.inflight += 1
-        live.counters.requests += 1
         self.counted = True
         incoming.sink = self.asking
         self.answering.stream.sink = self.answering
@@ -268,6 +297,13 @@ class Hop:
         if self.counted:
             self.counted = False
             self.live.inflight -= 1
+            self.peers.raw_hops.discard(self)
+
+    def end(self, detail: str) -> None:
+        """End both streams at once."""
+        self.over()
+        self.asking.stream.reset(f.CANCELLED, detail)
+        self.answering.stream.reset(f.CANCELLED, detail)
 
 
 class _Side:
@@ -348,6 +384,8 @@ class Peers:
         self._places: dict[bytes, list[RemoteTunnel]] = {}
         self.inbound: set[Inbound] = set()
         self.outbound: set[Outbound] = set()
+        #: Connections of peers' visitors to tunnels that are live here: they have no end of their own.
+        self.raw_hops: set[Hop] = set()
         #: Called with the hosts of a tunnel that a peer announced.
         self.on_bound: list[Callable[[tuple[bytes, ...]], None]] = []
         #: The rates that a tunnel's policy and plan set.
@@ -355,6 +393,7 @@ class Peers:
         agents.on_bound.append(self._bound)
         agents.on_governed.append(self._bound)
         agents.on_dropped.append(self._dropped)
+        agents.on_ended.append(self._ended)
 
     def accept(self) -> Inbound:
         """A peer passed the key check; it is one of ``inbound`` once its WebSocket is open."""
@@ -404,6 +443,11 @@ class Peers:
     def _dropped(self, live: LiveTunnel) -> None:
         for link in self.outbound:
             link.withdraw(live)
+
+    def _ended(self, live: LiveTunnel, code: str) -> None:
+        """The platform ended a tunnel: its connections end, also those that came in by a peer."""
+        for hop in [hop for hop in self.raw_hops if hop.live.tunnel == live.tunnel]:
+            hop.end(f"the platform ended the tunnel ({code})")
 
     async def run(self) -> None:
         """Keep a link to every peer until cancelled."""

@@ -31,6 +31,7 @@ from portico.relay.listeners import PublicServer
 from portico.relay.meter import Meter
 from portico.relay.peers import Peers
 from portico.relay.rates import Rates
+from portico.relay.raw import RawServer
 from portico.relay.sessions import Agents
 from portico.relay.snapshot import Snapshot, SnapshotStore
 from portico.relay.tcp import TcpPorts
@@ -71,7 +72,8 @@ class Relay:
         self.rates = Rates(settings, asyncio.get_running_loop().time)
         self.agents.rates_of = self.peers.rates_of = self.rates.of
         self.public = PublicServer(settings, self.snapshot, self.agents, self.peers)
-        self.ports = TcpPorts(self.public, self.agents)
+        self.raw = RawServer(self.public, self.agents)
+        self.ports = TcpPorts(self.raw, self.agents)
         self.control = listeners.ControlListener(self.agents, self.peers)
         self.metrics: metrics.Listener | None = None
         self.certificates = CertificateStore(

@@ -63,6 +63,11 @@ class LiveTunnel(Governed):
         self.hosts = tuple(host.host.encode() for host in grant.hosts)
         self.allowance = grant.limits.get("concurrency") or default_concurrency
 
+    @property
+    def tunnel(self) -> str:
+        """Its id."""
+        return self.grant.tun
+
     def limits(self) -> Mapping[str, int]:
         """The limits of the plan, as the grant has them."""
         return self.grant.limits
