@@ -306,6 +306,7 @@ on stdout, log lines on stderr; the first line of each tunnel is `online` (or `e
 | `removed` | it is no longer in `portico.yml` | the same as `online` |
 | `request` | a request was answered (499: the visitor left) | `method`, `path`, `status`, `duration_ms`, `started_at` |
 | `connection` | a TCP connection ended | `visitor`, `duration_ms`, `started_at` |
+| `refused` | the edge refused visitors, who never came here; of each code at most every 5 s | `name`, `code`, `count`, `total` |
 | `requests_skipped` | more of them than `request_lines_per_second` | `count` |
 
 `--ttl` counts on this machine, from the first moment online and also while the machine sleeps. At its end the tunnel takes no

@@ -18,6 +18,7 @@ from portico.agent.status import JsonLines, Lines, Screen, make_display
 from portico.errors import Problem
 from portico.kit.clock import uptime
 from portico.settings import AgentSettings
+from portico.wire.counts import Counts
 
 SETTINGS = AgentSettings(request_lines_per_second=40, screen_redraws=4)
 
@@ -320,3 +321,63 @@ class TestScreen:
             screen.tick()
             screen.close()
             assert ("\x1b[1;32m" in out.getvalue()) is color
+
+
+def rendered(screen: Screen, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    with console.capture() as got:
+        console.print(screen.render())
+    return got.get()
+
+
+class TestRefusals:
+    def shown(self, *displays: Any) -> Tunnel:
+        one = tunnel()
+        agent: Any = type("A", (), {"tunnels": [one], "info": None, "link": None})()
+        for display in displays:
+            display.agent = agent
+        return one
+
+    def test_a_flood_is_a_line_with_a_count(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        caplog.set_level(logging.INFO)
+        out = io.StringIO()
+        lines, objects = Lines(SETTINGS, Stats()), JsonLines(SETTINGS, Stats(), out)
+        one = self.shown(lines, objects)
+        now = [100.0]
+        for display in (lines, objects):
+            monkeypatch.setattr(display._refusals, "_monotonic", lambda: now[0])
+        one.edge.add(Counts(refused={"edge.auth_required": 2, "edge.ip_denied": 1}))
+        for _ in range(3):
+            lines.tick()
+            objects.tick()
+            one.edge.add(Counts(refused={"edge.auth_required": 5}))
+            now[0] += 1
+        now[0] += 5
+        lines.tick()
+        objects.tick()
+        told = [json.loads(line) for line in out.getvalue().splitlines()]
+        assert told == [
+            {"event": "refused", "name": "web", "code": "edge.auth_required", "count": 2, "total": 2},
+            {"event": "refused", "name": "web", "code": "edge.ip_denied", "count": 1, "total": 1},
+            {"event": "refused", "name": "web", "code": "edge.auth_required", "count": 15, "total": 17},
+        ]
+        fields: list[Any] = [record.__dict__["f"] for record in caplog.records]
+        assert fields == [{key: row[key] for key in ("name", "code", "count", "total")} for row in told]
+
+    def test_on_the_screen(self) -> None:
+        console = Console(file=io.StringIO(), width=100, height=30, force_terminal=True)
+        screen = Screen(SETTINGS, Stats(), color=False, console=console)
+        one = self.shown(screen)
+        assert "Refused" not in rendered(screen)
+        one.edge.add(Counts(refused={"edge.concurrency_exceeded": 3, "edge.tunnel_offline": 9}))
+        screen._dirty = False
+        drawn = screen._drawn
+        screen.tick()
+        assert screen._drawn != drawn, "it is drawn anew"
+        assert "12 (404 edge.tunnel_offline 9, 429 edge.concurrency_exceeded 3)" in rendered(screen)
+        one.edge.add(Counts(refused={"edge.of_a_newer_relay": 2, "edge.b": 1, "edge.c": 1}))
+        assert "edge.of_a_newer_relay 2, 2 more codes)" in rendered(screen, 120)
+        assert "…" in rendered(screen, 80)
+        screen.close()

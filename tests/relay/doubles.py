@@ -14,6 +14,7 @@ from portico.kit.jwt import SigningKey
 from portico.relay.server import Relay
 from portico.wire import frames as f
 from portico.wire import grants
+from portico.wire.counts import Counts
 from portico.wire.session import Session, Stream
 
 KEY = SigningKey.generate()
@@ -118,6 +119,9 @@ class ScriptedAgent:
         self.goaway: str | None = None
         self.goaway_hint = 0
         self.authed: Any = None
+        self.counted: list[tuple[int, dict[str, Any]]] = []
+        #: Members of HELLO besides those that every agent has.
+        self.says: dict[str, Any] = {}
         self.streams: list[ScriptedStream] = []
         self.on_stream: Callable[[ScriptedStream], None] = lambda s: s.answer(body=b"hello")
         self.lost: str | None = None
@@ -130,7 +134,7 @@ class ScriptedAgent:
             extra_headers={"Authorization": f"Bearer {token}", "Sec-WebSocket-Protocol": f.PROTOCOL},
             max_frame_size=2 * MAX_MESSAGE,
         )
-        self.session.control(f.HELLO, 0, versions=[1], agent="test", connect=connect)
+        self.session.control(f.HELLO, 0, versions=[1], agent="test", connect=connect, **self.says)
         return self
 
     def bind(self, token: str, bind: int = 1) -> None:
@@ -161,6 +165,9 @@ class ScriptedAgent:
 
     def on_unbind(self, bind: int, code: str, detail: str) -> None:
         self.unbound[bind] = code
+
+    def on_counts(self, bind: int, counts: Counts) -> None:
+        self.counted.append((bind, counts.body()))
 
     def on_authed(self, body: dict[str, Any]) -> None:
         self.authed = body

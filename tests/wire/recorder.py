@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from portico.wire import frames as f
+from portico.wire.counts import Counts
 from portico.wire.session import Sink, Stream
 
 
@@ -64,6 +65,9 @@ class Recorder:
 
     def on_auth(self, token: str) -> None:
         self.events.append(("auth", token))
+
+    def on_counts(self, bind: int, counts: Counts) -> None:
+        self.events.append(("counts", bind, counts.body()))
 
     def on_authed(self, body: dict[str, Any]) -> None:
         self.events.append(("authed", body))

@@ -19,13 +19,14 @@ import secrets
 import socket
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from portico.agent.api import VERSION, Api, Grant, SessionInfo
 from portico.agent.link import Link, Serves
 from portico.errors import Problem
 from portico.settings import AgentSettings
+from portico.wire.counts import Counts
 
 log = logging.getLogger("portico.agent")
 
@@ -74,6 +75,8 @@ class Tunnel:
     link: Link | None = None
     ttl: float | None = None
     ends_at: float | None = None
+    #: What relays told of it: requests and refusals at the edge, since this agent began.
+    edge: Counts = field(default_factory=Counts)
     #: The spec that the API took last.
     agreed: dict[str, Any] | None = None
 
@@ -541,6 +544,7 @@ class Agent:
         tunnel.link, tunnel.url = link, url or tunnel.url
         tunnel.attempt, tunnel.problem, tunnel.was_online = 0, None, True
         if not renewed:
+            tunnel.edge.open = 0
             tunnel.state = "online"
             self.events.tunnel(tunnel)
             self.started.set()
@@ -563,6 +567,13 @@ class Agent:
             self._tunnel_over(tunnel, problem)
         else:
             self._try_again(tunnel, problem, refresh=False)
+
+    def link_counts(self, link: Link, bind: int, counts: Counts) -> None:
+        tunnel = self._by_bind.get(bind)
+        if tunnel is not None:
+            if link is not tunnel.link:  # an old connection, which finishes what it has
+                counts.open = tunnel.edge.open
+            tunnel.edge.add(counts)
 
     def link_unbound(self, link: Link, bind: int, problem: Problem) -> None:
         tunnel = self._by_bind.get(bind)
@@ -629,6 +640,7 @@ class Agent:
                 if tunnel.state == "online":
                     tunnel.state = "offline"
                     tunnel.problem = problem
+                    tunnel.edge.open = 0
                     self.events.tunnel(tunnel)
             self._say("reconnecting", problem.detail)
         self._changed.set()

@@ -17,6 +17,7 @@ What only an open page needs is imported when it asks: an agent starts no later 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import ipaddress
 import json
 import secrets
@@ -199,6 +200,7 @@ class Inspector:
             "proto": scheme or str(tunnel.spec.get("protocol", "http")),
             "config": {"addr": tunnel.target, "inspect": getattr(tunnel.serves, "tap", None) is not None},
             "state": tunnel.state,
+            "edge": dataclasses.asdict(tunnel.edge),
         }
 
     async def _status(self, request: Request, ident: str) -> Answer:

@@ -21,6 +21,7 @@ from portico.kit.carrier import Carrier
 from portico.kit.dial import connect_tcp, reason
 from portico.settings import AgentSettings
 from portico.wire import frames as f
+from portico.wire.counts import Counts
 from portico.wire.session import Lazy, Session, Sink, Stream
 
 #: The ping whose answer says that the relay has read all that was sent before it; no time stamp is negative as this is.
@@ -45,6 +46,7 @@ class Owner(Protocol):
     def link_bound(self, link: Link, bind: int, url: str) -> None: ...
     def link_refused(self, link: Link, bind: int, problem: Problem, retryable: bool) -> None: ...
     def link_unbound(self, link: Link, bind: int, problem: Problem) -> None: ...
+    def link_counts(self, link: Link, bind: int, counts: Counts) -> None: ...
     def link_goaway(self, link: Link, problem: Problem, retry_after: float) -> None: ...
     def link_lost(self, link: Link, problem: Problem) -> None: ...
 
@@ -99,7 +101,14 @@ class Link:
         try:
             async with asyncio.timeout(self._settings.connect_timeout_seconds):
                 await self._upgrade(token)
-                self.session.control(f.HELLO, 0, versions=[f.VERSION], agent=f"portico/{VERSION}", connect=self.connect)
+                self.session.control(
+                    f.HELLO,
+                    0,
+                    versions=[f.VERSION],
+                    agent=f"portico/{VERSION}",
+                    connect=self.connect,
+                    counts=True,
+                )
                 await self._hello
         except TimeoutError:
             self.close("no answer in time")
@@ -258,6 +267,9 @@ class Link:
             self.carrier.note_pong(payload)
         elif self._read is not None and not self._read.done():
             self._read.set_result(None)
+
+    def on_counts(self, bind: int, counts: Counts) -> None:
+        self._owner.link_counts(self, bind, counts)
 
     def on_request(self, stream: Stream, bind: int, head: list[bytes], flags: int) -> Sink | None:
         serves = self.bound.get(bind)

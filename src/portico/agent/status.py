@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from portico.agent.api import VERSION
 from portico.agent.client import Agent, Events, Tunnel
 from portico.agent.durations import shown_duration
+from portico.agent.refusals import News, Refusals, summary
 from portico.agent.stats import CONNECTION, Record, Stats
 from portico.kit.clock import uptime
 from portico.settings import AgentSettings, color_wanted
@@ -71,6 +72,7 @@ class Display(Events):
         self.inspector = ""
         self._seen = 0
         self._failures = 0
+        self._refusals = Refusals()
         self._warned: tuple[str, float] = ("", -WARN_SECONDS)
 
     async def run(self) -> None:
@@ -83,6 +85,7 @@ class Display(Events):
         """One look at the counters."""
         self.stats.sample()
         self._warn_of_failures()
+        self._tell_refusals()
         before = self._seen
         if self.stats.written == before:
             return
@@ -102,6 +105,14 @@ class Display(Events):
         self._failures += new
         self._warned = (why, now)
         self.warning(why if new == 1 else f"{why} ({new} times)")
+
+    def _tell_refusals(self) -> None:
+        """Say whom the edge refused; they never came here."""
+        for news in self._refusals.news(self.agent.tunnels if self.agent is not None else ()):
+            self.refused(news)
+
+    def refused(self, news: News) -> None:
+        """Visitors of a tunnel were refused at the edge."""
 
     def show_qr(self, tunnel: Tunnel) -> None:
         """The URL of a tunnel that is online for the first time as a QR code on stderr: stdout belongs to programs."""
@@ -148,6 +159,10 @@ class Lines(Display):
 
     def note(self, text: str) -> None:
         log.info("%s", text)
+
+    def refused(self, news: News) -> None:
+        fields = {"name": news.tunnel.name, "code": news.code, "count": news.more, "total": news.total}
+        log.info("visitors refused at the edge", extra={"f": fields})
 
     def requests(self, records: list[Record], skipped: int) -> None:
         if skipped > 0:
@@ -204,6 +219,10 @@ class JsonLines(Display):
 
     def note(self, text: str) -> None:
         log.info("%s", text)
+
+    def refused(self, news: News) -> None:
+        self._put("refused", name=news.tunnel.name, code=news.code, count=news.more, total=news.total)
+        self._out.flush()
 
     def requests(self, records: list[Record], skipped: int) -> None:
         if skipped > 0:
@@ -296,7 +315,7 @@ class Screen(Display):
 
     def tick(self) -> None:
         super().tick()
-        drawn = (self._latency(), self._times_left(), self._console.size)
+        drawn = (self._latency(), self._times_left(), self._refused(), self._console.size)
         if self._gone or (not self._dirty and drawn == self._drawn):
             return
         self._dirty, self._drawn = False, drawn
@@ -320,6 +339,9 @@ class Screen(Display):
         link = self.agent.link if self.agent is not None else None
         rtt = link.carrier.rtt if link is not None and not link.lost else None
         return f"{rtt * 1000:.0f} ms" if rtt is not None else "–"
+
+    def _refused(self) -> str:
+        return summary(self.agent.tunnels) if self.agent is not None else ""
 
     def _times_left(self) -> list[str]:
         return [_time_left(tunnel) for tunnel in self.agent.tunnels if tunnel.ends_at] if self.agent is not None else []
@@ -349,6 +371,9 @@ class Screen(Display):
             room -= 1
         if room >= 0:
             facts.add_row("Connections", self._counts())
+        if (refused := self._refused()) and room > 0:
+            facts.add_row("Refused", Text(printable(refused), "yellow", no_wrap=True, overflow="ellipsis"))
+            room -= 1
         gap = [] if tight else [""]
         used = facts.row_count + len(code) + (1 if message else 0)
         parts: list[RenderableType] = []

@@ -21,6 +21,7 @@ from portico.kit.gone import GONE
 from portico.relay import credentials, heads
 from portico.relay.exchange import ID_PREFIX, ID_SERIAL, Exchange, request_id
 from portico.relay.policy import OPEN, Compiled
+from portico.relay.telling import is_news
 
 if TYPE_CHECKING:
     from portico.relay.door import Door
@@ -650,6 +651,8 @@ class Visitor(asyncio.BufferedProtocol):
 
     def refuse(self, exchange: Exchange, code: str, detail: str | None) -> None:
         """Answer an exchange with a refusal and go on, or close when its request is not whole yet."""
+        if exchange.tunnel is not None and is_news(code):
+            exchange.tunnel.counters.refuse(code)
         exchange.release_place()
         whole = exchange.received or not (exchange.with_body or exchange.upgrade)
         # The page has no field that would tell an HTTP/1.0 client that the connection stays.

@@ -34,8 +34,8 @@ class Counters:
     """Totals of one tunnel since this process started; only ever incremented, by the loop's thread."""
 
     __slots__ = (
-        "bytes_in", "bytes_out", "connections", "errors", "organization", "quiet_since", "reported", "requests",
-        "retained", "tunnel",
+        "bytes_in", "bytes_out", "connections", "errors", "organization", "quiet_since", "refusals", "refused",
+        "reported", "requests", "retained", "tunnel",
     )  # fmt: skip
 
     def __init__(self, tunnel: str, organization: str) -> None:
@@ -46,9 +46,18 @@ class Counters:
         self.bytes_in = 0  # from visitors
         self.bytes_out = 0  # to visitors
         self.errors = 0  # refusals and failures after the tunnel was known
+        self.refusals = 0  # of visitors, at the edge; and by code, for the agent's screen (not usage)
+        self.refused: dict[str, int] | None = None
         self.reported = (0, 0, 0, 0, 0)
         self.retained = 0
         self.quiet_since = 0.0
+
+    def refuse(self, code: str, count: int = 1) -> None:
+        """A visitor was refused before the agent heard of it."""
+        self.refusals += count
+        if self.refused is None:
+            self.refused = {}
+        self.refused[code] = self.refused.get(code, 0) + count
 
     def take(self) -> dict[str, Any] | None:
         """The row since the last call, or ``None`` when nothing happened."""

@@ -26,8 +26,10 @@ from portico.relay.control_link import Backoff
 from portico.relay.meter import Counters
 from portico.relay.policy import Governed, PolicyInvalid
 from portico.relay.sessions import Agents, LiveTunnel, new_session
+from portico.relay.telling import Told, heard
 from portico.settings import RelaySettings
 from portico.wire import frames as f
+from portico.wire.counts import Counts
 from portico.wire.session import IGNORE, Session, Sink, Stream
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class RemoteTunnel(Governed):
     """A tunnel that is live on a peer; what a decision and an exchange need of one. Where the visitor came in is decided on;
     the owner counts."""
 
-    __slots__ = ("bind", "bind_bytes", "counters", "hosts", "organization", "plan", "session", "tunnel")
+    __slots__ = ("bind", "bind_bytes", "counters", "hosts", "organization", "plan", "session", "told", "tunnel")
 
     def __init__(self, session: Session, bind: int, announced: Mapping[str, Any]) -> None:
         """Raises ``PolicyInvalid``: what this relay cannot enforce it does not pass on."""
@@ -61,7 +63,8 @@ class RemoteTunnel(Governed):
         self.hosts = tuple(str(host).encode() for host in announced["hosts"])
         self.plan = {str(name): int(limit) for name, limit in announced["limits"].items()}
         self.allowance = int(announced["concurrency"])
-        self.counters = Counters("", "")
+        self.counters = Counters("", "")  # of refusals, of which the owner hears
+        self.told = Told(self.counters)
         self.govern(int(announced["policy_version"]), announced["policy"])
 
     def limits(self) -> Mapping[str, int]:
@@ -86,6 +89,7 @@ class _Quiet:
     def on_authed(self, body: dict[str, Any]) -> None: ...
     def on_goaway(self, code: str, detail: str, retry_after_ms: int) -> None: ...
     def on_error(self, code: str, detail: str, retryable: bool) -> None: ...
+    def on_counts(self, bind: int, counts: Counts) -> None: ...
     def on_open(self, stream: Stream, bind: int, info: dict[str, Any]) -> Sink | None:
         stream.reset(f.NO_SUCH_BIND)
         return None
@@ -189,7 +193,8 @@ class Outbound(_Quiet):
                 max_redirects=0,
                 extra_headers={"Authorization": f"Bearer {key}", "Sec-WebSocket-Protocol": f.PROTOCOL},
             )
-            self.session.control(f.HELLO, 0, versions=[f.VERSION], agent=self.peers.settings.relay_name, connect=1)
+            name = self.peers.settings.relay_name
+            self.session.control(f.HELLO, 0, versions=[f.VERSION], agent=name, connect=1, counts=True)
             for live in self.peers.agents.by_tunnel.values():
                 self.announce(live)
             await self.greeted.wait()
@@ -235,6 +240,12 @@ class Outbound(_Quiet):
 
     def on_unbind(self, bind: int, code: str, detail: str) -> None:
         """A peer cannot end a tunnel of ours."""
+
+    def on_counts(self, bind: int, counts: Counts) -> None:
+        """The peer refused visitors of a tunnel of ours."""
+        live = self.by_bind.get(bind)
+        if live is not None:
+            heard(live.counters, counts)
 
     def on_pong(self, payload: bytes) -> None:
         self.carrier.note_pong(payload)

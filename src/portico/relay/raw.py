@@ -18,6 +18,7 @@ from portico.relay.decide import decide
 from portico.relay.door import Door
 from portico.relay.exchange import RESET_CODES
 from portico.relay.http1 import READ_SIZE, STALL_SECONDS, plain_address, reset_transport
+from portico.relay.telling import is_news
 from portico.wire import frames as f
 from portico.wire.session import Stream
 
@@ -299,6 +300,8 @@ class RawVisitor(asyncio.BufferedProtocol):
 
     def _refuse(self, code: str, detail: str = "") -> None:
         """Close without a byte."""
+        if self.tunnel is not None and is_news(code):
+            self.tunnel.counters.refuse(code)
         self.raw.say(self, code, detail)
         self._close()
 

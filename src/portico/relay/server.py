@@ -35,6 +35,7 @@ from portico.relay.raw import RawServer
 from portico.relay.sessions import Agents
 from portico.relay.snapshot import Snapshot, SnapshotStore
 from portico.relay.tcp import TcpPorts
+from portico.relay.telling import Teller
 from portico.relay.tls_port import TlsPort
 from portico.settings import RelaySettings
 
@@ -74,6 +75,7 @@ class Relay:
         self.public = PublicServer(settings, self.snapshot, self.agents, self.peers)
         self.raw = RawServer(self.public, self.agents)
         self.ports = TcpPorts(self.raw, self.agents)
+        self.teller = Teller(self.agents, self.peers)
         self.control = listeners.ControlListener(self.agents, self.peers)
         self.metrics: metrics.Listener | None = None
         self.certificates = CertificateStore(
@@ -127,7 +129,7 @@ class Relay:
             TlsPort(self.public, https, self.certificates, self._terminated, client_ca=self.public.client_ca)
         )
         await self._start_metrics()
-        for work in (self.link.run(), self.meter.run(), self.store.run(), self._sweep()):
+        for work in (self.link.run(), self.meter.run(), self.store.run(), self.teller.run(), self._sweep()):
             self._spawn(work)
 
     async def _start_metrics(self) -> None:

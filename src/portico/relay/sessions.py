@@ -25,8 +25,10 @@ from portico.relay.control_link import ControlLink
 from portico.relay.meter import Counters, Meter
 from portico.relay.policy import Governed, PolicyInvalid
 from portico.relay.snapshot import Change, Snapshot, TunnelRow
+from portico.relay.telling import Told
 from portico.settings import RelaySettings
 from portico.wire import frames as f
+from portico.wire.counts import Counts
 from portico.wire.grants import GrantClaims, SessionClaims, verify_grant, verify_session
 from portico.wire.session import Handler, Session, Sink, Stream
 
@@ -45,7 +47,7 @@ MAX_DEPARTURES, REASON_CHARS = 20_000, 120
 class LiveTunnel(Governed):
     """A tunnel bound on a connection of this relay."""
 
-    __slots__ = ("bind", "bind_bytes", "connection", "counters", "grant", "hosts", "returning", "session")
+    __slots__ = ("bind", "bind_bytes", "connection", "counters", "grant", "hosts", "returning", "session", "told")
 
     def __init__(self, connection: AgentConnection, bind: int, grant: GrantClaims, counters: Counters) -> None:
         super().__init__(raw=grant.proto != "http", passthrough=grant.proto == "tls")
@@ -56,6 +58,7 @@ class LiveTunnel(Governed):
         self.counters = counters
         self.hosts: tuple[bytes, ...] = ()
         self.grant = grant
+        self.told = Told(counters)
         self.returning = False  # it went without a word, or to come again at once
 
     def adopt(self, grant: GrantClaims, default_concurrency: int) -> None:
@@ -239,6 +242,9 @@ class AgentConnection:
         """Not sent to relays (the session refuses it)."""
 
     def on_authed(self, body: dict[str, Any]) -> None:
+        """Not sent to relays (the session refuses it)."""
+
+    def on_counts(self, bind: int, counts: Counts) -> None:
         """Not sent to relays (the session refuses it)."""
 
     def on_request(self, stream: Stream, bind: int, head: list[bytes], flags: int) -> None:

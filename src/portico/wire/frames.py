@@ -24,7 +24,7 @@ MAX_CREDIT = 2**31 - 1
 STREAM_WINDOW = 65_536
 SESSION_WINDOW = 16_777_216
 
-HELLO, BIND, BOUND, REFUSED, UNBIND, GOAWAY, ERROR, AUTH, AUTHED = range(0x01, 0x0A)
+HELLO, BIND, BOUND, REFUSED, UNBIND, GOAWAY, ERROR, AUTH, AUTHED, COUNTS = range(0x01, 0x0B)
 REQUEST, RESPONSE, INTERIM, DATA, END, RESET, CREDIT, PING, PONG, OPEN, OPENED, ANSWER = range(0x10, 0x1C)
 
 NAMES = {
@@ -32,7 +32,7 @@ NAMES = {
     for name, value in list(globals().items())
     if name.isupper()
     and isinstance(value, int)
-    and (0x01 <= value <= 0x09 or 0x10 <= value <= 0x1B)
+    and (0x01 <= value <= 0x0A or 0x10 <= value <= 0x1B)
     and name != "VERSION"
 }
 

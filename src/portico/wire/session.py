@@ -16,7 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
+from portico.wire import counts
 from portico.wire import frames as f
+from portico.wire.counts import Counts
 from portico.wire.frames import ANSWER, DATA, F_END, HEADER_SIZE, MAX_PAYLOAD, REQUEST, RESPONSE, WireError
 
 #: Bytes left free before a large DATA frame, enough for any WebSocket header (RFC 6455, 5.2: 2 + 8 + 4).
@@ -89,6 +91,9 @@ class Handler(Protocol):
     def on_goaway(self, code: str, detail: str, retry_after_ms: int) -> None: ...
     def on_error(self, code: str, detail: str, retryable: bool) -> None: ...
     def on_pong(self, payload: bytes) -> None: ...
+    def on_counts(self, bind: int, counts: Counts) -> None:
+        """What happened on a tunnel at the edge. Agent side only."""
+
     def on_request(self, stream: Stream, bind: int, head: list[bytes], flags: int) -> Sink | None:
         """A new request for ``bind``; returns its sink, or ``None`` after resetting the stream. Agent side only."""
 
@@ -295,8 +300,9 @@ class Session:
         self.send_credit = f.SESSION_WINDOW
         self.recv_credit = f.SESSION_WINDOW
         self.recv_unreturned = 0
-        #: Whether the other side takes ANSWER (its HELLO said so).
+        #: Whether the other side takes ANSWER, or COUNTS (its HELLO said so).
         self.answers = False
+        self.counts = False
         #: Agent: takes a REQUEST (id, payload) without a body whose fields it knows, or returns ``None``: then the head is
         #: decoded and the handler hears of it. It may take only what is valid.
         self.quick: Callable[[int, bytes], Lazy | None] | None = None
@@ -715,7 +721,7 @@ class Session:
     def _on_control(self, kind: int, ident: int, payload: bytes) -> None:
         if kind not in f.NAMES:
             raise WireError(f"unknown frame type {kind:#04x}")
-        on_bind_id = kind in (f.BIND, f.BOUND, f.REFUSED, f.UNBIND)
+        on_bind_id = kind in (f.BIND, f.BOUND, f.REFUSED, f.UNBIND, f.COUNTS)
         if on_bind_id != (ident != 0):
             raise WireError(f"{f.NAMES[kind]} has a bad id")
         if kind in (_RELAY_HEARS if not self.relay else _AGENT_HEARS):
@@ -743,6 +749,8 @@ class Session:
         elif kind == f.AUTHED:
             text("expires_at")
             handler.on_authed(body)
+        elif kind == f.COUNTS:
+            handler.on_counts(ident, counts.decode(body))
         elif kind == f.GOAWAY:
             retry = f.member(kind, body, "retry_after_ms", int)
             handler.on_goaway(text("code"), text("detail"), min(max(retry, 0), 3_600_000))
@@ -758,6 +766,7 @@ class Session:
             versions = f.member(f.HELLO, body, "versions", list)
             f.member(f.HELLO, body, "agent", str)
             f.count(f.HELLO, body, "connect")
+            self.counts = body.get("counts") is True
             if f.VERSION not in versions:
                 raise WireError(f"this relay speaks version {f.VERSION} only", "wire.version_unsupported")
         elif f.member(f.HELLO, body, "version", int) != f.VERSION:
@@ -774,4 +783,4 @@ class Session:
 
 #: Frames that only one side may receive.
 _RELAY_HEARS = frozenset((f.BIND, f.AUTH))
-_AGENT_HEARS = frozenset((f.BOUND, f.REFUSED, f.AUTHED))
+_AGENT_HEARS = frozenset((f.BOUND, f.REFUSED, f.AUTHED, f.COUNTS))
