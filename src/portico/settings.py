@@ -594,6 +594,16 @@ class ApiSettings:
     tunnel_concurrency: int = 100
     # Connections that one TCP or TLS tunnel may have open; its policy can lower it (`concurrency`).
     tunnel_connections: int = 1000
+    # Requests a second that all tunnels of an organization may have together, across relays; 0: no limit.
+    organization_requests_per_second: int = 0
+    # Requests that they may have at once beyond that rate; 0: those of two seconds.
+    organization_requests_burst: int = 0
+    # Visitors' passwords that one request may set anew; each costs some milliseconds of a core.
+    visitor_passwords_per_request: int = 100
+    # Visitors' passwords that may wait to be hashed; more requests are refused.
+    visitor_passwords_waiting: int = 64
+    # Digests of visitors' passwords that a process remembers, so that an agent's reconnect costs no hash.
+    visitor_password_cache: int = 10_000
     # Seconds after a deletion in which its port goes to no other organization: who still connects must not reach a stranger.
     tcp_port_quarantine_seconds: int = 600
     # Seconds that events of a tunnel, and the numbers of counted usage batches, are kept.

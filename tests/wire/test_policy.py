@@ -179,7 +179,7 @@ class TestFaults:
             ("addresses.rules[0].allow", "'10.1.2.3/8' has bits set beyond its prefix; the network is 10.0.0.0/8")
         ]
         assert "do you mean concurrency?" in faults({"concurency": 1})[0][1]
-        assert 'in quotes: "1234"' in faults({"basic_auth": {"users": [{"name": "a", "password": 1234}]}})[0][1]
+        assert "in quotes" in faults({"basic_auth": {"users": [{"name": "a", "password": 1234}]}})[0][1]
 
     @pytest.mark.parametrize("document", [None, [], "text", 5, True])
     def test_what_is_no_map(self, document: object) -> None:

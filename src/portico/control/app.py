@@ -3,8 +3,8 @@
     app = create_app(settings)
 
 Everything that lives as long as the process hangs on ``app.state``: ``settings``, ``db``, ``clock``, ``sealer``,
-``signing_keys``, ``identity``, ``authenticate``, ``relays``, ``tunnels``, ``agent_sessions``, ``edge_states``,
-``edge_hub``, ``redis`` (None without one), ``trusted_proxies`` and ``stopping`` (an event set at the first
+``signing_keys``, ``identity``, ``authenticate``, ``relays``, ``tunnels``, ``visitor_passwords``, ``agent_sessions``,
+``edge_states``, ``edge_hub``, ``redis`` (None without one), ``trusted_proxies`` and ``stopping`` (an event set at the first
 SIGTERM; streams watch it and end themselves).
 """
 
@@ -37,6 +37,7 @@ from portico.control.tunnels import jobs as tunnels_jobs
 from portico.control.tunnels.relays import RelayDirectory
 from portico.control.tunnels.service import Tunnels
 from portico.control.tunnels.sessions import Sessions
+from portico.control.tunnels.visitors import VisitorPasswords
 from portico.errors import Problem
 from portico.kit.clock import Clock, SystemClock
 from portico.kit.db import Database, PoolLimits, Tx
@@ -49,7 +50,9 @@ log = logging.getLogger(__name__)
 # Seconds between attempts to make the first signing keys while the database is away.
 _FIRST_RETRY_SECONDS = 1.0
 
-_TUNNELS = (tunnels_api.hot, edge_api.router, tunnels_api.agent, tunnels_api.tunnels, tunnels_api.events)
+_TUNNELS = (
+    tunnels_api.hot, edge_api.router, tunnels_api.agent, tunnels_api.tunnels, tunnels_api.policies, tunnels_api.events,
+)  # fmt: skip
 
 health = APIRouter(tags=["health"])
 
@@ -98,6 +101,7 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
         )
     state.relays = RelayDirectory(settings)
     state.tunnels = Tunnels(settings, state.relays, state.redis)
+    state.visitor_passwords = VisitorPasswords(settings, state.sealer)
     state.agent_sessions = Sessions(settings, state.tunnels, state.relays, state.signing_keys, clock)
     state.edge_states = StateReader(state.db, state.tunnels, state.signing_keys)
     state.edge_hub = Hub(settings, state.db, state.edge_states, state.stopping)
@@ -158,6 +162,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         if app.state.redis is not None:
             await app.state.redis.close()
         app.state.passwords.close()
+        app.state.visitor_passwords.close()
         if app.state.owns_db:
             await app.state.db.close()
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from portico.kit.paths import item, member
+
 VERSION: Final = 1
 MAX_FAULTS: Final = 50  # more help nobody, and a document of faults alone must not make a long answer
 MAX_POLICY_BYTES: Final = 8192  # of canonical JSON: it travels in a grant, in one BIND frame
@@ -64,7 +66,6 @@ _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 _HOST = re.compile(
     r"(?=.{1,255}\Z)(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9_])?)(:[0-9]{1,5})?"
 )
-_PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _PREFIX = re.compile(r"[0-9a-fA-F.:]+(/[0-9]{1,3})?")
 _MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 _ARGON2 = re.compile(
@@ -91,17 +92,6 @@ class PolicyInvalid(ValueError):
         super().__init__(
             "; ".join(f"{fault.path}: {fault.message}" if fault.path else fault.message for fault in faults)
         )
-
-
-def member(path: str, key: object) -> str:
-    """The path of a member; what could upset a terminal or a log is escaped."""
-    plain = key if isinstance(key, str) and _PLAIN_KEY.fullmatch(key) else _shown(key)
-    return f"{path}.{plain}" if path else plain
-
-
-def item(path: str, index: int) -> str:
-    """The path of an element of a list."""
-    return f"{path}[{index}]"
 
 
 def check(document: object) -> tuple[dict[str, Any], list[Fault]]:
@@ -152,7 +142,7 @@ def header_name(text: object) -> str:
 def header_value(text: object) -> str:
     """A header value: printable ASCII without outer spaces; raises ``ValueError`` with a sentence."""
     if not isinstance(text, str):
-        raise ValueError(f"must be text; write it in quotes: {_quoted(text)}")
+        raise ValueError("must be text; write it in quotes")
     if len(text) > MAX_HEADER_VALUE_CHARS:
         raise ValueError(f"has {len(text)} characters; at most {MAX_HEADER_VALUE_CHARS}")
     if not text.isascii() or not text.isprintable() or text != text.strip():
@@ -168,10 +158,6 @@ def _shown(value: object) -> str:
         return "nothing" if value is None else str(value).lower()
     kinds = {"int": "so large a number", "list": "a list", "dict": "a map"}
     return kinds.get(type(value).__name__, "what stands there")
-
-
-def _quoted(value: object) -> str:
-    return f'"{value}"' if type(value) in (int, float) and abs(value) < 10**18 else '"…"'  # type: ignore[arg-type]
 
 
 class _Walk:
@@ -230,7 +216,7 @@ class _Walk:
     def text(self, path: str, value: object, most: int) -> str | None:
         """Text without control characters, that UTF-8 can carry."""
         if not isinstance(value, str):
-            self.refuse(path, f"must be text; write it in quotes: {_quoted(value)}")
+            self.refuse(path, "must be text; write it in quotes")  # what stands there may be a password
         elif not 0 < len(value) <= most:
             self.refuse(path, f"must have 1 to {most} characters, not {len(value)}")
         elif any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in value):
@@ -416,7 +402,7 @@ def _address_rule(walk: _Walk, path: str, value: object) -> dict[str, str]:
     for key, text in found.items():
         at = f"{path}.{key}"
         if not isinstance(text, str):
-            walk.refuse(at, f"must be one network as text; write it in quotes: {_quoted(text)}")
+            walk.refuse(at, "must be one network as text; write it in quotes")
         elif (net := walk.worded(at, text, network)) is not None:
             clean[key] = str(net)
     return clean

@@ -17,6 +17,7 @@ from portico.kit.db import Database
 from portico.kit.jwt import KeySet
 from portico.settings import ApiSettings, Secret
 from portico.wire import grants
+from portico.wire.policy import digest
 from tests.control.conftest import Account
 from tests.control.tunnels.test_sessions import actions, body, code, opened, payloads
 from tests.control.tunnels.test_tunnels import made
@@ -53,7 +54,7 @@ class TestCreate:
         change = (await payloads(db))[-1]
         assert change["tunnel"] == {
             "id": got["id"], "organization": owner.organization, "protocol": "tcp", "hosts": [], "port": FIRST,
-            "state": "active", "generation": 1,
+            "state": "active", "generation": 1, "policy": {}, "policy_hash": digest({}), "policy_version": 1,
         }  # fmt: skip
         event = (await owner.client.get(f"/v1/tunnels/{got['id']}/events")).json()["data"][0]
         assert event["details"] == {"name": "ssh", "port": FIRST}

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import argon2
 import httpx
 import pytest
 
 from portico.control.access import Caller
 from portico.kit.db import Database
 from portico.kit.jwt import KeySet
-from portico.wire import grants
+from portico.wire import grants, policy
 from tests.control.conftest import Account, MovableClock, heartbeat_body
 
 AGENT = "agt-0123456789"
@@ -171,16 +172,74 @@ class TestOpen:
         answer = await agent.post(f"/v1/agent/sessions/{first['session']}/refresh", json={"agent_id": "agt-0123456789"})
         assert [g["name"] for g in answer.json()["grants"]] == ["two-of-two"]
 
-    async def test_the_agents_subdomain_and_policy_win_and_fence_older_grants(
+    async def test_the_agents_subdomain_and_policy_win_and_the_subdomain_fences_older_grants(
         self, agent: httpx.AsyncClient, keys: KeySet, clock: MovableClock, db: Database
     ) -> None:
         await opened(agent, {**SPEC, "name": "moving"})
         got = await opened(agent, {**SPEC, "name": "moving", "subdomain": "moved-here", "policy": {"concurrency": 7}})
         grant = grants.verify_grant(got["grants"][0]["grant"], keys, clock.wall().timestamp())
         assert grant.hosts[0].host == "moved-here.localhost"
-        assert grant.gen == 2 and grant.limits == {"concurrency": 7} and grant.policy == {"concurrency": 7}
-        last = (await payloads(db))[-1]
-        assert last["tunnel"]["hosts"] == ["moved-here.localhost"] and last["tunnel"]["generation"] == 2
+        assert grant.gen == 2 and grant.limits == {"concurrency": 100}
+        assert grant.policy == {"concurrency": 7} and grant.policy_version == 2
+        last = (await payloads(db))[-1]["tunnel"]
+        assert last["hosts"] == ["moved-here.localhost"] and last["generation"] == 2
+        assert (last["policy"], last["policy_version"]) == ({"concurrency": 7}, 2)
+
+    async def test_passwords_stay_here_and_a_reconnect_changes_nothing(
+        self, agent: httpx.AsyncClient, keys: KeySet, clock: MovableClock, db: Database, app: Any
+    ) -> None:
+        users = [{"name": "alice", "password": "open sesame 42"}, {"name": "bob", "password": "b"}]
+        spec = {**SPEC, "name": "guarded", "policy": {"basic_auth": {"users": users}}}
+        first = await opened(agent, spec)
+        grant = grants.verify_grant(first["grants"][0]["grant"], keys, clock.wall().timestamp())
+        stored = policy.parse(grant.policy).basic_auth
+        assert stored is not None and [user.name for user in stored.users] == ["alice", "bob"]
+        assert argon2.PasswordHasher().verify(stored.users[0].digest, "open sesame 42")
+        app.state.visitor_passwords._made.clear()  # as another process, or this one after its restart
+        again = await opened(agent, spec, agent_id="agt-0123456789")
+        grant = grants.verify_grant(again["grants"][0]["grant"], keys, clock.wall().timestamp())
+        assert policy.parse(grant.policy).basic_auth == stored and grant.policy_version == 1
+        spec["policy"] = {"basic_auth": {"users": [{**users[0], "password": "other"}, users[1]]}}
+        changed = await opened(agent, spec)
+        grant = grants.verify_grant(changed["grants"][0]["grant"], keys, clock.wall().timestamp())
+        now = policy.parse(grant.policy).basic_auth
+        assert now is not None and now.users[1] == stored.users[1] and now.users[0] != stored.users[0]
+        assert grant.policy_version == 2 and grant.gen == 1
+        async with db.read() as reader:
+            for table in ("tunnels", "tunnel_events", "audit_events", "edge_changes", "idempotency_keys"):
+                rows = await reader.raw.fetch(f"SELECT t::text AS row FROM {table} t")
+                assert not any("sesame" in row["row"] for row in rows), table
+                if table in ("tunnel_events", "audit_events"):
+                    assert not any("argon2id" in row["row"] for row in rows), table
+
+    async def test_a_policy_of_nobody_is_kept_and_an_empty_one_is_taken(
+        self, agent: httpx.AsyncClient, keys: KeySet, clock: MovableClock
+    ) -> None:
+        async def now(**more: Any) -> grants.GrantClaims:
+            got = await opened(agent, {**SPEC, "name": "kept-policy", **more})
+            return grants.verify_grant(got["grants"][0]["grant"], keys, clock.wall().timestamp())
+
+        assert (await now(policy={"concurrency": 7})).policy_version == 1
+        assert (await now()).policy == {"concurrency": 7}
+        last = await now(policy={})
+        assert (last.policy, last.policy_version, last.gen) == ({}, 2, 1)
+
+    async def test_faults_say_whose_policy(self, agent: httpx.AsyncClient) -> None:
+        wrong = {**SPEC, "name": "wrong-policy", "policy": {"queue": {}, "concurrency": 0}}
+        answer = await agent.post("/v1/agent/sessions", json=body({**SPEC, "name": "right-policy"}, wrong))
+        assert code(answer, 400) == "tunnel.policy_invalid"
+        assert answer.json()["tunnel"] == "wrong-policy" and len(answer.json()["errors"]) == 3
+
+    async def test_passwords_are_bounded(self, agent: httpx.AsyncClient, app: Any) -> None:
+        object.__setattr__(app.state.settings, "visitor_passwords_per_request", 2)
+        users = [{"name": f"user{index}", "password": "p"} for index in range(3)]
+        spec = {**SPEC, "name": "many-users", "policy": {"basic_auth": {"users": users}}}
+        answer = await agent.post("/v1/agent/sessions", json=body(spec))
+        assert code(answer, 400) == "tunnel.policy_invalid" and "3 new passwords" in answer.json()["detail"]
+        object.__setattr__(app.state.settings, "visitor_passwords_waiting", 0)
+        spec["policy"] = {"basic_auth": {"users": users[:1]}}
+        answer = await agent.post("/v1/agent/sessions", json=body(spec))
+        assert code(answer, 429) == "auth.throttled" and answer.headers["retry-after"] == "2"
 
     async def test_two_specs_of_one_tunnel(self, agent: httpx.AsyncClient) -> None:
         answer = await agent.post("/v1/agent/sessions", json=body({**SPEC, "name": "twin"}, {**SPEC, "name": "twin"}))

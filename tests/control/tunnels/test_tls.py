@@ -13,6 +13,7 @@ from portico.kit.db import Database
 from portico.kit.jwt import KeySet
 from portico.settings import ApiSettings, Secret
 from portico.wire import grants
+from portico.wire.policy import digest
 from tests.control.conftest import Account, MovableClock
 from tests.control.tunnels.test_sessions import actions, body, code, keys, opened, payloads
 from tests.control.tunnels.test_tunnels import made
@@ -35,7 +36,7 @@ class TestCreate:
         assert (got["protocol"], got["state"]) == ("tls", "offline")
         assert (await payloads(db))[-1]["tunnel"] == {
             "id": got["id"], "organization": owner.organization, "protocol": "tls", "hosts": ["vault.localhost"],
-            "state": "active", "generation": 1,
+            "state": "active", "generation": 1, "policy": {}, "policy_hash": digest({}), "policy_version": 1,
         }  # fmt: skip
         assert "tunnel.create" in await actions(db, owner.organization)
 

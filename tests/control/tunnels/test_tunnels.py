@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from portico.kit.db import Database
+from portico.wire import policy
 from tests.control.conftest import Account
 from tests.control.tunnels.test_sessions import actions, code, payloads
 
@@ -38,7 +39,8 @@ class TestCreate:
             "kind": "tunnel",
             "tunnel": {
                 "id": got["id"], "organization": owner.organization, "protocol": "http", "hosts": ["shop-create.localhost"],
-                "state": "active", "generation": 1,
+                "state": "active", "generation": 1, "policy": {"concurrency": 3},
+                "policy_hash": policy.digest({"concurrency": 3}), "policy_version": 1,
             },
         }  # fmt: skip
         assert "tunnel.create" in await actions(db, owner.organization)
@@ -120,14 +122,17 @@ class TestList:
 
 
 class TestChange:
-    async def test_a_new_subdomain_or_policy_fences_and_tells(self, owner: Account, db: Database) -> None:
+    async def test_a_new_subdomain_fences_a_new_policy_does_not_and_both_tell(
+        self, owner: Account, db: Database
+    ) -> None:
         tunnel = await made(owner.client, name="change", subdomain="change-1")
         path = f"/v1/tunnels/{tunnel['id']}"
         got = (await owner.client.patch(path, json={"subdomain": "change-2"})).json()
         assert got["url"] == "http://change-2.localhost:7080"
         assert (await payloads(db))[-1]["tunnel"] | {"generation": 2} == (await payloads(db))[-1]["tunnel"]
         await owner.client.patch(path, json={"policy": {"concurrency": 1}})
-        assert (await payloads(db))[-1]["tunnel"]["generation"] == 3
+        told = (await payloads(db))[-1]["tunnel"]
+        assert (told["generation"], told["policy_version"], told["policy"]) == (2, 2, {"concurrency": 1})
         before = len(await payloads(db))
         got = (await owner.client.patch(path, json={"name": "renamed", "target": None})).json()
         assert got["name"] == "renamed" and len(await payloads(db)) == before, "relays need not know its name"
@@ -147,6 +152,56 @@ class TestChange:
         ):
             assert code(await owner.client.patch(f"/v1/tunnels/{tunnel['id']}", json=body), status) == expected
         assert (await owner.client.get(f"/v1/tunnels/{tunnel['id']}")).json() == tunnel
+
+
+class TestPolicy:
+    async def test_written_as_text_shown_without_digests(self, owner: Account, db: Database) -> None:
+        text = "basic_auth:\n  users:\n    - {name: alice, password: open sesame}\n"
+        tunnel = await made(owner.client, name="texts", policy=text)
+        assert tunnel["policy"] == {"basic_auth": {"users": [{"name": "alice"}]}} and tunnel["policy_version"] == 1
+        path = f"/v1/tunnels/{tunnel['id']}"
+        more = {**tunnel["policy"], "addresses": {"rules": [{"allow": "10.0.0.0/8"}]}}
+        got = (await owner.client.patch(path, json={"policy": more, "policy_version": 1})).json()
+        assert got["policy"] == more and got["policy_version"] == 2
+        first, last = [c["tunnel"]["policy"]["basic_auth"] for c in (await payloads(db))[-2:]]
+        assert first == last and last["users"][0]["digest"].startswith("$argon2id$"), "the password is kept"
+        history = (await owner.client.get(f"{path}/events")).text
+        assert '"policy_version":2' in history and "argon2id" not in history
+
+    async def test_the_answer_of_a_repeated_write(self, owner: Account) -> None:
+        body = {"name": "repeated", "policy": {"basic_auth": {"users": [{"name": "a", "password": "b"}]}}}
+        answers = [
+            await owner.client.post("/v1/tunnels", json=body, headers={"Idempotency-Key": "policy-1"}) for _ in "ab"
+        ]
+        assert [answer.status_code for answer in answers] == [201, 201] and answers[0].json() == answers[1].json()
+        assert answers[1].headers["idempotency-replayed"] == "true"
+
+    async def test_a_policy_that_is_not_valid_changes_nothing(self, owner: Account, db: Database) -> None:
+        tunnel = await made(owner.client, name="invalid-policy", policy={"concurrency": 3})
+        before = len(await payloads(db))
+        text = "concurrency: 0\naddresses:\n  rules:\n    - allow: 10.0.0.1/8\n"
+        answer = await owner.client.patch(f"/v1/tunnels/{tunnel['id']}", json={"policy": text, "name": "renamed-too"})
+        assert code(answer, 400) == "tunnel.policy_invalid"
+        assert [(e["path"], e["line"], e["column"]) for e in answer.json()["errors"]] == [
+            ("concurrency", 1, 1), ("addresses.rules[0].allow", 4, 7),
+        ]  # fmt: skip
+        assert (await owner.client.get(f"/v1/tunnels/{tunnel['id']}")).json() == tunnel
+        assert len(await payloads(db)) == before
+
+    async def test_two_who_change_it_at_once(self, owner: Account) -> None:
+        tunnel = await made(owner.client, name="contended")
+        path = f"/v1/tunnels/{tunnel['id']}"
+        answers = await asyncio.gather(
+            *(owner.client.patch(path, json={"policy": {"concurrency": n + 1}, "policy_version": 1}) for n in range(5))
+        )
+        assert sorted(answer.status_code for answer in answers) == [200, 409, 409, 409, 409]
+        refused = next(answer for answer in answers if answer.status_code == 409)
+        assert code(refused, 409) == "tunnel.policy_conflict" and refused.json()["policy_version"] == 2
+
+    async def test_what_a_protocol_cannot_enforce(self, owner: Account) -> None:
+        tls = await made(owner.client, name="through", protocol="tls", policy={"concurrency": 5})
+        answer = await owner.client.patch(f"/v1/tunnels/{tls['id']}", json={"policy": {"plain_http": "refuse"}})
+        assert code(answer, 400) == "tunnel.policy_invalid" and answer.json()["errors"][0]["path"] == "plain_http"
 
 
 class TestStopAndDelete:

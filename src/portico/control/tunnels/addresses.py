@@ -56,6 +56,9 @@ class Addresses:
             "hosts": self.hosts(row),
             "state": row["state"],
             "generation": row["generation"],
+            "policy": row["policy"],
+            "policy_hash": row["policy_hash"],
+            "policy_version": row["policy_version"],
         }
         if row["port"] is not None:
             found["port"] = row["port"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -11,15 +13,17 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from portico.control.access import Caller, InTx, Paging, Reading, credential_of, identify, require
 from portico.control.requests import JsonRoute, UnitOfWork, once, shown
-from portico.control.tunnels import history
+from portico.control.tunnels import history, policy
 from portico.control.tunnels.service import Tunnels
 from portico.control.tunnels.sessions import AgentFacts, Sessions, TunnelSpec
+from portico.control.tunnels.visitors import VisitorPasswords
 from portico.errors import Problem
-from portico.kit.db import Reader
+from portico.kit.db import Reader, Tx
 from portico.kit.pages import Page
 
 tunnels = APIRouter(prefix="/tunnels", tags=["tunnels"], route_class=UnitOfWork)
 agent = APIRouter(prefix="/agent/sessions", tags=["tunnels"], route_class=UnitOfWork)
+policies = APIRouter(prefix="/tunnels", tags=["tunnels"], route_class=JsonRoute)
 events = APIRouter(prefix="/events", tags=["tunnels"], route_class=UnitOfWork)
 hot = APIRouter(prefix="/agent/sessions", tags=["tunnels"], route_class=JsonRoute)
 
@@ -55,7 +59,16 @@ RemotePort = Annotated[
     int, Field(ge=1, le=65_535, strict=True, description="Public port of a TCP tunnel, of the platform's range")
 ]
 Domain = Annotated[str, StringConstraints(min_length=1, max_length=253), Field(description="A domain of your own")]
-Document = Annotated[dict[str, Any], Field(description="Policy of the tunnel; unknown keys are refused")]
+Document = Annotated[
+    dict[str, Any] | Annotated[str, StringConstraints(max_length=policy.MAX_TEXT_CHARS)],
+    Field(
+        description="Policy of the tunnel (contracts/policy.schema.json): an object, or the text of one as YAML or JSON, whose"
+        " faults then have a line and a column. A user given by name alone keeps the password that the tunnel has for it"
+    ),
+]
+PolicyVersion = Annotated[
+    int, Field(ge=1, strict=True, description="Change the tunnel only if its policy still has this version; else 409")
+]
 
 
 def _check_domain(domain: str | None) -> None:
@@ -93,6 +106,7 @@ class TunnelPatch(Body):
     remote_port: RemotePort | None = None
     target: Shown | None = None
     policy: Document | None = None
+    policy_version: PolicyVersion | None = None
 
 
 class TunnelAgent(BaseModel):
@@ -114,6 +128,7 @@ class Tunnel(BaseModel):
     state: Literal["offline", "online", "stopped", "suspended"]
     target: str | None
     policy: dict[str, Any]
+    policy_version: int
     agent: TunnelAgent | None
     created_at: datetime
     updated_at: datetime
@@ -135,6 +150,106 @@ class OrganizationEvent(TunnelEvent):
     name: str
 
 
+# -- writes that may bring passwords ------------------------------------------------------------------------------------
+
+
+async def _credential(request: Request) -> str:
+    """Dependency: the bearer credential, not looked up yet; without one nobody learns whether a body would fit."""
+    return credential_of(request)
+
+
+Credential = Annotated[str, Depends(_credential)]
+_SECURITY: dict[str, Any] = {"security": [{"bearer": []}]}
+
+
+async def _permitted(request: Request, reader: Reader, permission: str) -> Caller:
+    """``require(permission)`` on a connection at hand."""
+    request.state.reader = reader
+    who = await identify(request)
+    who.check(permission)
+    return who
+
+
+def _wanted(written: dict[str, Any] | str | None, tunnel: str | None = None) -> policy.Wanted | None:
+    """The policy of a body; a fault says which tunnel of several it is of."""
+    try:
+        return None if written is None else policy.read(written)
+    except Problem as problem:
+        if tunnel is not None:
+            problem.extra["tunnel"] = tunnel
+        raise
+
+
+async def _digested(request: Request, who: Caller, wanted: policy.Wanted | None) -> policy.Wanted | None:
+    """The policy with digests in the place of passwords, made before any transaction."""
+    return (await _all_digested(request, who, [wanted]))[0]
+
+
+async def _all_digested(
+    request: Request, who: Caller, wanted: list[policy.Wanted | None]
+) -> list[policy.Wanted | None]:
+    visitors: VisitorPasswords = request.app.state.visitor_passwords
+    made = await visitors.digested(who.org, wanted)
+    if made != wanted:
+        request.state.caller = None  # it took its time: the credential may be revoked by now
+    return made
+
+
+async def _writing(request: Request, permission: str, run: Callable[[Tx, Caller], Awaitable[Response]]) -> Response:
+    """``run`` in a transaction that is committed before the answer leaves; once, for an ``Idempotency-Key``."""
+    async with request.app.state.db.transaction() as tx:
+        who = await _permitted(request, tx, permission)
+        if "idempotency-key" in request.headers:
+            return await once(request, tx, lambda: run(tx, who))
+        return await run(tx, who)
+
+
+def _shown(tunnel: dict[str, Any], status: int) -> Response:
+    return Response(Tunnel.model_validate(tunnel).model_dump_json(), status, media_type="application/json")
+
+
+@policies.post("", response_model=Tunnel, status_code=201)
+async def create_tunnel(request: Request, who: Writes, tunnels: Service, body: TunnelBody) -> Response:
+    """Make a tunnel, and so reserve its name and subdomain. It goes online when an agent session names it."""
+    _check_domain(body.domain)
+    wanted = await _digested(request, who, _wanted(body.policy))
+
+    async def run(tx: Tx, who: Caller) -> Response:
+        made = await tunnels.create(
+            tx,
+            who,
+            protocol=body.protocol,
+            name=body.name,
+            subdomain=body.subdomain,
+            remote_port=body.remote_port,
+            target=body.target,
+            wanted=wanted,
+        )
+        return _shown(made, 201)
+
+    return await _writing(request, "tunnels:write", run)
+
+
+@policies.patch("/{tunnel_id}", response_model=Tunnel)
+async def change_tunnel(request: Request, who: Writes, tunnels: Service, tunnel_id: Id, body: TunnelPatch) -> Response:
+    """Change a tunnel. A new subdomain or port fences the grants given before, and agents get new ones by themselves. A new
+    policy ends nothing: relays apply it within 2 s, and requests in flight finish under the one that they began with."""
+    wanted = body.model_dump(exclude_unset=True, exclude={"policy", "policy_version"})
+    if any(wanted.get(key, "") is None for key in ("name", "subdomain", "remote_port")):
+        raise Problem("tunnel.name_invalid", "a tunnel keeps its name and address; give one or leave the member out")
+    if "remote_port" in wanted:
+        wanted["port"] = wanted.pop("remote_port")
+    wanted["policy"] = await _digested(request, who, _wanted(body.policy))
+
+    async def run(tx: Tx, who: Caller) -> Response:
+        return _shown(await tunnels.update(tx, who, tunnel_id, wanted, body.policy_version), 200)
+
+    return await _writing(request, "tunnels:write", run)
+
+
+# -- reading and the rest ----------------------------------------------------------------------------------------------
+
+
 @events.get("", response_model=Page[OrganizationEvent])
 async def list_organization_events(
     reader: Reading,
@@ -153,38 +268,10 @@ async def list_tunnels(reader: Reading, who: Reads, tunnels: Service, page: Pagi
     return await tunnels.listing(reader, who, page)
 
 
-@tunnels.post("", response_model=Tunnel, status_code=201)
-async def create_tunnel(tx: InTx, who: Writes, tunnels: Service, body: TunnelBody) -> Any:
-    """Make a tunnel, and so reserve its name and subdomain. It goes online when an agent session names it."""
-    _check_domain(body.domain)
-    return await tunnels.create(
-        tx,
-        who,
-        protocol=body.protocol,
-        name=body.name,
-        subdomain=body.subdomain,
-        remote_port=body.remote_port,
-        target=body.target,
-        policy_document=body.policy,
-    )
-
-
 @tunnels.get("/{tunnel_id}", response_model=Tunnel)
 async def get_tunnel(reader: Reading, who: Reads, tunnels: Service, tunnel_id: Id) -> Any:
     """One tunnel."""
     return await tunnels.get(reader, who, tunnel_id)
-
-
-@tunnels.patch("/{tunnel_id}", response_model=Tunnel)
-async def change_tunnel(tx: InTx, who: Writes, tunnels: Service, tunnel_id: Id, body: TunnelPatch) -> Any:
-    """Change a tunnel. A new subdomain, port or policy fences the grants given before; agents get new ones by
-    themselves."""
-    wanted = body.model_dump(exclude_unset=True)
-    if any(wanted.get(key, "") is None for key in ("name", "subdomain", "remote_port")):
-        raise Problem("tunnel.name_invalid", "a tunnel keeps its name and address; give one or leave the member out")
-    if "remote_port" in wanted:
-        wanted["port"] = wanted.pop("remote_port")
-    return await tunnels.update(tx, who, tunnel_id, wanted)
 
 
 @tunnels.delete("/{tunnel_id}", status_code=204)
@@ -222,7 +309,8 @@ class SpecBody(BaseModel):
 
     def spec(self) -> TunnelSpec:
         _check_domain(self.domain)
-        return TunnelSpec(self.protocol, self.name, self.subdomain, self.target, self.policy, self.remote_port)
+        wanted = _wanted(self.policy, self.name)
+        return TunnelSpec(self.protocol, self.name, self.subdomain, self.target, wanted, self.remote_port)
 
 
 class SessionBody(BaseModel):
@@ -291,15 +379,6 @@ def _json(document: dict[str, Any], status: int) -> Response:
 
 # These two are asked by every agent of an installation at once when it comes back, hence without the usual ceremony: the
 # caller is identified on the connection that serves the request, and a reconnect or refresh is one statement.
-async def _credential(request: Request) -> str:
-    """Dependency: the bearer credential, not looked up yet; without one nobody learns whether a body would fit."""
-    return credential_of(request)
-
-
-Credential = Annotated[str, Depends(_credential)]
-_SECURITY: dict[str, Any] = {"security": [{"bearer": []}]}
-
-
 @hot.post("", response_model=SessionDocument, status_code=201, openapi_extra=_SECURITY)
 async def open_session(request: Request, credential: Credential, body: SessionBody) -> Response:
     """Start the session of an agent instance, or continue it under its next generation."""
@@ -310,15 +389,20 @@ async def open_session(request: Request, credential: Credential, body: SessionBo
         raise Problem("tunnel.limit_reached", f"a session has at most {limit} tunnels", limit=limit)
     facts = AgentFacts(body.agent_id, body.hostname, body.version, body.region)
     specs = [spec.spec() for spec in body.tunnels]
+    if any(spec.policy is not None and spec.policy.passwords() for spec in specs):
+        async with state.db.read() as reader:
+            who = await _permitted(request, reader, "agent:connect")
+        made = await _all_digested(request, who, [spec.policy for spec in specs])
+        specs = [replace(spec, policy=wanted) for spec, wanted in zip(specs, made, strict=True)]
     again = "idempotency-key" in request.headers
     if not again and sessions.knows(credential, body.agent_id):
         async with state.db.read() as reader:
-            who = await _connecting(request, reader)
+            who = await _permitted(request, reader, "agent:connect")
             if (document := await sessions.continued(reader, who, facts, specs)) is not None:
                 return _json(document, 201)
 
     async def run() -> Response:
-        return _json(await sessions.open(tx, await _connecting(request, tx), facts, specs), 201)
+        return _json(await sessions.open(tx, await _permitted(request, tx, "agent:connect"), facts, specs), 201)
 
     async with state.db.transaction() as tx:
         request.state.reader = tx
@@ -332,16 +416,8 @@ async def refresh_session(request: Request, _: Credential, session_id: Id, body:
     """New tokens for a live session, before the old ones expire. Repeating it is harmless."""
     state = request.app.state
     async with state.db.read() as reader:
-        who = await _connecting(request, reader)
+        who = await _permitted(request, reader, "agent:connect")
         return _json(await state.agent_sessions.refresh(reader, who, session_id, body.agent_id), 200)
-
-
-async def _connecting(request: Request, reader: Reader) -> Caller:
-    """``require("agent:connect")`` on a connection at hand."""
-    request.state.reader = reader
-    who = await identify(request)
-    who.check("agent:connect")
-    return who
 
 
 @agent.delete("/{session_id}", status_code=204)
@@ -351,10 +427,18 @@ async def end_session(tx: InTx, who: Connects, sessions: SessionService, session
     return Response(status_code=204)
 
 
-@agent.post("/{session_id}/tunnels", response_model=GrantsDocument, status_code=201)
-async def add_tunnel(tx: InTx, who: Connects, sessions: SessionService, session_id: Id, body: SpecBody) -> Response:
+@hot.post("/{session_id}/tunnels", response_model=GrantsDocument, status_code=201)
+async def add_tunnel(
+    request: Request, who: Connects, sessions: SessionService, session_id: Id, body: SpecBody
+) -> Response:
     """One more tunnel in a live session."""
-    return _json(await sessions.add(tx, who, session_id, body.spec()), 201)
+    spec = body.spec()
+    spec = replace(spec, policy=await _digested(request, who, spec.policy))
+
+    async def run(tx: Tx, who: Caller) -> Response:
+        return _json(await sessions.add(tx, who, session_id, spec), 201)
+
+    return await _writing(request, "agent:connect", run)
 
 
 @agent.delete("/{session_id}/tunnels/{tunnel_id}", status_code=204)

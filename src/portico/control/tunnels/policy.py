@@ -1,49 +1,151 @@
-"""A tunnel's policy: one validated JSON document. What it cannot enforce yet it does not accept.
+"""A tunnel's policy at the API: read what was sent, complete it from what is stored, and say every fault with its place.
 
-An unknown key is refused with its path: a policy that silently protects nothing is worse than an error. New keys are
-added here, to the relay's decision chain and to ``contracts/`` together; ``version`` changes only when the meaning of an
-existing key would.
+    document or text ──read──► Wanted ──passwords (visitors.py)──► Wanted ──settle(stored)──► stored form and its hash
+
+What may stand in a policy is the wire's knowledge (:mod:`portico.wire.policy_check`); whether CA certificates are
+certificates is checked here, where there is a parser.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from cryptography import x509
+
 from portico.errors import Problem
+from portico.kit import marked
+from portico.settings import ApiSettings
+from portico.wire import policy, policy_check
+from portico.wire.policy import Fault, PolicyInvalid, digest
 
-VERSION: Final = 1
-MAX_CONCURRENCY: Final = 100_000
+MAX_TEXT_CHARS: Final = 65_536  # of a policy written as text, with its comments
 
-
-def _refuse(path: str, what: str) -> Problem:
-    return Problem("tunnel.policy_invalid", f"policy.{path}: {what}", path=path)
-
-
-def check(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document in its canonical form (defaults left out); raises ``tunnel.policy_invalid`` naming the path."""
-    clean: dict[str, Any] = {}
-    for key, value in document.items():
-        if key == "version":
-            if type(value) is not int or value != VERSION:
-                raise _refuse("version", f"only version {VERSION} is known")
-        elif key == "concurrency":
-            if type(value) is not int or not 1 <= value <= MAX_CONCURRENCY:
-                raise _refuse("concurrency", f"must be a whole number from 1 to {MAX_CONCURRENCY}")
-            clean["concurrency"] = value
-        else:
-            raise _refuse(key[:80], "unknown key; known keys: concurrency, version")
-    return clean
+Marks = Mapping[str, marked.Place]
 
 
-def digest(document: Mapping[str, Any]) -> str:
-    """The ``policy_hash`` of a checked document: equal documents, equal hashes."""
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A policy that a caller wants: canonical; users have a password, a digest, or neither (the stored one is kept)."""
+
+    document: dict[str, Any]
+    marks: Marks = field(default_factory=dict)
+
+    def passwords(self) -> list[tuple[str, str]]:
+        """(user, password) of those users who are given with one."""
+        return [(user["name"], user["password"]) for user in self._users() if "password" in user]
+
+    def with_digests(self, digests: Mapping[tuple[str, str], str]) -> Wanted:
+        """The same with a digest, of ``digests`` by (user, password), in the place of each password."""
+        if not self.passwords():
+            return self
+        users = [
+            {"name": user["name"], "digest": digests[user["name"], user["password"]]} if "password" in user else user
+            for user in self._users()
+        ]
+        auth = self.document["basic_auth"] | {"users": users}
+        return replace(self, document=self.document | {"basic_auth": auth})
+
+    def settle(self, protocol: str, stored: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        """The stored form and its ``policy_hash``, for a tunnel of ``protocol`` whose policy is ``stored`` so far.
+
+        Raises ``tunnel.policy_invalid``: a key that the protocol cannot enforce, a user without a password, one byte too many.
+        """
+        faults = policy_check.check_protocol(self.document, protocol)
+        document = self.document
+        if users := self._users():
+            known = {user["name"]: user["digest"] for user in stored.get("basic_auth", {}).get("users", ())}
+            full = [user if "digest" in user else user | {"digest": known.get(user["name"])} for user in users]
+            faults += [
+                Fault(f"basic_auth.users[{index}]", "needs a password: the tunnel has none for a user of this name")
+                for index, user in enumerate(full)
+                if user["digest"] is None
+            ]
+            document = document | {"basic_auth": document["basic_auth"] | {"users": full}}
+        if faults:
+            raise refusal(faults, self.marks)
+        try:
+            clean = policy.canonical(document)
+        except PolicyInvalid as err:
+            raise refusal(err.faults, self.marks) from None
+        return clean, digest(clean)
+
+    def _users(self) -> list[dict[str, Any]]:
+        users: list[dict[str, Any]] = self.document.get("basic_auth", {}).get("users", [])
+        return users
 
 
-def limits(document: Mapping[str, Any], *, concurrency: int) -> dict[str, int]:
-    """The limits that a grant carries: the plan's, lowered by the policy and never raised."""
-    return {"concurrency": min(concurrency, document.get("concurrency", concurrency))}
+NONE: Final = Wanted({})
+
+
+def limits(settings: ApiSettings, protocol: str) -> dict[str, int]:
+    """The limits that a grant carries: the plan's. A policy lowers them at the relay, where it can change at once."""
+    most = settings.tunnel_concurrency if protocol == "http" else settings.tunnel_connections
+    found = {"concurrency": most}
+    if settings.organization_requests_per_second:
+        found["org_requests"] = settings.organization_requests_per_second
+        found["org_burst"] = settings.organization_requests_burst or 2 * settings.organization_requests_per_second
+    return found
+
+
+def read(written: Mapping[str, Any] | str) -> Wanted:
+    """What the caller sent: a document, or one as YAML or JSON text. Raises ``tunnel.policy_invalid`` with every fault."""
+    marks: Marks = {}
+    try:
+        if isinstance(written, str):
+            written, marks = _text(written)
+        document = policy.canonical(written)
+        _check_certificates(document)
+    except PolicyInvalid as err:
+        raise refusal(err.faults, marks) from None
+    return Wanted(document, marks)
+
+
+def _text(text: str) -> tuple[Any, Marks]:
+    if len(text) > MAX_TEXT_CHARS:
+        raise PolicyInvalid([Fault("", f"the text has {len(text)} characters; at most {MAX_TEXT_CHARS}")])
+    try:
+        found = marked.load(text)
+    except marked.Unreadable as err:
+        raise refusal([Fault("", str(err))], {"": err.place}) from None
+    if found.faults:
+        raise refusal([Fault(path, message) for path, message in found.faults], found.marks)
+    return found.value, found.marks
+
+
+def _check_certificates(document: Mapping[str, Any]) -> None:
+    if "client_certificates" not in document:
+        return
+    try:
+        x509.load_pem_x509_certificates(document["client_certificates"]["ca"].encode())
+    except ValueError:
+        raise PolicyInvalid([Fault("client_certificates.ca", "holds something that is no X.509 certificate")]) from None
+
+
+def refusal(faults: Sequence[Fault], marks: Marks) -> Problem:
+    """``tunnel.policy_invalid`` with ``errors``: the path, the place in the text if there was one, and what is wrong."""
+    errors = []
+    for fault in faults:
+        place = marked.nearest(marks, fault.path)
+        where = {"line": place.line, "column": place.column} if place is not None else {}
+        errors.append({"path": fault.path, **where, "detail": fault.message})
+    first = faults[0]
+    what = f"policy.{first.path}: {first.message}" if first.path else first.message
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return Problem("tunnel.policy_invalid", what + more, path=first.path, errors=errors)
+
+
+def stored(text: str) -> dict[str, Any]:
+    """A policy as a raw row has it, which is JSON as text."""
+    document: dict[str, Any] = json.loads(text) if text != "{}" else {}
+    return document
+
+
+def shown(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The policy as callers, the audit log and histories see it: users by name alone."""
+    if "basic_auth" not in document:
+        return dict(document)
+    users = [{"name": user["name"]} for user in document["basic_auth"]["users"]]
+    return {**document, "basic_auth": {**document["basic_auth"], "users": users}}

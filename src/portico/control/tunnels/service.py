@@ -3,7 +3,8 @@
     state        offline | online   an active tunnel, by whether a relay has it bound
                  stopped            by its owner; naming it in a new agent session makes it active again
                  suspended          by the operator
-    generation   rises with every change that must fence grants issued before it: stop, start, new host or port, new policy
+    generation   rises with every change that must fence grants issued before it: stop, start, new host or port
+    policy_version   rises with every change of the policy, which relays take over without ending anything
 
 An HTTP or TLS tunnel has a subdomain, a TCP tunnel a port (:mod:`~portico.control.tunnels.ports`); both are kept until it is
 deleted. Names and subdomains are unique by constraints, never by looking first: of any number of simultaneous creations of one
@@ -97,7 +98,8 @@ class Tunnels:
             "url": self.addresses.url(row._mapping),
             "state": state,
             "target": row.target,
-            "policy": row.policy,
+            "policy": policy.shown(row.policy),
+            "policy_version": row.policy_version,
             "agent": agent,
             "created_at": row.created_at,
             "updated_at": row.updated_at,
@@ -115,7 +117,7 @@ class Tunnels:
         subdomain: str | None = None,
         remote_port: int | None = None,
         target: str | None = None,
-        policy_document: dict[str, Any] | None = None,
+        wanted: policy.Wanted | None = None,
     ) -> dict[str, Any]:
         """A new tunnel.
 
@@ -131,7 +133,7 @@ class Tunnels:
             subdomain=subdomain,
             remote_port=remote_port,
             target=target,
-            document=policy_document,
+            wanted=wanted,
         )
         if row is None:
             raise Problem("tunnel.name_taken", f"there is already a tunnel named {name}")
@@ -146,13 +148,13 @@ class Tunnels:
         name: str | None,
         subdomain: str | None,
         target: str | None,
-        document: dict[str, Any] | None,
+        wanted: policy.Wanted | None,
         remote_port: int | None = None,
         origin: str | None = None,
     ) -> Any:
         """The row of a new tunnel with its audit row, event and edge change; ``None`` when ``name`` is taken."""
         self.check_shape(protocol, subdomain, remote_port)
-        checked = policy.check(document or {})
+        settled, policy_hash = (wanted or policy.NONE).settle(protocol, {})
         if name is not None:
             names.check_name(name)
         if subdomain is not None:
@@ -173,8 +175,8 @@ class Tunnels:
                     "protocol": protocol,
                     "subdomain": public,
                     "target": target,
-                    "policy": checked,
-                    "policy_hash": policy.digest(checked),
+                    "policy": settled,
+                    "policy_hash": policy_hash,
                     "origin": origin,
                 },
             )
@@ -194,10 +196,19 @@ class Tunnels:
         await store.add_events(tx, [event(row.id, "created", facts)])
         changes.append(tx, changes.tunnel(self.addresses.edge_row(row._mapping)))
 
-    async def update(self, tx: Tx, caller: Caller, tunnel_id: str, wanted: dict[str, Any]) -> dict[str, Any]:
-        """Change ``name``, ``subdomain``, ``port``, ``target`` or ``policy``; raises as ``create`` does, and
-        ``tunnel.not_found``."""
+    async def update(
+        self, tx: Tx, caller: Caller, tunnel_id: str, wanted: dict[str, Any], policy_version: int | None = None
+    ) -> dict[str, Any]:
+        """Change ``name``, ``subdomain``, ``port``, ``target`` or ``policy``.
+
+        Raises as ``create`` does, ``tunnel.not_found``, and ``tunnel.policy_conflict`` when the policy is not of the
+        ``policy_version`` that the caller saw.
+        """
         row = await self._lock(tx, caller, tunnel_id)
+        if policy_version not in (None, row.policy_version):
+            now = row.policy_version
+            detail = f"the policy is version {now} now, not {policy_version}; read it and decide again"
+            raise Problem("tunnel.policy_conflict", detail, policy_version=now)
         changed = await self.apply(tx, caller, row._mapping, wanted)
         if changed is None:
             return (await self._render(tx, caller.org, [row]))[0]
@@ -213,8 +224,10 @@ class Tunnels:
         if "port" in values:
             await self.ports.lease(tx, caller.org, values["port"])
             await store.free_port(tx, row["port"])
-        if fences := values.keys() & {"subdomain", "port", "policy", "state"}:
+        if values.keys() & {"subdomain", "port", "state"}:
             values["generation"] = store.tunnels.c.generation + 1
+        if "policy" in values:
+            values["policy_version"] = store.tunnels.c.policy_version + 1
         try:
             async with tx.savepoint():
                 changed = await store.update_tunnel(tx, caller.org, row["id"], values)
@@ -222,13 +235,15 @@ class Tunnels:
             raise _taken(err, values) from err
         if changed is None:
             raise Problem("tunnel.not_found")
-        shown = ("name", "subdomain", "port", "target", "policy", "state")
-        facts: dict[str, Any] = {key: values[key] for key in shown if key in values}
+        plain = ("name", "subdomain", "port", "target", "state")
+        facts: dict[str, Any] = {key: values[key] for key in plain if key in values}
+        if "policy" in values:
+            facts |= {"policy": policy.shown(values["policy"]), "policy_version": changed.policy_version}
         kind = {"stopped": "stopped", "active": "started"}.get(values.get("state", ""), "changed")
         action = {"stopped": "tunnel.stop", "started": "tunnel.start"}.get(kind, "tunnel.update")
         await audit.record(tx, caller, action, row["id"], details=facts)
         await store.add_events(tx, [event(row["id"], kind, facts)])
-        if fences:
+        if values.keys() & {"generation", "policy_version"}:
             changes.append(tx, changes.tunnel(self.addresses.edge_row(changed._mapping)))
         return changed
 
@@ -269,7 +284,8 @@ class Tunnels:
 
     async def edge_rows(self, reader: Reader) -> list[dict[str, Any]]:
         """Every tunnel as relays hold it, in the reader's snapshot."""
-        return [self.addresses.edge_row(row) for row in await store.edge_tunnels(reader)]
+        rows = await store.edge_tunnels(reader)
+        return [self.addresses.edge_row({**row, "policy": policy.stored(row["policy"])}) for row in rows]
 
 
 def kind_of(protocol: str) -> str:
@@ -323,9 +339,9 @@ def _differences(row: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     if "subdomain" in values:
         names.check_subdomain(values["subdomain"])
     if wanted.get("policy") is not None:
-        checked = policy.check(wanted["policy"])
-        if policy.digest(checked) != row["policy_hash"]:
-            values |= {"policy": checked, "policy_hash": policy.digest(checked)}
+        settled, policy_hash = wanted["policy"].settle(row["protocol"], row["policy"])
+        if policy_hash != row["policy_hash"]:
+            values |= {"policy": settled, "policy_hash": policy_hash}
     return values
 
 

@@ -9,7 +9,6 @@ tokens for as long as any of them could be accepted.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ class TunnelSpec:
     name: str | None = None
     subdomain: str | None = None
     target: str | None = None
-    policy: dict[str, Any] | None = None
+    policy: policy.Wanted | None = None
     remote_port: int | None = None
 
 
@@ -246,7 +245,7 @@ class Sessions:
                 subdomain=spec.subdomain,
                 remote_port=spec.remote_port,
                 target=spec.target,
-                document=spec.policy,
+                wanted=spec.policy,
                 origin=origin,
             )
             if row is None and spec.name is not None:  # made by another session a moment ago
@@ -330,8 +329,6 @@ class Sessions:
     ) -> dict[str, Any]:
         addresses = self._tunnels.addresses
         url = addresses.url(row)
-        requests = row["protocol"] == "http"
-        most = self._settings.tunnel_concurrency if requests else self._settings.tunnel_connections
         claims = grants.grant_claims(
             session=session_id,
             organization=organization,
@@ -340,10 +337,11 @@ class Sessions:
             protocol=row["protocol"],
             hosts=addresses.grant_hosts(row),
             port=row["port"],
-            limits=policy.limits(row["policy"], concurrency=most),
+            limits=policy.limits(self._settings, row["protocol"]),
             generation=row["generation"],
             policy_hash=row["policy_hash"],
             policy=row["policy"],
+            policy_version=row["policy_version"],
             url=url,
             now=now,
             life=life,
@@ -430,13 +428,13 @@ def _fits(row: dict[str, Any], spec: TunnelSpec) -> bool:
         and spec.subdomain in (None, row["subdomain"])
         and spec.remote_port in (None, row["port"])
         and spec.target in (None, row["target"])
-        and (spec.policy is None or policy.digest(policy.check(spec.policy)) == row["policy_hash"])
+        and (spec.policy is None or spec.policy.settle(spec.protocol, row["policy"])[1] == row["policy_hash"])
     )
 
 
 def _parsed(row: Any) -> dict[str, Any]:
     """A raw row as a dict; raw queries give JSON as text."""
-    return {**row, "policy": json.loads(row["policy"])}
+    return {**row, "policy": policy.stored(row["policy"])}
 
 
 def _key_of(caller: Caller) -> str:

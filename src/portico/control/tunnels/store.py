@@ -56,7 +56,9 @@ tunnels = sa.Table(
     sa.Column("target", sa.Text),
     sa.Column("policy", JSONB, nullable=False),
     sa.Column("policy_hash", sa.Text, nullable=False),
-    # Rises with every change that must fence grants issued before it (stop, new host, new policy).
+    # Rises with every change of the policy; relays let the higher one win.
+    sa.Column("policy_version", sa.BigInteger, nullable=False, server_default="1"),
+    # Rises with every change that must fence grants issued before it (stop, new host).
     sa.Column("generation", sa.BigInteger, nullable=False, server_default="1"),
     sa.Column("state", sa.Text, nullable=False, server_default="active"),
     # Null, or what an unnamed tunnel is found again by: a digest of agent key, machine and target.
@@ -346,8 +348,8 @@ async def known_tunnels(reader: Reader, organization: str, tunnel_ids: list[str]
 # Tunnels that a session's specs may mean: by name, subdomain, origin or port, or bound to it already.
 # FOR KEY SHARE: none of them can be deleted before the session that names it is committed.
 _CANDIDATES = """
-SELECT t.id, t.organization_id, t.name, t.protocol, t.subdomain, t.target, t.policy::text, t.policy_hash, t.generation,
-       t.state, t.origin, t.port, b.position
+SELECT t.id, t.organization_id, t.name, t.protocol, t.subdomain, t.target, t.policy::text, t.policy_hash,
+       t.policy_version, t.generation, t.state, t.origin, t.port, b.position
 FROM tunnels t LEFT JOIN agent_session_tunnels b ON b.session_id = $2 AND b.tunnel_id = t.id
 WHERE t.organization_id = $1
   AND (t.name = ANY($3) OR t.subdomain = ANY($4) OR t.origin = ANY($5) OR t.port = ANY($6)
@@ -383,7 +385,8 @@ WITH session AS (
     RETURNING id, generation, region
 )
 SELECT session.id AS session, session.generation AS session_generation, session.region, t.id, t.name, t.protocol,
-       t.subdomain, t.target, t.policy::text, t.policy_hash, t.generation, t.state, t.origin, t.port, b.position
+       t.subdomain, t.target, t.policy::text, t.policy_hash, t.policy_version, t.generation, t.state, t.origin, t.port,
+       b.position
 FROM session
 LEFT JOIN agent_session_tunnels b ON b.session_id = session.id
 LEFT JOIN tunnels t ON t.id = b.tunnel_id
@@ -510,7 +513,10 @@ async def end_sessions_of_key(tx: Tx, key_id: str, code: str, grace_seconds: flo
 
 # -- what relays hold ---------------------------------------------------------------------------------------------------
 
-_EDGE_TUNNELS = "SELECT id, organization_id, protocol, subdomain, port, state, generation FROM tunnels"
+_EDGE_TUNNELS = """
+SELECT id, organization_id, protocol, subdomain, port, state, generation, policy::text, policy_hash, policy_version
+FROM tunnels
+"""
 _EDGE_ENDED = """
 SELECT id, ended_code, ceil(extract(epoch FROM refused_until))::bigint AS until
 FROM agent_sessions WHERE refused_until > to_timestamp($1)
