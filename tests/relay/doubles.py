@@ -40,10 +40,13 @@ def grant(
     concurrency: int = 100,
     policy: dict[str, Any] | None = None,
     policy_version: int = 0,
+    tunnel: str | None = None,
+    protocol: str = "http",
 ) -> str:
+    mode = "passthrough" if protocol == "tls" else "terminate"
     claims = grants.grant_claims(
-        session=session, organization=ORG, tunnel=f"tun_{name}", name=name, protocol="http",
-        hosts=[{"host": f"{name}.localhost", "tls": "terminate"}], limits={"concurrency": concurrency},
+        session=session, organization=ORG, tunnel=tunnel or f"tun_{name}", name=name, protocol=protocol,
+        hosts=[{"host": f"{name}.localhost", "tls": mode}], limits={"concurrency": concurrency},
         generation=generation, policy_hash="none", policy=policy or {}, url=f"http://{name}.localhost",
         now=int(time.time()) - age, life=life,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from portico.relay import policy
 from portico.relay.server import Relay
+from portico.wire import frames as f
 from portico.wire.policy import Addresses, AddressRule, HeaderRules
 from tests.relay.doubles import KEY, Client, ScriptedAgent, grant, port, row, session_token
 from tests.relay.known import GET, forget, learn, whole
@@ -280,6 +281,20 @@ class TestPlainHttp:
         https = relay.settings.https_port
         assert (status, fields[b"portico-error"]) == (308, [b"edge.https_redirect"])
         assert fields[b"location"] == [b"https://web.localhost:%d/a?b=c" % https]
+
+
+async def test_a_host_that_became_a_passthrough_tunnel(relay: Relay, online: Any, visit: Any) -> None:
+    """What was found good for the tunnel before says nothing of the one that has its host now."""
+    forget()
+    agent = await online({})
+    client: Client = await visit()
+    await learn(client)
+    agent.session.control(f.UNBIND, 1, code="tunnel.removed", detail="")
+    await agent.until(lambda: not relay.agents.by_tunnel)
+    await agent.online(grant(tunnel="tun_through", protocol="tls"), bind=2)
+    client.send(GET)
+    status, fields, _ = await client.response()
+    assert (status, fields[b"portico-error"]) == (421, [b"edge.tls_mode_mismatch"])
 
 
 async def test_a_suspended_owner(relay: Relay, visit: Any) -> None:

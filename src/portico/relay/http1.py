@@ -24,6 +24,7 @@ from portico.relay.policy import OPEN, Compiled
 from portico.relay.telling import is_news
 
 if TYPE_CHECKING:
+    from portico.relay.decide import Chain
     from portico.relay.door import Door
     from portico.relay.listeners import Headers, PublicServer
     from portico.relay.peers import RemoteTunnel
@@ -92,8 +93,9 @@ class Visitor(asyncio.BufferedProtocol):
     #: The head of the last request that was a known one, the policy that it fell under, and its fields with ours behind them.
     repeated: tuple[heads.KnownHead | None, Compiled, bytes] = (None, OPEN, b"")
     candidate = cast("heads.KnownHead", None)  # the known head that is decided on, and then :attr:`asked`
-    #: Policy and host for which all that is the same for every request of this connection was found good.
-    cleared: tuple[Compiled | None, bytes] = (None, b"")
+    #: A tunnel's chain (each has one of its own) and the host for which all that is the same for every request of this
+    #: connection was found good.
+    cleared: tuple[Chain | None, bytes] = (None, b"")
     certified = False  # a client certificate was presented, and verified against the door's authority
 
     def __init__(self, server: PublicServer, door: Door) -> None:
@@ -232,12 +234,13 @@ class Visitor(asyncio.BufferedProtocol):
             return False
         policy = tunnel.policy
         self.candidate = known
-        if self.cleared[0] is not policy or self.cleared[1] != host:
-            for check in tunnel.chain.connection:
+        chain = tunnel.chain
+        if self.cleared[0] is not chain or self.cleared[1] != host:
+            for check in chain.connection:
                 if check(self) is not None:
                     return False
-            self.cleared = (policy, host)
-        for check in tunnel.chain.request:
+            self.cleared = (chain, host)
+        for check in chain.request:
             if check(self) is not None:
                 return False
         for_known, for_policy, fields = self.repeated
