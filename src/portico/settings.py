@@ -1029,6 +1029,15 @@ def agent_settings(
     return load(AgentSettings, table="agent" if file else None, file=file, overrides=own)
 
 
+def agent_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The agent's variables that are set, without secrets: what another process of it needs to find itself as this one."""
+    environ = os.environ if environ is None else environ
+    names = [
+        f"PORTICO_{key.upper()}" for key, kind in typing.get_type_hints(AgentSettings).items() if not is_secret(kind)
+    ]
+    return {name: environ[name] for name in names if name in environ}
+
+
 def secret_from_environment(name: str) -> Secret:
     """The secret in a variable that a person named; raises ``config.invalid`` when it is not set."""
     if value := os.environ.get(name, "").strip():

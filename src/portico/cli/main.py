@@ -26,6 +26,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "tls": "tls",
         "start": "start",
         "config": "config",
+        "service": "service",
         "ls": "tunnel",
         "stop": "tunnel",
         "rm": "tunnel",

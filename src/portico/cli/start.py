@@ -60,7 +60,7 @@ def start(
     if found.faults:
         raise refused(found.faults)
     _check_names(found, names, everything)
-    agent = settings.agent_settings(typed, _own_settings(found))
+    agent = settings.agent_settings(typed, own_settings(found))
     mode = output.display_mode(json)
     serving = app.serve(
         agent,
@@ -75,7 +75,7 @@ def start(
         raise typer.Exit(code)
 
 
-def _own_settings(found: Config) -> dict[str, Any]:
+def own_settings(found: Config) -> dict[str, Any]:
     """What the file says of the agent; its other keys are for this command."""
     from dataclasses import fields
 
