@@ -836,6 +836,22 @@ def proxy_environment(environ: Mapping[str, str] | None = None) -> dict[str, str
     return found
 
 
+def activated_sockets(environ: Mapping[str, str] | None = None, pid: int | None = None) -> str:
+    """The sockets that systemd holds for this process (sd_listen_fds(3)), as ``listen_fds`` names them; empty without any.
+
+    Raises ``config.invalid`` when they have no names (``FileDescriptorName=`` in the socket unit).
+    """
+    environ = os.environ if environ is None else environ
+    if environ.get("LISTEN_PID") != str(os.getpid() if pid is None else pid):
+        return ""  # they were for a parent of ours
+    count = int(environ.get("LISTEN_FDS", "0"))
+    names = environ.get("LISTEN_FDNAMES", "").split(":")
+    if len(names) != count or not all(names) or "unknown" in names:
+        detail = "the sockets of systemd have no names: FileDescriptorName= is public, https, control or api"
+        raise Problem("config.invalid", detail)
+    return ",".join(f"{name}={number}" for number, name in enumerate(names, 3))
+
+
 def debug_enabled(environ: Mapping[str, str] | None = None) -> bool:
     """PORTICO_DEBUG=1: an unexpected error shows its traceback."""
     return (os.environ if environ is None else environ).get("PORTICO_DEBUG", "") not in ("", "0")

@@ -53,7 +53,7 @@ def api(config: ConfigOption = None) -> None:
     from portico.control import server
     from portico.kit import sockets
 
-    given = sockets.inherited(chosen.listen_fds)
+    given = sockets.inherited(chosen.listen_fds or settings.activated_sockets())
     _run("api", chosen.log_level, server.serve(chosen, given.get("api"), given.get("metrics")))
 
 
@@ -63,7 +63,11 @@ def relay(config: ConfigOption = None) -> None:
     from portico.kit import sockets
     from portico.relay import server
 
-    _run(chosen.relay_name, chosen.log_level, server.serve(chosen, sockets.inherited(chosen.listen_fds)))
+    _run(
+        chosen.relay_name,
+        chosen.log_level,
+        server.serve(chosen, sockets.inherited(chosen.listen_fds or settings.activated_sockets())),
+    )
 
 
 def worker(
@@ -79,7 +83,7 @@ def worker(
     from portico.kit import sockets
     from portico.worker import runner
 
-    given = sockets.inherited(chosen.listen_fds)
+    given = sockets.inherited(chosen.listen_fds or settings.activated_sockets())
     _run("worker", chosen.log_level, runner.serve(chosen, control, tuple(names or ()), given.get("metrics")))
 
 
