@@ -42,11 +42,12 @@ def grant(
     policy_version: int = 0,
     tunnel: str | None = None,
     protocol: str = "http",
+    limits: dict[str, int] | None = None,
 ) -> str:
     mode = "passthrough" if protocol == "tls" else "terminate"
     claims = grants.grant_claims(
         session=session, organization=ORG, tunnel=tunnel or f"tun_{name}", name=name, protocol=protocol,
-        hosts=[{"host": f"{name}.localhost", "tls": mode}], limits={"concurrency": concurrency},
+        hosts=[{"host": f"{name}.localhost", "tls": mode}], limits=limits or {"concurrency": concurrency},
         generation=generation, policy_hash="none", policy=policy or {}, url=f"http://{name}.localhost",
         now=int(time.time()) - age, life=life,
     )  # fmt: skip

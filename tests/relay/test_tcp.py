@@ -30,11 +30,16 @@ def free_port() -> int:
 
 
 def tcp_grant(
-    number: int, name: str = "ssh", session: str = "ses_a", generation: int = 1, concurrency: int = 100
+    number: int,
+    name: str = "ssh",
+    session: str = "ses_a",
+    generation: int = 1,
+    concurrency: int = 100,
+    policy: dict[str, Any] | None = None,
 ) -> str:
     claims = grants.grant_claims(
         session=session, organization=ORG, tunnel=f"tun_{name}", name=name, protocol="tcp", hosts=[], port=number,
-        limits={"concurrency": concurrency}, generation=generation, policy_hash="none", policy={},
+        limits={"concurrency": concurrency}, generation=generation, policy_hash="none", policy=policy or {},
         url=f"tcp://localhost:{number}", now=int(time.time()), life=900,
     )  # fmt: skip
     return KEY.sign(grants.GRANT_TYP, claims)

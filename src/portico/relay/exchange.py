@@ -10,6 +10,7 @@ only collects its body (reading is paused then, so that is one buffer at most); 
 from __future__ import annotations
 
 import itertools
+import re
 import secrets
 from typing import TYPE_CHECKING, cast
 
@@ -41,10 +42,13 @@ RESET_CODES = {
     f.TARGET_RESET: "edge.target_invalid",
     f.REQUEST_INVALID: "edge.bad_request",
     f.TOO_MANY_STREAMS: "edge.concurrency_exceeded",
+    f.RATE_LIMITED: "edge.rate_limited",
 }
 
 #: Refusals that may pass in a moment: see `holding.py`.
 MAY_WAIT = frozenset(("edge.tunnel_offline", "edge.concurrency_exceeded"))
+
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,3})?")
 
 ID_SERIAL = itertools.count(1)
 ID_PREFIX = b"req_" + secrets.token_hex(6).encode()
@@ -74,6 +78,7 @@ class Exchange:
     held = False  # waits, or waited, for its tunnel to come back
     judged = False  # its password was, or is being, checked
     policy = OPEN  # under which it was forwarded
+    told_wait = 0.0  # seconds, by the relay that has the tunnel
     counted = False  # holds a place in the tunnel's concurrency
     received = False  # the request is here, whole
     blocked = False  # waits for credit: nothing more is read from the visitor
@@ -127,10 +132,10 @@ class Exchange:
         return self.conn.server.password(self.tunnel, self.fields, self.address)
 
     def wait(self) -> float:
-        """Seconds until the rates have room; 0 when they have it now."""
+        """Seconds until the rates have room, here or at the relay that has the tunnel; 0 when they have it now."""
         assert self.tunnel is not None
-        assert self.tunnel.rates is not None
-        return self.tunnel.rates.check(self.address, self.conn.server.loop.time())
+        rates = self.tunnel.rates
+        return max(self.told_wait, 0.0 if rates is None else rates.check(self.address, self.conn.server.loop.time()))
 
     # ── the request ───────────────────────────────────────────────────────────────────────────────────────────────
     def start(self) -> None:
@@ -454,6 +459,8 @@ class Exchange:
             self.release_place()
         elif not self.responded:
             self._count_error()
+            if code == f.RATE_LIMITED:
+                self.told_wait, detail = float(detail) if _SECONDS.fullmatch(detail) else 1.0, ""
             self.refuse(RESET_CODES.get(code, "edge.agent_unreachable"), detail or None)
         else:
             self._count_error()

@@ -286,6 +286,9 @@ class Outbound(_Quiet):
         if live.inflight >= live.concurrency:
             stream.reset(f.TOO_MANY_STREAMS, "the tunnel has no room")
             return None
+        if live.rates is not None and (wait := live.rates.check(None, self.peers.clock())) > 0:
+            stream.reset(f.RATE_LIMITED, f"{wait:.3f}")
+            return None
         return live
 
 
@@ -299,6 +302,8 @@ class Hop:
         self.answering = _Side(self, outgoing)
         self.asking = _Side(self, incoming)  # the peer's stream: request bytes come from it
         live.inflight += 1
+        if live.rates is not None:
+            live.rates.take(None, peers.clock())
         self.counted = True
         incoming.sink = self.asking
         self.answering.stream.sink = self.answering
@@ -391,6 +396,7 @@ class Peers:
     def __init__(self, settings: RelaySettings, agents: Agents) -> None:
         self.settings = settings
         self.agents = agents
+        self.clock = asyncio.get_running_loop().time
         self.by_host: dict[bytes, RemoteTunnel] = {}
         self._places: dict[bytes, list[RemoteTunnel]] = {}
         self.inbound: set[Inbound] = set()

@@ -33,6 +33,7 @@ from portico.relay.peers import Peers
 from portico.relay.rates import Rates
 from portico.relay.raw import RawServer
 from portico.relay.sessions import Agents
+from portico.relay.shared_rates import SharedRates
 from portico.relay.snapshot import Snapshot, SnapshotStore
 from portico.relay.tcp import TcpPorts
 from portico.relay.telling import Teller
@@ -70,7 +71,9 @@ class Relay:
             self.snapshot, settings.state_dir, source=settings.api_url, delay=settings.snapshot_save_delay_seconds
         )
         self.peers = Peers(settings, self.agents)
-        self.rates = Rates(settings, asyncio.get_running_loop().time)
+        clock = asyncio.get_running_loop().time
+        self.shared_rates = SharedRates.connect(settings, clock)
+        self.rates = Rates(settings, clock, self.shared_rates)
         self.agents.rates_of = self.peers.rates_of = self.rates.of
         self.public = PublicServer(settings, self.snapshot, self.agents, self.peers)
         self.raw = RawServer(self.public, self.agents)
@@ -131,6 +134,8 @@ class Relay:
         await self._start_metrics()
         for work in (self.link.run(), self.meter.run(), self.store.run(), self.teller.run(), self._sweep()):
             self._spawn(work)
+        if self.shared_rates is not None:
+            self._spawn(self.shared_rates.run())
 
     async def _start_metrics(self) -> None:
         """The figures on a listener of their own, when one was given or its port is set."""
@@ -210,6 +215,8 @@ class Relay:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.shared_rates is not None:
+            await self.shared_rates.close()
         await self.store.close()
         await self.http.aclose()
 

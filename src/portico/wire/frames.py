@@ -59,7 +59,8 @@ U32 = Struct("!I")
     TOO_MANY_STREAMS,
     IDLE_TIMEOUT,
     REQUEST_INVALID,
-) = range(12)
+    RATE_LIMITED,
+) = range(13)
 
 Fields = list[bytes]
 """A flat head: ``[name, value, name, value, …]``, in order, repetitions kept."""
