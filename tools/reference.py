@@ -60,8 +60,9 @@ request can succeed later with nothing changed.
 
 The body is a page for a browser (an `Accept` that names HTML at least as eagerly as it takes JSON) and a problem document
 (`application/problem+json`, RFC 9457) for everybody else, `Accept: */*` among them; `HEAD` gets neither. The document has
-`code`, `title`, `status`, `detail`, `hint`, `retryable`, `hop`, `host` and `request_id`. A TCP connection cannot be told a code:
-it is closed, and the code is in the logs.
+`code`, `title`, `status`, `detail`, `hint`, `retryable`, `hop`, `host` and `request_id`. The order in which it is decided is
+on [a page of its own](../explanation/decisions-at-the-edge.md). A TCP connection cannot be told a code: it is closed, and the
+code is in the relay's log.
 """
 
 

@@ -1,34 +1,21 @@
-"""Passwords of visitors from end to end: a real relay, the real agent's link and forwarder, its local page, and a target that
-keeps every byte that it was sent."""
+"""Passwords of visitors from end to end: who comes in, what is seen of a password where, changes, order, attempts."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
-import dataclasses
-import itertools
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-import httpx
 import pytest
 from argon2 import PasswordHasher
 from argon2.low_level import verify_secret
 
-from portico.agent.forward import Forwarder
-from portico.agent.inspector import Inspector
-from portico.agent.link import Link
-from portico.agent.stats import Stats
-from portico.agent.target import parse_target
 from portico.relay import credentials, heads
 from portico.relay.server import Relay
-from portico.settings import AgentSettings
-from tests.agent.harness import SilentOwner
-from tests.relay.doubles import Client, grant, port, row, session_token
-from tests.relay.known import forget
+from tests.relay.edge import Edge, ask, online
 
 QUICK = PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
 PASSWORD = "hunter2-of-alice"
@@ -51,53 +38,6 @@ def get(authorization: bytes | None, more: bytes = b"", host: bytes = b"web.loca
     return b"GET /a HTTP/1.1\r\nHost: %b\r\n%b%b\r\n" % (host, given, more)
 
 
-class Target:
-    """A local app: answers every request alike, upgrades when asked, and keeps what it was sent."""
-
-    def __init__(self) -> None:
-        self.sent = bytearray()
-
-    async def start(self) -> int:
-        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        return int(self.server.sockets[0].getsockname()[1])
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                self.sent += head
-                if b"\r\nupgrade:" in head.lower():
-                    writer.write(b"HTTP/1.1 101 Switching\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
-                    while data := await reader.read(4096):
-                        writer.write(data)
-                else:
-                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
-        writer.close()
-
-    @property
-    def requests(self) -> int:
-        return self.sent.count(b" HTTP/1.1\r\n")
-
-
-@dataclasses.dataclass
-class Edge:
-    """A tunnel that is online, and what can be seen of it from every side."""
-
-    relay: Relay
-    target: Target
-    page: httpx.AsyncClient
-    verified: list[bytes]
-    versions: Any
-
-    def change(self, policy: dict[str, Any]) -> None:
-        """The edge stream brings another policy."""
-        version = self.relay.snapshot.version
-        assert version is not None
-        tunnel = row("web", policy=policy, policy_version=next(self.versions))
-        change = {"kind": "tunnel", "tunnel": tunnel}
-        self.relay.snapshot.apply({"type": "delta", "version": version + 1, "changes": [change]})
-
-
 @pytest.fixture
 def policy() -> dict[str, Any]:
     """Overridden by tests of another one."""
@@ -105,38 +45,23 @@ def policy() -> dict[str, Any]:
 
 
 @pytest.fixture
-async def edge(relay: Relay, policy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Edge]:
-    forget()
-    verified: list[bytes] = []
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The passwords that were verified, none of them on the loop."""
+    found: list[bytes] = []
 
     def verify(digest: bytes, password: bytes, kind: Any) -> bool:
-        verified.append(password)
+        found.append(password)
         assert threading.current_thread() is not threading.main_thread()
         return verify_secret(digest, password, kind)
 
     monkeypatch.setattr(credentials, "verify_secret", verify)
-    target = Target()
-    settings = dataclasses.replace(AgentSettings(), web_addr="127.0.0.1:0")
-    stats = Stats()
-    inspector = Inspector(settings, stats)
-    forwarder = Forwarder(parse_target(str(await target.start())), settings, stats)
-    forwarder.tap = inspector.recorder.tap(forwarder, "web")
-    assert await inspector.start()
-    link = Link(SilentOwner(), settings, f"ws://127.0.0.1:{port(relay, 0)}/v1/connect", 1)
-    await link.open(session_token())
-    link.bound[1] = forwarder
-    link.bind(1, grant(policy=policy, policy_version=1))
-    async with asyncio.timeout(5):
-        while b"web.localhost" not in relay.public.by_host:
-            await asyncio.sleep(0.005)
-    try:
-        async with httpx.AsyncClient(base_url=inspector.url, trust_env=False) as page:
-            yield Edge(relay, target, page, verified, itertools.count(2))
-    finally:
-        link.close("test over")
-        await forwarder.abort()
-        await inspector.close()
-        target.server.close()
+    return found
+
+
+@pytest.fixture
+async def edge(relay: Relay, policy: dict[str, Any], verified: list[bytes]) -> AsyncIterator[Edge]:
+    async with online(relay, policy) as tunnel:
+        yield tunnel
 
 
 class Gate:
@@ -164,13 +89,6 @@ def gate(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     made.open.set()
 
 
-async def ask(client: Client, request: bytes) -> tuple[int, bytes | None, dict[bytes, list[bytes]]]:
-    """Status, code of the refusal, fields."""
-    client.send(request)
-    status, fields, _ = await client.response()
-    return status, fields.get(b"portico-error", [None])[0], fields
-
-
 class TestWhoComesIn:
     @pytest.mark.parametrize(
         ("given", "status", "code"),
@@ -189,7 +107,7 @@ class TestWhoComesIn:
         ],
     )
     async def test_each_time_the_same(
-        self, edge: Edge, visit: Visit, given: bytes | None, status: int, code: bytes | None
+        self, edge: Edge, visit: Visit, verified: list[bytes], given: bytes | None, status: int, code: bytes | None
     ) -> None:
         """First verified, then remembered, on one connection and on another; also when the request itself is a known one."""
         client = await visit()
@@ -200,16 +118,18 @@ class TestWhoComesIn:
             assert challenge == ([b'Basic realm="Portico", charset="UTF-8"'] if status == 401 else None)
             assert status == 200 or fields[b"cache-control"] == [b"no-store"]
         assert (await ask(await visit(), get(given)))[:2] == (status, code)
-        assert len(edge.verified) <= 1
+        assert len(verified) <= 1
         assert edge.target.requests == (5 if status == 200 else 0)
 
-    async def test_after_any_wrong_one_the_right_one_and_the_other_way_round(self, edge: Edge, visit: Visit) -> None:
+    async def test_after_any_wrong_one_the_right_one_and_the_other_way_round(
+        self, edge: Edge, visit: Visit, verified: list[bytes]
+    ) -> None:
         client = await visit()
         for _ in range(3):
             assert (await ask(client, get(basic("alice", "wrong"))))[0] == 401
             assert (await ask(client, get(basic())))[0] == 200
             assert (await ask(client, get(None)))[0] == 401
-        assert sorted(edge.verified) == sorted((b"wrong", PASSWORD.encode()))
+        assert sorted(verified) == sorted((b"wrong", PASSWORD.encode()))
 
     async def test_a_body_waits_for_the_verdict(self, edge: Edge, visit: Visit) -> None:
         head = b"POST /a HTTP/1.1\r\nHost: web.localhost\r\nContent-Length: 100000\r\nAuthorization: %b\r\n\r\n"
@@ -291,14 +211,14 @@ class TestWhereItGoes:
         assert not [section for section in heads.KNOWN_HEADS if b"asic" in section]
 
     @pytest.mark.parametrize("policy", [{}])
-    async def test_without_basic_auth_it_is_the_targets(self, edge: Edge, visit: Visit) -> None:
+    async def test_without_basic_auth_it_is_the_targets(self, edge: Edge, visit: Visit, verified: list[bytes]) -> None:
         client = await visit()
         for _ in range(4):
             assert (await ask(client, get(basic("any", "thing"))))[0] == 200
             assert (await ask(client, get(b"Bearer abc")))[0] == 200
         assert edge.target.sent.count(b"\r\nAuthorization: %b\r\n" % basic("any", "thing")) == 4
         assert edge.target.sent.count(b"\r\nAuthorization: Bearer abc\r\n") == 4
-        assert edge.verified == []
+        assert verified == []
 
 
 class TestChanges:
@@ -320,7 +240,9 @@ class TestChanges:
         assert (await ask(client, get(basic())))[0] == 200
         assert edge.target.sent.count(b"uthorization") == sent + 1
 
-    async def test_a_change_while_a_password_is_verified(self, edge: Edge, visit: Visit, gate: Gate) -> None:
+    async def test_a_change_while_a_password_is_verified(
+        self, edge: Edge, visit: Visit, verified: list[bytes], gate: Gate
+    ) -> None:
         client = await visit(get(basic()))
         await gate.entered()
         edge.change({"basic_auth": {"users": [BOB]}})
@@ -333,16 +255,16 @@ class TestChanges:
 class TestOrder:
     """Bad host before TLS mode before credentials before address before capacity, by what comes back."""
 
-    async def test_bad_host_beats_everything(self, edge: Edge, visit: Visit) -> None:
+    async def test_bad_host_beats_everything(self, edge: Edge, visit: Visit, verified: list[bytes]) -> None:
         edge.change(PROTECTED | DENY | FULL | {"plain_http": "refuse"})
         got = await ask(await visit(), get(basic("alice", "x"), host=b"nobody.localhost"))
-        assert got[:2] == (404, b"edge.host_unassigned") and edge.verified == []
+        assert got[:2] == (404, b"edge.host_unassigned") and verified == []
 
-    async def test_tls_mode_beats_credentials(self, edge: Edge, visit: Visit) -> None:
+    async def test_tls_mode_beats_credentials(self, edge: Edge, visit: Visit, verified: list[bytes]) -> None:
         edge.change(PROTECTED | DENY | {"plain_http": "refuse"})
         for given in (None, basic("alice", "x"), basic()):
             assert (await ask(await visit(), get(given)))[:2] == (421, b"edge.tls_mode_mismatch")
-        assert edge.verified == []
+        assert verified == []
 
     async def test_credentials_beat_address_beats_capacity(self, edge: Edge, visit: Visit) -> None:
         edge.change(PROTECTED | DENY | FULL)
@@ -362,7 +284,9 @@ class TestAttempts:
     @pytest.mark.parametrize(
         "relay_settings", [{"password_attempts_per_address": 2, "password_attempts_burst": 3, "exempt_loopback": True}]
     )
-    async def test_a_barred_address_cannot_spend_our_time(self, edge: Edge, visit: Visit) -> None:
+    async def test_a_barred_address_cannot_spend_our_time(
+        self, edge: Edge, visit: Visit, verified: list[bytes]
+    ) -> None:
         """Although its address is looked at after its password."""
         edge.change(PROTECTED | DENY)
         client = await visit()
@@ -371,7 +295,7 @@ class TestAttempts:
             [(401, b"edge.auth_invalid")] * 3 + [(429, b"edge.auth_throttled")] * 17
         )
         assert 1 <= int(got[-1][2][b"retry-after"][0]) <= 30
-        assert len(edge.verified) == 3
+        assert len(verified) == 3
         # Also with the right password, until there is an attempt again: a guesser must not learn that it guessed it.
         assert (await ask(client, get(basic())))[:2] == (429, b"edge.auth_throttled")
         assert (await ask(client, get(None)))[:2] == (401, b"edge.auth_required")
@@ -385,7 +309,9 @@ class TestAttempts:
         for _ in range(5):
             assert (await ask(good, get(basic())))[0] == 200
 
-    async def test_many_connections_at_once_cost_one_verification(self, edge: Edge, visit: Visit) -> None:
+    async def test_many_connections_at_once_cost_one_verification(
+        self, edge: Edge, visit: Visit, verified: list[bytes]
+    ) -> None:
         clients = [await visit(get(basic())) for _ in range(50)]
         assert [(await client.response())[0] for client in clients] == [200] * 50
-        assert edge.verified == [PASSWORD.encode()]
+        assert verified == [PASSWORD.encode()]

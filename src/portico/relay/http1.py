@@ -410,7 +410,7 @@ class Visitor(asyncio.BufferedProtocol):
             return
         self.expect_close = True
         if self.current is None:
-            self._respond(code, request_id(), html=False, keep_alive=False)
+            self._respond(code, request_id(), html=self.server.wants_html(self.fields), keep_alive=False)
             self._linger()
         elif self.parsing is self.current and not self.current.received:
             # The body itself is broken: the target has half of a request, which must not look whole.
@@ -660,7 +660,7 @@ class Visitor(asyncio.BufferedProtocol):
         whole = exchange.received or not (exchange.with_body or exchange.upgrade)
         # The page has no field that would tell an HTTP/1.0 client that the connection stays.
         keep = exchange.keep_alive and whole and not self.draining and not exchange.http10
-        html = self.server.wants_html(exchange)
+        html = self.server.wants_html(exchange.fields)
         self._respond(
             code,
             exchange.id,
@@ -719,7 +719,7 @@ class Visitor(asyncio.BufferedProtocol):
         elif self.leftover:
             self._reparse()
         elif self.fault is not None:
-            self._respond(self.fault, request_id(), html=False, keep_alive=False)
+            self._respond(self.fault, request_id(), html=self.server.wants_html(self.fields), keep_alive=False)
             self._linger()
         elif self.eof:
             self._close()
@@ -826,7 +826,9 @@ class Visitor(asyncio.BufferedProtocol):
                 self.transport.abort()
         elif current is None:
             if self.in_head:
-                self._respond("edge.head_timeout", request_id(), html=False, keep_alive=False)
+                self._respond(
+                    "edge.head_timeout", request_id(), html=self.server.wants_html(self.fields), keep_alive=False
+                )
                 self._linger()
             else:
                 self.transport.close()

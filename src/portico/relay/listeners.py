@@ -232,8 +232,8 @@ class PublicServer:
             return (pages.retry_after(self.credentials.retry_after(exchange.address)),)
         return ()
 
-    def wants_html(self, exchange: Exchange) -> bool:
-        fields = exchange.fields
+    def wants_html(self, fields: Sequence[bytes]) -> bool:
+        """Whether flat fields are a browser's, as far as they got."""
         accept = [fields[at + 1] for at in range(0, len(fields), 2) if fields[at].lower() == b"accept"]
         return pages.prefers_html(b",".join(accept))
 
