@@ -160,6 +160,27 @@ def portico_tls(ground: Ground) -> Candidate:
     return portico(ground, "portico-tls", "Portico, TLS at the edge", tls=True)
 
 
+#: Ten rules that each request meets: five for its address, of which the last one lets it in, and five for header fields.
+TEN_RULES = {
+    "addresses": {
+        "rules": [
+            *({"deny": network} for network in ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32")),
+            {"allow": "127.0.0.0/8"},
+        ]
+    },
+    "headers": {
+        "request": {"remove": ["X-Debug", "X-Internal"], "add": [{"name": "X-Environment", "value": "bench"}]},
+        "response": {"remove": ["Server"], "add": [{"name": "X-Frame-Options", "value": "DENY"}]},
+    },
+}
+
+
+def portico_policy(ground: Ground) -> Candidate:
+    path = ground.run.home("policy") / "policy.json"
+    path.write_text(json.dumps(TEN_RULES))
+    return portico(ground, "portico-policy", "Portico, ten rules", "--policy-file", str(path))
+
+
 def portico_no_inspect(ground: Ground) -> Candidate:
     if not any((Path(portico_package()) / "agent").glob("inspect*")):
         raise Missing("this version has no local inspector to switch off")
@@ -267,6 +288,7 @@ BUILDERS: dict[str, Callable[[Ground], Candidate]] = {
     "portico": portico,
     "portico-no-inspect": portico_no_inspect,
     "portico-tls": portico_tls,
+    "portico-policy": portico_policy,
     "portico-tcp": portico_tcp,
     "rathole": rathole,
     "bore": bore,

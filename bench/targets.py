@@ -52,6 +52,9 @@ TARGETS: tuple[Target, ...] = (
     Target("small GET, 4 connections: CPU", "µs", 50, _cpu("small-get-4")),
     Target("the same against frp's HTTP mode", "×", 1 / 2, _ratio("small-get-4", "portico", "frp-http")),
     Target("small GET, TLS at the edge against plain", "×", 1.4, _ratio("small-get", "portico-tls", "portico")),
+    Target(
+        "small GET, ten address and header rules against none", "×", 2, _ratio("small-get", "portico-policy", "portico")
+    ),
     Target("a new connection for each request: CPU", "µs", 80, _cpu("close")),
     Target("the same against frp's HTTP mode", "×", 1 / 3, _ratio("close", "portico", "frp-http")),
     Target(

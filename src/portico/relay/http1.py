@@ -11,25 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import httptools
 
 from portico.kit.gone import GONE
-from portico.relay import credentials, heads
-from portico.relay.exchange import ID_PREFIX, ID_SERIAL, Exchange, request_id
-from portico.relay.policy import OPEN, Compiled
+from portico.relay import heads
+from portico.relay.exchange import Exchange, request_id
+from portico.relay.repeats import Repeats
 from portico.relay.telling import is_news
 
 if TYPE_CHECKING:
-    from portico.relay.decide import Chain
     from portico.relay.door import Door
     from portico.relay.listeners import Headers, PublicServer
-    from portico.relay.peers import RemoteTunnel
-    from portico.relay.sessions import LiveTunnel
-    from portico.wire.session import Stream
 
 log = logging.getLogger("portico.relay.http1")
 
@@ -53,50 +48,28 @@ MAX_LENGTH_DIGITS: Final = 18
 _METHODS_REFUSED = frozenset((b"CONNECT", b"PRI"))
 
 
-class Visitor(asyncio.BufferedProtocol):
+class Visitor(Repeats, asyncio.BufferedProtocol):
     """One connection. ``current`` is the exchange being answered, ``queue`` the pipelined ones behind it."""
 
-    NEVER: Final = math.inf
-    lazy: Literal[True] = True
     # Defaults stand on the class: many connections bring one request and change few of them.
-    transport: asyncio.Transport = GONE
-    address = ""
     parser: Any = None  # made when the first request comes that is not a known one
-    current: Exchange | None = None
-    parsing: Exchange | None = None
     queue = cast("deque[Exchange]", ())  # a deque once something is pipelined
-    deadline = 0.0
-    closed = draining = eof = paused = raw = False
+    closed = eof = raw = False
     reading = True
     paused_at = 0.0
-    in_head = False
     head_bytes = 0
     quiet_bytes = 0  # of a body's framing (chunk headers, trailers) since the last byte of body
     fields = cast(list[bytes], ())
     target = b""
     host_given = b""
     host_normal: bytes | None = None
-    fault: str | None = None
     leftover = b""
-    skipped = b""  # the field that frames a body which the parser took for what follows an upgrade
     lingering = False
     lingered = 0
     expect_close = False
     written = written_at_eof = 0
     unwritten = b""
-    #: Stream id, method and target, head and request id of a request that nothing special was heard of.
-    asked: tuple[int, bytes, heads.KnownHead, bytes] | None = None
-    tunnel: LiveTunnel | RemoteTunnel | None = None  # of ``asked``
-    resting = True  # between two requests, with nothing of the next one in the parser
     unsent = -1  # bytes that the visitor had not taken at the last look after the close; -1 before it
-    forwarded = (b"", b"")
-    #: The head of the last request that was a known one, the policy that it fell under, and its fields with ours behind them.
-    repeated: tuple[heads.KnownHead | None, Compiled, bytes] = (None, OPEN, b"")
-    candidate = cast("heads.KnownHead", None)  # the known head that is decided on, and then :attr:`asked`
-    #: A tunnel's chain (each has one of its own) and the host for which all that is the same for every request of this
-    #: connection was found good.
-    cleared: tuple[Chain | None, bytes] = (None, b"")
-    certified = False  # a client certificate was presented, and verified against the door's authority
 
     def __init__(self, server: PublicServer, door: Door) -> None:
         self.server = server
@@ -219,133 +192,6 @@ class Visitor(asyncio.BufferedProtocol):
                 self.transport.resume_reading()
             else:
                 self.transport.pause_reading()
-
-    # ── requests that were seen before ────────────────────────────────────────────────────────────────────────────
-    def _ask(self, line: bytes, known: heads.KnownHead) -> bool:
-        """Forward a request with known fields; nothing is kept of it but :attr:`asked`, and most need no more.
-
-        ``False``: something about it is special, and nothing was done.
-        """
-        plain = heads.PLAIN_LINES[line]
-        server = self.server
-        host = known.host
-        self.tunnel = tunnel = server.find(host)
-        if plain is None or tunnel is None:
-            return False
-        policy = tunnel.policy
-        self.candidate = known
-        chain = tunnel.chain
-        if self.cleared[0] is not chain or self.cleared[1] != host:
-            for check in chain.connection:
-                if check(self) is not None:
-                    return False
-            self.cleared = (chain, host)
-        for check in chain.request:
-            if check(self) is not None:
-                return False
-        for_known, for_policy, fields = self.repeated
-        if for_known is not known or for_policy is not policy:
-            edit = policy.request
-            fields = (known.wire if edit is None else heads.wire_fields(edit(known.fields))) + self.forwarding(host)
-            self.repeated = (known, policy, fields)
-        rid = b"%b%010x" % (ID_PREFIX, next(ID_SERIAL))
-        ident = tunnel.session.open_lazy(tunnel.bind_bytes, plain, fields, rid, self)
-        self.asked = (ident, plain, known, rid)
-        self.resting = False
-        if tunnel.rates is not None:
-            tunnel.rates.take(self.address, server.loop.time())
-        tunnel.inflight += 1
-        tunnel.counters.requests += 1
-        self.deadline = server.now + server.first_byte_seconds
-        return True
-
-    # The facts of a decision on a request with known fields; the host is a live one.
-    standing: str | None = "active"
-
-    @property
-    def host(self) -> bytes:
-        return self.candidate.host
-
-    @property
-    def secure(self) -> bool:
-        return not self.plain
-
-    def password(self) -> str:
-        """What is known of the request's password."""
-        assert self.tunnel is not None
-        return self.server.password(self.tunnel, self.candidate.fields, self.address)
-
-    def wait(self) -> float:
-        """Seconds until the rates have room."""
-        assert self.tunnel is not None
-        assert self.tunnel.rates is not None
-        return self.tunnel.rates.check(self.address, self.server.loop.time())
-
-    def on_whole(self, response: bytes, body: bytes) -> bool:
-        """The whole answer to what was asked: written at once when its head is a known one."""
-        tunnel, asked = self.tunnel, self.asked
-        assert tunnel is not None and asked is not None
-        # The memo is the policy's under which it was asked, as `repeated` has it.
-        known = self.repeated[1].answers.get(response)
-        if known is None or known.length != len(body) or self.draining or self.paused:
-            return False
-        self.asked = None
-        tunnel.inflight -= 1
-        if asked[2].keep_alive:
-            data = known.text + body
-            self.resting = True
-            server = self.server
-            self.deadline = server.now + server.idle_seconds
-            self.transport.write(data)
-        else:
-            data = known.text[:-2] + b"Connection: close\r\n\r\n" + body
-            self.transport.write(data)
-            self._close()
-        tunnel.counters.bytes_out += len(data)
-        return True
-
-    def materialise(self) -> Stream:
-        """The exchange of what was asked, since something else than a whole answer happened to it."""
-        tunnel, asked = self.tunnel, self.asked
-        assert tunnel is not None and asked is not None
-        self.asked = None
-        ident, plain, known, rid = asked
-        method, _, target = plain.partition(b"\0")
-        exchange = Exchange(self, known.host, method, target, known.fields)
-        exchange.wire, exchange.id, exchange.tunnel = known.wire, rid, tunnel
-        exchange.policy = self.repeated[1]
-        exchange.started = exchange.counted = exchange.received = True
-        exchange.keep_alive = known.keep_alive
-        self.current = exchange
-        self.parsing = None
-        exchange.stream = stream = tunnel.session.make(ident, exchange)
-        return stream
-
-    def _unknown(self, data: memoryview, line: bytes, section: bytes) -> None:
-        """Bytes between two requests that are not one whole request with known fields; they may be known next time."""
-        self._parse(data)
-        exchange = self.parsing
-        if exchange is not None and exchange.received and len(section) <= heads.KNOWN_HEADS.longest_bytes:
-            self._learn(exchange, line, section)
-
-    def _learn(self, exchange: Exchange, line: bytes, section: bytes) -> None:
-        """Remember the fields of a request that came alone and whole, has no body and keeps its connection.
-
-        Its line must be the first one of the read: behind empty lines, which the parser skips, ``section`` would hold the
-        request line too, or be what follows the request before.
-        """
-        if section.find(b"\r\n\r\n") != len(section) - 4 or self.in_head or self.fault is not None or self.skipped:
-            return
-        if heads.PLAIN_LINES[line] != exchange.method + b"\0" + exchange.target:
-            return
-        if len(section) + heads.LINE_MAX > self.server.settings.max_head_bytes:
-            return  # with a longer line it would be over the limit
-        ordinary = not (exchange.with_body or exchange.upgrade or exchange.http10)
-        if not ordinary or exchange.wire is None or exchange.te_trailers:
-            return
-        if heads.KNOWN_HEADS.worth(section) and not credentials.carried(exchange.fields):
-            known = heads.KnownHead(exchange.host, exchange.fields, exchange.wire, exchange.keep_alive)
-            heads.KNOWN_HEADS.remember(section, known)
 
     # ── parsing ───────────────────────────────────────────────────────────────────────────────────────────────────
     def _parse(self, data: memoryview) -> None:
@@ -614,12 +460,6 @@ class Visitor(asyncio.BufferedProtocol):
             exchange.fields += (b"Upgrade", b", ".join(wanted))
 
     # ── answering ─────────────────────────────────────────────────────────────────────────────────────────────────
-    def forwarding(self, host: bytes) -> bytes:
-        """The forwarding fields as a frame has them, up to the request's own id; computed once for a connection and host."""
-        if self.forwarded[0] != host:
-            self.forwarded = (host, heads.FORWARDING[self.address, self.door.scheme, host, self.door.port])
-        return self.forwarded[1]
-
     def write_head(self, head: bytes) -> None:
         """A head whose body may be in the next frame: one system call for both if it is, else written this tick."""
         self.written += len(head)
