@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import picows
 import pytest
+from argon2 import PasswordHasher
 
 from portico.relay.server import Relay
 from portico.settings import RelaySettings, Secret
@@ -301,3 +303,26 @@ class TestKnown:
         link.carrier.abort("made for this test")
         status, fields, _ = await client.response()
         assert (status, fields[b"portico-error"]) == (502, [b"edge.agent_unreachable"])
+
+
+class TestPolicy:
+    async def test_passwords_are_asked_for_where_the_visitor_comes_in(
+        self, pair: tuple[Relay, Relay], agent: ScriptedAgent
+    ) -> None:
+        """The front decides by the owner's policy; the password goes no hop further, and a change comes across the link."""
+        forget()
+        front, owner = pair
+        agent.on_stream = whole
+        users = [{"name": "alice", "digest": PasswordHasher(time_cost=1, memory_cost=64).hash("secret")}]
+        good = b"Authorization: Basic " + base64.b64encode(b"alice:secret") + b"\r\n"
+        bad = b"Authorization: Basic " + base64.b64encode(b"alice:wrong") + b"\r\n"
+        client = await visit(front, GET)
+        assert (await client.response())[0] == 200
+        agent.bind(grant(concurrency=2, policy={"basic_auth": {"users": users}}, policy_version=1))
+        await agent.until(lambda: front.peers.by_host[b"web.localhost"].policy_version == 1)
+        for fields, expected in ((b"", 401), (bad, 401), (good, 200)) * 3:
+            client.send(GET.replace(b"\r\n\r\n", b"\r\n" + fields + b"\r\n"))
+            assert (await client.response())[0] == expected
+        assert len(agent.streams) == 4
+        assert all(stream.get(b"Authorization") == [] for stream in agent.streams)
+        assert (front.public.credentials.verified, owner.public.credentials.verified) == (2, 0)
