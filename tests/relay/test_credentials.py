@@ -174,6 +174,7 @@ class TestVerdicts:
         assert await one.settle(basic("ALICE", "secret")) == "invalid"
         assert await one.settle(basic("alice", "")) == "invalid"
         assert all(thread.startswith("password") for _, thread in one.calls)
+        assert (one.credentials.verified, one.credentials.wrong, one.credentials.waiting) == (7, 5, 0)
 
     async def test_without_a_verification(self, rig: Callable[..., Rig]) -> None:
         one = rig()

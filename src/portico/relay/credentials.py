@@ -165,8 +165,8 @@ class Credentials:
         self._budgets = Clients(attempts, MAX_NETWORKS, Room(MAX_NETWORKS))
         self._running = 0
         self._closed = False
-        #: Requests that wait for a verification now; verifications since the start.
-        self.waiting = self.verified = 0
+        #: Requests that wait for a verification now; verifications since the start, and those that found a wrong password.
+        self.waiting = self.verified = self.wrong = 0
 
     def close(self) -> None:
         """Verify nothing more; what waits is not called."""
@@ -264,6 +264,7 @@ class Credentials:
             self._valid.add(attempt.key, now)
             self._budgets.give_back(attempt.address)  # people behind one address may all sign in
         else:
+            self.wrong += 1
             self._invalid.add(attempt.key, now)
         del self._attempts[attempt.key]
         self._count(attempt.accounts, -len(attempt.waiters))

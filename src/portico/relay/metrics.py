@@ -62,6 +62,15 @@ AGENT_REFUSALS = Metric(
 PEERS = Metric("portico_relay_peers", "gauge", "Links of other relays that are up, by who opened them.", ("opened",))
 HOPS = Metric("portico_relay_peer_streams", "gauge", "Requests of other relays under way through this one.")
 HELD = Metric("portico_relay_held_requests", "gauge", "Requests that wait for a tunnel that is coming back.")
+PASSWORDS = Metric(
+    "portico_relay_passwords_total",
+    "counter",
+    "Passwords of visitors that were verified, by what came of it; remembered ones are not verified.",
+    ("result",),
+)
+PASSWORDS_WAITING = Metric(
+    "portico_relay_passwords_waiting", "gauge", "Requests that wait for a password to be verified."
+)
 USAGE_BATCHES = Metric("portico_relay_usage_waiting_batches", "gauge", "Batches of usage not yet acknowledged.")
 USAGE_BYTES = Metric("portico_relay_usage_waiting_bytes", "gauge", "Bytes of these.")
 EDGE_UP = Metric("portico_relay_edge_stream_up", "gauge", "1 while the edge stream of the control plane is up.")
@@ -76,7 +85,8 @@ EDGE_RESYNCS = Metric(
 
 DECLARED: tuple[Metric, ...] = (
     REQUESTS, HEAD_SECONDS, WHOLE_SECONDS, REFUSALS, BYTES, FAILURES, CONNECTIONS, ACCEPTED, RAW, SESSIONS, TUNNELS, STREAMS,
-    AGENT_REFUSALS, PEERS, HOPS, HELD, USAGE_BATCHES, USAGE_BYTES, EDGE_UP, EDGE_VERSION, EDGE_BEHIND, EDGE_TUNNELS,
+    AGENT_REFUSALS, PEERS, HOPS, HELD, PASSWORDS, PASSWORDS_WAITING,
+    USAGE_BATCHES, USAGE_BYTES, EDGE_UP, EDGE_VERSION, EDGE_BEHIND, EDGE_TUNNELS,
     EDGE_RESYNCS,
 )  # fmt: skip
 
@@ -106,6 +116,10 @@ def _visitors(relay: Relay) -> Iterator[Sample]:
         yield RAW, (protocol.decode(), "served"), served
         yield RAW, (protocol.decode(), "refused"), refused
     yield HELD, (), public.holding.count
+    credentials = public.credentials
+    yield PASSWORDS, ("right",), credentials.verified - credentials.wrong
+    yield PASSWORDS, ("wrong",), credentials.wrong
+    yield PASSWORDS_WAITING, (), credentials.waiting
 
 
 def _agents(relay: Relay) -> Iterator[Sample]:
