@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
-    from portico.relay.exchange import Exchange
     from portico.relay.peers import Peers
     from portico.relay.sessions import Agents, LiveTunnel
     from portico.relay.snapshot import Snapshot
@@ -25,6 +24,15 @@ if TYPE_CHECKING:
 
 #: Seconds until requests that found no room in the returned tunnel ask again: more may wait than may be in flight.
 PACE_SECONDS: Final = 0.02
+
+
+class Waiting(Protocol):
+    """A request, or a connection that is passed through."""
+
+    @property
+    def host(self) -> bytes: ...
+    def go_on(self) -> None:
+        """The wait is over: ask again."""
 
 
 class Holding:
@@ -39,16 +47,16 @@ class Holding:
             0.0  # until when (loop time) all tunnels catch up with what came while this process stood still
         )
         self._pacing: set[bytes] = set()
-        self._waiting: dict[bytes, deque[Exchange]] = {}
+        self._waiting: dict[bytes, deque[Waiting]] = {}
         self._timers: dict[bytes, asyncio.TimerHandle] = {}
         self.count = 0
         agents.on_bound.append(self._bound)
         peers.on_bound.append(self._back)
 
-    def take(self, exchange: Exchange, code: str) -> bool:
-        """Whether the request, which would be refused with ``code``, waits now; it hears :meth:`Exchange.go_on` when its
+    def take(self, waiting: Waiting, code: str) -> bool:
+        """Whether the request, which would be refused with ``code``, waits now; it hears ``go_on`` when its
         tunnel is there (and has room) or the time is up."""
-        host = exchange.host
+        host = waiting.host
         full = code != "edge.tunnel_offline"
         if full:
             until = max(self._catching_up.get(host, 0.0), self._stood_still)
@@ -58,7 +66,7 @@ class Holding:
             return False
         if not full and not self._active(host):
             return False
-        self._waiting.setdefault(host, deque()).append(exchange)
+        self._waiting.setdefault(host, deque()).append(waiting)
         self.count += 1
         if host not in self._timers:
             self._timers[host] = self._loop.call_at(until, self._give_up, host)

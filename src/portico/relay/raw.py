@@ -107,20 +107,20 @@ class RawVisitor(asyncio.BufferedProtocol):
         if self.server.admit(self):
             self.begin()
         else:
-            self._refuse("edge.too_many_connections")
+            self.refuse("edge.too_many_connections")
 
     def begin(self) -> None:
         """Decide, and open the stream."""
         live = self.tunnel
         code = decide(self)
         if code is not None or live is None:
-            self._refuse(code or "edge.tunnel_offline")
+            self.refuse(code or "edge.tunnel_offline")
             return
         info = {"peer": _place(self.peer()), "local": _place(self.transport.get_extra_info("sockname"))}
         try:
             self.stream = live.open_tcp(info, self)
         except OverflowError:
-            self._refuse("edge.agent_unreachable")
+            self.refuse("edge.agent_unreachable")
             return
         if live.rates is not None:
             live.rates.take(self.address, self.server.loop.time())
@@ -160,12 +160,15 @@ class RawVisitor(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         stream, live = self.stream, self.tunnel
         if stream is None or live is None:
+            if not self.closing:  # it waits for its tunnel
+                self.pending += self.server.buffer[:nbytes]
+                self._pause()
             return
         self.heard = self.server.now
         room = stream.sendable()
         if self.pending or nbytes > room:
             self.pending += self.server.buffer[:nbytes]
-            self._pump(stream, live)
+            self.pump(stream, live)
             return
         live.counters.bytes_in += nbytes
         stream.send_data(self.server.buffer[:nbytes])
@@ -177,7 +180,7 @@ class RawVisitor(asyncio.BufferedProtocol):
         self.eof = True
         stream = self.stream
         if stream is None:
-            return False
+            return not self.closing
         if not self.pending:
             self._send_end(stream)
         return True
@@ -185,7 +188,7 @@ class RawVisitor(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
         self.server.leave(self)
-        stream = self._let_go()
+        stream = self.let_go()
         if stream is not None:
             stream.reset(f.CANCELLED, "the visitor reset the connection" if exc else "the visitor's connection ended")
 
@@ -205,9 +208,9 @@ class RawVisitor(asyncio.BufferedProtocol):
     # ── towards the agent ─────────────────────────────────────────────────────────────────────────────────────────
     def on_credit(self) -> None:
         if self.stream is not None and self.tunnel is not None:
-            self._pump(self.stream, self.tunnel)
+            self.pump(self.stream, self.tunnel)
 
-    def _pump(self, stream: Stream, live: LiveTunnel | RemoteTunnel) -> None:
+    def pump(self, stream: Stream, live: LiveTunnel | RemoteTunnel) -> None:
         """Send what waits, as far as there is credit; read on only when nothing does."""
         while self.pending:
             room = stream.sendable()
@@ -221,15 +224,23 @@ class RawVisitor(asyncio.BufferedProtocol):
             self._send_end(stream)
         elif stream.sendable() <= 0:
             self._hold(stream)
-        elif not self.reading and not self.closed:
+        else:
+            self.resume()
+
+    def resume(self) -> None:
+        """Read on."""
+        if not self.reading and not self.closed:
             self.reading = True
             self.transport.resume_reading()
 
-    def _hold(self, stream: Stream) -> None:
-        """Read nothing more until the agent gives credit."""
+    def _pause(self) -> None:
         if self.reading and not self.eof and not self.closed:
             self.reading = False
             self.transport.pause_reading()
+
+    def _hold(self, stream: Stream) -> None:
+        """Read nothing more until the agent gives credit."""
+        self._pause()
         stream.wait()
 
     def _send_end(self, stream: Stream) -> None:
@@ -271,12 +282,12 @@ class RawVisitor(asyncio.BufferedProtocol):
 
     def on_reset(self, code: int, detail: str) -> None:
         live = self.tunnel
-        self._let_go()
+        self.let_go()
         if self.closed or self.closing or live is None:
             return
         if not self.opened:
             live.counters.errors += 1
-            self._refuse(RESET_CODES.get(code, "edge.agent_unreachable"), detail)
+            self.refuse(RESET_CODES.get(code, "edge.agent_unreachable"), detail)
         elif code == f.NO_ERROR:
             self._close()
         else:
@@ -289,7 +300,7 @@ class RawVisitor(asyncio.BufferedProtocol):
     def on_interim(self, status: int, head: list[bytes]) -> None: ...
 
     # ── ends ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    def _let_go(self) -> Stream | None:
+    def let_go(self) -> Stream | None:
         """The stream, which is not ours any more; its place in the tunnel is free."""
         stream, self.stream = self.stream, None
         self.pending = b""
@@ -298,7 +309,7 @@ class RawVisitor(asyncio.BufferedProtocol):
             self.tunnel.inflight -= 1
         return stream
 
-    def _refuse(self, code: str, detail: str = "") -> None:
+    def refuse(self, code: str, detail: str = "") -> None:
         """Close without a byte."""
         if self.tunnel is not None and is_news(code):
             self.tunnel.counters.refuse(code)
@@ -307,7 +318,7 @@ class RawVisitor(asyncio.BufferedProtocol):
 
     def _close(self) -> None:
         """Close once the visitor took what is written; it has to go on taking it, else the sweep cuts it off."""
-        self._let_go()
+        self.let_go()
         if self.closed or self.closing:
             return
         self.closing = True
@@ -318,7 +329,7 @@ class RawVisitor(asyncio.BufferedProtocol):
     def _reset(self) -> None:
         """End with RST, so that it does not look like a complete connection; after what was just written, if the visitor
         takes it at once."""
-        self._let_go()
+        self.let_go()
         if self.closed or self.closing:
             return
         self.closing = True
@@ -332,7 +343,7 @@ class RawVisitor(asyncio.BufferedProtocol):
 
     def end(self, code: str, detail: str) -> None:
         """End both ways for a reason of the platform's."""
-        stream = self._let_go()
+        stream = self.let_go()
         if stream is not None:
             stream.reset(f.CANCELLED, detail)
         if not (self.closed or self.closing):
@@ -353,15 +364,15 @@ class RawVisitor(asyncio.BufferedProtocol):
             else:
                 self._abort()
         elif not self.opened:
-            stream, live = self._let_go(), self.tunnel
+            stream, live = self.let_go(), self.tunnel
             if stream is not None and live is not None:
                 stream.reset(f.CANCELLED, "the target was not reached in time")
                 live.counters.errors += 1
-            self._refuse("edge.target_timeout", "the target was not reached in time")
+            self.refuse("edge.target_timeout", "the target was not reached in time")
         elif now - self.heard < limits.tcp_idle_timeout_seconds:
             self.deadline = self.heard + limits.tcp_idle_timeout_seconds
         else:
-            stream = self._let_go()
+            stream = self.let_go()
             if stream is not None:
                 stream.reset(f.IDLE_TIMEOUT, "no data in either direction")
             self.end("edge.connection_idle", "no data in either direction")

@@ -29,6 +29,7 @@ from portico.relay.door import Door
 from portico.relay.http1 import Visitor
 from portico.relay.listeners import PublicServer
 from portico.relay.meter import Meter
+from portico.relay.passthrough import Passthrough
 from portico.relay.peers import Peers
 from portico.relay.rates import Rates
 from portico.relay.raw import RawServer
@@ -129,7 +130,14 @@ class Relay:
             await self._until(lambda: len(self.peers.inbound) >= len(limits.peers), PEERS_SECONDS)
         self.servers.append(await listeners.serve_public(self.public, public, backlog))
         self.servers.append(
-            TlsPort(self.public, https, self.certificates, self._terminated, client_ca=self.public.client_ca)
+            TlsPort(
+                self.public,
+                https,
+                self.certificates,
+                self._terminated,
+                client_ca=self.public.client_ca,
+                passthrough=Passthrough(self.raw, https.getsockname()[1]),
+            )
         )
         await self._start_metrics()
         for work in (self.link.run(), self.meter.run(), self.store.run(), self.teller.run(), self._sweep()):

@@ -63,6 +63,7 @@ class TunnelRow:
     state: str
     generation: int
     canonical: bytes
+    protocol: str = "http"
     policy_version: int = 0
     policy: Mapping[str, Any] = field(default_factory=dict)
 
@@ -157,6 +158,7 @@ def _tunnel(value: Any) -> TunnelRow:
         state=_text(row.get("state"), "state of a tunnel"),
         generation=_whole(row.get("generation"), "generation of a tunnel"),
         canonical=canonical(row),
+        protocol=_text(row.get("protocol", "http"), "protocol of a tunnel"),
         policy_version=_whole(row.get("policy_version", 0), "policy version of a tunnel"),
         policy=_object(row.get("policy", {}), "policy of a tunnel") or _NO_POLICY,
     )
