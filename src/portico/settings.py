@@ -310,8 +310,10 @@ class RelaySettings:
     listen_backlog: int = 4096
 
     # == Other relays behind the same public address
-    # Control ports of the others, as `ws://host:port/v1/peer`; a request that lands here goes one hop to its owner.
+    # Control ports of the others, as `ws://` or `wss://host:port/v1/peer`; a request that lands here goes one hop to its owner.
     peers: tuple[str, ...] = ()
+    # CA bundle for wss peers with a private CA; empty means the public ones.
+    peer_ca_file: Path | None = None
     # Key that relays of one address share; without it no peer is let in and none is called.
     peer_key: Secret | None = None
     # Redis or Valkey by which relays share the rates of organizations; without it each applies the whole rate by itself.
@@ -380,6 +382,16 @@ class RelaySettings:
     password_refusal_cache_seconds: float = 10.0
 
     # == TLS
+    # Certificates of the public TLS port: each CERT:KEY, one file with both, or a folder of such pairs (certbot's, too).
+    tls_certificates: tuple[str, ...] = ()
+    # Passphrase of their keys that are encrypted.
+    tls_key_passphrase: Secret | None = None
+    # Seconds between two looks at whether a certificate file changed; SIGHUP looks at once.
+    tls_poll_seconds: float = 10.0
+    # Certificate chain (PEM) of the agents' listener, which then speaks TLS (`wss://` in connect_url); read again as above.
+    control_tls_cert_file: Path | None = None
+    # Private key (PEM, without a passphrase) of that certificate.
+    control_tls_key_file: Path | None = None
     # Bytes of a TLS ClientHello; post-quantum keys and Encrypted Client Hello make some of them large.
     tls_hello_max_bytes: int = 32768
     # TLS connections whose handshake is not over, in one process; above it those that said nothing yet make room.

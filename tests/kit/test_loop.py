@@ -6,11 +6,13 @@ import asyncio
 import builtins
 import gc
 import platform
+import ssl
 import subprocess
 import sys
 import weakref
 from typing import Any
 
+import picows
 import pytest
 
 from portico.kit import loop
@@ -82,3 +84,37 @@ def test_bursts_of_buffers_do_not_fault_their_memory_in_again_and_again() -> Non
     usual, kept = map(int, done.stdout.split())
     assert usual > 10_000, "glibc's own defaults have changed: is the setting still of use?"
     assert kept < 200
+
+
+class TestFaultsThatNobodyCaught:
+    @pytest.mark.parametrize("said", [b"\x16\x03", b"GET / HTTP/1.1\r\n\r\n"])
+    def test_a_handshake_that_is_broken_off_is_none(self, caplog: pytest.LogCaptureFixture, said: bytes) -> None:
+        """On a port that speaks TLS by aiofastnet, the agents'."""
+
+        async def main() -> None:
+            server = await picows.ws_create_server(
+                lambda request: None, "127.0.0.1", 0, ssl=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            )
+            port = server.sockets[0].getsockname()[1]
+            for _ in range(2):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(said)
+                writer.write_eof()
+                async with asyncio.timeout(5):
+                    await reader.read()
+                writer.close()
+            await asyncio.sleep(0.05)
+            server.close()
+
+        loop.run(main())
+        assert not caplog.records
+
+    def test_others_are_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        async def main() -> None:
+            running = asyncio.get_running_loop()
+            running.call_exception_handler({"message": "first", "exception": ValueError})
+            running.call_exception_handler({"message": "second", "exception": OSError("disk")})
+            running.call_exception_handler({"message": "third"})
+
+        loop.run(main())
+        assert [record.getMessage().splitlines()[0] for record in caplog.records] == ["first", "second", "third"]

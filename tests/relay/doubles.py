@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any
@@ -131,10 +132,13 @@ class ScriptedAgent:
         self.lost: str | None = None
         self.hello: dict[str, Any] | None = None
 
-    async def connect(self, port: int, token: str, connect: int = 1) -> ScriptedAgent:
+    async def connect(
+        self, port: int, token: str, connect: int = 1, tls: ssl.SSLContext | None = None
+    ) -> ScriptedAgent:
         await picows.ws_connect(
             lambda: self.carrier,
-            f"ws://127.0.0.1:{port}/v1/connect",
+            f"ws://127.0.0.1:{port}/v1/connect" if tls is None else f"wss://localhost:{port}/v1/connect",
+            ssl_context=tls,
             extra_headers={"Authorization": f"Bearer {token}", "Sec-WebSocket-Protocol": f.PROTOCOL},
             max_frame_size=2 * MAX_MESSAGE,
         )

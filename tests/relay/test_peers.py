@@ -12,20 +12,24 @@ import picows
 import pytest
 from argon2 import PasswordHasher
 
+from portico.errors import Problem
 from portico.relay.server import Relay
 from portico.settings import RelaySettings, Secret
 from portico.wire import frames as f
+from tests.relay.authorities import authority, certificate
 from tests.relay.doubles import KEY, Client, ScriptedAgent, ScriptedStream, grant, port, session_token
 from tests.relay.known import forget, visitors, whole
+from tests.relay.test_certificate_files import write
 from tests.relay.test_tcp import TcpAgent, free_port, tcp_grant
 
 GET = b"GET /x HTTP/1.1\r\nHost: web.localhost\r\n\r\n"
 
 
-async def made(path: Path, name: str, peers: tuple[str, ...], control: int = 0) -> Relay:
+async def made(path: Path, name: str, peers: tuple[str, ...], control: int = 0, **more: Any) -> Relay:
     settings = RelaySettings(
         relay_key=Secret("tnl_rly_unused"), api_url="http://127.0.0.1:9", state_dir=path / name, relay_name=name,
         public_port=0, https_port=0, control_port=control, exempt_loopback=True, peers=peers, peer_key=Secret("shared"),
+        **more,
     )  # fmt: skip
     relay = Relay(settings)
     relay.snapshot.apply(
@@ -326,3 +330,28 @@ class TestPolicy:
         assert len(agent.streams) == 4
         assert all(stream.get(b"Authorization") == [] for stream in agent.streams)
         assert (front.public.credentials.verified, owner.public.credentials.verified) == (2, 0)
+
+
+class TestWithTls:
+    async def test_a_link_with_a_ca_of_ones_own(self, tmp_path: Path) -> None:
+        """A front that speaks TLS on its control port: an owner that trusts its CA comes in, one that does not stays out."""
+        write(tmp_path / "control.crt", certificate("localhost", domain="localhost"))
+        for name in ("localhost", "example.com"):
+            (tmp_path / f"{name}.pem").write_bytes(authority(name).certificate_pem)
+        crt, key = tmp_path / "control.crt", tmp_path / "control.key"
+        front = await made(tmp_path, "front", (), control_tls_cert_file=crt, control_tls_key_file=key)
+        url = f"wss://localhost:{port(front, 0)}/v1/peer"
+        owner = await made(tmp_path, "owner", (url,), peer_ca_file=tmp_path / "localhost.pem")
+        stranger = await made(tmp_path, "stranger", (url,), peer_ca_file=tmp_path / "example.com.pem")
+        agent = await (await ScriptedAgent().connect(port(owner, 0), session_token())).online(grant())
+        await agent.until(lambda: front.peers.by_host)
+        assert (await (await visit(front, GET)).response())[::2] == (200, b"hello")
+        assert owner.peers.outbound and not stranger.peers.outbound and len(front.peers.inbound) == 1
+        agent.close()
+        for relay in (front, owner, stranger):
+            await relay.stop()
+
+    async def test_a_bundle_that_is_none(self, tmp_path: Path) -> None:
+        (tmp_path / "none.pem").write_text("nothing")
+        with pytest.raises(Problem, match=r"setting peer_ca_file: .* holds no certificate"):
+            await made(tmp_path, "relay", ("wss://localhost:1/v1/peer",), peer_ca_file=tmp_path / "none.pem")

@@ -43,7 +43,7 @@ def certificates(relay: Relay) -> dict[str, Certificate]:
         "wildcard": certificate("*.example.com", "example.com"),
     }
     for one in made.values():
-        relay.certificates.put("test", one)
+        relay.certificates.store.put("test", one)
     return made
 
 
@@ -111,8 +111,8 @@ class TestCertificates:
         assert await presented(relay, "WEB.example.com") == der(certificates["exact"])
         assert await presented(relay, "other.example.com") == der(certificates["wildcard"])
         assert await presented(relay, "example.com") == der(certificates["wildcard"])
-        assert await presented(relay, None) == der(relay.certificates.own)
-        assert await presented(relay, "localhost") == der(relay.certificates.own)
+        assert await presented(relay, None) == der(relay.certificates.store.own)
+        assert await presented(relay, "localhost") == der(relay.certificates.store.own)
 
     @pytest.mark.parametrize("name", ["a.b.example.com", "example.org", "web.example.com.example.org"])
     async def test_a_name_that_nothing_covers(
@@ -139,15 +139,15 @@ class TestCertificates:
             certificate("web.localhost", domain="localhost"),
             certificate("web.localhost", domain="localhost"),
         )
-        relay.certificates.register("first")
-        relay.certificates._sources.reverse()
-        relay.certificates.replace("first", [first])
+        relay.certificates.store.register("first")
+        relay.certificates.store._sources.reverse()
+        relay.certificates.store.replace("first", [first])
         client = trusting(authority("localhost"))
         reader, writer = await asyncio.open_connection(
             "127.0.0.1", port(relay, 2), ssl=client, server_hostname="web.localhost"
         )
         assert writer.get_extra_info("ssl_object").getpeercert(True) == der(first)
-        relay.certificates.replace("first", [second])
+        relay.certificates.store.replace("first", [second])
         assert await presented(relay, "web.localhost", client) == der(second)
         writer.write(GET % b"web.localhost")
         assert (await answer(reader)).startswith(b"HTTP/1.1 200")

@@ -47,6 +47,17 @@ def _keep_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
 
 
+def on_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What the loop logs of faults that nobody caught: not who breaks off a TLS handshake (aiofastnet reports an end of the
+    connection within it, and by the class of an exception, of which nothing can be logged)."""
+    exception = context.get("exception")
+    if isinstance(exception, type):
+        context = {**context, "exception": exception()}
+    if isinstance(context.get("exception"), OSError) and context.get("message") == "SSL handshake failed":
+        return
+    loop.default_exception_handler(context)
+
+
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run ``main`` to its end and return its value.
 
@@ -56,4 +67,5 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     gc.freeze()
     gc.set_threshold(COLLECT_EVERY, 10, 10)
     with asyncio.Runner(loop_factory=factory()) as runner:
+        runner.get_loop().set_exception_handler(on_exception)
         return runner.run(main)

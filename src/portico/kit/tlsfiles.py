@@ -25,12 +25,22 @@ class CertificateFiles:
     def __init__(self, name: str, cert: Path, key: Path) -> None:
         self._name, self._cert, self._key = name, cert, key
         self.context = _new_context()
+        self._mark: tuple[tuple[int, int, int], ...] = ()
         self.reload()
 
     def reload(self) -> None:
         """Read both files; raises ``config.invalid``, and what was loaded before stays."""
         self._load(_new_context())  # a pair that does not fit would leave half of it in the context
         self._load(self.context)
+        self._mark = self._stat()
+
+    def changed(self) -> bool:
+        """Whether a file is another than the one that was loaded; raises ``OSError`` when one is away."""
+        return self._stat() != self._mark
+
+    def _stat(self) -> tuple[tuple[int, int, int], ...]:
+        infos = [path.stat() for path in (self._cert, self._key)]
+        return tuple((info.st_mtime_ns, info.st_ino, info.st_size) for info in infos)
 
     def _load(self, context: ssl.SSLContext) -> None:
         for setting, path in ((f"{self._name}_cert_file", self._cert), (f"{self._name}_key_file", self._key)):

@@ -62,8 +62,8 @@ class Certificate:
         """Whether it is for ``host``, normalised (RFC 9525, 6.3: a wildcard stands for exactly one label)."""
         if host in self.names:
             return True
-        _, _, parent = host.partition(b".")
-        return parent in self.parents or host.strip(b"[]") in self.addresses
+        label, _, parent = host.partition(b".")
+        return (label != b"" and parent in self.parents) or host.strip(b"[]") in self.addresses
 
 
 def read(chain: bytes, key: bytes | None = None, passphrase: bytes | None = None) -> Certificate:

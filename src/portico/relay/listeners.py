@@ -345,13 +345,15 @@ class ControlListener:
 async def serve_control(
     control: ControlListener, sock: socket.socket, context: ssl.SSLContext | None, backlog: int
 ) -> asyncio.Server:
-    """Agents on ``sock``."""
+    """Agents on ``sock``, with TLS if there is a context."""
+    seconds = control.agents.settings.hello_timeout_seconds
     return await picows.ws_create_server(
         control,
         sock=sock,
         ssl=context,
+        ssl_handshake_timeout=seconds if context is not None else None,
         backlog=backlog,
-        websocket_handshake_timeout=control.agents.settings.hello_timeout_seconds,
+        websocket_handshake_timeout=seconds,
         max_frame_size=MAX_MESSAGE,
         enable_auto_pong=False,  # the carrier answers
     )

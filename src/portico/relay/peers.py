@@ -16,11 +16,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import ssl
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import picows
 
+from portico.errors import Problem
 from portico.kit.carrier import MAX_MESSAGE, Carrier
 from portico.relay.control_link import Backoff
 from portico.relay.meter import Counters
@@ -191,6 +193,7 @@ class Outbound(_Quiet):
                 max_frame_size=MAX_MESSAGE,
                 enable_auto_pong=False,
                 max_redirects=0,
+                ssl_context=self.peers.trust if self.url.startswith("wss:") else None,
                 extra_headers={"Authorization": f"Bearer {key}", "Sec-WebSocket-Protocol": f.PROTOCOL},
             )
             name = self.peers.settings.relay_name
@@ -390,6 +393,17 @@ class _Side:
             self.hop.over()
 
 
+def _trust(settings: RelaySettings) -> ssl.SSLContext:
+    """What peers that are reached with TLS must have a certificate of; raises ``config.invalid``."""
+    try:
+        return ssl.create_default_context(cafile=settings.peer_ca_file)
+    except OSError as err:  # ssl.SSLError, for a file without certificates, is one too
+        why = "holds no certificate" if isinstance(err, ssl.SSLError) else err.strerror
+        raise Problem(
+            "config.invalid", f"setting peer_ca_file: {settings.peer_ca_file} {why}", key="peer_ca_file"
+        ) from None
+
+
 class Peers:
     """All links of a relay. ``by_host`` is what :meth:`listeners.PublicServer.find` asks after the local table."""
 
@@ -407,6 +421,7 @@ class Peers:
         self.on_bound: list[Callable[[tuple[bytes, ...]], None]] = []
         #: The rates that a tunnel's policy and plan set.
         self.rates_of: Callable[[RemoteTunnel], TunnelRates | None] = lambda remote: None
+        self.trust = _trust(settings) if any(url.startswith("wss:") for url in settings.peers) else None
         agents.on_bound.append(self._bound)
         agents.on_governed.append(self._bound)
         agents.on_dropped.append(self._dropped)

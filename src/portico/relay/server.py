@@ -21,9 +21,9 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from portico.kit import metrics, notify, sockets
-from portico.relay import control_link, development, listeners
+from portico.relay import control_link, listeners
 from portico.relay import metrics as figures
-from portico.relay.certificates import CertificateStore
+from portico.relay.certificate_sources import Certificates
 from portico.relay.control_link import ControlLink
 from portico.relay.door import Door
 from portico.relay.http1 import Visitor
@@ -82,12 +82,7 @@ class Relay:
         self.teller = Teller(self.agents, self.peers)
         self.control = listeners.ControlListener(self.agents, self.peers)
         self.metrics: metrics.Listener | None = None
-        self.certificates = CertificateStore(
-            settings.base_domain,
-            contexts_max=settings.tls_contexts_max,
-            context_seconds=settings.tls_context_seconds,
-            clock=time.monotonic,
-        )
+        self.certificates = Certificates(settings, lambda host: self.public.standing(host) is not None)
         self.servers: list[asyncio.Server | TlsPort] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = self._cut = False
@@ -118,12 +113,14 @@ class Relay:
         """Raises ``Problem`` (a port is taken) or ``OSError`` (the state folder cannot be written)."""
         limits, backlog = self.settings, self.settings.listen_backlog
         limits.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._fill_certificates()
+        self.certificates.fill()
         self.store.load()
         control = self._listen("control", limits.control_host, limits.control_port)
         public = self._listen("public", limits.public_host, limits.public_port)
         https = self._listen("https", limits.https_host, limits.https_port)
-        self.servers.append(await listeners.serve_control(self.control, control, None, backlog))
+        self.servers.append(
+            await listeners.serve_control(self.control, control, self.certificates.control_context, backlog)
+        )
         self._spawn(self.peers.run())
         if limits.peers and limits.peer_key is not None:
             # Visitors wait in the listening queue meanwhile: what the others hold is better known before the first of them.
@@ -133,7 +130,7 @@ class Relay:
             TlsPort(
                 self.public,
                 https,
-                self.certificates,
+                self.certificates.store,
                 self._terminated,
                 client_ca=self.public.client_ca,
                 passthrough=Passthrough(self.raw, https.getsockname()[1]),
@@ -142,6 +139,7 @@ class Relay:
         await self._start_metrics()
         for work in (self.link.run(), self.meter.run(), self.store.run(), self.teller.run(), self._sweep()):
             self._spawn(work)
+        self._spawn(self.certificates.run())
         if self.shared_rates is not None:
             self._spawn(self.shared_rates.run())
 
@@ -158,14 +156,6 @@ class Relay:
     async def _stop_metrics(self) -> None:
         if self.metrics is not None:
             await self.metrics.close()
-
-    def _fill_certificates(self) -> None:
-        limits = self.settings
-        issuer = development.authority(limits.dev_ca_dir, limits.dev_ca_passphrase, limits.base_domain)
-        known = self.public.standing
-        development.Development(issuer, limits.base_domain, lambda name: known(name) is not None).fill(
-            self.certificates
-        )
 
     def _terminated(self, door: Door) -> asyncio.BaseProtocol:
         """Who serves a connection whose TLS ends here."""
@@ -257,7 +247,7 @@ async def serve(settings: RelaySettings, given: Mapping[str, socket.socket] | No
     """Run a relay until a signal, then drain; a second signal cuts what is left.
 
     SIGTERM also waits until the agents are elsewhere (another relay, or the one that follows on the same sockets); SIGINT is
-    the end of everything, where there is no elsewhere.
+    the end of everything, where there is no elsewhere. SIGHUP: certificate files are read again.
     """
     _raise_file_limit()
     relay = Relay(settings, given)
@@ -271,6 +261,7 @@ async def serve(settings: RelaySettings, given: Mapping[str, socket.socket] | No
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, relay.certificates.reload)
     await relay.start()
     log.info("relay ready", extra={"f": {"public": settings.public_url, "connect": settings.connect_url}})
     notify.ready(settings.notify_fd)
