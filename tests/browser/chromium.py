@@ -112,11 +112,11 @@ class Page(WSListener):  # type: ignore[misc]
 
 
 @contextlib.asynccontextmanager
-async def browser() -> AsyncIterator[Page]:
-    """A tab of a browser of its own."""
+async def browser(*flags: str) -> AsyncIterator[Page]:
+    """A tab of a browser of its own, started with ``flags`` too."""
     with tempfile.TemporaryDirectory(prefix="ptest-chromium-", ignore_cleanup_errors=True) as folder:
         process = await asyncio.create_subprocess_exec(
-            program(), *FLAGS, f"--user-data-dir={folder}", "about:blank",
+            program(), *FLAGS, *flags, f"--user-data-dir={folder}", "about:blank",
             stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
         try:
