@@ -14,7 +14,7 @@ have() { [ -s "secrets/$1" ]; }
 have postgres_password || word >secrets/postgres_password
 have database_url || printf 'postgresql://portico:%s@postgres/portico\n' "$(cat secrets/postgres_password)" >secrets/database_url
 have valkey.conf || printf 'requirepass %s\n' "$(word)" >secrets/valkey.conf
-have redis_url || printf 'redis://:%s@valkey/0\n' "$(sed 's/^requirepass //' secrets/valkey.conf)" >secrets/redis_url
+have redis_url || printf 'redis://default:%s@valkey/0\n' "$(sed 's/^requirepass //' secrets/valkey.conf)" >secrets/redis_url
 have master_key || head -c 32 /dev/urandom | base64 | tr '+/' '-_' >secrets/master_key
 chmod 444 secrets/*
 # `portico admin init` writes here as the user of the image.

@@ -130,7 +130,7 @@ class Redis(Server):
         super().__init__("redis", [program, config], home, account)
 
     def url(self, ca: Path | None = None) -> str:
-        return f"rediss://:{self.password}@localhost:{self._port}/0?ssl_ca_certs={ca or self._ca}"
+        return f"rediss://default:{self.password}@localhost:{self._port}/0?ssl_ca_certs={ca or self._ca}"
 
     def start(self) -> None:
         super().start()

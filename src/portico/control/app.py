@@ -150,6 +150,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
                 await app.state.tunnels.ports.prepare(tx)
         except (Problem, sa.exc.ProgrammingError) as err:  # away, or not migrated yet: housekeeping tries again
             log.warning("not ready yet", extra={"f": {"error": f"{type(err).__name__}: {err}"[:200]}})
+        if (redis := app.state.redis) is not None:  # a wrong address or certificate is told now, not at the first use
+            limit = app.state.settings.redis_heartbeat_timeout_seconds
+            await redis.pipeline(lambda commands: commands.ping(), timeout_seconds=limit)
         yield
     finally:
         app.state.stopping.set()
