@@ -221,10 +221,10 @@ TUNNEL = (
         "no header", "2", only=("tcp", "tls")),
     Key("tls_cert", "path", _path, "PEM file with certificate and chain: the agent ends the visitors' TLS with it, and `addr` "
         "gets plain bytes. Read again when it changes.", "TLS passes through to `addr`", "./fullchain.pem", only=("tls",)),
-    Key("tls_key", "path", _path, "PEM file with its private key, not encrypted; with `tls_cert` alone.", "none", "./privkey.pem",
+    Key("tls_key", "path", _path, "PEM file with its private key, not encrypted; only with `tls_cert`.", "none", "./privkey.pem",
         only=("tls",)),
-    Key("tls_alpn", "names", _alpn, "Protocols that are offered to visitors by ALPN, best first, with commas between them; with "
-        "`tls_cert` alone.", "none", "http/1.1", only=("tls",)),
+    Key("tls_alpn", "names", _alpn, "Protocols that are offered to visitors by ALPN, best first, with commas between them; only "
+        "with `tls_cert`.", "none", "http/1.1", only=("tls",)),
     Key("inspect", "switch", _switch, "Keep requests for the local page.", "true", "false"),
     Key("ttl", "duration", lambda text, folder: parse_duration(text),
         "The tunnel ends itself this long after it came online, such as `90s`, `15m` or `1h30m`.", "it stays", "2h"),
@@ -265,6 +265,7 @@ OTHER_NAMES = {
         "hostHeader": "host_header", "host-header": "host_header", "hostHeaderRewrite": "host_header",
         "httpHostHeader": "host_header", "verify_upstream_tls": "target_tls_verify", "noTLSVerify": "target_tls_verify",
         "pooling_enabled": "pool", "loadBalancer": "pool", "traffic_policy": "policy", "auth": "basic_auth",
+        "crt": "tls_cert", "crtPath": "tls_cert", "key": "tls_key", "keyPath": "tls_key",
         "httpUser": "basic_auth", "cidr_allow": "allow_cidr", "cidr_deny": "deny_cidr", "deadline": "ttl",
     },
 }  # fmt: skip
