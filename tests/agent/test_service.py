@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from portico.agent.service import Launchd, Systemd, blocked, manager_for, program, run_command
+from portico.agent.service import Launchd, Systemd, blocked, manager_for, program, run_command, write_if_changed
 from portico.agent.service_files import Service
 from portico.errors import Problem
 
@@ -132,6 +132,17 @@ def test_other_systems() -> None:
 def test_a_program_that_is_missing_is_a_failure() -> None:
     done = run_command(["/nonexistent/systemctl"])
     assert done.returncode == 127 and "No such file" in done.stderr
+
+
+def test_a_key_is_its_owners_alone(tmp_path: Path) -> None:
+    key = tmp_path / "portico/agent.key"
+    assert write_if_changed(key, b"tnl_agt_1\n", 0o600) is True and key.stat().st_mode & 0o777 == 0o600
+    key.chmod(0o644)
+    assert write_if_changed(key, b"tnl_agt_1\n", 0o600) is False and key.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "file").touch()
+    with pytest.raises(Problem, match="cannot be written") as refused:
+        write_if_changed(tmp_path / "file/agent.key", b"")
+    assert refused.value.code == "background.failed"
 
 
 def test_this_installation_is_what_runs() -> None:

@@ -6,12 +6,14 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import tomllib
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,31 @@ class TestSockets:
             process.send_signal(signal.SIGINT)
             assert process.wait(15) == 0, (tmp_path / "log").read_text()
 
+    def test_a_restart_refuses_nobody(self, tmp_path: Path) -> None:
+        """With sockets that outlive the process, as systemd's do: requests meanwhile wait, and none fails."""
+        held = {name: socket.create_server(("127.0.0.1", 0), backlog=128) for name in ("public", "https", "control")}
+        port = held["public"].getsockname()[1]
+        first = relay_on(held, tmp_path)
+        second = None
+        try:
+            assert ask(port, "/") == 404
+            with ThreadPoolExecutor(4) as pool:
+                asked = []
+                first.send_signal(signal.SIGINT)
+                while first.poll() is None:
+                    asked.append(pool.submit(ask, port, "/"))
+                    time.sleep(0.05)
+                assert first.returncode == 0
+                second = relay_on(held, tmp_path)
+                asked += [pool.submit(ask, port, "/") for _ in range(8)]
+                assert {one.result(20) for one in asked} == {404} and len(asked) > 8
+        finally:
+            for process in filter(None, (first, second)):
+                process.kill()
+                process.wait()
+            for sock in held.values():
+                sock.close()
+
     def test_sockets_without_names(self) -> None:
         environ = {"LISTEN_PID": "7", "LISTEN_FDS": "2", "LISTEN_FDNAMES": "public:https"}
         assert settings.activated_sockets(environ, 7) == "public=3,https=4"
@@ -148,6 +175,22 @@ class TestSockets:
         for names in ("unknown:unknown", "public", ""):
             with pytest.raises(Problem, match="FileDescriptorName"):
                 settings.activated_sockets(environ | {"LISTEN_FDNAMES": names}, 7)
+
+
+def relay_on(held: dict[str, socket.socket], folder: Path) -> subprocess.Popen[bytes]:
+    """A relay that is given these sockets as systemd gives them: from descriptor 3 on, for its own process id."""
+    numbers = [str(sock.fileno()) for sock in held.values()]
+    moves = " ".join(f"{target}<&{number}" for target, number in enumerate(numbers, 3))
+    script = f'exec {moves}; LISTEN_PID=$$ exec "$@"'
+    env = os.environ | {
+        "LISTEN_FDS": str(len(held)),
+        "LISTEN_FDNAMES": ":".join(held),
+        "PORTICO_RELAY_KEY": "tnl_rly_none",
+        "PORTICO_STATE_DIR": str(folder),
+        "PORTICO_API_URL": "http://127.0.0.1:1",
+    }
+    argv = ["bash", "-c", script, "bash", sys.executable, "-P", "-m", "portico.cli", "relay"]
+    return subprocess.Popen(argv, env=env, pass_fds=[int(number) for number in numbers], stderr=subprocess.DEVNULL)
 
 
 def ask(port: int, path: str) -> int:

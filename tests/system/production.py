@@ -146,15 +146,13 @@ class Production:
         for name in names:
             self.ready(name)
 
-    def agent(self, target: Path, **settings: Any) -> Child:
-        """An agent that serves a folder as `web`; ``settings`` go before what it needs to get in."""
+    def agent(self, target: Path, name: str = "web", **settings: Any) -> Child:
+        """An agent that serves a folder as the tunnel ``name``; ``settings`` go before what it needs to get in."""
         own = {
             "server": self.api_url, "ca_file": self.authority.ca, "agent_key_file": self._keys / "agent.key",
             "config_dir": self.home / "agent",
         } | settings  # fmt: skip
-        child = Child(
-            "agent", ["http", f"file://{target}", "--name", "web", "--json", "--no-inspect"], self.folder, own
-        )
+        child = Child("agent", ["http", f"file://{target}", "--name", name, "--json", "--no-inspect"], self.folder, own)
         self._stack.callback(child.end)
         return child
 

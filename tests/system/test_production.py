@@ -116,6 +116,26 @@ def test_nobody_else_is_trusted(platform: Production) -> None:
     assert platform.status(address, "web.localhost", stranger) == 0, "a visitor checks, too"
 
 
+def test_a_relay_of_a_stranger_gets_no_agent(platform: Production) -> None:
+    """One that is first in an agent's list and shows another authority's certificate: the agent says so, and takes the next."""
+    done = platform.run("admin", "init", "--keys", str(platform.home / "secrets"), "--relay", "relay-3")
+    assert done.returncode == 0, done.stderr
+    cert, key = platform.stranger.issue("far", "localhost")
+    kept = dict(platform.children)
+    platform.ports["relay-3"] = {name: free_port() for name in ("public", "https", "control")}
+    relay = platform.start("relay-3", region="far", control_tls_cert_file=cert, control_tls_key_file=key)
+    del platform.ports["relay-3"]
+    platform.children = kept
+    until_said(relay, ["edge stream is up"])
+    agent = platform.agent(
+        platform.home / "site", name="far", region="far", config_dir=platform.home / "far", log_level="DEBUG"
+    )
+    until_said(agent, ['"online"', "relay refused or unreachable", "certificate"])
+    for child in (agent, relay):
+        child.end()
+    assert "tunnel bound" not in relay.err
+
+
 def until_said(child: Child, words: list[str]) -> None:
     """Until its output has all of them."""
     deadline = time.monotonic() + 15

@@ -212,14 +212,16 @@ def manager_for(system: bool, platform: str = sys.platform) -> Systemd | Launchd
 
 
 def write_if_changed(path: Path, data: bytes, mode: int = 0o644) -> bool:
-    """Whole or not at all; whether it was something new. Raises ``background.failed``."""
+    """Whole or not at all, and readable as ``mode`` says; whether it was something new. Raises ``background.failed``."""
     try:
         if path.is_file() and path.read_bytes() == data:
+            path.chmod(mode)
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
         partial.unlink(missing_ok=True)
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            os.fchmod(file.fileno(), mode)  # whatever the umask
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -66,7 +66,7 @@ def install(
     json: Annotated[bool, typer.Option("--json", help="Log one JSON object a line.")] = False,
     show: Annotated[bool, typer.Option("--print", help="Show what would be written, and change nothing.")] = False,
 ) -> None:
-    """Install and start it; again after a change, which is taken over.
+    """Install and start it; again to change it.
 
     It runs `portico start --all`, comes back after a crash and after a reboot, and logs to the journal. The file is followed
     while it changes. Nothing secret is written into the unit: a key stays in a file that only its owner reads.
