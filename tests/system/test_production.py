@@ -103,7 +103,7 @@ def test_nobody_else_is_trusted(platform: Production) -> None:
     platform.children = kept
     del platform.ports["relay-3"]
     says = {
-        "agent": ["certificate"],
+        "agent": ["its certificate is not trusted", "PORTICO_CA_FILE"],
         "relay": ["edge stream is down", "certificate verify failed", "peer is out of reach"],
         "api": ["redis is not reachable", "its certificate is refused"],
     }

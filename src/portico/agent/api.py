@@ -16,6 +16,8 @@ from portico.kit.lean import httpx
 from portico.settings import AgentSettings, Secret
 
 VERSION = "0.1.0"
+#: What to do about a certificate that this machine does not trust.
+UNTRUSTED = "For a private CA give its certificate by PORTICO_CA_FILE or ca_file; else somebody on the way may pose as the API."
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,8 @@ class Api:
         except httpx.TimeoutException:
             raise Problem("api.unreachable", f"the API at {self.server} did not answer in time") from None
         except httpx.HTTPError as err:
-            raise Problem("api.unreachable", f"the API at {self.server} cannot be reached ({_reason(err)})") from None
+            detail = f"the API at {self.server} cannot be reached ({_reason(err)})"
+            raise Problem("api.unreachable", detail, hint=UNTRUSTED if _untrusted(err) else None) from None
         if response.is_success:
             return self._document(response)
         raise self._refusal(response)
@@ -208,6 +211,13 @@ class Api:
             if name in (row.get("name"), row.get("id")):
                 return row
         raise Problem("tunnel.not_found", f"there is no tunnel {name!r}")
+
+
+def _untrusted(err: BaseException | None) -> bool:
+    """Whether a certificate was the reason."""
+    while err is not None and not isinstance(err, ssl.SSLCertVerificationError):
+        err = err.__cause__
+    return err is not None
 
 
 def _reason(err: Exception) -> str:
