@@ -17,7 +17,9 @@ from portico.settings import AgentSettings, Secret
 
 VERSION = "0.1.0"
 #: What to do about a certificate that this machine does not trust.
-UNTRUSTED = "For a private CA give its certificate by PORTICO_CA_FILE or ca_file; else somebody on the way may pose as the API."
+UNTRUSTED = (
+    "For a private CA give its certificate by PORTICO_CA_FILE or ca_file; else somebody on the way may pose as the API."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +218,7 @@ class Api:
 def _untrusted(err: BaseException | None) -> bool:
     """Whether a certificate was the reason."""
     while err is not None and not isinstance(err, ssl.SSLCertVerificationError):
-        err = err.__cause__
+        err = err.__cause__ or err.__context__
     return err is not None
 
 
