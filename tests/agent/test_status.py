@@ -261,7 +261,8 @@ class TestScreen:
         connected(stats)
         screen.tick()
         text = self.text(screen)
-        assert "TCP connections" in text and "203.0.113.7:50000" in text and "closed" in text
+        assert "Connections" in [line.strip() for line in text.splitlines()]
+        assert "TCP" in text and "203.0.113.7:50000" in text and "closed" in text
         serve(stats, 1, b"/")
         screen.tick()
         assert "Requests and connections" in self.text(screen)

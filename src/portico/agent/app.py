@@ -17,7 +17,7 @@ from portico.agent.files import FileServer
 from portico.agent.fleet import Fleet, Served
 from portico.agent.forward import Forwarder
 from portico.agent.inspector import Inspector, listening_address
-from portico.agent.stats import Stats
+from portico.agent.stats import CONNECTION, TLS_CONNECTION, Stats
 from portico.agent.status import make_display
 from portico.agent.target import Target
 from portico.agent.tcp import TcpForwarder
@@ -135,8 +135,9 @@ async def _inspector(
 def _forwarder(options: TunnelOptions, settings: AgentSettings, stats: Stats, inspector: Inspector | None) -> Served:
     if options.spec.get("protocol") in ("tcp", "tls"):
         identity = TlsIdentity(options.tls) if options.tls is not None else None
+        kind = CONNECTION if options.spec["protocol"] == "tcp" else TLS_CONNECTION
         version = options.proxy_protocol
-        return TcpForwarder(options.target, settings, stats, proxy_protocol=version, identity=identity)
+        return TcpForwarder(options.target, settings, stats, proxy_protocol=version, identity=identity, kind=kind)
     made: Forwarder | FileServer
     if options.target.kind == "file":
         made = FileServer(options.target, settings, stats)

@@ -12,14 +12,15 @@ from typing import NamedTuple
 RECORDS = 2048
 
 
-#: The method of a record of a TCP connection.
-CONNECTION = b"TCP"
+#: The method of a record of a TCP connection, and that of one of a TLS tunnel.
+CONNECTION, TLS_CONNECTION = b"TCP", b"TLS"
+CONNECTIONS = frozenset((CONNECTION, TLS_CONNECTION))
 
 
 class Record(NamedTuple):
     """One request that is over. ``status`` 499: the visitor left first; ``ended`` is wall time in seconds.
 
-    With :data:`CONNECTION` as its method it is a TCP connection: ``path`` is its visitor's address, and it has no status.
+    With one of :data:`CONNECTIONS` as its method it is a connection: ``path`` is its visitor's address, and it has no status.
     """
 
     method: bytes

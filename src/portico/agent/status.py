@@ -21,7 +21,7 @@ from portico.agent.api import VERSION
 from portico.agent.client import Agent, Events, Tunnel
 from portico.agent.durations import shown_duration
 from portico.agent.refusals import News, Refusals, summary
-from portico.agent.stats import CONNECTION, Record, Stats
+from portico.agent.stats import CONNECTIONS, Record, Stats
 from portico.kit.clock import uptime
 from portico.settings import AgentSettings, color_wanted
 
@@ -232,7 +232,7 @@ class JsonLines(Display):
             millis = int((r.ended - r.seconds) % 1 * 1000)
             times = {"duration_ms": round(r.seconds * 1000, 3), "started_at": f"{started}.{millis:03d}Z"}
             path = r.path.decode("utf-8", "replace")
-            if r.method == CONNECTION:
+            if r.method in CONNECTIONS:
                 self._put("connection", visitor=path, **times)
             else:
                 self._put("request", method=r.method.decode("latin-1"), path=path, status=r.status, **times)
@@ -464,10 +464,10 @@ class Screen(Display):
         return coded, rows
 
     def _title(self) -> str:
-        connections = sum(record.method == CONNECTION for record in self._recent)
+        connections = sum(record.method in CONNECTIONS for record in self._recent)
         if not connections:
             return "HTTP requests"
-        return "TCP connections" if connections == len(self._recent) else "Requests and connections"
+        return "Connections" if connections == len(self._recent) else "Requests and connections"
 
     def _request_table(self, most: int) -> RenderableType:
         from rich.table import Table

@@ -36,7 +36,8 @@ _LINGER_ZERO: Final = struct.pack("ii", 1, 0)
 
 class TcpForwarder:
     """Serves the streams of one tunnel from a TCP or Unix socket. ``proxy_protocol``: 1, 2 or 0 for none. ``identity``: with
-    which visitors' TLS ends here; ``None``: it does not."""
+    which visitors' TLS ends here; ``None``: it does not. ``kind``: what its
+    connections are shown as."""
 
     def __init__(
         self,
@@ -46,9 +47,11 @@ class TcpForwarder:
         *,
         proxy_protocol: int = 0,
         identity: TlsIdentity | None = None,
+        kind: bytes = CONNECTION,
     ) -> None:
         self.target = target
         self.identity = identity
+        self.kind = kind
         self.settings = settings
         self.stats = stats
         self.proxy_protocol = proxy_protocol
@@ -85,7 +88,7 @@ class TcpForwarder:
                 stream.reset(f.INTERNAL, "the agent has no certificate to show")
                 return None
             front = TlsStream(stream, context, stats.failed, self.settings.tls_handshake_timeout_seconds)
-        pipe = RawPipe(front, lambda: stats.answered(CONNECTION, peer.encode(), 0, began, time.perf_counter()))
+        pipe = RawPipe(front, lambda: stats.answered(self.kind, peer.encode(), 0, began, time.perf_counter()))
         first = header(self.proxy_protocol, peer, info["local"]) if self.proxy_protocol else b""
         self._keep(self._dial(pipe, first))
         if isinstance(front, TlsStream):
