@@ -17,6 +17,8 @@ from websockets.utils import apply_mask
 
 from portico.kit import loop, masked
 from portico.kit.carrier import MASK_FROM, Carrier
+from portico.kit.tlsfiles import CertificateFiles
+from tests.authority import Authority
 
 LIMIT = 1_048_576
 
@@ -204,12 +206,8 @@ class Echo:
 
 
 def _contexts(folder: Any) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    from portico.relay.tls import development_certificate, server_context
-
-    near = ssl.create_default_context()
-    near.check_hostname = False
-    near.verify_mode = ssl.CERT_NONE
-    return server_context(development_certificate(folder, "localhost")), near
+    authority = Authority(folder)
+    return CertificateFiles("tls", *authority.issue("server", "127.0.0.1")).context, authority.client()
 
 
 async def _there_and_back(tls: tuple[ssl.SSLContext, ssl.SSLContext] | None, sizes: list[int]) -> None:

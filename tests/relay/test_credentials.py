@@ -54,7 +54,7 @@ class Rig:
                 self.gate.wait(5)
             return real(digest, password, kind)
 
-        monkeypatch.setattr(credentials, "verify_secret", verify)
+        monkeypatch.setattr("argon2.low_level.verify_secret", verify)
         self.loop = asyncio.get_running_loop()
         self.credentials = Credentials(settings(**changes), self.loop)
 
@@ -212,7 +212,7 @@ class TestVerdicts:
 
             raise VerificationError("Memory allocation error")
 
-        monkeypatch.setattr(credentials, "verify_secret", broken)
+        monkeypatch.setattr("argon2.low_level.verify_secret", broken)
         with caplog.at_level(logging.DEBUG):
             assert await one.settle(basic("alice", "secret")) == "invalid"
         assert "could not be verified" in caplog.text

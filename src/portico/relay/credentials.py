@@ -29,9 +29,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, Literal, Protocol
 
-from argon2.exceptions import VerificationError, VerifyMismatchError
-from argon2.low_level import Type, verify_secret
-
 from portico.relay.rates import Clients, Room
 from portico.settings import RelaySettings
 from portico.wire.policy import Rate
@@ -280,6 +277,10 @@ def _yield_to_others() -> None:
 
 def _fits(digest: bytes, password: bytes) -> bool:
     """Whether a password is the one of a digest; a digest that cannot be verified fits none."""
+    # Here, because the light package has no argon2: it runs no relay, but imports of it must work.
+    from argon2.exceptions import VerificationError, VerifyMismatchError
+    from argon2.low_level import Type, verify_secret
+
     try:
         return verify_secret(digest, password, Type.ID)
     except VerifyMismatchError:
