@@ -62,14 +62,14 @@ class Systemd:
             hint = "Sign in to the machine itself (ssh, not su or sudo), or make it a service of the machine: sudo … --system"
             raise Problem("background.no_manager", "systemd takes no commands for this user here", hint=hint)
 
-    def install(self, service: Service) -> bool:
-        """Write the unit, start it now and at every boot; whether anything of it was new."""
+    def install(self, service: Service, *, new_key: bool = False) -> bool:
+        """Write the unit, start it now and at every boot; whether anything of it was new (``new_key``: its key is)."""
         changed = write_if_changed(self.path(service.name), self.render(service))
         if changed:
             self._must("daemon-reload")
         self._must("enable", service.name)
-        self._must("restart" if changed else "start", service.name)
-        return changed
+        self._must("restart" if changed or new_key else "start", service.name)
+        return changed or new_key
 
     def act(self, verb: str, name: str) -> None:
         """``start``, ``stop`` or ``restart``."""
@@ -136,10 +136,10 @@ class Launchd:
         if self._run(["launchctl", "version"]).returncode != 0:
             raise Problem("background.no_manager", "launchctl does not run here")
 
-    def install(self, service: Service) -> bool:
-        """Write the property list and load it; whether anything of it was new."""
+    def install(self, service: Service, *, new_key: bool = False) -> bool:
+        """Write the property list and load it; whether anything of it was new (``new_key``: its key is)."""
         path = self.path(service.name)
-        changed = write_if_changed(path, self.render(service))
+        changed = write_if_changed(path, self.render(service)) or new_key
         if changed and self._loaded(service.name):
             self._must("bootout", self._target(service.name))
         if not self._loaded(service.name):

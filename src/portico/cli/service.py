@@ -82,11 +82,12 @@ def install(
     except Problem as problem:
         raise _by_hand(problem, service) from None
     _check_reach(service)
+    new_key = False
     if key is not None and service.key_file is not None:
         from portico.agent.service import write_if_changed
 
-        write_if_changed(service.key_file, key.reveal().encode() + b"\n", 0o600)
-    changed = manager.install(service)
+        new_key = write_if_changed(service.key_file, key.reveal().encode() + b"\n", 0o600)
+    changed = manager.install(service, new_key=new_key)
     output.echo(f"{service.name}: {'installed and started' if changed else 'already installed; it runs'}")
     output.echo(f"  unit  {manager.path(service.name)}")
     output.echo(f"  log   {manager.logs(service.name)}")
