@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,7 +22,7 @@ import pytest
 
 from portico import settings
 from portico.errors import Problem
-from tests.deploy.processes import CLASSES, ROOT, check_variables, required, secrets
+from tests.deploy.processes import CLASSES, ROOT, check_variables, keys, required, secrets
 from tests.system.parts import free_port
 from tests.units import parse, values, verify
 
@@ -207,3 +209,21 @@ def ask(port: int, path: str) -> int:
                     raise
         time.sleep(0.05)
     raise AssertionError("nobody listens")
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["docs/how-to/production.md", "docs/how-to/service.md", "deploy/systemd/README.md", "deploy/compose/README.md"],
+)
+def test_what_the_pages_name_is_there(page: str) -> None:
+    text = (ROOT / page).read_text()
+    known = {f"PORTICO_{key.upper()}" for name in CLASSES for key in keys(name)}
+    known |= settings.agent_environment({f"PORTICO_{key.upper()}": "" for key in agent_keys()}).keys()
+    for name in set(re.findall(r"PORTICO_[A-Z]\w*[A-Z]", text)):
+        assert name in known or name.removesuffix("_FILE") in known, name
+    for path in set(re.findall(r"(?:deploy|docs|tests)/[\w/.-]*\w", text)):
+        assert (ROOT / path).exists(), path
+
+
+def agent_keys() -> list[str]:
+    return [field.name for field in dataclasses.fields(settings.AgentSettings)]
