@@ -96,10 +96,13 @@ class Visitor:
         self.incoming.write(bytes(visit.body[self.fed :]))
         self.fed = len(visit.body)
 
-    async def shake_hands(self) -> None:
+    async def shake_hands(self, first: bytes = b"") -> None:
+        """``first``: what goes with the last message of the handshake."""
         while True:
             try:
                 self.tls.do_handshake()
+                if first:
+                    self.tls.write(first)
                 await self.flush()
                 return
             except ssl.SSLWantReadError:
@@ -279,6 +282,48 @@ class TestEnds:
             visitor.visit.stream.send_end()
             assert await asyncio.wait_for(end, 5) == "reset"
             await tunnel.until_idle()
+
+    async def test_a_target_that_ends_before_the_handshake(self, pem: Path) -> None:
+        """The visitor hears of it in TLS, by a handshake and an orderly end; what it says itself arrives."""
+        got: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write_eof()
+            got.set_result(await reader.read())
+
+        async with target_server(handler) as port, tunnel_to(port, TlsFiles(pem, pem)) as tunnel:
+            late = Visitor(tunnel.relay.open_tcp(), client(pem))
+            await late.visit.until(lambda: late.visit.opened)
+            await asyncio.sleep(0.05)
+            assert not late.visit.ended
+            await late.shake_hands(b"at once")
+            assert await late.read(1) == b""
+            await late.send(b" and later")
+            await late.end()
+            assert await asyncio.wait_for(got, 5) == b"at once and later"
+            await tunnel.until_idle()
+
+    @pytest.mark.parametrize("opened", [False, True], ids=["in-the-handshake", "after-it"])
+    async def test_garbage_after_the_targets_end_hurts_nobody_else(self, pem: Path, opened: bool) -> None:
+        """OpenSSL has an alert for it, which has no place in a stream that said its end."""
+
+        async def bye(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write_eof()
+            await reader.read()
+
+        async with target_server(bye) as port, tunnel_to(port, TlsFiles(pem, pem)) as tunnel:
+            visitor = Visitor(tunnel.relay.open_tcp(), client(pem))
+            await visitor.visit.until(lambda: visitor.visit.opened)
+            await asyncio.sleep(0.05)
+            if opened:
+                await visitor.shake_hands()
+                await visitor.visit.until(lambda: visitor.visit.ended)
+            await visitor.visit.send(b"\x17\x03\x03\x00\x20" + b"z" * 32)
+            await visitor.visit.until(lambda: visitor.visit.reset is not None)
+            await tunnel.until_idle()
+            assert not tunnel.relay.lost
+            other = await tunnel.visitor(pem)
+            assert await other.read(1) == b""
 
     async def test_a_reset_by_the_target(self, pem: Path) -> None:
         async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

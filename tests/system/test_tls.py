@@ -7,10 +7,12 @@ import base64
 import contextlib
 import hashlib
 import os
+import random
 import shutil
 import signal
 import socket
 import ssl
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
@@ -29,10 +31,11 @@ from tests.relay.authorities import authority, certificate, parts, trusting
 from tests.relay.clienthello import records
 from tests.system.platform import Account, Agent, Child, Up
 from tests.system.targets import listener, port_of
-from tests.system.test_tcp import REACH_SECONDS, until
+from tests.system.test_tcp import REACH_SECONDS, descriptors, disorder, until
 
 pytestmark = pytest.mark.system
 
+DISORDER_SECONDS = 3.0
 BODY = b"<title>vault</title>from behind the target's own TLS"
 
 
@@ -324,6 +327,57 @@ class TestRouting:
             for _ in range(5):
                 print(f"{await until(works, 3, 'take-over'):.2f} s")
             await asyncio.sleep(1)
+
+
+class TestDisorder:
+    async def test_every_kind_of_end_leaves_nothing(
+        self, up: Up, account: Account, folder: Path, started: ExitStack, tmp_path: Path
+    ) -> None:
+        """TLS ends at the agent, and visitors and target send, read, half-close, break TLS and reset as chance has it."""
+        files = Files(tmp_path, "chaos.localhost")
+        with listener() as sock:
+            keys = ("--tls-cert", str(files.cert), "--tls-key", str(files.key))
+            child = TlsAgent(account, folder, port_of(sock), "chaos", *keys)
+            started.callback(child.end)
+            child.online()
+            pids = (up.pid("relay-1"), up.pid("relay-2"), child.pid)
+            before = [descriptors(pid) for pid in pids]
+            over = time.monotonic() + DISORDER_SECONDS
+
+            def serve() -> None:
+                sock.settimeout(0.1)
+                while time.monotonic() < over + 1:
+                    with contextlib.suppress(TimeoutError):
+                        conn = sock.accept()[0]
+                        threading.Thread(
+                            target=disorder, args=(conn, random.Random(conn.fileno())), daemon=True
+                        ).start()
+
+            def visit(seed: int) -> int:
+                chance, count = random.Random(seed), 0
+                context = trusting(authority("localhost"))
+                while time.monotonic() < over:
+                    with contextlib.suppress(OSError, ValueError):  # also what the ssl module has for its own disorder
+                        conn = socket.create_connection(("127.0.0.1", up.https_port), timeout=5)
+                        with context.wrap_socket(conn, server_hostname=files.host) as tls:
+                            count += 1
+                            disorder(tls, chance)
+                return count
+
+            serving = asyncio.create_task(asyncio.to_thread(serve))
+            counts = await asyncio.gather(*(asyncio.to_thread(visit, seed) for seed in range(8)))
+            await serving
+            print(f"{sum(counts)} connections")
+            assert sum(counts) > 100
+
+            async def settled() -> bool:
+                return all(descriptors(pid) <= had + 2 for pid, had in zip(pids, before, strict=True))
+
+            await until(settled, 15, "end of connections")
+            assert "Traceback" not in up.child.err + child.err
+            assert not any(event["event"] == "offline" for event in child.events())
+            async with site(sock, None):
+                assert await presented(up, files.host) == der(files.made)
 
 
 class TestTermination:

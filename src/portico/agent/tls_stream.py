@@ -27,8 +27,8 @@ class TlsStream:
     """See the module. ``failed`` is called with a sentence when a visitor's TLS fails; ``pipe`` is set right after the making."""
 
     __slots__ = (
-        "_eof", "_failed", "_incoming", "_loop", "_opened", "_out", "_outgoing", "_over", "_ready", "_recv_ended", "_send_ended",
-        "_timer", "_tls", "_unpaid", "_unread", "_wanted", "_within", "pipe", "stream",
+        "_eof", "_failed", "_incoming", "_loop", "_opened", "_out", "_outgoing", "_over", "_ready", "_recv_ended", "_said_end",
+        "_send_ended", "_timer", "_tls", "_unpaid", "_unread", "_wanted", "_within", "pipe", "stream",
     )  # fmt: skip
 
     pipe: RawPipe
@@ -46,7 +46,8 @@ class TlsStream:
         self._out = b""  # records that wait for credit
         self._unread = 0  # plain bytes that the pipe has not taken yet
         self._unpaid = 0  # bytes of the stream whose credit has not been returned
-        self._opened = self._ready = self._eof = self._recv_ended = self._send_ended = self._over = self._wanted = False
+        self._opened = self._ready = self._eof = self._over = self._wanted = False
+        self._recv_ended = self._send_ended = self._said_end = False
 
     # ── as the stream of a pipe ───────────────────────────────────────────────────────────────────────────────────
     @property
@@ -97,6 +98,13 @@ class TlsStream:
         if self._send_ended or self._over:
             return
         self._send_ended = True
+        self._say_end()
+
+    def _say_end(self) -> None:
+        """Not before the handshake is done, and not before what came was read: OpenSSL would refuse that."""
+        if self._said_end or not self._ready:
+            return
+        self._said_end = True
         try:
             self._tls.unwrap()
         except ssl.SSLError:
@@ -162,6 +170,8 @@ class TlsStream:
         except ssl.SSLError as err:
             self._fail(err)
             return
+        if self._send_ended:
+            self._say_end()
         self._flush()
         self._pay()
         if self._eof and not self._recv_ended and not self._over:
@@ -187,6 +197,7 @@ class TlsStream:
                 self._recv_ended = True
                 self.pipe.on_end([])
                 if self._send_ended:
+                    self._say_end()
                     self._close()
                 return
             self._unread += len(plain)
@@ -197,6 +208,8 @@ class TlsStream:
         if self._outgoing.pending:
             self._out += self._outgoing.read()
         stream = self.stream
+        if stream.send_ended:  # OpenSSL answers what comes later, an error among it; nobody hears that any more
+            self._out = b""
         while self._out and (room := stream.sendable()) > 0:
             part, self._out = self._out[:room], self._out[room:]
             stream.send_data(part)
@@ -204,7 +217,7 @@ class TlsStream:
             stream.wait()
         elif self._over:
             stream.reset(f.NO_ERROR, "the connection is complete")
-        elif self._send_ended:
+        elif self._said_end:
             if self._recv_ended:
                 self._close()
             else:
