@@ -13,7 +13,7 @@ import pytest
 from argon2 import PasswordHasher
 from argon2.low_level import verify_secret
 
-from portico.relay import credentials, heads
+from portico.relay import heads
 from portico.relay.server import Relay
 from tests.relay.edge import Edge, ask, online
 
@@ -54,7 +54,7 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         assert threading.current_thread() is not threading.main_thread()
         return verify_secret(digest, password, kind)
 
-    monkeypatch.setattr(credentials, "verify_secret", verify)
+    monkeypatch.setattr("argon2.low_level.verify_secret", verify)
     return found
 
 
@@ -75,7 +75,7 @@ class Gate:
             self.open.wait(5)
             return verify_secret(digest, password, kind)
 
-        monkeypatch.setattr(credentials, "verify_secret", verify)
+        monkeypatch.setattr("argon2.low_level.verify_secret", verify)
 
     async def entered(self) -> None:
         """Until one has begun."""
