@@ -221,7 +221,7 @@ def test_what_the_pages_name_is_there(page: str) -> None:
     known |= settings.agent_environment({f"PORTICO_{key.upper()}": "" for key in agent_keys()}).keys()
     for name in set(re.findall(r"PORTICO_[A-Z]\w*[A-Z]", text)):
         assert name in known or name.removesuffix("_FILE") in known, name
-    for path in set(re.findall(r"(?:deploy|docs|tests)/[\w/.*-]*\w", text)):
+    for path in set(re.findall(r"(?<![\w/-])(?:deploy|docs|tests)/[\w/.*-]*\w", text)):
         assert list(ROOT.glob(path)), path
 
 
