@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import ssl
+from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from portico.kit.authority import Authority
 from portico.relay.certificates import Certificate, build
@@ -30,6 +32,44 @@ def parts(made: Certificate) -> tuple[bytes, bytes]:
     """Chain and key, as two files have them."""
     at = made.pem.index(b"-----BEGIN CERTIFICATE-----")
     return made.pem[at:], made.pem[:at]
+
+
+@functools.cache
+def client_authority(name: str) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """One that signs clients' certificates."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    made = _signed(name, key.public_key(), name, key, x509.BasicConstraints(ca=True, path_length=0))
+    return made, key
+
+
+def client_ca_pem(name: str) -> str:
+    return client_authority(name)[0].public_bytes(serialization.Encoding.PEM).decode()
+
+
+def client_certificate(ca: str, folder: Path, usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.CLIENT_AUTH) -> Path:
+    """A file with key and certificate of a client of the authority ``ca``."""
+    _, signer = client_authority(ca)
+    key = ec.generate_private_key(ec.SECP256R1())
+    made = _signed(f"a client of {ca}", key.public_key(), ca, signer, x509.ExtendedKeyUsage([usage]))
+    path = folder / f"{ca}-{usage.dotted_string}.pem"
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path.write_bytes(pem + made.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+def _signed(
+    name: str,
+    key: ec.EllipticCurvePublicKey,
+    issuer: str,
+    signer: ec.EllipticCurvePrivateKey,
+    extension: x509.ExtensionType,
+) -> x509.Certificate:
+    subject, by = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)]) for text in (name, issuer))
+    now = dt.datetime.now(dt.UTC)
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(by).public_key(key)
+    builder = builder.serial_number(x509.random_serial_number()).add_extension(extension, critical=True)
+    builder = builder.not_valid_before(now - dt.timedelta(hours=1)).not_valid_after(now + dt.timedelta(days=1))
+    return builder.sign(signer, hashes.SHA256())
 
 
 def trusting(*authorities: Authority) -> ssl.SSLContext:

@@ -133,7 +133,7 @@ def server_context(
     """A context for a listener: TLS 1.2+, no compression, no renegotiation. Raises ``ssl.SSLError`` for a bad ``client_ca``.
 
     ``client_ca`` (PEM): a client may show a certificate, and one that does not come from there fails the handshake. ``tickets``
-    of a context are readable by it alone, so that a session ends with its certificate and with its client CA.
+    sent after a handshake are readable by this context alone, so that a session ends with its certificate.
     """
     context = kind(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -286,7 +286,10 @@ class CertificateStore:
             self._contexts.move_to_end(key)
             return kept[1]
         pem = client_ca[1] if client_ca is not None else None
-        context = server_context(certificate, client_ca=pem, alpn=ALPN, tickets=TICKETS, kind=kind)
+        # Where client certificates count, every handshake is a whole one: a resumed session would neither ask for one nor
+        # see that it has ended meanwhile.
+        tickets = TICKETS if pem is None else 0
+        context = server_context(certificate, client_ca=pem, alpn=ALPN, tickets=tickets, kind=kind)
         self._contexts[key] = (now, context)
         self._contexts.move_to_end(key)
         while len(self._contexts) > self._contexts_max:

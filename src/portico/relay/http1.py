@@ -500,6 +500,7 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
         whole = exchange.received or not (exchange.with_body or exchange.upgrade)
         # The page has no field that would tell an HTTP/1.0 client that the connection stays.
         keep = exchange.keep_alive and whole and not self.draining and not exchange.http10
+        keep = keep and not (code == "edge.auth_required" and self._lacks_certificate(exchange))
         html = self.server.wants_html(exchange.fields)
         self._respond(
             code,
@@ -513,6 +514,12 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
         )
         exchange.keep_alive = keep
         self.finished(exchange)
+
+    def _lacks_certificate(self, exchange: Exchange) -> bool:
+        """Whether only another handshake can bring what the policy asks for: a client may not even have been asked."""
+        tunnel = exchange.tunnel
+        wanted = tunnel.policy.client_ca if tunnel is not None else None
+        return wanted is not None and not (self.certified and self.door.client_ca == wanted)
 
     def _respond(
         self,

@@ -188,6 +188,10 @@ class PublicServer:
         """The live tunnel of a normalised host, here or on a peer."""
         return self.by_host.get(host) or self._remote.get(host)
 
+    def knows(self, host: bytes) -> bool:
+        """Whether a normalised host is anybody's, live or not."""
+        return self.find(host) is not None or self.standing(host) is not None
+
     def client_ca(self, host: bytes) -> tuple[str, str] | None:
         """Hash and PEM of the authority that visitors of a host should have a certificate of."""
         tunnel = self.find(host)

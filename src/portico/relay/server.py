@@ -82,7 +82,7 @@ class Relay:
         self.teller = Teller(self.agents, self.peers)
         self.control = listeners.ControlListener(self.agents, self.peers)
         self.metrics: metrics.Listener | None = None
-        self.certificates = Certificates(settings, lambda host: self.public.standing(host) is not None)
+        self.certificates = Certificates(settings, self.public.knows)
         self.servers: list[asyncio.Server | TlsPort] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = self._cut = False
