@@ -16,6 +16,7 @@ import pytest
 from argon2 import PasswordHasher
 from argon2.low_level import verify_secret
 
+from portico.errors import Problem
 from portico.relay import credentials
 from portico.relay.credentials import Accounts, Credentials, authorization, cost, parse
 from portico.settings import RelaySettings, Secret
@@ -416,6 +417,14 @@ class TestLimits:
         one.gate.set()
         await asyncio.sleep(0.05)
         assert not any(waiter.is_set() for waiter in waiters)
+
+
+@pytest.mark.parametrize(
+    "name", ["password_verify_threads", "password_attempts_per_address", "password_attempts_burst"]
+)
+async def test_settings_that_let_nobody_in_are_refused_by_name(rig: Callable[..., Rig], name: str) -> None:
+    with pytest.raises(Problem, match=name):
+        rig(**{name: 0})
 
 
 @pytest.fixture

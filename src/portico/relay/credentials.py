@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, Literal, Protocol
 
+from portico.errors import Problem
 from portico.relay.rates import Clients, Room
 from portico.settings import RelaySettings
 from portico.wire.policy import Rate
@@ -149,6 +150,10 @@ class Credentials:
     """See the module. One for each relay process, used from its loop; ``close()`` at the end."""
 
     def __init__(self, settings: RelaySettings, loop: asyncio.AbstractEventLoop) -> None:
+        """Raises ``config.invalid`` where a setting leaves no way to verify anything."""
+        for name in ("password_verify_threads", "password_attempts_per_address", "password_attempts_burst"):
+            if getattr(settings, name) < 1:
+                raise Problem("config.invalid", f"setting {name}: must be at least 1", key=name)
         self._settings = settings
         self._loop = loop
         self._threads = ThreadPoolExecutor(settings.password_verify_threads, "password", initializer=_yield_to_others)
