@@ -405,6 +405,18 @@ class RelaySettings:
     # What opens the key of the development CA; set by `portico up`.
     dev_ca_passphrase: Secret | None = None
 
+    # == Access log
+    # Where requests and connections that ended are logged, a JSON object a line: off, stdout, or the path of a file.
+    access_log: str = "off"
+    # Share of the requests that went well (status below 400) that are logged, 0 to 1; refusals and failures always are.
+    access_log_sample: float = 1.0
+    # Refusals and failures logged in one second; those above it are counted. 0 is no limit.
+    access_log_errors_per_second: int = 1000
+    # Log the query of a request's address too. It may hold secrets: tokens in links, names in forms.
+    access_log_query: bool = False
+    # Bytes of lines that may wait to be written (a slow disk, a full one); what comes then is dropped and counted.
+    access_log_queue_bytes: int = 4194304
+
     # == Agent sessions and the wire
     # Bytes of credit that a stream can grow to while its reader keeps up.
     stream_window_max_bytes: int = 1048576

@@ -8,6 +8,7 @@ from typing import Any
 import picows
 import pytest
 
+from portico.relay.door import Door
 from portico.relay.server import Relay
 from portico.wire import frames as f
 from tests.relay.doubles import Client, ScriptedAgent, port, session_token
@@ -69,6 +70,7 @@ async def test_only_this_machine_is_exempt_and_a_64_is_one_client(relay: Relay) 
     class Guest:
         deadline = 0.0
         draining = False
+        door = Door(b"http", 80)
 
         def __init__(self, address: str) -> None:
             self.address = address

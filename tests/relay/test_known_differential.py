@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from portico.relay import heads
+from portico.relay.access_log import AccessLog
 from portico.relay.credentials import authorization
 from portico.relay.door import Door
 from portico.relay.exchange import Exchange
@@ -173,6 +174,20 @@ class Gate(Server):
         return "missing" if given is None else "valid" if given == b"Basic good" else "invalid"
 
 
+class Kept(AccessLog):
+    """An access log in memory."""
+
+    def __init__(self) -> None:
+        self.query = True
+        self.kept: list[str] = []
+
+    def wants(self, failed: bool) -> bool:
+        return True
+
+    def put(self, fields: str) -> None:
+        self.kept.append(re.sub(r'_ms":[0-9.-]+', '_ms":0', fields))
+
+
 class Counted:
     """How often the short ways were taken."""
 
@@ -198,6 +213,7 @@ async def play(script: list[Step]) -> Any:
     relay.greeted = far.greeted = True
     server = Gate(RelaySettings(relay_key=Secret("tnl_rly_unused")), relay)
     server.holding = NoWaiting()  # type: ignore[assignment]
+    server.access = Kept()
     seen: list[Any] = []
     visitor: Visitor | None = None
     wire = Memory()
@@ -258,8 +274,11 @@ async def play(script: list[Step]) -> Any:
     assert server.tunnel.inflight == 0
     assert not relay.streams
     assert not relay.closed
-    text = re.sub(r"req_[0-9a-f]{22}", "req", repr((seen, agent.heard, agent.events)))
-    return text, (counters.requests, counters.bytes_in, counters.bytes_out, counters.errors), dict(server.refusals)
+    text = re.sub(r"req_[0-9a-f]{22}", "req", repr((seen, agent.heard, agent.events, server.access.kept)))
+    totals = (counters.requests, counters.bytes_in, counters.bytes_out, counters.errors, counters.refused)
+    heads_seen, wholes = server.tally.seconds(server.seconds)
+    # How long is not the same, but how many were.
+    return text, totals, dict(server.refusals), server.tally.counts(), sum(heads_seen.counts), sum(wholes.counts)
 
 
 def told(*reads: bytes, event: str = "") -> list[Step]:

@@ -29,7 +29,7 @@ def relay_settings() -> dict[str, Any]:
 
 
 class Scrape:
-    """What one scrape showed; ``scrape["name", "label", …]`` with the values of the labels in their order."""
+    """What one scrape showed; ``scrape["name", "label", …]`` with the values of the labels, these by name."""
 
     def __init__(self, text: str) -> None:
         self.text = text

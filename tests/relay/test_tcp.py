@@ -216,6 +216,7 @@ class TestBytes:
         visitor = await visit()
         host, port = visitor.writer.get_extra_info("sockname")
         stream = await agent.stream()
+        assert stream.info.pop("id").startswith("req_")
         assert stream.info == {"peer": f"{host}:{port}", "local": f"127.0.0.1:{number}"}
 
     async def test_half_close_by_the_target(self, relay: Relay, agent: TcpAgent, visit: Any) -> None:

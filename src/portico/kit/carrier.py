@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from struct import Struct
+from time import monotonic
 from typing import Protocol
 
 from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
@@ -37,6 +38,7 @@ class Peer(Protocol):
     """The session on top of the carrier."""
 
     wake: Callable[[], None]
+    heard: float
 
     def feed(self, message: bytes | memoryview) -> bool:
         """Take one message; ``False`` ends the connection after what is queued was sent."""
@@ -103,7 +105,8 @@ class Carrier(WSListener):
 
     def on_message(self, message: bytes | memoryview) -> None:
         """A whole binary message."""
-        self.heard = self._loop.time()
+        # The clock of the loop, but as fine as there is: uvloop's counts whole milliseconds.
+        self.heard = self.session.heard = monotonic()
         if not self.session.feed(message):
             self.end(WSCloseCode.PROTOCOL_ERROR, "session ended")
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
+from time import monotonic
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from portico.errors import Problem
@@ -153,14 +154,15 @@ class LoopLag:
     def __init__(self) -> None:
         self.seconds = Histogram(LAG_SECONDS)
         self._loop = asyncio.get_running_loop()
-        self._due = self._loop.time() + LAG_INTERVAL
-        self._timer = self._loop.call_at(self._due, self._tick)
+        self._wait()
+
+    def _wait(self) -> None:
+        self._due = monotonic() + LAG_INTERVAL  # the clock of uvloop itself counts whole milliseconds
+        self._timer = self._loop.call_later(LAG_INTERVAL, self._tick)
 
     def _tick(self) -> None:
-        now = self._loop.time()
-        self.seconds.observe(max(0.0, now - self._due))
-        self._due = now + LAG_INTERVAL
-        self._timer = self._loop.call_at(self._due, self._tick)
+        self.seconds.observe(max(0.0, monotonic() - self._due))
+        self._wait()
 
     def close(self) -> None:
         self._timer.cancel()

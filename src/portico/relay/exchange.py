@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 import secrets
+from time import monotonic as clock
 from typing import TYPE_CHECKING, cast
 
 from portico.relay import heads
@@ -47,6 +48,9 @@ RESET_CODES = {
 
 #: Refusals that may pass in a moment: see `holding.py`.
 MAY_WAIT = frozenset(("edge.tunnel_offline", "edge.concurrency_exceeded"))
+
+#: How a request ended, for the log.
+ANSWERED, REFUSED, LEFT, BROKEN = "answered", "refused", "visitor_left", "broken_off"
 
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,3})?")
 
@@ -88,6 +92,12 @@ class Exchange:
     framing = NO_BODY
     left = 0
     unconsumed = 0
+    began = 0.0  # monotonic seconds, when it was first decided on
+    head_at = 0.0  # and when its answer's head was written
+    status = 0  # of the final answer, or of the refusal
+    code: str | None = None  # of the refusal
+    got = sent = 0  # bytes from the visitor, and to it
+    counted_out = False
     wire: bytes | None = None
     # Lists of their own belong to requests with a body or an upgrade, see ``http1.Visitor._make``.
     pending = cast(list[bytes], ())
@@ -141,7 +151,8 @@ class Exchange:
     def start(self) -> None:
         """Decide, and forward or refuse."""
         self.started = True
-        self.id = request_id()
+        self.id = self.id or request_id()
+        self.began = self.began or clock()
         conn = self.conn
         self.tunnel = tunnel = conn.server.find(self.host)
         code = decide(self)
@@ -275,6 +286,17 @@ class Exchange:
     def _count_in(self, size: int) -> None:
         assert self.tunnel is not None
         self.tunnel.counters.bytes_in += size
+        self.got += size
+
+    def _count_out(self, size: int) -> None:
+        if self.tunnel is not None:
+            self.tunnel.counters.bytes_out += size
+        self.sent += size
+
+    def _head_written(self, status: int) -> None:
+        self.status = status
+        self.head_at = now = clock()
+        self.conn.server.tally.head.observe(now - self.began)
 
     def credit_room(self) -> int:
         """How many bytes may be read from the visitor for this request now."""
@@ -308,6 +330,7 @@ class Exchange:
             out.append(b"Connection: Upgrade\r\n\r\n")
             self.framing = RAW
             self._write(b"".join(out))
+            self._head_written(status)
             conn.become_raw()
             return
         self._frame(out, status, length, end)
@@ -325,12 +348,12 @@ class Exchange:
             out.append(b"Connection: keep-alive\r\n")
         out.append(b"\r\n")
         data = b"".join(out)
-        if self.tunnel is not None:
-            self.tunnel.counters.bytes_out += len(data)
+        self._count_out(len(data))
         if end:
             conn.write(data)
         else:
             conn.write_head(data)
+        self._head_written(status)
         if self.upgrade:
             self._upgrade_declined()
         if end:
@@ -342,7 +365,7 @@ class Exchange:
         payload = f.encode_response(status, head)
         answers = self.policy.answers
         if answers.worth(payload):
-            answers.remember(payload, heads.KnownAnswer(b"".join((*out, b"\r\n")), self.left))
+            answers.remember(payload, heads.KnownAnswer(b"".join((*out, b"\r\n")), self.left, status // 100))
 
     def _fields(self, out: list[bytes], head: list[bytes]) -> tuple[int, bool]:
         """Append the fields that pass; ``(content length or -1 for none or -2 for a bad one, whether Upgrade was there)``."""
@@ -418,8 +441,7 @@ class Exchange:
                 return
         else:
             conn.write(data)
-        assert self.tunnel is not None
-        self.tunnel.counters.bytes_out += len(data)
+        self._count_out(len(data))
         stream = self.stream
         assert stream is not None
         if conn.paused:
@@ -457,6 +479,7 @@ class Exchange:
             self.conn.finished(self)
         elif stream is None or self.conn.closed:
             self.release_place()
+            self.over(BROKEN)
         elif not self.responded:
             self._count_error()
             if code == f.RATE_LIMITED:
@@ -482,6 +505,7 @@ class Exchange:
         if stream is not None:
             stream.reset(f.CANCELLED, "the visitor closed the connection")
         self.release_place()
+        self.over(LEFT)
 
     def time_out(self) -> None:
         """No answer within ``first_byte_timeout_seconds``."""
@@ -495,6 +519,7 @@ class Exchange:
         """Answer with a refusal page; the stream, if any, is over."""
         if code is PASSWORD:
             code = "edge.auth_throttled"
+        self.code = code
         self.responded = self.done = True
         self.sending = False
         self.pending = []
@@ -518,7 +543,20 @@ class Exchange:
         """The visitor must see that the answer is not whole: no last chunk, fewer bytes than announced, or a reset."""
         self.release_place()
         self.done = True
+        self.over(BROKEN)
         self.conn.break_off(reset=self.framing in (UNTIL_CLOSE, RAW))
+
+    def over(self, end: str = ANSWERED) -> None:
+        """Count and log it, once, however it ended; what never had its turn is not counted."""
+        if self.counted_out or not self.began:
+            return
+        self.counted_out = True
+        conn = self.conn
+        took = clock() - self.began
+        server = conn.server
+        server.tally.ended(b"websocket" if self.status == 101 else conn.door.scheme, self.status, took)
+        if server.access is not None:
+            server.access.exchange(self, end if self.code is None else REFUSED, took)
 
     def _count_error(self) -> None:
         if self.tunnel is not None:
@@ -531,6 +569,5 @@ class Exchange:
             self.tunnel.inflight -= 1
 
     def _write(self, data: bytes) -> None:
-        if self.tunnel is not None:
-            self.tunnel.counters.bytes_out += len(data)
+        self._count_out(len(data))
         self.conn.write(data)

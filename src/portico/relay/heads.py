@@ -290,10 +290,14 @@ PLAIN_LINES = PlainLines()
 
 
 class KnownAnswer(NamedTuple):
-    """An answer's head as it is written to an HTTP/1.1 visitor that keeps its connection; ``length`` of the body in bytes."""
+    """An answer's head as it is written to an HTTP/1.1 visitor that keeps its connection; ``length`` of the body in bytes.
+
+    ``kind``: the class of the status, 2 to 5.
+    """
 
     text: bytes
     length: int
+    kind: int
 
 
 #: RESPONSE payload → the head for an ordinary visitor.

@@ -75,6 +75,7 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
         self.server = server
         self.door = door
         self.plain = door.scheme == b"http"
+        self.tallied = server.tally.quick[door.scheme]
 
     # ── transport events ──────────────────────────────────────────────────────────────────────────────────────────
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -82,6 +83,8 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
         self.address = plain_address(transport.get_extra_info("peername"))
         if self.door.client_ca is not None:
             self.certified = presented_certificate(transport)
+        if self.server.access is not None and not self.plain:
+            self.tls = tls_version(transport)
         settings = self.server.settings
         self.transport.set_write_buffer_limits(high=settings.visitor_write_buffer_bytes)
         self.deadline = self.server.now + settings.head_timeout_seconds
@@ -262,11 +265,12 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
             # The body itself is broken: the target has half of a request, which must not look whole.
             current, self.current = self.current, None
             responded = current.responded
-            current.abandon()
             if responded:
+                current.abandon()
                 self.transport.abort()
             else:
-                self._respond(code, current.id or request_id(), html=False, keep_alive=False)
+                self._respond(code, current.id or request_id(), html=False, keep_alive=False, exchange=current)
+                current.abandon()
                 self._linger()
         else:
             if self.queue and self.queue[-1] is self.parsing and not self.parsing.received:
@@ -511,6 +515,7 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
             host=exchange.host,
             detail=detail,
             fields=self.server.refusal_fields(exchange, code),
+            exchange=exchange,
         )
         exchange.keep_alive = keep
         self.finished(exchange)
@@ -532,24 +537,25 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
         host: bytes = b"",
         detail: str | None = None,
         fields: Headers = (),
+        exchange: Exchange | None = None,
     ) -> None:
+        """Write a refusal, and count it; one without an exchange is of what was no request yet."""
         self.server.refused(code)
-        self.write(
-            self.server.page(
-                code,
-                ident,
-                html=html,
-                keep_alive=keep_alive,
-                head_only=head_only,
-                host=host,
-                detail=detail,
-                extra=fields,
-            )
+        page = self.server.page(
+            code, ident, html=html, keep_alive=keep_alive, head_only=head_only, host=host, detail=detail, extra=fields
         )
+        self.write(page)
+        status = int(page[9:12])
+        if exchange is None:
+            self.server.unread(self, ident, code, status)
+        else:
+            exchange.code, exchange.status = code, status
+            exchange.sent += len(page)
 
     def finished(self, exchange: Exchange) -> None:
         """The exchange is over in both directions: the next one, or the end of the connection."""
         exchange.release_place()
+        exchange.over()
         if self.current is not exchange:
             return
         self.current = None
@@ -701,6 +707,12 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
         """End the connection unless something is under way on it."""
         if self.current is None and self.asked is None and not self.in_head and not self.lingering:
             self.transport.close()
+
+
+def tls_version(transport: asyncio.BaseTransport) -> str | None:
+    """``TLSv1.3`` and the like; ``None`` without TLS."""
+    tls = transport.get_extra_info("ssl_object")
+    return tls.version() if tls is not None else None
 
 
 def plain_address(peer: Any) -> str:

@@ -21,6 +21,7 @@ from portico.errors import Problem
 from portico.kit.carrier import MAX_MESSAGE
 from portico.kit.networks import is_loopback, network
 from portico.relay import pages
+from portico.relay.access_log import AccessLog
 from portico.relay.credentials import Credentials, authorization
 from portico.relay.door import Door
 from portico.relay.exchange import Exchange
@@ -80,6 +81,9 @@ class Guest(Protocol):
 
 class PublicServer:
     """What all visitor connections of a process share: the read buffer, the clock of deadlines, look-ups, counts."""
+
+    access: AccessLog | None = None  # where there is one, it is told of each request
+    seconds = 0.0  # that all requests of the short way took
 
     def __init__(self, settings: RelaySettings, snapshot: Snapshot, agents: Agents, peers: Peers) -> None:
         self.settings = settings
@@ -240,6 +244,12 @@ class PublicServer:
         """Whether flat fields are a browser's, as far as they got."""
         accept = [fields[at + 1] for at in range(0, len(fields), 2) if fields[at].lower() == b"accept"]
         return pages.prefers_html(b",".join(accept))
+
+    def unread(self, visitor: Visitor, ident: bytes, code: str, status: int) -> None:
+        """A visitor was refused before there was a request, or for one that could not be read."""
+        self.tally.refused[visitor.door.scheme][status // 100] += 1
+        if self.access is not None:
+            self.access.unread(visitor, ident, code, status)
 
     def refused(self, code: str) -> None:
         self.refusals[code] += 1

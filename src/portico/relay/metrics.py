@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from portico.kit.metrics import Metric, Sample
-from portico.relay.tally import STATUSES
+from portico.relay.tls_port import TlsPort
 
 if TYPE_CHECKING:
     from portico.relay.server import Relay
@@ -51,6 +51,23 @@ RAW = Metric(
     "Connections of TCP tunnels and of TLS passthrough that ended.",
     ("protocol", "end"),
 )
+ACCESS_LINES = Metric(
+    "portico_relay_access_log_lines_total",
+    "counter",
+    "Lines of the access log that were written, and those that are missing: left out by the cap on errors, or dropped.",
+    ("outcome",),
+)
+HANDSHAKES = Metric(
+    "portico_relay_tls_handshakes_total", "counter", "TLS handshakes of visitors that succeeded here.", ("version",)
+)
+RESUMED = Metric("portico_relay_tls_resumed_total", "counter", "Of these, those that resumed a session.")
+TLS_FAILURES = Metric(
+    "portico_relay_tls_failures_total", "counter", "Connections to the TLS port that came to no handshake.", ("kind",)
+)
+SHARED_LEASES = Metric(
+    "portico_relay_rate_leases", "gauge", "Organizations whose rate is shared with other relays right now."
+)
+SHARED_UP = Metric("portico_relay_rate_store_up", "gauge", "1 when Redis, where rates are shared, answered last.")
 SESSIONS = Metric("portico_relay_sessions", "gauge", "Agent sessions that are connected.")
 TUNNELS = Metric("portico_relay_tunnels", "gauge", "Tunnels that are bound here.", ("protocol",))
 STREAMS = Metric(
@@ -84,26 +101,26 @@ EDGE_RESYNCS = Metric(
 )
 
 DECLARED: tuple[Metric, ...] = (
-    REQUESTS, HEAD_SECONDS, WHOLE_SECONDS, REFUSALS, BYTES, FAILURES, CONNECTIONS, ACCEPTED, RAW, SESSIONS, TUNNELS, STREAMS,
-    AGENT_REFUSALS, PEERS, HOPS, HELD, PASSWORDS, PASSWORDS_WAITING,
-    USAGE_BATCHES, USAGE_BYTES, EDGE_UP, EDGE_VERSION, EDGE_BEHIND, EDGE_TUNNELS,
-    EDGE_RESYNCS,
+    REQUESTS, HEAD_SECONDS, WHOLE_SECONDS, REFUSALS, BYTES, FAILURES, CONNECTIONS, ACCEPTED, RAW, ACCESS_LINES,
+    HANDSHAKES, RESUMED, TLS_FAILURES, SHARED_LEASES, SHARED_UP, SESSIONS, TUNNELS,
+    STREAMS, AGENT_REFUSALS, PEERS, HOPS, HELD, PASSWORDS, PASSWORDS_WAITING, USAGE_BATCHES, USAGE_BYTES, EDGE_UP,
+    EDGE_VERSION, EDGE_BEHIND, EDGE_TUNNELS, EDGE_RESYNCS,
 )  # fmt: skip
 
 
 def read(relay: Relay) -> Iterator[Sample]:
     """The values of this moment."""
     yield from _visitors(relay)
+    yield from _edge(relay)
     yield from _agents(relay)
     yield from _control_plane(relay)
 
 
 def _visitors(relay: Relay) -> Iterator[Sample]:
     public, tally = relay.public, relay.public.tally
-    for protocol, counts in tally.requests.items():
-        for status, count in zip(STATUSES, counts, strict=True):
-            yield REQUESTS, (protocol.decode(), status), count
-    head, whole = tally.seconds()
+    for (protocol, status), count in tally.counts().items():
+        yield REQUESTS, (protocol.decode(), status), count
+    head, whole = tally.seconds(public.seconds)
     yield HEAD_SECONDS, (), head
     yield WHOLE_SECONDS, (), whole
     for code, count in sorted(public.refusals.items()):
@@ -120,6 +137,25 @@ def _visitors(relay: Relay) -> Iterator[Sample]:
     yield PASSWORDS, ("right",), credentials.verified - credentials.wrong
     yield PASSWORDS, ("wrong",), credentials.wrong
     yield PASSWORDS_WAITING, (), credentials.waiting
+
+
+def _edge(relay: Relay) -> Iterator[Sample]:
+    access = relay.public.access
+    yield ACCESS_LINES, ("written",), access.writer.written if access is not None else 0
+    yield ACCESS_LINES, ("missing",), access.dropped() if access is not None else 0
+    ports = [server.stats for server in relay.servers if isinstance(server, TlsPort)]
+    versions, failures = Counter[str](), Counter[str]()
+    for stats in ports:
+        versions.update(stats.versions)
+        failures.update(stats.failures)
+    for version, count in versions.items():
+        yield HANDSHAKES, (version,), count
+    yield RESUMED, (), sum(stats.resumed for stats in ports)
+    for kind, count in failures.items():
+        yield TLS_FAILURES, (kind,), count
+    shared = relay.shared_rates
+    yield SHARED_LEASES, (), len(shared.active) if shared is not None else 0
+    yield SHARED_UP, (), float(shared is not None and shared.connected)
 
 
 def _agents(relay: Relay) -> Iterator[Sample]:

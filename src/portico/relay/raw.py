@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from time import monotonic as clock
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from portico.relay.decide import decide
 from portico.relay.door import Door
-from portico.relay.exchange import RESET_CODES
+from portico.relay.exchange import ANSWERED, BROKEN, REFUSED, RESET_CODES, request_id
 from portico.relay.http1 import READ_SIZE, STALL_SECONDS, plain_address, reset_transport
 from portico.relay.telling import is_news
 from portico.wire import frames as f
@@ -55,6 +56,9 @@ class RawServer:
     def say(self, visitor: RawVisitor, code: str, detail: str = "") -> None:
         """Log why a connection ended early: at once, then with a count every few seconds per tunnel and code."""
         self.public.refused(code)
+        visitor.code = code
+        if visitor.tunnel is not None and not visitor.opened and is_news(code):
+            visitor.tunnel.counters.refuse(code)
         place = visitor.place()
         key = (place["tunnel"], code)
         now = self.loop.time()
@@ -65,7 +69,7 @@ class RawServer:
         if len(self._said) >= MAX_SAID:
             self._said.clear()
         self._said[key] = (now, 0)
-        fields = {**place, "code": code, "visitor": visitor.address}
+        fields = {**place, "code": code, "visitor": visitor.address, "request": visitor.id.decode()}
         more = {"detail": detail} if detail else {}
         what = visitor.door.scheme.decode().upper()
         log.warning("%s connection ended", what, extra={"f": fields | more | ({"unsaid": unsaid} if unsaid else {})})
@@ -79,8 +83,9 @@ class RawVisitor(asyncio.BufferedProtocol):
     secure = certified = False
     host = b""
     __slots__ = (
-        "address", "closed", "closing", "counted", "deadline", "door", "draining", "eof", "heard", "opened", "paused",
-        "paused_at", "pending", "raw", "reading", "server", "stream", "transport", "tunnel", "unconsumed", "unsent",
+        "address", "began", "closed", "closing", "code", "counted", "deadline", "door", "draining", "eof", "got", "heard", "id",
+        "opened", "paused", "paused_at", "pending", "raw", "reading", "sent", "server", "stream", "transport", "tunnel",
+        "unconsumed", "unsent",
     )  # fmt: skip
 
     def __init__(self, raw: RawServer, door: Door, tunnel: LiveTunnel | RemoteTunnel | None) -> None:
@@ -91,6 +96,10 @@ class RawVisitor(asyncio.BufferedProtocol):
         self.door = door
         self.stream: Stream | None = None
         self.address = ""
+        self.id = request_id()
+        self.code: str | None = None  # why it ended early
+        self.began = clock()
+        self.got = self.sent = 0  # bytes from the visitor, and to it
         self.pending = b""
         self.unconsumed = self.unsent = 0
         self.deadline = self.heard = self.paused_at = 0.0
@@ -116,7 +125,11 @@ class RawVisitor(asyncio.BufferedProtocol):
         if code is not None or live is None:
             self.refuse(code or "edge.tunnel_offline")
             return
-        info = {"peer": _place(self.peer()), "local": _place(self.transport.get_extra_info("sockname"))}
+        info = {
+            "peer": _place(self.peer()),
+            "local": _place(self.transport.get_extra_info("sockname")),
+            "id": self.id.decode(),
+        }
         try:
             self.stream = live.open_tcp(info, self)
         except OverflowError:
@@ -171,6 +184,7 @@ class RawVisitor(asyncio.BufferedProtocol):
             self.pump(stream, live)
             return
         live.counters.bytes_in += nbytes
+        self.got += nbytes
         stream.send_data(self.server.buffer[:nbytes])
         if nbytes == room:
             self._hold(stream)
@@ -188,9 +202,17 @@ class RawVisitor(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
         self.server.leave(self)
+        self.over()
         stream = self.let_go()
         if stream is not None:
             stream.reset(f.CANCELLED, "the visitor reset the connection" if exc else "the visitor's connection ended")
+
+    def over(self) -> None:
+        """Count and log it; its socket is closed."""
+        self.server.tally.connections[self.door.scheme][not self.opened] += 1
+        if self.server.access is not None:
+            end = ANSWERED if self.code is None else BROKEN if self.opened else REFUSED
+            self.server.access.connection(self, end, clock() - self.began)
 
     def pause_writing(self) -> None:
         self.paused = True
@@ -219,6 +241,7 @@ class RawVisitor(asyncio.BufferedProtocol):
                 return
             part, self.pending = self.pending[:room], self.pending[room:]
             live.counters.bytes_in += len(part)
+            self.got += len(part)
             stream.send_data(part)
         if self.eof:
             self._send_end(stream)
@@ -262,6 +285,7 @@ class RawVisitor(asyncio.BufferedProtocol):
         size = len(data)
         self.heard = self.server.now
         live.counters.bytes_out += size
+        self.sent += size
         self.transport.write(data)
         if self.paused:
             self.unconsumed += size
@@ -311,8 +335,6 @@ class RawVisitor(asyncio.BufferedProtocol):
 
     def refuse(self, code: str, detail: str = "") -> None:
         """Close without a byte."""
-        if self.tunnel is not None and is_news(code):
-            self.tunnel.counters.refuse(code)
         self.raw.say(self, code, detail)
         self._close()
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import TYPE_CHECKING, Final, Literal, cast
+from bisect import bisect_left
+from time import monotonic as clock
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from portico.kit.gone import GONE
+from portico.kit.metrics import REQUEST_SECONDS
 from portico.relay import credentials, heads
 from portico.relay.exchange import ID_PREFIX, ID_SERIAL, Exchange
 from portico.relay.policy import OPEN, Compiled
@@ -51,6 +54,10 @@ class Repeats:
     #: Stream id, method and target, head and request id of a request that nothing special was heard of.
     asked: tuple[int, bytes, heads.KnownHead, bytes] | None = None
     tunnel: LiveTunnel | RemoteTunnel | None = None  # of ``asked``
+    began = 0.0  # monotonic seconds, of ``asked``
+    tallied: list[list[int]]  # what is counted of requests of this connection's protocol, see ``tally.py``
+    tls: str | None = None  # the version of TLS, where it is logged
+    noted: tuple[Any, Any, str, str] = (None, None, "", "")  # see ``AccessLog.whole``
     candidate = cast("heads.KnownHead", None)  # the known head that is decided on, and then that of :attr:`asked`
     #: The head of the last request that was a known one, the policy that it fell under, and its fields with ours behind them.
     repeated: tuple[heads.KnownHead | None, Compiled, bytes] = (None, OPEN, b"")
@@ -102,6 +109,7 @@ class Repeats:
         rid = b"%b%010x" % (ID_PREFIX, next(ID_SERIAL))
         ident = tunnel.session.open_lazy(tunnel.bind_bytes, plain, fields, rid, self)
         self.asked = (ident, plain, known, rid)
+        self.began = clock()
         self.resting = False
         if tunnel.rates is not None:
             tunnel.rates.take(self.address, server.loop.time())
@@ -142,17 +150,23 @@ class Repeats:
             return False
         self.asked = None
         tunnel.inflight -= 1
+        server = self.server
         if asked[2].keep_alive:
             data = known.text + body
             self.resting = True
-            server = self.server
             self.deadline = server.now + server.idle_seconds
             self.transport.write(data)
         else:
             data = known.text[:-2] + b"Connection: close\r\n\r\n" + body
             self.transport.write(data)
             self._close()
-        tunnel.counters.bytes_out += len(data)
+        size = len(data)
+        tunnel.counters.bytes_out += size
+        took = tunnel.session.heard - self.began
+        self.tallied[known.kind][bisect_left(REQUEST_SECONDS, took)] += 1
+        server.seconds += took
+        if server.access is not None:
+            server.access.whole(self, tunnel, asked, known, size, took)
         return True
 
     def materialise(self) -> Stream:
@@ -164,6 +178,7 @@ class Repeats:
         method, _, target = plain.partition(b"\0")
         exchange = Exchange(cast("Visitor", self), known.host, method, target, known.fields)
         exchange.wire, exchange.id, exchange.tunnel = known.wire, rid, tunnel
+        exchange.began = self.began
         exchange.policy = self.repeated[1]
         exchange.started = exchange.counted = exchange.received = True
         exchange.keep_alive = known.keep_alive

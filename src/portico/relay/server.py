@@ -23,6 +23,7 @@ from typing import Any
 from portico.kit import metrics, notify, sockets
 from portico.relay import control_link, listeners
 from portico.relay import metrics as figures
+from portico.relay.access_log import OFF, AccessLog
 from portico.relay.certificate_sources import Certificates
 from portico.relay.control_link import ControlLink
 from portico.relay.door import Door
@@ -136,6 +137,8 @@ class Relay:
                 passthrough=Passthrough(self.raw, https.getsockname()[1]),
             )
         )
+        if limits.access_log != OFF:
+            self.public.access = AccessLog(limits)
         await self._start_metrics()
         for work in (self.link.run(), self.meter.run(), self.store.run(), self.teller.run(), self._sweep()):
             self._spawn(work)
@@ -209,6 +212,8 @@ class Relay:
         await self.agents.close()
         self.peers.close()
         await self.meter.close()
+        if self.public.access is not None:
+            self.public.access.close()
         await self._stop_metrics()
         for task in list(self._tasks):
             task.cancel()
@@ -217,6 +222,12 @@ class Relay:
             await self.shared_rates.close()
         await self.store.close()
         await self.http.aclose()
+
+    def reload(self) -> None:
+        """Look for files that were replaced: certificates, and the access log."""
+        self.certificates.reload()
+        if self.public.access is not None:
+            self.public.access.reopen()
 
     def cut(self) -> None:
         """Wait for nothing more in :meth:`stop`."""
@@ -261,7 +272,7 @@ async def serve(settings: RelaySettings, given: Mapping[str, socket.socket] | No
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, relay.certificates.reload)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, relay.reload)
     await relay.start()
     log.info("relay ready", extra={"f": {"public": settings.public_url, "connect": settings.connect_url}})
     notify.ready(settings.notify_fd)

@@ -67,6 +67,11 @@ class LiveTunnel(Governed):
         self.allowance = grant.limits.get("concurrency") or default_concurrency
 
     @property
+    def organization(self) -> str:
+        """The id of its organization."""
+        return self.grant.org
+
+    @property
     def tunnel(self) -> str:
         """Its id."""
         return self.grant.tun

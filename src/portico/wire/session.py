@@ -297,6 +297,8 @@ class Session:
         self.closed = False
         self.greeted = False
         self.last_stream = 0
+        #: When the carrier heard the message that is being received (:func:`time.monotonic`): no clock is asked for each frame.
+        self.heard = 0.0
         self.send_credit = f.SESSION_WINDOW
         self.recv_credit = f.SESSION_WINDOW
         self.recv_unreturned = 0
