@@ -9,7 +9,6 @@ import os
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from portico.wire import grants
 from tests.relay.authorities import authority, certificate, trusting
 from tests.relay.clienthello import extension, hello, recorded, server_name
 from tests.relay.doubles import KEY, ORG, Client, ScriptedAgent, grant, port, session_token
-from tests.relay.test_peers import made
 from tests.relay.test_tcp import TcpAgent, TcpStream, Visitor, quiet, until
 
 HELLO = hello(server_name(b"vault.localhost"))
@@ -405,53 +403,3 @@ class TestWaiting:
         assert await heard(visitor) == alert("unrecognized_name")
         assert time.monotonic() - began > 0.2
         await until(lambda: quiet(relay))
-
-
-class TestPeers:
-    async def test_one_hop(self, tmp_path: Path, visit: Visit, caplog: pytest.LogCaptureFixture) -> None:
-        front = await made(tmp_path, "front", ())
-        owner = await made(tmp_path, "owner", (f"ws://127.0.0.1:{port(front, 0)}/v1/peer",))
-        agent = await online(owner, tls_grant(concurrency=3))
-        await until(lambda: front.peers.by_host)
-        visitor = await visit(front)
-        stream = await agent.stream()
-        await until(lambda: bytes(stream.body) == HELLO)
-        assert stream.info["peer"].endswith(f":{visitor.writer.get_extra_info('sockname')[1]}")
-        live = owner.agents.by_tunnel["tun_vault"]
-        assert (live.inflight, len(owner.peers.raw_hops), front.peers.hops(), owner.peers.hops()) == (1, 1, 0, 1)
-        stream.stream.send_data(b"a" * 60_000, end=True)
-        assert await visitor.read(60_000) == b"a" * 60_000
-        visitor.send(b"b" * 300_000)
-        visitor.end()
-        await until(lambda: stream.ended)
-        assert len(stream.body) == len(HELLO) + 300_000
-        await until(lambda: live.inflight == 0 and not owner.peers.raw_hops)
-        assert (live.counters.connections, live.counters.bytes_out) == (1, 60_000)
-        assert live.counters.bytes_in == len(HELLO) + 300_000
-
-        agent.on_tcp = lambda s: s.stream.reset(f.TARGET_REFUSED, "nothing listens")
-        assert await heard(await visit(front)) == alert("internal_error")
-        assert front.public.refusals["edge.target_refused"] == 1
-
-        agent.on_tcp = lambda s: s.stream.send_opened()
-        gone, reset, ended = await visit(front), await visit(front), await visit(front)
-        await until(lambda: live.inflight == 3 and len(agent.tcp) == 5 and all(s.body for s in agent.tcp[2:]))
-        assert await heard(await visit(front)) == alert("internal_error")  # the owner counts
-        by_port = {s.info["peer"].rpartition(":")[2]: s for s in agent.tcp[2:]}
-
-        def of(one: Visitor) -> TcpStream:
-            return by_port[str(one.writer.get_extra_info("sockname")[1])]
-
-        gone.reset()
-        await until(lambda: of(gone).reset)
-        of(reset).stream.reset(f.TARGET_RESET, "the target reset the connection")
-        assert await reset.is_reset()
-        with caplog.at_level(logging.WARNING, "portico.relay.raw"):
-            know(owner, row(state="stopped", generation=2))
-            assert await ended.is_reset()
-            await until(lambda: of(ended).reset)
-        assert "tunnel.stopped" in said(caplog)[-1]["detail"]
-        await until(lambda: live.inflight == 0 and quiet(front) and not owner.peers.raw_hops)
-        agent.close()
-        await front.stop()
-        await owner.stop()

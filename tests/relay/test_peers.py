@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ from tests.relay.authorities import authority, certificate
 from tests.relay.doubles import KEY, Client, ScriptedAgent, ScriptedStream, grant, port, session_token
 from tests.relay.known import forget, visitors, whole
 from tests.relay.test_certificate_files import write
-from tests.relay.test_tcp import TcpAgent, free_port, tcp_grant
+from tests.relay.test_passthrough import HELLO, Visit, alert, heard, know, online, row, said, tls_grant
+from tests.relay.test_passthrough import visit as visit_tls
+from tests.relay.test_tcp import TcpAgent, TcpStream, Visitor, free_port, quiet, tcp_grant, until
+
+__all__ = ["visit_tls"]
 
 GET = b"GET /x HTTP/1.1\r\nHost: web.localhost\r\n\r\n"
 
@@ -355,3 +360,52 @@ class TestWithTls:
         (tmp_path / "none.pem").write_text("nothing")
         with pytest.raises(Problem, match=r"setting peer_ca_file: .* holds no certificate"):
             await made(tmp_path, "relay", ("wss://localhost:1/v1/peer",), peer_ca_file=tmp_path / "none.pem")
+
+
+class TestPassthrough:
+    async def test_a_connection_takes_its_hop(
+        self, pair: tuple[Relay, Relay], visit_tls: Visit, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        front, owner = pair
+        agent = await online(owner, tls_grant(concurrency=3))
+        await until(lambda: front.peers.by_host)
+        visitor = await visit_tls(front)
+        stream = await agent.stream()
+        await until(lambda: bytes(stream.body) == HELLO)
+        assert stream.info["peer"].endswith(f":{visitor.writer.get_extra_info('sockname')[1]}")
+        live = owner.agents.by_tunnel["tun_vault"]
+        assert (live.inflight, len(owner.peers.raw_hops), front.peers.hops(), owner.peers.hops()) == (1, 1, 0, 1)
+        stream.stream.send_data(b"a" * 60_000, end=True)
+        assert await visitor.read(60_000) == b"a" * 60_000
+        visitor.send(b"b" * 300_000)
+        visitor.end()
+        await until(lambda: stream.ended)
+        assert len(stream.body) == len(HELLO) + 300_000
+        await until(lambda: live.inflight == 0 and not owner.peers.raw_hops)
+        assert (live.counters.connections, live.counters.bytes_out) == (1, 60_000)
+        assert live.counters.bytes_in == len(HELLO) + 300_000
+
+        agent.on_tcp = lambda s: s.stream.reset(f.TARGET_REFUSED, "nothing listens")
+        assert await heard(await visit_tls(front)) == alert("internal_error")
+        assert front.public.refusals["edge.target_refused"] == 1
+
+        agent.on_tcp = lambda s: s.stream.send_opened()
+        gone, reset, ended = await visit_tls(front), await visit_tls(front), await visit_tls(front)
+        await until(lambda: live.inflight == 3 and len(agent.tcp) == 5 and all(s.body for s in agent.tcp[2:]))
+        assert await heard(await visit_tls(front)) == alert("internal_error")  # the owner counts
+        by_port = {s.info["peer"].rpartition(":")[2]: s for s in agent.tcp[2:]}
+
+        def of(one: Visitor) -> TcpStream:
+            return by_port[str(one.writer.get_extra_info("sockname")[1])]
+
+        gone.reset()
+        await until(lambda: of(gone).reset)
+        of(reset).stream.reset(f.TARGET_RESET, "the target reset the connection")
+        assert await reset.is_reset()
+        with caplog.at_level(logging.WARNING, "portico.relay.raw"):
+            know(owner, row(state="stopped", generation=2))
+            assert await ended.is_reset()
+            await until(lambda: of(ended).reset)
+        assert "tunnel.stopped" in said(caplog)[-1]["detail"]
+        await until(lambda: live.inflight == 0 and quiet(front) and not owner.peers.raw_hops)
+        agent.close()
