@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import shutil
 import ssl
 from collections.abc import AsyncIterator
@@ -18,7 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from portico.agent.stats import Stats
 from portico.agent.target import Target, parse_tls_target
 from portico.agent.tcp import TcpForwarder
-from portico.agent.tls_files import TlsFiles, TlsIdentity, alpn_names
+from portico.agent.tls_files import TlsFiles, TlsIdentity, alpn_names, doubts
 from portico.errors import Problem
 from portico.settings import AgentSettings
 from portico.wire import frames as f
@@ -404,6 +405,35 @@ class TestHandshake:
             assert "does not trust the certificate" in tunnel.stats.last_failure
             await tunnel.until_idle()
 
+    @pytest.mark.parametrize(
+        ("host", "days", "says"),
+        [
+            (
+                "other.test",
+                30,
+                "it does not take the certificate; the certificate is for other.test, not for vault.test",
+            ),
+            (
+                HOST,
+                -1,
+                "it found the certificate expired; the certificate expired on 2",
+            ),
+        ],
+    )
+    async def test_a_certificate_that_visitors_do_not_take(
+        self, tmp_path: Path, host: str, days: float, says: str
+    ) -> None:
+        """The user hears what is wrong with it."""
+        pem = certificate(tmp_path, host, days=days)[1]
+        async with target_server(echo) as port, tunnel_to(port, TlsFiles(pem, pem)) as tunnel:
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await tunnel.visitor(pem)
+            async with asyncio.timeout(5):
+                while not tunnel.stats.failures:
+                    await asyncio.sleep(0.005)
+            assert tunnel.stats.last_failure.startswith(f"a visitor's TLS handshake failed: {says}")
+            await tunnel.until_idle()
+
     async def test_a_handshake_that_does_not_come(self, pem: Path) -> None:
         settings = AgentSettings(tls_handshake_timeout_seconds=0.2)
         async with target_server(echo) as port, tunnel_to(port, TlsFiles(pem, pem), settings) as tunnel:
@@ -508,6 +538,27 @@ class TestFiles:
         with pytest.raises(ValueError, match="not the name of a protocol"):
             alpn_names(text)
         assert alpn_names("h2, http/1.1") == ("h2", "http/1.1")
+
+    def test_doubts(self, tmp_path: Path) -> None:
+        def made(name: str, days: float = 30) -> Path:
+            return certificate(tmp_path, name, days=days)[1]
+
+        assert doubts(made("a.example.com"), "a.example.com") == "" == doubts(made("a.example.com"), None)
+        assert doubts(made("*.example.com"), "a.example.com") == ""
+        assert (
+            doubts(made("*.example.com"), "a.b.example.com")
+            == "the certificate is for *.example.com, not for a.b.example.com"
+        )
+        assert (
+            doubts(made("127.0.0.1"), "a.example.com") == "the certificate is for no host name, not for a.example.com"
+        )
+        assert re.fullmatch(
+            r"the certificate expired on 20..-..-..", doubts(made("a.example.com", -3), "a.example.com")
+        )
+        assert re.fullmatch(
+            r"the certificate is valid from 20..-..-.. on", doubts(made("a.example.com", 200), "a.example.com")
+        )
+        assert doubts(tmp_path / "gone.pem", "a.example.com") == ""
 
 
 class TestTarget:

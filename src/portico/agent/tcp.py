@@ -21,7 +21,7 @@ from portico.agent.proxy_protocol import header
 from portico.agent.raw import RawPipe
 from portico.agent.stats import CONNECTION, Stats
 from portico.agent.target import Target, dial, why_unreachable
-from portico.agent.tls_files import TlsIdentity
+from portico.agent.tls_files import TlsIdentity, doubts
 from portico.agent.tls_stream import TlsStream
 from portico.errors import Problem
 from portico.kit.sockets import keep_alive
@@ -87,7 +87,9 @@ class TcpForwarder:
                 stats.closed()
                 stream.reset(f.INTERNAL, "the agent has no certificate to show")
                 return None
-            front = TlsStream(stream, context, stats.failed, self.settings.tls_handshake_timeout_seconds)
+            certificate = self.identity.files.certificate
+            limit = self.settings.tls_handshake_timeout_seconds
+            front = TlsStream(stream, context, stats.failed, limit, lambda name: doubts(certificate, name))
         pipe = RawPipe(front, lambda: stats.answered(self.kind, peer.encode(), 0, began, time.perf_counter()))
         first = header(self.proxy_protocol, peer, info["local"]) if self.proxy_protocol else b""
         self._keep(self._dial(pipe, first))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import ssl
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -37,6 +38,7 @@ class TlsFiles:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_ciphers(CIPHERS_TLS12)
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+        context.sni_callback = _note_name
         if self.alpn:
             context.set_alpn_protocols(list(self.alpn))
         for path, what in ((self.certificate, "tls_cert"), (self.key, "tls_key")):
@@ -83,6 +85,36 @@ class _EncryptedError(ValueError):
 
 def _encrypted() -> NoReturn:
     raise _EncryptedError
+
+
+def _note_name(tls: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+    """The name that a visitor asked for, kept at its connection."""
+    tls.asked_for = name  # type: ignore[attr-defined]
+
+
+def doubts(certificate: Path, name: str | None) -> str:
+    """What of a certificate (PEM file, the first in it) makes visitors of ``name`` refuse it, as a clause; empty: nothing that
+    can be seen here."""
+    from cryptography import x509
+
+    try:
+        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    except (OSError, ValueError):
+        return ""
+    try:
+        extension = found.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        names = extension.value.get_values_for_type(x509.DNSName)
+    except (x509.ExtensionNotFound, ValueError):
+        names = []
+    now = datetime.now(UTC)
+    if now > found.not_valid_after_utc:
+        return f"the certificate expired on {found.not_valid_after_utc:%Y-%m-%d}"
+    if now < found.not_valid_before_utc:
+        return f"the certificate is valid from {found.not_valid_before_utc:%Y-%m-%d} on"
+    if name is None or name in names or f"*.{name.partition('.')[2]}" in names:
+        return ""
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "") if names else "no host name"
+    return f"the certificate is for {shown}, not for {name}"
 
 
 class TlsIdentity:

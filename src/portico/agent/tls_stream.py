@@ -24,22 +24,30 @@ OVERHEAD: Final = 64
 
 
 class TlsStream:
-    """See the module. ``failed`` is called with a sentence when a visitor's TLS fails; ``pipe`` is set right after the making."""
+    """See the module. ``failed`` is called with a sentence when a visitor's TLS fails; ``doubts`` says of a name that a visitor
+    asked for what it may have against the certificate. ``pipe`` is set right after the making."""
 
     __slots__ = (
-        "_eof", "_failed", "_incoming", "_loop", "_opened", "_out", "_outgoing", "_over", "_ready", "_recv_ended", "_said_end",
-        "_send_ended", "_timer", "_tls", "_unpaid", "_unread", "_wanted", "_within", "pipe", "stream",
+        "_doubts", "_eof", "_failed", "_incoming", "_loop", "_opened", "_out", "_outgoing", "_over", "_ready",
+        "_recv_ended", "_said_end", "_send_ended", "_timer", "_tls", "_unpaid", "_unread", "_wanted", "_within", "pipe",
+        "stream",
     )  # fmt: skip
 
     pipe: RawPipe
 
     def __init__(
-        self, stream: Stream, context: ssl.SSLContext, failed: Callable[[str], None], handshake_seconds: float
+        self,
+        stream: Stream,
+        context: ssl.SSLContext,
+        failed: Callable[[str], None],
+        handshake_seconds: float,
+        doubts: Callable[[str | None], str] = lambda name: "",
     ) -> None:
         self.stream = stream
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._failed = failed
+        self._doubts = doubts
         self._within = handshake_seconds
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -256,7 +264,10 @@ class TlsStream:
         self._give_up(f"was not complete within {self._within:g} s")
 
     def _fail(self, err: ssl.SSLError) -> None:
-        self._give_up(f"failed: {why(err)}")
+        sentence = f"failed: {why(err)}"
+        if str(err.reason or "") in DISTRUST and (more := self._doubts(getattr(self._tls, "asked_for", None))):
+            sentence += f"; {more}"
+        self._give_up(sentence)
 
     def _give_up(self, sentence: str) -> None:
         """An alert, if OpenSSL has one for it, is the last thing that the visitor hears."""
@@ -269,6 +280,11 @@ class TlsStream:
         self._flush()
 
 
+#: Alerts of visitors that do not take a certificate. Many say all of it with the last one.
+DISTRUST: Final = frozenset((
+    "TLSV1_ALERT_UNKNOWN_CA", "SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_CERTIFICATE_EXPIRED",
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
+))  # fmt: skip
 _REASONS: Final = {
     "NO_SHARED_CIPHER": "it offers none of the cipher suites that are taken",
     "UNSUPPORTED_PROTOCOL": "it offers no version of TLS from 1.2 on",
