@@ -145,6 +145,10 @@ class Production:
             self.start(name)
         for name in names:
             self.ready(name)
+        # An agent knows the relays that were there when it asked: with both, the death of either costs it a moment.
+        api = self.children["api"]
+        for name in self.ports:
+            api.wait_for(lambda name=name: f"relay registered relay={name}" in api.err, 10, f"heartbeat of {name}")
 
     def agent(self, target: Path, name: str = "web", **settings: Any) -> Child:
         """An agent that serves a folder as the tunnel ``name``; ``settings`` go before what it needs to get in."""
