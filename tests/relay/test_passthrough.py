@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from portico.relay.certificates import server_context
+from portico.relay.passthrough import PassVisitor
 from portico.relay.server import Relay
 from portico.wire import frames as f
 from portico.wire import grants
 from tests.relay.authorities import authority, certificate, trusting
 from tests.relay.clienthello import extension, hello, recorded, server_name
 from tests.relay.doubles import KEY, ORG, Client, ScriptedAgent, grant, port, session_token
-from tests.relay.test_tcp import TcpAgent, TcpStream, Visitor, quiet, until
+from tests.relay.test_tcp import TcpAgent, TcpStream, Visitor, quiet, sockets_of_this_process, until
 
 HELLO = hello(server_name(b"vault.localhost"))
 ALERTS = {"unrecognized_name": 112, "access_denied": 49, "internal_error": 80}
@@ -369,6 +370,41 @@ class TestRefusals:
         assert await visitor.is_reset()
         await until(lambda: stream.reset)
         assert stream.reset == (f.IDLE_TIMEOUT, "no data in either direction")
+
+
+class TestLimits:
+    @pytest.fixture
+    def relay_settings(self) -> dict[str, Any]:
+        return {"connections_per_address": 2, "exempt_loopback": False}
+
+    async def test_connections_of_one_address(self, relay: Relay, agent: TcpAgent, visit: Visit) -> None:
+        """Those beyond are ended at once, also when their visitors stay."""
+        held = [await visit(relay) for _ in range(2)]
+        await agent.stream(2)
+        before = sockets_of_this_process()
+        for _ in range(5):
+            over = await visit(relay)
+            with contextlib.suppress(ConnectionResetError):
+                assert await over.rest() in (b"", alert("internal_error"))
+        await until(lambda: sockets_of_this_process() <= before + 5)  # the visitors' own ends
+        assert relay.public.refusals["edge.too_many_connections"] == 5 and len(relay.public.connections) == 2
+        held[0].reset()
+        await until(lambda: len(relay.public.connections) == 1)
+        await visit(relay)
+        await agent.stream(3)
+
+    async def test_room_that_was_taken_after_the_hello(
+        self, relay: Relay, agent: TcpAgent, visit: Visit, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between the look at its hello and its turn, others may have come: it is ended though no sweep knows it."""
+        admit = relay.public.admit
+        monkeypatch.setattr(relay.public, "admit", lambda guest: not isinstance(guest, PassVisitor) and admit(guest))
+        before = sockets_of_this_process()
+        visitor = await visit(relay)
+        with contextlib.suppress(ConnectionResetError):
+            assert await visitor.rest() in (b"", alert("internal_error"))
+        await until(lambda: sockets_of_this_process() == before + 1)
+        assert relay.public.refusals["edge.too_many_connections"] == 1 and not agent.tcp
 
 
 class TestWaiting:

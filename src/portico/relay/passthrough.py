@@ -112,7 +112,9 @@ class PassVisitor(RawVisitor):
         self.closing = True
         self.deadline = self.server.now + LINGER_SECONDS
         self.transport.write(alert(ALERTS.get(code, INTERNAL_ERROR)))
-        if self.eof:
+        if (
+            self.eof or self not in self.server.connections
+        ):  # a connection that was not admitted is nobody's to end later
             self.transport.close()
             return
         self.transport.write_eof()
