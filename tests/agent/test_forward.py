@@ -732,6 +732,28 @@ class TestUpgrade:
             await asyncio.sleep(0.05)
             assert tunnel.forwarder.stats.open == 0
 
+    @pytest.mark.parametrize("ended", [False, True])
+    async def test_the_target_sees_whether_a_visitor_left_in_order(self, ended: bool) -> None:
+        seen: asyncio.Queue[str] = asyncio.Queue()
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await read_head(reader)
+            writer.write(b"HTTP/1.1 101 S\r\nUpgrade: echo\r\nConnection: Upgrade\r\n\r\n")
+            try:
+                while data := await reader.read(100):
+                    seen.put_nowait(data.decode())
+                seen.put_nowait("end")
+            except ConnectionResetError:
+                seen.put_nowait("reset")
+
+        async with target_server(handler) as port, tunnel_to(local(port)) as tunnel:
+            visit = tunnel.request(UPGRADE, flags=f.F_UPGRADE, end=False)
+            await visit.until(lambda: visit.status)
+            await visit.send(b"words", end=ended)
+            visit.stream.reset(f.CANCELLED)
+            assert await asyncio.wait_for(seen.get(), 5) == "words"
+            assert await asyncio.wait_for(seen.get(), 5) == ("end" if ended else "reset")
+
 
 async def test_a_tcp_connection_is_refused() -> None:
     async with target_server(answering(OK)) as port, tunnel_to(local(port)) as tunnel:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.differential import echo, httpbin
 from tests.differential.places import Place, Tunnels
+from tests.differential.verdicts import Library, Scripted, Verdicts
 from tests.system.conftest import show_ends
 from tests.system.parts import free_port
 from tests.system.platform import Account, Up
@@ -29,6 +30,12 @@ def place(up: Up, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         target = echo.ThreadedServer(echo.serve)
         stack.callback(target.stop)
         ports["echo"] = target.port
+        verdicts = Verdicts()
+        library = Library(verdicts)
+        stack.callback(library.stop)
+        scripted = echo.ThreadedServer(Scripted(verdicts))
+        stack.callback(scripted.stop)
+        ports |= {"library": library.port, "scripted": scripted.port}
         agent = Tunnels(account, folder, {name: f"127.0.0.1:{port}" for name, port in ports.items()})
         stack.callback(agent.end)
-        yield Place(up, ports)
+        yield Place(up, ports, verdicts)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.differential.exact import Way
+from tests.differential.verdicts import Verdicts
 from tests.system.platform import Account, Child, Up
 
 
@@ -29,6 +30,7 @@ class Place:
 
     up: Up
     ports: dict[str, int]
+    verdicts: Verdicts
 
     def host(self, target: str) -> str:
         """The Host of every request to ``target``, also of direct ones."""

@@ -19,6 +19,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from portico.agent.heads import KNOWN_ANSWERS, HeadError, KnownAnswer, ResponseHead, trailer_fields
 from portico.kit.gone import GONE
+from portico.kit.sockets import reset_transport
 from portico.wire import frames as f
 
 if TYPE_CHECKING:
@@ -469,3 +470,16 @@ class TargetConnection(asyncio.BufferedProtocol):
         self.pool.forget(self)
         if self.transport is not None and not self.lost:
             self.transport.abort()
+
+    def reset(self) -> None:
+        """Close at once with RST, so that the target does not take what it got for all that there was."""
+        self.raw = None
+        self.pool.forget(self)
+        if not self.lost and self.transport.get_write_buffer_size():
+            self.pool.loop.call_soon(self._cut)  # what was written in this tick goes first
+        else:
+            self._cut()
+
+    def _cut(self) -> None:
+        if not self.lost:
+            reset_transport(self.transport)

@@ -28,6 +28,9 @@ class Connection(Protocol):
     def abort(self) -> None:
         """Close at once; nothing more is heard of the connection."""
 
+    def reset(self) -> None:
+        """The same with RST: what was sent is not all that there was."""
+
 
 class RawStream(Protocol):
     """What a pipe needs of its stream: that of a session, or the TLS in front of it (``tls_stream.py``)."""
@@ -209,6 +212,8 @@ class RawPipe:
             connection.raw = None
             if graceful or (self._read_ended and self._write_ended):
                 connection.transport.close()
-            else:
+            elif self._write_ended:
                 connection.abort()
+            else:
+                connection.reset()
         self._done()

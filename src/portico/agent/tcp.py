@@ -10,10 +10,8 @@ The TLS of a TLS tunnel's visitors is bytes like any other, unless the agent end
 from __future__ import annotations
 
 import asyncio
-import struct
 import time
 from collections.abc import Coroutine
-from socket import SO_LINGER, SOL_SOCKET
 from typing import Any, Final
 
 from portico.agent.connection import MIN_READ, RECEIVE_BYTES
@@ -24,14 +22,13 @@ from portico.agent.target import Target, dial, why_unreachable
 from portico.agent.tls_files import TlsIdentity, doubts
 from portico.agent.tls_stream import TlsStream
 from portico.errors import Problem
-from portico.kit.sockets import keep_alive
+from portico.kit.sockets import keep_alive, reset_transport
 from portico.settings import AgentSettings
 from portico.wire import frames as f
 from portico.wire.session import Sink, Stream
 
 #: A write that the target takes within this many seconds is no sign of a slow reader.
 STALL_SECONDS: Final = 0.02
-_LINGER_ZERO: Final = struct.pack("ii", 1, 0)
 
 
 class TcpForwarder:
@@ -261,9 +258,8 @@ class TcpConnection(asyncio.BufferedProtocol):
         else:
             self._cut()
 
+    reset = abort
+
     def _cut(self) -> None:
         if not self.lost:
-            sock = self.transport.get_extra_info("socket")
-            if sock is not None:
-                sock.setsockopt(SOL_SOCKET, SO_LINGER, _LINGER_ZERO)
-            self.transport.abort()
+            reset_transport(self.transport)

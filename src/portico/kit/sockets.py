@@ -6,9 +6,11 @@ that arrive while a child restarts wait in the queue instead of being refused.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
+import struct
 from collections.abc import Mapping
 
 from portico.errors import Problem
@@ -42,6 +44,14 @@ def inherited(value: str) -> dict[str, socket.socket]:
 def describe(sockets: Mapping[str, socket.socket]) -> str:
     """The value of ``PORTICO_LISTEN_FDS`` for these sockets; the child needs their descriptors in ``pass_fds``."""
     return ",".join(f"{name}={sock.fileno()}" for name, sock in sockets.items())
+
+
+def reset_transport(transport: asyncio.Transport) -> None:
+    """Close with RST instead of FIN, so that the peer sees an abort (SO_LINGER 0). What was not sent yet is lost."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 def check_port(port: int, name: str) -> None:
