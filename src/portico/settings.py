@@ -899,6 +899,8 @@ class AgentSettings:
     ca_file: Path | None = None
     # Preferred region; empty lets the platform choose.
     region: str = ""
+    # Users whom visitors of `portico http` must be, as NAME:PASSWORD, one a line: --basic-auth that ps does not show.
+    basic_auth: Secret | None = None
     # Proxy to relays and API: http://, socks5:// or socks5h://[user:password@]host:port; none: not even the environment's.
     proxy_url: Secret | None = None
 

@@ -46,7 +46,7 @@ class TestTrailers:
 
 def test_long_sequences_of_names_are_not_remembered() -> None:
     """Visitors choose the names of a request: a table of such heads would be what a stranger makes of our memory."""
-    writer = RequestWriter(None, b"localhost")
+    writer = RequestWriter(b"localhost")
     for _ in range(2):
         out, left = writer.write([b"GET", b"/", b"Host", b"a", b"X" * 200, b"v", *[b"Y" * 250, b"v"] * 20], f.F_END)
         assert out.startswith(b"GET / HTTP/1.1\r\nHost: a\r\n")

@@ -71,10 +71,76 @@ class TestValues:
         }  # fmt: skip
         assert list(config.tunnels) == ["web", "shop"]
         options = tunnel_options(config.tunnels["shop"])
-        assert options.spec == {"name": "shop", "protocol": "http", "subdomain": "my-shop"}
+        assert options.spec == {
+            "name": "shop", "protocol": "http", "subdomain": "my-shop", "policy": {"headers": {"host": "rewrite"}},
+        }  # fmt: skip
         assert options.target.url == "https://10.0.0.1:8443"
-        assert (options.host_header, options.tls_verify, options.ttl) == ("rewrite", False, 5400.0)
+        assert (options.tls_verify, options.ttl) == (False, 5400.0)
         assert tunnel_options(config.tunnels["web"]).spec == {"name": "web", "protocol": "http"}
+
+    def test_the_policy_of_its_keys(self, tmp_path: Path) -> None:
+        (tmp_path / "more.yml").write_text("concurrency: 5\nbasic_auth: {users: [{name: file, password: p}]}\n")
+        config = parsed(
+            tmp_path,
+            """
+            version: 1
+            tunnels:
+              short: {addr: 1, basic_auth: "a:12:34", allow_cidr: [10.0.0.0/8, "::1"], deny_cidr: 10.1.0.0/16}
+              inline:
+                addr: 2
+                host_header: rewrite
+                policy:
+                  concurrency: 7
+              file: {addr: 3, policy_file: ./more.yml, basic_auth: [b:p]}
+              ssh: {addr: 22, protocol: tcp, deny_cidr: 10.0.0.0/8}
+              plain: {addr: 4}
+            """,
+        )
+        assert config.faults == [] and config.policy_files == [tmp_path / "more.yml"]
+        specs = {name: tunnel_options(declared).spec.get("policy") for name, declared in config.tunnels.items()}
+        rules = [{"deny": "10.1.0.0/16"}, {"allow": "10.0.0.0/8"}, {"allow": "::1/128"}]
+        assert specs == {
+            "short": {"basic_auth": {"users": [{"name": "a", "password": "12:34"}]}, "addresses": {"rules": rules}},
+            "inline": {"concurrency": 7, "headers": {"host": "rewrite"}},
+            "file": {
+                "concurrency": 5,
+                "basic_auth": {"users": [{"name": "file", "password": "p"}, {"name": "b", "password": "p"}]},
+            },
+            "ssh": {"addresses": {"rules": [{"deny": "10.0.0.0/8"}]}},
+            "plain": None,
+        }
+
+    def test_faults_of_policies_have_their_places(self, tmp_path: Path) -> None:
+        (tmp_path / "more.yml").write_text("# a comment\nconcurrency: 0\n")
+        config = parsed(
+            tmp_path,
+            """
+            version: 1
+            tunnels:
+              a: {addr: 1, allow_cidr: [10.0.0.0/8, 10.0.0.1/8]}
+              b:
+                addr: 2
+                policy:
+                  addresses:
+                    rules:
+                      - allow: nowhere
+              c: {addr: 3, policy_file: more.yml}
+              d: {addr: 4, policy_file: none.yml, policy: {}}
+              e: {addr: 5, policy: {plain_http: refuse}, host_header: "a b"}
+              f: {addr: 22, protocol: tcp, policy: {plain_http: refuse}}
+              g: {addr: 22, protocol: tcp, basic_auth: a:b}
+              h: {addr: 1, basic_auth: a:b, policy: {basic_auth: {users: [{name: a, password: c}]}}}
+            """,
+        )
+        own = str(tmp_path / "0.yml")
+        found = [(Path(f.file).name, f.line, f.column, f.message) for f in config.faults]
+        assert ("more.yml", 2, 1, "concurrency: must be a whole number from 1 to 100000, not 0") in found
+        assert [(line, message[:34]) for name, line, _, message in found if name == Path(own).name] == [
+            (4, "allow_cidr: '10.0.0.1/8' has bits "), (10, "policy.addresses.rules[0].allow: 'n"[:34]),
+            (12, f"policy_file: {tmp_path}"[:34]), (12, "policy_file: give policy or policy"),
+            (13, "host_header: 'a b' is not a host n"), (14, "plain_http: a tcp tunnel cannot enf"[:34]),
+            (15, "basic_auth: only a tunnel with pro"), (16, "the policy has the user a already;"),
+        ]  # fmt: skip
 
     def test_tcp(self, tmp_path: Path) -> None:
         text = "version: 1\ntunnels:\n  ssh: {protocol: tcp, addr: 22, remote_port: 7105, proxy_protocol: 2}\n"
@@ -131,6 +197,7 @@ class TestValues:
             entries |= {"tls_cert": str(both), "tls_key": str(both)}
             for name in ("fullchain.pem", "privkey.pem"):
                 shutil.copy(both, tmp_path / name)
+        (tmp_path / "policy.yml").write_text("concurrency: 20\n")
         top = "version: 1\n" if key.name != "version" else ""
         if key in tunnel_keys.TOP:
             top += f"{key.name}: {key.example}\n"

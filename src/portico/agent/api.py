@@ -162,7 +162,10 @@ class Api:
             body = {}
         code = body.get("code") if isinstance(body, dict) else None
         if isinstance(code, str) and code in catalogue():
-            return Problem(code, str(body.get("detail") or ""), hint=str(body.get("hint") or "") or None)
+            found = Problem(code, str(body.get("detail") or ""), hint=str(body.get("hint") or "") or None)
+            if isinstance(body.get("errors"), list):
+                found.extra["errors"] = body["errors"]
+            return found
         if response.status_code in (502, 503, 504):
             return Problem("api.unreachable", f"the API at {self.server} answered {response.status_code}")
         what = f"{code}: {body.get('detail')}" if code else f"status {response.status_code}"

@@ -43,7 +43,6 @@ class TunnelOptions:
 
     target: Target
     spec: dict[str, Any]
-    host_header: str = "preserve"
     tls_verify: bool | None = None
     #: Seconds after which the tunnel ends itself.
     ttl: float | None = None
@@ -143,7 +142,7 @@ def _forwarder(options: TunnelOptions, settings: AgentSettings, stats: Stats, in
         made = FileServer(options.target, settings, stats)
     else:
         verify = options.tls_verify
-        made = Forwarder(options.target, settings, stats, host_header=options.host_header, tls_verify=verify)
+        made = Forwarder(options.target, settings, stats, tls_verify=verify)
     if inspector is not None and options.inspect:
         made.tap = inspector.recorder.tap(made, options.target.url, str(options.spec.get("name") or ""))
     return made

@@ -16,6 +16,7 @@ from portico.agent.forward import Forwarder
 from portico.agent.hints import HostHint
 from portico.agent.tcp import TcpForwarder
 from portico.kit.clock import uptime
+from portico.wire.policy_check import HOST_KEPT
 
 if TYPE_CHECKING:
     from portico.agent.app import TunnelOptions
@@ -43,7 +44,8 @@ class Fleet:
 
     def _make(self, options: TunnelOptions) -> Served:
         served = self._make_served(options)
-        if isinstance(served, Forwarder) and options.host_header in ("", "preserve"):
+        host = options.spec.get("policy", {}).get("headers", {}).get("host", HOST_KEPT)
+        if isinstance(served, Forwarder) and host == HOST_KEPT:
             served.host_hint = HostHint(options.target.place, self.events.warning)
         return served
 
@@ -140,7 +142,10 @@ class Fleet:
             tunnel.ends_at = begun + new.ttl if new.ttl is not None else None
         tunnel.ttl = new.ttl
         self._served[tunnel] = (new, served)
-        self.agent.change(tunnel, new.spec, served, new.target.url)
+        spec = new.spec
+        if "policy" in old.spec and "policy" not in spec:
+            spec = {**spec, "policy": {}}  # what the file said before no longer holds
+        self.agent.change(tunnel, spec, served, new.target.url)
 
     def _spawn(self, served: Served) -> None:
         """Look whether the new target is there."""
@@ -181,7 +186,6 @@ def _serving(options: TunnelOptions) -> tuple[Any, ...]:
     """What a forwarder is made of."""
     return (
         options.target,
-        options.host_header,
         options.tls_verify,
         options.proxy_protocol,
         options.tls,

@@ -27,7 +27,7 @@ def tunnel_options(declared: Declared) -> TunnelOptions:
     """A tunnel of a file as the agent takes it."""
     values = declared.values
     spec: dict[str, Any] = {"name": declared.name, "protocol": values.get("protocol", "http")}
-    spec |= {key: values[key] for key in ("subdomain", "remote_port") if key in values}
+    spec |= {key: values[key] for key in ("subdomain", "remote_port", "policy") if key in values}
     tls, target = None, values["addr"]
     if "tls_cert" in values:
         tls = TlsFiles(values["tls_cert"], values["tls_key"], values.get("tls_alpn", ()))
@@ -35,7 +35,6 @@ def tunnel_options(declared: Declared) -> TunnelOptions:
     return TunnelOptions(
         target,
         spec,
-        host_header=values.get("host_header", "preserve"),
         tls_verify=values.get("target_tls_verify"),
         ttl=values.get("ttl"),
         proxy_protocol=values.get("proxy_protocol", 0),
@@ -56,11 +55,16 @@ class FileSource:
         #: The mark of what was read last.
         self.seen: Mark = ()
         self._limit = limit
+        self._named: list[Path] = []  # policy files
 
     def read(self) -> Config:
         """What the files say now; faults are in it."""
         self.seen = self.mark()
-        return read(self.paths, self._limit)
+        config = read(self.paths, self._limit)
+        if config.policy_files != self._named:
+            self._named = config.policy_files
+            self.seen = (*self.seen[: len(self.paths)], *map(_mark, self._named))
+        return config
 
     def wanted(self, config: Config) -> dict[str, TunnelOptions]:
         """The tunnels to run, by name, in the files' order."""
@@ -69,7 +73,7 @@ class FileSource:
 
     def mark(self) -> Mark:
         """Something that differs when a file was changed or replaced."""
-        return tuple(_mark(path) for path in self.paths)
+        return tuple(_mark(path) for path in (*self.paths, *self._named))
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:

@@ -28,13 +28,6 @@ from portico.wire.session import Session, Sink, Stream
 IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE", b"PROPFIND", b"REPORT", b"SEARCH"))
 
 
-def host_rule(choice: str, target: Target) -> bytes | None:
-    """``--host-header``: ``preserve`` → ``None`` (the visitor's), ``rewrite`` → the target's own, else the name given."""
-    if choice in ("", "preserve"):
-        return None
-    return (target.authority if choice == "rewrite" else choice).encode("ascii")
-
-
 class Forwarder:
     """Serves the streams of one tunnel from an HTTP target."""
 
@@ -49,14 +42,13 @@ class Forwarder:
         settings: AgentSettings,
         stats: Stats,
         *,
-        host_header: str = "preserve",
         tls_verify: bool | None = None,
     ) -> None:
         self.target = target
         self.settings = settings
         self.stats = stats
         self.pool = Pool(target, tls_context(target, tls_verify), settings)
-        self.writer = RequestWriter(host_rule(host_header, target), target.authority.encode("ascii"))
+        self.writer = RequestWriter(target.authority.encode("ascii"))
 
     def on_request(self, stream: Stream, head: list[bytes], flags: int) -> Sink | None:
         """Start serving one request."""

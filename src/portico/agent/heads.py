@@ -72,11 +72,13 @@ def _listed(value: bytes) -> set[bytes]:
 
 
 class RequestWriter:
-    """Serialises REQUEST heads for one target. ``host`` replaces the visitor's Host; ``fallback`` is used without one."""
+    """Serialises REQUEST heads for one target.
 
-    def __init__(self, host: bytes | None, fallback: bytes) -> None:
+    ``host`` is filled in where a request has no Host: the relay takes it away when the tunnel's policy says ``rewrite``.
+    """
+
+    def __init__(self, host: bytes) -> None:
         self._host = host
-        self._fallback = fallback
         self._plans: dict[tuple[object, ...], tuple[bytes, int]] = {}
         #: Fields up to the last value, as a frame has them → what stands between the target and that value in HTTP/1.1.
         self.known: Memo[bytes] = Memo(1024, 2048)
@@ -136,13 +138,11 @@ class RequestWriter:
                     raise HeadError("Content-Length twice")
                 at = 3 + 2 * index
             if kind == HOST:
-                keep = not seen_host and self._host is None
-                if not seen_host and self._host is not None:
-                    parts.append(_literal(b"Host", self._host))
+                keep = not seen_host
                 seen_host = True
             parts.append(name.replace(b"%", b"%%") + b": %b\r\n" if keep else b"%.0b")
         if not seen_host:
-            parts.append(_literal(b"Host", self._host or self._fallback))
+            parts.insert(1, b"Host: " + self._host.replace(b"%", b"%%") + b"\r\n")
         options = [b"Upgrade"] * upgrade
         if flags & f.F_TRAILERS:
             parts.append(b"TE: trailers\r\n")
@@ -155,10 +155,6 @@ class RequestWriter:
             elif with_body:
                 parts.append(b"Content-Length: 0\r\n")
         return b"".join(parts) + b"\r\n", at
-
-
-def _literal(name: bytes, value: bytes) -> bytes:
-    return name + b": " + value.replace(b"%", b"%%") + b"\r\n"
 
 
 def _without_named(head: Sequence[bytes]) -> list[bytes]:

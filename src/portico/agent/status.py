@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
+from portico.agent import policies
 from portico.agent.api import VERSION
 from portico.agent.client import Agent, Events, Tunnel
 from portico.agent.durations import shown_duration
@@ -243,6 +244,14 @@ def _address(tunnel: Tunnel) -> str:
     return printable(tunnel.url or tunnel.name or "…")
 
 
+def _policies(tunnels: list[Tunnel]) -> str:
+    """What stands before the tunnels, as their grants say; with a name where there are several."""
+    found = [(tunnel.name, policies.summary_of_grant(tunnel.grant.grant)) for tunnel in tunnels if tunnel.grant]
+    if len(tunnels) == 1:
+        return found[0][1] if found else ""
+    return " · ".join(f"{name}: {text}" for name, text in found if text)
+
+
 def _time_left(tunnel: Tunnel) -> str:
     return shown_duration((tunnel.ends_at or 0) - uptime())
 
@@ -368,6 +377,9 @@ class Screen(Display):
             [coded] if coded is not None and tight else tunnels, max(1, room - REQUEST_ROWS)
         ):
             facts.add_row(label, text)
+            room -= 1
+        if (policy := _policies(tunnels)) and room > 0:
+            facts.add_row("Policy", Text(printable(policy), "green", no_wrap=True, overflow="ellipsis"))
             room -= 1
         if room >= 0:
             facts.add_row("Connections", self._counts())

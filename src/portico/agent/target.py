@@ -74,13 +74,6 @@ def _refuse(text: str, why: str) -> Problem:
     return Problem("target.invalid", f"target {text!r}: {why}")
 
 
-def check_host_header(value: str) -> str:
-    """A choice of ``--host-header``; raises ``ValueError`` with a sentence."""
-    if value.isascii() and value.isprintable() and " " not in value and 0 < len(value) <= 255:
-        return value
-    raise ValueError(f"{value[:80]!r} is not a host name; give preserve, rewrite or a name")
-
-
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?\.?")
 
 

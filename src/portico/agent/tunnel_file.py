@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from portico.agent import tunnel_keys
+from portico.agent import tunnel_keys, tunnel_policy
 from portico.agent.tls_files import TlsFiles
 from portico.agent.tunnel_keys import Key
 from portico.errors import Problem
@@ -78,6 +78,8 @@ class Config:
     settings: dict[str, Any] = field(default_factory=dict)
     tunnels: dict[str, Declared] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
+    #: Files that the files name, and that are read with them.
+    policy_files: list[Path] = field(default_factory=list)
 
 
 def read(paths: Sequence[Path], limit: int) -> Config:
@@ -89,6 +91,7 @@ def read(paths: Sequence[Path], limit: int) -> Config:
         config.settings |= reader.settings
         config.tunnels |= reader.tunnels
         config.faults += reader.faults
+        config.policy_files += reader.policy_files
     config.faults.sort()
     return config
 
@@ -102,6 +105,7 @@ class _Reader:
         self.tunnels: dict[str, Declared] = {}
         self.faults: list[Fault] = []
         self._lines: list[str] = []
+        self.policy_files: list[Path] = []
         self._subdomains: dict[str, Declared] = {}
 
     # ── faults ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -193,6 +197,7 @@ class _Reader:
             table = tunnel_keys.keys_of(self._protocol(value))
             found = self._keys(value, table, "tunnel", f"tunnel {name!r}", key)
             declared = Declared(name, self._values(found, table), str(self.path), key.start_mark.line + 1)
+            self._take_policy(declared, found, self._protocol(value))
             self.tunnels[name] = declared
             self._check_subdomain(declared, found.get("subdomain"))
             self._check_tls(declared.values, found)
@@ -211,6 +216,22 @@ class _Reader:
         if first is not declared:
             message = f"the subdomain {subdomain!r} is that of tunnel {first.name!r} (line {first.line}) already"
             self._at(node, message)
+
+    def _take_policy(self, declared: Declared, found: dict[str, yaml.Node], protocol: str) -> None:
+        """The keys of a policy become one value, ``policy``; with a fault there is none, and nothing runs."""
+
+        def place(file: str, line: int, column: int, message: str, source: str) -> None:
+            if not file:
+                self._fault(line, column, message)
+                return
+            self.faults.append(Fault(file, line, column, message, source))
+
+        if "policy_file" in declared.values:
+            self.policy_files.append(declared.values["policy_file"])
+        document = tunnel_policy.of_tunnel(declared.values, found, protocol, self._at, place)
+        declared.values.pop("policy_file", None)
+        if document is not None:
+            declared.values["policy"] = document
 
     def _check_tls(self, values: dict[str, Any], found: dict[str, yaml.Node]) -> None:
         """Certificate and key are there together, and belong together."""
@@ -292,6 +313,17 @@ class _Reader:
         return values
 
     def _value(self, key: Key, node: yaml.Node) -> Any:
+        if key.shape == "map":
+            if not isinstance(node, yaml.MappingNode):
+                raise ValueError("must be a map")
+            return node
+        if key.shape == "many":
+            if isinstance(node, yaml.SequenceNode):
+                return [self._one(key, inner) for inner in node.value]
+            return [self._one(key, node)]
+        return self._one(key, node)
+
+    def _one(self, key: Key, node: yaml.Node) -> Any:
         if not isinstance(node, yaml.ScalarNode):
             kind = "a list" if isinstance(node, yaml.SequenceNode) else "a map"
             raise ValueError(f"must be one value ({key.kind}), not {kind}")

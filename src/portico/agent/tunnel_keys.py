@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from portico.agent import policies
 from portico.agent.durations import parse_duration
-from portico.agent.target import Target, check_host_header, parse_target, parse_tcp_target, parse_tls_target
+from portico.agent.target import Target, parse_target, parse_tcp_target, parse_tls_target
 from portico.errors import Problem
 
 T = TypeVar("T")
@@ -129,6 +130,17 @@ def _below(text: str, folder: Path) -> str:
     return text
 
 
+def _short_for_policy(name: str, many: bool) -> Callable[[str, Path], str]:
+    """Of a key that is short for a policy: its text, when a policy can be made of it."""
+
+    def read(text: str, folder: Path) -> str:
+        short: dict[str, Any] = {name: [text] if many else text}
+        policies.compiled(policies.Sugar(**short))
+        return text
+
+    return read
+
+
 def _number(low: int, high: int) -> Callable[[str, Path], int]:
     def read(text: str, folder: Path) -> int:
         if not text.isdecimal() or not text.isascii() or not low <= int(text) <= high:
@@ -167,6 +179,8 @@ class Key:
     required: bool = False
     refusal: str = ""
     only: tuple[str, ...] = ()
+    #: ``one`` value, ``many`` (one, or a list of them), or a ``map``, which is left as the file has it.
+    shape: str = "one"
 
 
 def _missing(name: str, sentence: str) -> Key:
@@ -207,7 +221,7 @@ TUNNEL = (
     Key("subdomain", "name", lambda text, folder: check_name(text), "Subdomain of the URL.", "the tunnel's name", "shop",
         only=("http", "tls")),
     Key(
-        "host_header", "rule", lambda text, folder: check_host_header(text),
+        "host_header", "rule", _short_for_policy("host_header", many=False),
         "Host that the target sees: `preserve` (the visitor's), `rewrite` (its own), or a name.", "preserve", "rewrite",
         only=("http",),
     ),
@@ -230,11 +244,17 @@ TUNNEL = (
         "The tunnel ends itself this long after it came online, such as `90s`, `15m` or `1h30m`.", "it stays", "2h"),
     _missing("pool", "several agents behind one tunnel do not exist yet; one agent serves a tunnel, another takes over"),
     _missing("domain", "domains of your own do not exist yet; use subdomain"),
-    _missing("basic_auth", "visitor passwords do not exist yet: the tunnel would be open to everybody"),
-    _missing("allow_cidr", "address rules do not exist yet: the tunnel would be open to everybody"),
-    _missing("deny_cidr", "address rules do not exist yet: the tunnel would be open to everybody"),
-    _missing("policy", "policies in this file do not exist yet: the tunnel would be open to everybody"),
-    _missing("policy_file", "policies in this file do not exist yet: the tunnel would be open to everybody"),
+    Key("basic_auth", "NAME:PASSWORD or list", _short_for_policy("basic_auth", many=True),
+        "Visitors need one of these passwords. A file that is shared is no place for one: `policy_file` can name one that is "
+        "not.", "nobody needs one", "alice:secret", only=("http",), shape="many"),
+    Key("allow_cidr", "network or list", _short_for_policy("allow_cidr", many=True),
+        "Only visitors from these networks are let in.", "everybody", "[10.0.0.0/8, 2001:db8::/32]", shape="many"),
+    Key("deny_cidr", "network or list", _short_for_policy("deny_cidr", many=True),
+        "Visitors from these networks are kept out, also where `allow_cidr` names them.", "nobody", "192.0.2.0/24", shape="many"),
+    Key("policy", "map", _text, "The whole policy ([policy.md](policy.md)); the three keys above and `host_header` add to it.",
+        "the one that the tunnel has", "{concurrency: 20}", shape="map"),
+    Key("policy_file", "path", _path, "File with the policy, YAML or JSON, in the place of `policy`; read again when it changes.",
+        "none", "./policy.yml"),
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "start": "start",
         "config": "config",
         "service": "service",
+        "policy": "policy",
         "ls": "tunnel",
         "stop": "tunnel",
         "rm": "tunnel",

@@ -61,6 +61,11 @@ def start(
         raise refused(found.faults)
     _check_names(found, names, everything)
     agent = settings.agent_settings(typed, own_settings(found))
+    if agent.basic_auth is not None:
+        hint = "Unset it, and give the tunnels of the file basic_auth or policy_file."
+        raise Problem(
+            "config.invalid", "PORTICO_BASIC_AUTH is for portico http, and would protect nothing here", hint=hint
+        )
     mode = output.display_mode(json)
     serving = app.serve(
         agent,

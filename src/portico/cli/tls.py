@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from portico import settings
-from portico.cli import output
+from portico.cli import output, policy_options
 from portico.cli.account import ProxyOption, ServerOption, signed_in
 from portico.cli.tcp import ProxyProtocolOption
 from portico.cli.tunnel import PoolOption, TtlOption, refuse_pool, ttl_seconds, with_options
@@ -48,6 +48,10 @@ def tls(
         ),
     ] = None,
     proxy_protocol: ProxyProtocolOption = None,
+    allow_cidr: policy_options.AllowCidr = None,
+    deny_cidr: policy_options.DenyCidr = None,
+    policy_file: policy_options.PolicyFile = None,
+    print_policy: policy_options.PrintPolicy = False,
     region: Annotated[str | None, typer.Option(help="Preferred region.", show_default=False)] = None,
     ttl: TtlOption = None,
     pool: PoolOption = False,
@@ -64,6 +68,7 @@ def tls(
     this command instead, and the target gets plain bytes; the files are read again when they change.
     """
     from portico.agent import app
+    from portico.agent.policies import Sugar
     from portico.agent.target import parse_tcp_target, parse_tls_target
     from portico.kit import loop
 
@@ -71,6 +76,11 @@ def tls(
     seconds = ttl_seconds(ttl)
     files = _files(tls_cert, tls_key, tls_alpn)
     parsed = parse_tls_target(target) if files is None else parse_tcp_target(target)
+    sugar = Sugar(allow_cidr=allow_cidr or (), deny_cidr=deny_cidr or ())
+    policy = policy_options.wanted(sugar, policy_file, "tls")
+    if print_policy:
+        policy_options.show(policy, json)
+        return
     config, found = signed_in(server)
     config = with_options(
         config, region=region, log_level=log_level, proxy_url=settings.Secret(proxy) if proxy else None
@@ -80,6 +90,8 @@ def tls(
         spec["name"] = name
     if subdomain:
         spec["subdomain"] = subdomain
+    if policy is not None:
+        spec["policy"] = policy
     options = app.TunnelOptions(parsed, spec, ttl=seconds, proxy_protocol=proxy_protocol or 0, tls=files)
     mode = output.display_mode(json)
     code = loop.run(app.serve(config, found, [options], mode, color=settings.color_wanted(sys.stdout)))
@@ -109,4 +121,4 @@ def _files(certificate: Path | None, key: Path | None, alpn: str | None) -> TlsF
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    app.command()(tls)
+    app.command(context_settings=policy_options.CONTEXT)(tls)

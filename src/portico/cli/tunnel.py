@@ -9,7 +9,7 @@ from urllib.parse import quote
 import typer
 
 from portico import settings
-from portico.cli import output
+from portico.cli import output, policy_options
 from portico.cli.account import JsonOption, ProxyOption, ServerOption, signed_in, with_api
 from portico.errors import Problem
 
@@ -36,9 +36,19 @@ def http(
     ],
     name: Annotated[str | None, typer.Option(help="Name of the tunnel [made up].", show_default=False)] = None,
     subdomain: Annotated[str | None, typer.Option(help="Subdomain of the URL [the name].", show_default=False)] = None,
-    host_header: Annotated[
-        str, typer.Option(help="Host that the target sees: preserve (the visitor's), rewrite (its own), or a name.")
-    ] = "preserve",
+    basic_auth: policy_options.BasicAuth = None,
+    allow_cidr: policy_options.AllowCidr = None,
+    deny_cidr: policy_options.DenyCidr = None,
+    mutual_tls_cas: policy_options.MutualTlsCas = None,
+    https_only: policy_options.HttpsOnly = False,
+    https_redirect: policy_options.HttpsRedirect = False,
+    host_header: policy_options.HostHeader = None,
+    request_header_add: policy_options.RequestHeaderAdd = None,
+    request_header_remove: policy_options.RequestHeaderRemove = None,
+    response_header_add: policy_options.ResponseHeaderAdd = None,
+    response_header_remove: policy_options.ResponseHeaderRemove = None,
+    policy_file: policy_options.PolicyFile = None,
+    print_policy: policy_options.PrintPolicy = False,
     target_tls_verify: Annotated[
         bool | None,
         typer.Option(
@@ -63,17 +73,31 @@ def http(
     ] = None,
 ) -> None:
     """A public URL for a local app."""
-    from portico.agent import app
-    from portico.agent.target import check_host_header, parse_target
-    from portico.kit import loop
+    from portico.agent.policies import Sugar
+    from portico.agent.target import parse_target
 
     refuse_pool(pool)
     seconds = ttl_seconds(ttl)
     parsed = parse_target(target)
-    try:
-        check_host_header(host_header)
-    except ValueError as err:
-        raise Problem("config.invalid", f"--host-header {err}") from None
+    sugar = Sugar(
+        basic_auth=policy_options.basic_auth(basic_auth),
+        deny_cidr=deny_cidr or (),
+        allow_cidr=allow_cidr or (),
+        host_header=host_header,
+        request_header_remove=request_header_remove or (),
+        request_header_add=request_header_add or (),
+        response_header_remove=response_header_remove or (),
+        response_header_add=response_header_add or (),
+        mutual_tls_cas=mutual_tls_cas,
+        plain_http=policy_options.plain_http(https_only, https_redirect),
+    )
+    policy = policy_options.wanted(sugar, policy_file, "http")
+    if print_policy:
+        policy_options.show(policy, json)
+        return
+    from portico.agent import app
+    from portico.kit import loop
+
     config, found = signed_in(server)
     config = with_options(
         config, region=region, log_level=log_level, inspect=inspect, proxy_url=settings.Secret(proxy) if proxy else None
@@ -83,7 +107,9 @@ def http(
         spec["name"] = name
     if subdomain:
         spec["subdomain"] = subdomain
-    options = app.TunnelOptions(parsed, spec, host_header, target_tls_verify, ttl=seconds)
+    if policy is not None:
+        spec["policy"] = policy
+    options = app.TunnelOptions(parsed, spec, target_tls_verify, ttl=seconds)
     mode = output.display_mode(json)
     code = loop.run(app.serve(config, found, [options], mode, color=settings.color_wanted(sys.stdout), qr=qr))
     if code:
@@ -172,7 +198,7 @@ def _report(rows: list[dict[str, Any]], names: list[str], verb: str, json: bool)
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    app.command()(http)
+    app.command(context_settings=policy_options.CONTEXT)(http)
     app.command()(ls)
     app.command()(stop)
     app.command()(rm)

@@ -19,6 +19,7 @@ import yaml
 from portico.kit.paths import item, member
 
 MAX_DEPTH = 20
+MAX_NODES = 10_000
 
 _TAGS = "tag:yaml.org,2002:"
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where the wheel has it
@@ -31,6 +32,9 @@ class Place:
 
     line: int
     column: int
+
+
+Marks = Mapping[str, Place]
 
 
 class Unreadable(ValueError):
@@ -67,7 +71,14 @@ def load(text: str) -> Marked:
     return found
 
 
-def nearest(marks: Mapping[str, Place], path: str) -> Place | None:
+def of_node(node: yaml.Node) -> Marked:
+    """The value of a node of a larger document, whose author may use aliases; they are bounded here."""
+    found = Marked()
+    found.value = _Reading(found).value(node, "")
+    return found
+
+
+def nearest(marks: Marks, path: str) -> Place | None:
     """Where ``path`` stands, or the innermost thing around it that does."""
     while path and path not in marks:
         shorter = _TIGHT.sub("", path)
@@ -125,10 +136,23 @@ class _Reading:
 
     def __init__(self, found: Marked) -> None:
         self._found = found
+        self._depth = self._nodes = 0
         self._plain = yaml.SafeLoader("")
 
     def value(self, node: yaml.Node, path: str) -> Any:
         self._found.marks.setdefault(path, _place(node))
+        self._nodes += 1
+        if self._nodes > MAX_NODES or self._depth >= MAX_DEPTH:
+            if not self._found.faults:
+                self._refuse(path, "is nested too deeply, or holds too much")
+            return None
+        self._depth += 1
+        try:
+            return self._any(node, path)
+        finally:
+            self._depth -= 1
+
+    def _any(self, node: yaml.Node, path: str) -> Any:
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):

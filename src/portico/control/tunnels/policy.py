@@ -17,13 +17,12 @@ from cryptography import x509
 
 from portico.errors import Problem
 from portico.kit import marked
+from portico.kit.marked import Marks
 from portico.settings import ApiSettings
 from portico.wire import policy, policy_check
 from portico.wire.policy import Fault, PolicyInvalid, digest
 
 MAX_TEXT_CHARS: Final = 65_536  # of a policy written as text, with its comments
-
-Marks = Mapping[str, marked.Place]
 
 
 @dataclass(frozen=True, slots=True)
