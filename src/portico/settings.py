@@ -332,7 +332,7 @@ class RelaySettings:
     # == Visitors
     # Bytes of a request head (request line and headers); above it 431. Leaves room in one frame for ours.
     max_head_bytes: int = 49152
-    # Seconds from a request's first byte to the end of its head, and for a TLS handshake; a slow sender holds no slot.
+    # Seconds from a request's first byte to the end of its head, for a PROXY header, for a TLS handshake; slow ones hold no slot.
     head_timeout_seconds: float = 10.0
     # Seconds that a keep-alive connection may wait between requests; above the 60 s of common clients.
     idle_timeout_seconds: float = 75.0
@@ -346,6 +346,13 @@ class RelaySettings:
     exempt_loopback: bool = False
     # Open visitor connections of the whole process; keeps file descriptors for agents and for the control plane.
     max_connections: int = 50000
+    # Networks of proxies whose connections to the public ports begin with a PROXY header (version 1 or 2); from nobody else
+    # is one taken, and without one their connections are closed.
+    proxy_protocol_from: tuple[str, ...] = ()
+    # Bytes of a PROXY header; what a proxy adds to it (TLVs) is skipped.
+    proxy_header_max_bytes: int = 4096
+    # Networks of proxies whose X-Forwarded-…, Forwarded and X-Request-Id are believed; everybody else's are replaced.
+    trusted_proxies: tuple[str, ...] = ()
     # Requests in flight of one tunnel when its grant names no limit; above it 429.
     default_concurrency: int = 100
     # Client addresses (of IPv6: /64s) that one tunnel with a client rate tells apart; further ones share 256 buckets.

@@ -18,7 +18,13 @@ from tests.relay.doubles import KEY, Client, ScriptedAgent, port, session_token
 def pytest_asyncio_loop_factories(config: Any, item: Any) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Relays run on uvloop, and can on plain asyncio; what deals with sockets itself, or with its end, is tested on both."""
     loops: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.SelectorEventLoop}
-    both = ("test_tcp.py", "test_gone.py", "test_tls_port.py", "test_passthrough.py")
+    both = (
+        "test_tcp.py",
+        "test_gone.py",
+        "test_introduction.py",
+        "test_tls_port.py",
+        "test_passthrough.py",
+    )
     return {"uvloop": uvloop.new_event_loop, **loops} if item.path.name in both else loops
 
 

@@ -325,7 +325,7 @@ class TestPassthrough:
     async def test_the_socket_with_everything_unread(self, relay: Relay, raw: Any) -> None:
         taken: list[tuple[socket.socket, Hello, Any]] = []
 
-        def take(sock: socket.socket, said: Hello, peer: Any) -> bool:
+        def take(sock: socket.socket, said: Hello, peer: Any, local: Any) -> bool:
             if said.sni != b"web.example.org":
                 return False
             taken.append((sock, said, peer))
@@ -353,7 +353,7 @@ class TestPassthrough:
         assert len(await presented(relay, "localhost")) > 100
 
     async def test_a_fault_of_it_ends_that_connection_alone(self, relay: Relay, raw: Any) -> None:
-        tls(relay).passthrough = lambda sock, said, peer: 1 // 0 == 0
+        tls(relay).passthrough = lambda sock, said, peer, local: 1 // 0 == 0
         reader, _ = await raw(recorded("curl"))
         assert await answer(reader) == b""
         assert tls(relay).stats.failures["internal"] == 1 and not relay.public.connections

@@ -76,9 +76,9 @@ def _who(tunnel: LiveTunnel | RemoteTunnel | None, host: bytes) -> str:
     return f'"tunnel":{quote(tunnel.tunnel)},"organization":{quote(tunnel.organization)},"host":{name},'
 
 
-def _client(visitor: Repeats) -> str:
+def _client(visitor: Repeats, address: str) -> str:
     tls = "null" if visitor.tls is None else quote(visitor.tls)
-    return f'"client":{quote(visitor.address)},"tls":{tls},'
+    return f'"client":{quote(address)},"tls":{tls},'
 
 
 def _code(code: str | None) -> str:
@@ -164,7 +164,7 @@ class AccessLog:
         _, plain, head, ident = asked
         noted = visitor.noted
         if noted[0] is not tunnel or noted[1] is not head:
-            visitor.noted = noted = (tunnel, head, _who(tunnel, head.host), _client(visitor))
+            visitor.noted = noted = (tunnel, head, _who(tunnel, head.host), _client(visitor, visitor.address))
         method, _, target = plain.partition(b"\0")
         if not self.query:
             target = target.partition(b"?")[0]
@@ -186,7 +186,8 @@ class AccessLog:
             f'"request":"{exchange.id.decode()}",{_who(exchange.tunnel, exchange.host)}'
             f'"method":"{exchange.method.decode()}","path":{path_of(exchange.target, self.query)},'
             f'"protocol":"{"websocket" if status == 101 else conn.door.scheme.decode()}","status":{status},'
-            f'"code":{_code(exchange.code)},{_client(conn)}"bytes_in":{exchange.got},"bytes_out":{exchange.sent},'
+            f'"code":{_code(exchange.code)},{_client(conn, exchange.address)}'
+            f'"bytes_in":{exchange.got},"bytes_out":{exchange.sent},'
             f'"duration_ms":{took * 1000:.3f},"head_ms":{head},"end":"{end}",'
         )
 
@@ -195,7 +196,8 @@ class AccessLog:
         if self.wants(failed=True):
             self.put(
                 f'"request":"{ident.decode()}",{_who(None, b"")}"method":null,"path":null,'
-                f'"protocol":"{visitor.door.scheme.decode()}","status":{status},"code":{_code(code)},{_client(visitor)}'
+                f'"protocol":"{visitor.door.scheme.decode()}","status":{status},"code":{_code(code)},'
+                f"{_client(visitor, visitor.address)}"
                 f'"bytes_in":0,"bytes_out":0,"duration_ms":null,"head_ms":null,"end":"refused",'
             )
 

@@ -112,7 +112,7 @@ def read(fields: list[bytes], peer: str, trusted: Networks) -> Told:
     for at in range(0, len(fields), 2):
         name = fields[at].lower()
         if name in TOLD:
-            told.setdefault(name, []).append(fields[at + 1])
+            told.setdefault(name, []).append(fields[at + 1].strip(b" \t"))
     if not told:
         return Told(peer)
     x_for, forwarded = told.get(X_FOR, []), told.get(FORWARDED, [])
@@ -232,7 +232,7 @@ def _elements(text: str) -> list[Said] | None:
 def _one(told: dict[bytes, list[bytes]], name: bytes) -> bytes | None:
     """The value of a field that is there once; of two, one is not the proxy's."""
     values = told.get(name, [])
-    return values[0].strip(b" \t") if len(values) == 1 else (b"" if values else None)
+    return values[0] if len(values) == 1 else (b"" if values else None)
 
 
 def _agreed(by_x: bytes | None, by_forwarded: str | None) -> bytes | None:

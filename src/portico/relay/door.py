@@ -18,7 +18,8 @@ class Door:
     ``scheme``: http, https, tcp or tls (passed through). ``port``: the public one. ``sni``: the name that a TLS visitor asked
     for, lower-case and without trailing dot; ``None`` without TLS or without a name. ``covers(host)``: whether the certificate
     that was presented is for that host. ``client_ca``: which authority a client certificate was checked against (its hash in
-    ``relay/policy.py``), or ``None`` when none was asked for.
+    ``relay/policy.py``), or ``None`` when none was asked for. ``client``, ``local``: the connection's ends, as a proxy's
+    PROXY header named them or as the socket has them; ``None`` where they were not looked at.
     """
 
     scheme: bytes
@@ -26,3 +27,5 @@ class Door:
     sni: bytes | None = None
     covers: Callable[[bytes], bool] = covers_all
     client_ca: str | None = None
+    client: tuple[str, int] | None = None
+    local: tuple[str, int] | None = None

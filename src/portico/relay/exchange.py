@@ -15,7 +15,7 @@ import secrets
 from time import monotonic as clock
 from typing import TYPE_CHECKING, cast
 
-from portico.relay import heads
+from portico.relay import client_address, heads
 from portico.relay.decide import PASSWORD, decide
 from portico.relay.heads import PASS
 from portico.relay.policy import OPEN
@@ -23,6 +23,7 @@ from portico.wire import frames as f
 from portico.wire.session import Stream
 
 if TYPE_CHECKING:
+    from portico.relay.client_address import Told
     from portico.relay.door import Door
     from portico.relay.http1 import Visitor
     from portico.relay.peers import RemoteTunnel
@@ -82,6 +83,7 @@ class Exchange:
     held = False  # waits, or waited, for its tunnel to come back
     judged = False  # its password was, or is being, checked
     policy = OPEN  # under which it was forwarded
+    told: Told | None = None  # by a trusted proxy, of whom it has the request
     told_wait = 0.0  # seconds, by the relay that has the tunnel
     counted = False  # holds a place in the tunnel's concurrency
     received = False  # the request is here, whole
@@ -125,12 +127,13 @@ class Exchange:
     @property
     def secure(self) -> bool:
         """Whether the visitor's side is encrypted."""
-        return not self.conn.plain
+        told = self.told
+        return not self.conn.plain if told is None or told.scheme is None else told.scheme == b"https"
 
     @property
     def address(self) -> str:
         """The client's."""
-        return self.conn.address
+        return self.conn.address if self.told is None else self.told.client
 
     @property
     def certified(self) -> bool:
@@ -151,7 +154,8 @@ class Exchange:
     def start(self) -> None:
         """Decide, and forward or refuse."""
         self.started = True
-        self.id = self.id or request_id()
+        told = self.told
+        self.id = self.id or (told.ident if told is not None else None) or request_id()
         self.began = self.began or clock()
         conn = self.conn
         self.tunnel = tunnel = conn.server.find(self.host)
@@ -179,7 +183,10 @@ class Exchange:
             if policy.request is not None:
                 wire = heads.wire_fields(policy.request(self.fields))
             known_for, forwarding = conn.forwarded
-            if known_for != self.host:
+            if told is not None:
+                fields = client_address.told_on(told, conn.address, conn.door.scheme, self.host, conn.door.port)
+                forwarding = heads.wire_fields((*fields, b"X-Request-Id", b""))
+            elif known_for != self.host:
                 forwarding = conn.forwarding(self.host)
             line = tunnel.bind_bytes + self.method + b"\0" + self.target
             self.stream = tunnel.session.open_encoded(line + wire + forwarding + self.id, flags, self)

@@ -306,7 +306,7 @@ KNOWN_ANSWERS: Memo[KnownAnswer] = Memo(2048, 2048)
 
 def forwarding(client: str, scheme: bytes, host: bytes, port: int) -> tuple[bytes, ...]:
     """The forwarding fields of one connection and host, flat (RFC 7239 and its customary forerunners)."""
-    address = client.encode()
+    address = client.encode() or b"unknown"
     node = b'"[%b]"' % address if b":" in address else address
     named = host if b":" not in host else b'"%b"' % host
     return (

@@ -80,7 +80,7 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
     # ── transport events ──────────────────────────────────────────────────────────────────────────────────────────
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self.address = plain_address(transport.get_extra_info("peername"))
+        self.address = plain_address(self.door.client or transport.get_extra_info("peername"))
         if self.door.client_ca is not None:
             self.certified = presented_certificate(transport)
         if self.server.access is not None and not self.plain:

@@ -20,15 +20,18 @@ import picows
 from portico.errors import Problem
 from portico.kit.carrier import MAX_MESSAGE
 from portico.kit.networks import is_loopback, network
-from portico.relay import pages
+from portico.relay import introduction, pages
 from portico.relay.access_log import AccessLog
+from portico.relay.client_address import Networks
 from portico.relay.credentials import Credentials, authorization
 from portico.relay.door import Door
 from portico.relay.exchange import Exchange
 from portico.relay.heads import STATUS_LINES
 from portico.relay.holding import Holding
-from portico.relay.http1 import READ_SIZE, Visitor
+from portico.relay.http1 import READ_SIZE, Visitor, plain_address
+from portico.relay.introduction import Introduction
 from portico.relay.peers import Peers, RemoteTunnel
+from portico.relay.proxied import ProxiedVisitor
 from portico.relay.sessions import Agents, LiveTunnel
 from portico.relay.snapshot import Snapshot
 from portico.relay.tally import Tally
@@ -40,6 +43,8 @@ log = logging.getLogger("portico.relay.listeners")
 SWEEP_SECONDS = 0.5
 #: A sweep this late says that the process stood still.
 STOOD_STILL_SECONDS = 1.5
+#: Seconds between two log lines about proxies that do not do as they must.
+QUIET_SECONDS = 30.0
 #: Connections over a limit that are told so and given a moment to read it; those above this number are cut off unheard.
 MAX_TURNED_AWAY = 1024
 _REASONS = {
@@ -104,6 +109,9 @@ class PublicServer:
         self._remote = peers.by_host
         self._base = settings.base_domain.encode().lower()
         self._held: list[Visitor] = []
+        self.trusted = Networks(settings.trusted_proxies, "trusted_proxies")
+        self.introducing = Networks(settings.proxy_protocol_from, "proxy_protocol_from")
+        self._say_at, self._unsaid = 0.0, 0
         self._draining = False
         self.holding = Holding(settings, snapshot, agents, peers)
         self.credentials = Credentials(settings, self.loop)
@@ -116,14 +124,39 @@ class PublicServer:
         address = network(visitor.address)
         if len(self.connections) >= limits.max_connections:
             return False
-        exempt = limits.exempt_loopback and is_loopback(visitor.address)
-        if self._by_address[address] >= limits.connections_per_address and not exempt:
+        if self._by_address[address] >= limits.connections_per_address and not self._exempt(visitor.address):
             return False
         self._by_address[address] += 1
         self.tally.accepted[visitor.door.scheme] += 1
         self.connections.add(visitor)
         visitor.draining = self._draining
         return True
+
+    def _exempt(self, address: str) -> bool:
+        """Whether an address may hold any number of connections: a proxy's are those of many clients."""
+        by_setting = self.settings.exempt_loopback and is_loopback(address)
+        return by_setting or address in self.trusted or address in self.introducing
+
+    def protocol(self, door: Door, make: introduction.Make) -> Callable[[], asyncio.BufferedProtocol]:
+        """What serves connections that come in by ``door``: ``make(door)``, once it is known who they are from."""
+        if self.trusted or self.introducing:
+            return lambda: Introduction(self, door, make)
+        return lambda: make(door)
+
+    def visitor(self, door: Door) -> Visitor:
+        """Who serves HTTP on a connection that is over TLS, or from a client that its door does not name."""
+        if door.client is not None and plain_address(door.client) in self.trusted:
+            return ProxiedVisitor(self, door)
+        return Visitor(self, door)
+
+    def refuse_proxy(self, address: str, why: str) -> None:
+        """Count a connection of a proxy without the header that it must have; now and then one is logged."""
+        self.refused(introduction.INVALID)
+        self._unsaid += 1
+        if self.now >= self._say_at:
+            fields = {"code": introduction.INVALID, "proxy": address, "why": why, "count": self._unsaid}
+            log.warning("proxy did not introduce its visitor", extra={"f": fields})
+            self._say_at, self._unsaid = self.now + QUIET_SECONDS, 0
 
     def turn_away(self, visitor: Visitor) -> bool:
         """Whether a connection that was not admitted may be answered; the sweep ends it when it stays."""
@@ -294,7 +327,7 @@ async def serve_public(public: PublicServer, sock: socket.socket, backlog: int) 
     """Visitors on ``sock``, in clear text; those with TLS come by ``tls_port.py``."""
     name = sock.getsockname()
     door = Door(b"http", name[1] if isinstance(name, tuple) else 0)
-    return await public.loop.create_server(lambda: Visitor(public, door), sock=sock, backlog=backlog)
+    return await public.loop.create_server(public.protocol(door, public.visitor), sock=sock, backlog=backlog)
 
 
 def _answer(status: int, body: bytes, kind: str) -> picows.WSUpgradeResponseWithListener:

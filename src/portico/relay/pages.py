@@ -122,6 +122,11 @@ _ADVICE = {
         "Wait a moment, then reload.",
         "The limits are those of `rate_limits` in the tunnel’s policy, and of your plan.",
     ),
+    "edge.proxy_header_invalid": Advice(
+        "a proxy in front of this relay did not say who is visiting.",
+        "Tell the operator of this site.",
+        "Connections from networks in the relay’s `proxy_protocol_from` have to begin with a PROXY header.",
+    ),
     "edge.too_many_connections": Advice(
         "your network address holds too many connections to this relay.",
         "Close other tabs of this site, wait a moment, then reload.",

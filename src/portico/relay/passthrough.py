@@ -44,8 +44,9 @@ class Passthrough:
         self.port = port
         self._adopting: set[asyncio.Task[None]] = set()
 
-    def __call__(self, sock: socket.socket, hello: Hello, peer: Any) -> bool:
-        """Whether the connection is passed through; ``peer`` is the visitor's address. From ``True`` on the socket is ours."""
+    def __call__(self, sock: socket.socket, hello: Hello, peer: Any, local: tuple[str, int] | None = None) -> bool:
+        """Whether the connection is passed through; ``peer`` is the visitor's address, ``local`` where it connected to if that
+        is not the socket's own. From ``True`` on the socket is ours."""
         host = hello.sni
         if host is None:
             return False
@@ -57,7 +58,7 @@ class Passthrough:
                 return False
         elif not tunnel.passthrough:
             return False
-        visitor = PassVisitor(self.raw, Door(b"tls", self.port, host), host, tunnel, peer)
+        visitor = PassVisitor(self.raw, Door(b"tls", self.port, host, local=local), host, tunnel, peer)
         task = self.raw.loop.create_task(self._adopt(visitor, sock))
         self._adopting.add(task)
         task.add_done_callback(self._adopting.discard)

@@ -127,7 +127,7 @@ class RawVisitor(asyncio.BufferedProtocol):
             return
         info = {
             "peer": _place(self.peer()),
-            "local": _place(self.transport.get_extra_info("sockname")),
+            "local": _place(self.door.local or self.transport.get_extra_info("sockname")),
             "id": self.id.decode(),
         }
         try:
@@ -143,7 +143,7 @@ class RawVisitor(asyncio.BufferedProtocol):
 
     def peer(self) -> Any:
         """The visitor's address, as sockets have it."""
-        return self.transport.get_extra_info("peername")
+        return self.door.client or self.transport.get_extra_info("peername")
 
     def place(self) -> dict[str, Any]:
         """What it came to, for the log."""
@@ -414,7 +414,7 @@ class RawVisitor(asyncio.BufferedProtocol):
 
 def _place(name: Any) -> str:
     """``host:port`` of a socket's name, as OPEN carries it."""
-    if not isinstance(name, tuple):
+    if not isinstance(name, tuple) or not name[0]:
         return ""
     host = plain_address(name)
     return f"[{host}]:{name[1]}" if ":" in host else f"{host}:{name[1]}"

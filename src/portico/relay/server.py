@@ -27,7 +27,6 @@ from portico.relay.access_log import OFF, AccessLog
 from portico.relay.certificate_sources import Certificates
 from portico.relay.control_link import ControlLink
 from portico.relay.door import Door
-from portico.relay.http1 import Visitor
 from portico.relay.listeners import PublicServer
 from portico.relay.meter import Meter
 from portico.relay.passthrough import Passthrough
@@ -162,7 +161,7 @@ class Relay:
 
     def _terminated(self, door: Door) -> asyncio.BaseProtocol:
         """Who serves a connection whose TLS ends here."""
-        return Visitor(self.public, door)
+        return self.public.visitor(door)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -112,7 +112,9 @@ class TcpPorts:
 
     async def _serve(self, port: Port) -> None:
         server = await self.loop.create_server(
-            lambda: TcpVisitor(self, port), sock=port.sock, backlog=self.settings.listen_backlog
+            self.raw.public.protocol(Door(b"tcp", port.number), lambda door: TcpVisitor(self, port, door)),
+            sock=port.sock,
+            backlog=self.settings.listen_backlog,
         )
         if self.open.get(port.number) is port:
             port.server = server
@@ -150,8 +152,8 @@ class TcpVisitor(RawVisitor):
 
     __slots__ = ("port",)
 
-    def __init__(self, ports: TcpPorts, port: Port) -> None:
-        super().__init__(ports.raw, Door(b"tcp", port.number), port.live)
+    def __init__(self, ports: TcpPorts, port: Port, door: Door) -> None:
+        super().__init__(ports.raw, door, port.live)
         self.port = port
 
     def place(self) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from portico.kit import proxy_protocol
+from portico.kit.proxy_protocol import Place
 from portico.relay.certificates import ALPN, CertificateStore
 from portico.relay.door import Door
 from portico.relay.exchange import request_id
@@ -56,12 +58,12 @@ _HTTP_STARTS: Final = (b"GET ", b"POST", b"HEAD", b"PUT ", b"OPTI", b"DELE", b"P
 #: What became of connections that had no handshake, or a failed one.
 FAILURES: Final = (
     "too_many",  # over a limit, refused unheard
-    "hello_timeout", "hello_gone", "not_tls", "plain_http", "malformed", "too_large", "bad_name",
+    "proxy_header", "hello_timeout", "hello_gone", "not_tls", "plain_http", "malformed", "too_large", "bad_name",
     "unknown_name", "unknown_name_ech", "no_protocol", "handshake_timeout", "handshake_gone",
     "version", "cipher", "client_certificate", "handshake", "internal",
 )  # fmt: skip
 
-Passthrough = Callable[[socket.socket, Hello, Any], bool]
+Passthrough = Callable[[socket.socket, Hello, Any, Place | None], bool]
 ClientCa = Callable[[bytes], tuple[str, str] | None]
 
 
@@ -130,16 +132,31 @@ class EdgeContext(ssl.SSLContext):
 class Arrival(asyncio.Protocol):
     """A connection from its accept to the end of its handshake. Its own transport, for ``PublicServer``, while it has none."""
 
-    __slots__ = ("address", "deadline", "door", "draining", "hello", "peer", "port", "sock", "task", "want")
+    __slots__ = (
+        "address",
+        "deadline",
+        "door",
+        "draining",
+        "hello",
+        "local",
+        "met",
+        "peer",
+        "port",
+        "sock",
+        "task",
+        "want",
+    )
 
     def __init__(self, port: TlsPort, sock: socket.socket, peer: Any, deadline: float) -> None:
         self.port = port
         self.sock = sock
         self.peer = peer
+        self.local: Place | None = None
         self.address = plain_address(peer)
         self.deadline = deadline
         self.draining = False
         self.want = 1  # bytes before it is of use to look again
+        self.met = self.address not in port.public.introducing
         self.hello: Hello | None = None
         self.door = port.arriving
         self.task: asyncio.Task[None] | None = None
@@ -153,7 +170,9 @@ class Arrival(asyncio.Protocol):
         return self.sock.fileno() < 0
 
     def expire(self) -> None:
-        if self.task is None:
+        if not self.met:
+            self.port.refuse_proxy(self, "no whole PROXY header in time")
+        elif self.task is None:
             self.port.end(self, "hello_timeout" if self.hello is None else "handshake_timeout")
         else:
             self.port.stats.failures["handshake_timeout"] += 1
@@ -185,7 +204,8 @@ class TlsPort:
     """Accepts from one listening socket until :meth:`close`. ``visitor`` makes the protocol of a terminated connection.
 
     ``client_ca(name)``: hash and PEM of the authority that the tunnel of a name wants clients to have a certificate of.
-    ``passthrough(sock, hello, peer)``: takes a connection over, with its hello unread, or returns ``False``. From ``True`` on
+    ``passthrough(sock, hello, peer, local)``: takes a connection over, with its hello unread, or returns ``False``; ``local``
+    is where the visitor connected to, if a proxy said so. From ``True`` on
     the socket is the callee's, which counts it as a guest of its own.
     """
 
@@ -271,13 +291,60 @@ class TlsPort:
             self._refuse_unheard(arrival)
             return
         self._greeting[arrival] = None
-        self.loop.add_reader(arrival.sock, self._look, arrival)
+        begin = self._look if arrival.met else self._meet
+        self.loop.add_reader(arrival.sock, begin, arrival)
 
     def _refuse_unheard(self, arrival: Arrival) -> None:
         """A page would cost a handshake, which is what there is no room for."""
         self.public.refused("edge.too_many_connections")
         self.stats.failures["too_many"] += 1
         arrival.sock.close()
+
+    # ── the word of a proxy before it ─────────────────────────────────────────────────────────────────────────────
+    def _meet(self, arrival: Arrival) -> None:
+        """A connection of a proxy that has to say whose it is: its PROXY header is taken off, and nothing behind it."""
+        most = self.public.settings.proxy_header_max_bytes
+        try:
+            data = arrival.sock.recv(most, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if len(data) < arrival.want:  # its end came instead
+            self.refuse_proxy(arrival, "no whole PROXY header")
+            return
+        try:
+            found = proxy_protocol.read(data, most)
+        except ValueError as err:
+            self.refuse_proxy(arrival, str(err))
+            return
+        if found is None:
+            self._wait_for(arrival, len(data) + 1)
+            return
+        arrival.sock.recv(found.length)
+        self._wait_for(arrival, 1)
+        self.loop.remove_reader(arrival.sock)
+        if found.source is not None:
+            self.public.leave(cast("Guest", arrival))
+            arrival.peer, arrival.local = found.source, found.destination
+            arrival.address = plain_address(found.source)
+            if not self.public.admit(cast("Guest", arrival)):
+                del self._greeting[arrival]
+                self._refuse_unheard(arrival)
+                return
+        arrival.met = True
+        self.loop.add_reader(arrival.sock, self._look, arrival)
+
+    def _wait_for(self, arrival: Arrival, count: int) -> None:
+        """Hear of the socket again when ``count`` bytes are there, or its end."""
+        if count != arrival.want:
+            arrival.want = count
+            arrival.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+
+    def refuse_proxy(self, arrival: Arrival, why: str) -> None:
+        """It did not say whose connection it is."""
+        self.public.refuse_proxy(arrival.address, why)
+        self.end(arrival, "proxy_header")
 
     # ── the hello ─────────────────────────────────────────────────────────────────────────────────────────────────
     def _look(self, arrival: Arrival) -> None:
@@ -300,8 +367,7 @@ class TlsPort:
                 break
             found = parse(data, self._hello_max)
         if isinstance(found, NeedMore):
-            arrival.want = found.total
-            arrival.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, found.total)
+            self._wait_for(arrival, found.total)
         elif isinstance(found, Invalid):
             self._refuse_hello(arrival, data, found)
         else:
@@ -324,8 +390,7 @@ class TlsPort:
         """The hello is whole."""
         self.loop.remove_reader(arrival.sock)
         del self._greeting[arrival]
-        if arrival.want > 1:
-            arrival.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        self._wait_for(arrival, 1)
         arrival.hello = hello
         if hello.sni is not None and self.passthrough is not None and self._passed_through(arrival, hello):
             return
@@ -336,7 +401,7 @@ class TlsPort:
     def _passed_through(self, arrival: Arrival, hello: Hello) -> bool:
         assert self.passthrough is not None
         try:
-            if not self.passthrough(arrival.sock, hello, arrival.peer):
+            if not self.passthrough(arrival.sock, hello, arrival.peer, arrival.local):
                 return False
         except Exception:
             log.exception("fault while passing a connection through")
@@ -373,7 +438,10 @@ class TlsPort:
             log.exception("no TLS context", extra={"f": {"name": (hello.sni or b"").decode()}})
             self._alert(arrival, INTERNAL_ERROR, "internal")
             return
-        door = Door(b"https", self.number, hello.sni, certificate.covers, client_ca[0] if client_ca else None)
+        port = arrival.local[1] if arrival.local is not None and arrival.local[1] else self.number
+        hash_of_ca = client_ca[0] if client_ca else None
+        peer = arrival.peer[:2] if isinstance(arrival.peer, tuple) else None
+        door = Door(b"https", port, hello.sni, certificate.covers, hash_of_ca, peer, arrival.local)
         self._shaking.add(arrival)
         arrival.task = self.loop.create_task(self._shake(arrival, context, door))
 
