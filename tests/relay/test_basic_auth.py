@@ -16,6 +16,7 @@ from argon2.low_level import verify_secret
 from portico.relay import heads
 from portico.relay.server import Relay
 from tests.relay.edge import Edge, ask, online
+from tests.relay.known import visitors
 
 QUICK = PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
 PASSWORD = "hunter2-of-alice"
@@ -203,12 +204,23 @@ class TestWhereItGoes:
                 secret not in edge.target.sent and secret.decode() not in shown and secret.decode() not in caplog.text
             )
 
-    async def test_it_is_not_among_the_heads_that_the_relay_remembers(self, edge: Edge, visit: Visit) -> None:
+    async def test_its_head_is_remembered_by_its_connection_alone(self, edge: Edge, visit: Visit) -> None:
         for given, status in ((basic(), 200), (basic("alice", "wrong"), 401)):
             client = await visit()
             for _ in range(5):
                 assert (await ask(client, get(given)))[0] == status
         assert not [section for section in heads.KNOWN_HEADS if b"asic" in section]
+        owned = [visitor.own for visitor in visitors(edge.relay) if visitor.own is not None]
+        assert [basic() in section for section, _ in owned] == [True], "a wrong one by nobody"
+
+    async def test_a_connection_of_several_people_asks_each(self, edge: Edge, visit: Visit) -> None:
+        client = await visit()
+        people = (basic(), basic("bøb", "pässwörd: with colon"))
+        for given in [*people * 4, *[people[0]] * 4, *[people[1]] * 4]:
+            assert (await ask(client, get(given)))[0] == 200
+            assert (await ask(client, get(given[:-4] + b"AAAA")))[0] == 401
+            assert (await ask(client, get(None)))[0] == 401
+        assert edge.target.requests == 16 and b"uthorization" not in edge.target.sent
 
     @pytest.mark.parametrize("policy", [{}])
     async def test_without_basic_auth_it_is_the_targets(self, edge: Edge, visit: Visit, verified: list[bytes]) -> None:

@@ -121,6 +121,8 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
         if self.resting:
             line, _, section = bytes(data).partition(b"\r\n")
             known = heads.KNOWN_HEADS.get(section)
+            if known is None and self.own is not None and self.own[0] == section:
+                known = self.own[1]
             try:
                 asked = known is not None and self._ask(line, known)
             except Exception:

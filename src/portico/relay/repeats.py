@@ -59,6 +59,8 @@ class Repeats:
     tls: str | None = None  # the version of TLS, where it is logged
     noted: tuple[Any, Any, str, str] = (None, None, "", "")  # see ``AccessLog.whole``
     candidate = cast("heads.KnownHead", None)  # the known head that is decided on, and then that of :attr:`asked`
+    #: A head with a password of ours: nobody remembers it but the connection that it comes by, for as long as that is open.
+    own: tuple[bytes, heads.KnownHead] | None = None
     #: The head of the last request that was a known one, the policy that it fell under, and its fields with ours behind them.
     repeated: tuple[heads.KnownHead | None, Compiled, bytes] = (None, OPEN, b"")
     #: A tunnel's chain (each has one of its own) and the host for which all that is the same for every request of this
@@ -209,6 +211,10 @@ class Repeats:
         ordinary = not (exchange.with_body or exchange.upgrade or exchange.http10)
         if not ordinary or exchange.wire is None or exchange.te_trailers:
             return
-        if heads.KNOWN_HEADS.worth(section) and not credentials.carried(exchange.fields):
-            known = heads.KnownHead(exchange.host, exchange.fields, exchange.wire, exchange.keep_alive)
+        if not heads.KNOWN_HEADS.worth(section):
+            return
+        known = heads.KnownHead(exchange.host, exchange.fields, exchange.wire, exchange.keep_alive)
+        if exchange.policy.users is not None and credentials.carried(exchange.fields):
+            self.own = (section, known)
+        else:
             heads.KNOWN_HEADS.remember(section, known)
