@@ -35,9 +35,9 @@ def raw(text: str) -> bytes:
     return text.replace("shop.example.com", "web.localhost").replace("\n", "\r\n").encode() + b"\r\n"
 
 
-def plain(head: bytes, public: int) -> str:
-    """A head as the page writes it."""
-    text = head.decode().replace("\r\n", "\n").removesuffix("\n").replace("127.0.0.1", "203.0.113.7")
+def plain(head: bytes, public: int, peer: str) -> str:
+    """A head as the page writes it; ``peer``: who we are there."""
+    text = head.decode().replace("\r\n", "\n").removesuffix("\n").replace("127.0.0.1", peer)
     text = text.replace("web.localhost", "shop.example.com").replace(
         f"X-Forwarded-Port: {public}", "X-Forwarded-Port: 80"
     )
@@ -53,21 +53,28 @@ def policy_of_the_page() -> dict[str, Any]:
     return document
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS) // 4))
-async def test_examples(relay: Relay, visit: Visit, number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "peer", "relay_settings"),
+    [
+        (0, "203.0.113.7", {}),
+        (1, "203.0.113.7", {}),
+        (2, "10.0.0.2", {"trusted_proxies": ("127.0.0.0/8",)}),
+    ],
+)
+async def test_examples(relay: Relay, visit: Visit, number: int, peer: str) -> None:
     sent, got, answered, returned = example(number)
-    async with online(relay, policy_of_the_page() if number else {}) as edge:
+    async with online(relay, policy_of_the_page() if number == 1 else {}) as edge:
         edge.target.answer = raw(answered) + b"hello"
         client: Client = await visit(raw(sent))
         head = await client.read_head()
         assert await client.read(5) == b"hello"
         public = port(relay, 1)
-        assert plain(bytes(edge.target.sent), public) == re.sub(r"req_[0-9a-f]{22}", "req_ID", got)
-        assert plain(head, public) == returned
+        assert plain(bytes(edge.target.sent), public, peer) == re.sub(r"req_[0-9a-f]{22}", "req_ID", got)
+        assert plain(head, public, peer) == returned
 
 
 def test_there_are_examples() -> None:
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 12
 
 
 SPOOFS = [
