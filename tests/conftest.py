@@ -114,4 +114,5 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, home, ignore_errors=True)
         folder = tmp_path_factory.mktemp("up")
-        yield Up(home, folder, stack, tunnel_concurrency=400, tcp_ports=port_span(20))
+        log = home / "access.log"
+        yield Up(home, folder, stack, tunnel_concurrency=400, tcp_ports=port_span(20), access_log=log)

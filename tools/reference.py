@@ -305,8 +305,8 @@ on stdout, log lines on stderr; the first line of each tunnel is `online` (or `e
 | `error` | the tunnel was refused, or the platform ended it | `name`, `url`, `target`, `code`, `detail` |
 | `ended` | its own time is over | the same as `online`, `reason`: `ttl` |
 | `removed` | it is no longer in `portico.yml` | the same as `online` |
-| `request` | a request was answered (499: the visitor left) | `method`, `path`, `status`, `duration_ms`, `started_at` |
-| `connection` | a TCP connection ended | `visitor`, `duration_ms`, `started_at` |
+| `request` | it was answered (499: the visitor left) | `method`, `path`, `status`, `duration_ms`, `started_at`, `request_id` |
+| `connection` | a TCP connection ended | `visitor`, `duration_ms`, `started_at`, `request_id` |
 | `refused` | the edge refused visitors, who never came here; of each code at most every 5 s | `name`, `code`, `count`, `total` |
 | `requests_skipped` | more of them than `request_lines_per_second` | `count` |
 

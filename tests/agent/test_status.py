@@ -13,7 +13,7 @@ from rich.console import Console
 
 from portico.agent.api import Grant
 from portico.agent.client import Tunnel
-from portico.agent.stats import CONNECTION, RECORDS, Stats
+from portico.agent.stats import CONNECTION, RECORDS, Stats, connection_id, request_id
 from portico.agent.status import JsonLines, Lines, Screen, make_display
 from portico.errors import Problem
 from portico.kit.clock import uptime
@@ -329,6 +329,23 @@ def rendered(screen: Screen, width: int = 100) -> str:
     with console.capture() as got:
         console.print(screen.render())
     return got.get()
+
+
+def test_a_request_is_called_what_the_relay_calls_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    out, stats = io.StringIO(), Stats()
+    lines, objects = Lines(SETTINGS, stats), JsonLines(SETTINGS, stats, out)
+    now = time.perf_counter()
+    stats.answered(b"GET", b"/", 200, now, now, request_id([b"GET", b"/", b"Host", b"a", b"X-Request-Id", b"req_1"]))
+    stats.done(b"GET", b"/", 200, now, request_id([b"GET", b"/", b"X-Request-Id", b"an-evil\x1b[2J-one"]))
+    stats.answered(CONNECTION, b"1.2.3.4:5", 0, now, now, connection_id({"id": "req_2\ud800"}))
+    stats.answered(b"GET", b"/", 200, now, now, request_id([b"GET", b"/", b"Host", b"a"]))
+    lines.tick()
+    objects.tick()
+    events = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [event.get("request_id") for event in events] == ["req_1", "an-evil\\x1b[2J-one", "req_2?", None]
+    fields: list[Any] = [record.__dict__["f"].get("request") for record in caplog.records]
+    assert fields == [event.get("request_id") for event in events]
 
 
 class TestRefusals:

@@ -85,7 +85,7 @@ class TestBytes:
             await visit.over()
             assert (bytes(visit.body), visit.reset) == (b"banner early late", None)
             await tunnel.until_idle()
-            ((method, visitor, status, began, ended),) = tunnel.forwarder.stats.records
+            ((method, visitor, status, began, ended, _),) = tunnel.forwarder.stats.records
             assert (method, visitor, status) == (CONNECTION, b"1.2.3.4:5", 0) and 0 < ended - began < 5
 
     async def test_everything_before_the_dial_is_done(self) -> None:

@@ -66,8 +66,9 @@ class TargetConnection(asyncio.BufferedProtocol):
         self.reused = self.lost = self.write_paused = self.reading_paused = False
         self.idle_since = self.writing_since = 0.0
         self.unknown = b""  # the first read of an answer whose head was not known
-        #: Session, stream id, forwarder, method, target, bytes written and when, of a request that nothing was heard of.
-        self.asked: tuple[Session, int, Forwarder, bytes, bytes, bytes, float] | None = None
+        #: Session, stream id, forwarder, method, target, bytes written and when, and the request's own id, of a request that
+        #: nothing was heard of.
+        self.asked: tuple[Session, int, Forwarder, bytes, bytes, bytes, float, bytes] | None = None
         self.held: list[bytes] = []
         self._reset()
 
@@ -124,7 +125,7 @@ class TargetConnection(asyncio.BufferedProtocol):
     def _answer(self, nbytes: int) -> bool:
         """A whole answer in the first read of it, whose head is known, to what was asked; else it is for the exchange."""
         assert self.asked is not None
-        session, ident, forwarder, method, target, out, started = self.asked
+        session, ident, forwarder, method, target, out, started, request = self.asked
         if nbytes <= SMALL:
             data = bytes(self.view[:nbytes])
             head, ended, body = data.partition(b"\r\n\r\n")
@@ -135,7 +136,7 @@ class TargetConnection(asyncio.BufferedProtocol):
                 now = perf_counter()
                 if forwarder.tap is not None:
                     forwarder.tap.whole(out, started, now, known[2], known[1], body)
-                forwarder.stats.answered(method, target, known[2], started, now)
+                forwarder.stats.answered(method, target, known[2], started, now, request)
                 self.pool.release(self, now)
                 return True
             self.unknown = data
@@ -147,11 +148,11 @@ class TargetConnection(asyncio.BufferedProtocol):
         from portico.agent.forward import Exchange
 
         assert self.asked is not None
-        session, ident, forwarder, method, target, out, started = self.asked
+        session, ident, forwarder, method, target, out, started, request = self.asked
         self.asked = None
         self.exchange = exchange = Exchange(forwarder, method, target)
         exchange.stream = stream = session.make(ident, exchange)
-        exchange.resume(self, out, started)
+        exchange.resume(self, out, started, request)
         return stream
 
     def on_whole(self, response: bytes, body: bytes) -> bool:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
 from portico.agent.recorder import Entry, Tap, head_bytes
-from portico.agent.stats import Stats
+from portico.agent.stats import Stats, request_id
 from portico.agent.target import Target
 from portico.settings import AgentSettings
 from portico.wire import frames as f
@@ -363,7 +363,7 @@ class _FileStream:
             self.stream.reset(f.TARGET_RESET, "the file could not be read to its end")
         finally:
             stats.closed()
-            stats.done(head[0], head[1], self.status, self.started)
+            stats.done(head[0], head[1], self.status, self.started, request_id(head))
             self._close_entry()
 
     def over(self, task: asyncio.Task[None]) -> None:

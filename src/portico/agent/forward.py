@@ -18,7 +18,7 @@ from portico.agent.hints import HostHint
 from portico.agent.pool import Pool
 from portico.agent.raw import RawPipe
 from portico.agent.recorder import Entry, Tap, head_bytes
-from portico.agent.stats import Stats
+from portico.agent.stats import Stats, request_id
 from portico.agent.target import Target, tls_context
 from portico.settings import AgentSettings
 from portico.wire import frames as f
@@ -73,7 +73,8 @@ class Forwarder:
             connection.abort()
             return None
         out = b"".join((method, b" ", target, known, last, b"\r\n\r\n"))
-        connection.asked = (session, ident, self, method, target, out, perf_counter())
+        # What is known has the request's id last, or is none of a relay's of ours.
+        connection.asked = (session, ident, self, method, target, out, perf_counter(), last)
         self.stats.open += 1
         connection.transport.write(out)
         return connection
@@ -129,6 +130,7 @@ class Exchange:
     _flush_due = False
     _reused = False
     _trailing = False
+    _request = b""  # its id
 
     def __init__(self, forwarder: Forwarder, method: bytes, path: bytes) -> None:
         self.pool = forwarder.pool
@@ -139,13 +141,14 @@ class Exchange:
         if method == b"HEAD":
             self.bodiless = True
 
-    def resume(self, connection: TargetConnection, out: bytes, started: float) -> None:
+    def resume(self, connection: TargetConnection, out: bytes, started: float, request: bytes) -> None:
         """Go on with a request that :meth:`Forwarder.quick` wrote to ``connection``."""
         self.connection = connection
         self._reused = True
         self._kept = [out]
         self._out = []
         self._started = self._since = started
+        self._request = request
         tap = self.forwarder.tap
         if tap is not None:
             self.entry = tap.begin(out, f.F_END, started)
@@ -154,6 +157,7 @@ class Exchange:
     def begin(self, head: list[bytes], flags: int) -> None:
         """Write the head to a connection of the pool, or wait for one."""
         self._out = []
+        self._request = request_id(head)
         self._whole = flags & f.F_END != 0
         self._idempotent = self.method in IDEMPOTENT
         if flags & f.F_UPGRADE:
@@ -399,10 +403,10 @@ class Exchange:
     def _record(self, status: int, still_open: bool = False) -> None:
         stats = self.forwarder.stats
         if still_open:
-            stats.done(self.method, self.path, status, self._started)
+            stats.done(self.method, self.path, status, self._started, self._request)
             return
         ended = perf_counter()
-        stats.answered(self.method, self.path, status, self._started, ended)
+        stats.answered(self.method, self.path, status, self._started, ended, self._request)
         if self.entry is not None:
             self.entry.finish(status, ended)
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: Requests kept: percentiles are taken from them, and a display that is slower than this misses some.
 RECORDS = 2048
@@ -14,6 +14,8 @@ RECORDS = 2048
 
 #: The method of a record of a TCP connection, and that of one of a TLS tunnel.
 CONNECTION, TLS_CONNECTION = b"TCP", b"TLS"
+#: Characters of an id that are kept.
+MAX_ID = 128
 CONNECTIONS = frozenset((CONNECTION, TLS_CONNECTION))
 
 
@@ -28,6 +30,18 @@ class Record(NamedTuple):
     status: int
     seconds: float
     ended: float
+    #: The id that visitor, relay and target know it by.
+    id: bytes = b""
+
+
+def request_id(head: list[bytes]) -> bytes:
+    """The id that the relay gave a request: it is the last of the fields."""
+    return head[-1] if len(head) > 3 and head[-2].lower() == b"x-request-id" else b""
+
+
+def connection_id(info: dict[str, Any]) -> bytes:
+    """The id that the relay gave a connection."""
+    return str(info.get("id", ""))[:MAX_ID].encode("utf-8", "replace")
 
 
 class Stats:
@@ -38,7 +52,7 @@ class Stats:
         self.open = 0
         self.last_failure = ""
         self.failures = 0
-        self.records: deque[tuple[bytes, bytes, int, float, float]] = deque(maxlen=RECORDS)
+        self.records: deque[tuple[bytes, bytes, int, float, float, bytes]] = deque(maxlen=RECORDS)
         self.written = 0
         self.rate_1 = self.rate_5 = 0.0
         self._sampled_total = 0
@@ -53,16 +67,18 @@ class Stats:
         self.open -= 1
         self.total += 1
 
-    def done(self, method: bytes, path: bytes, status: int, started: float) -> None:
+    def done(self, method: bytes, path: bytes, status: int, started: float, ident: bytes = b"") -> None:
         """A request was answered; ``started`` is a :func:`time.perf_counter` value."""
-        self.records.append((method, path, status, started, time.perf_counter()))
+        self.records.append((method, path, status, started, time.perf_counter(), ident))
         self.written += 1
 
-    def answered(self, method: bytes, path: bytes, status: int, started: float, ended: float) -> None:
+    def answered(
+        self, method: bytes, path: bytes, status: int, started: float, ended: float, ident: bytes = b""
+    ) -> None:
         """A request was answered and is over: ``done`` and ``closed``."""
         self.open -= 1
         self.total += 1
-        self.records.append((method, path, status, started, ended))
+        self.records.append((method, path, status, started, ended, ident))
         self.written += 1
 
     def failed(self, detail: str) -> None:
@@ -75,7 +91,7 @@ class Stats:
         new = min(self.written - seen, len(self.records))
         to_wall = time.time() - time.perf_counter()
         rows = itertools.islice(self.records, len(self.records) - new, None)
-        fresh = [Record(m, p, status, ended - began, ended + to_wall) for m, p, status, began, ended in rows]
+        fresh = [Record(m, p, status, ended - began, ended + to_wall, id) for m, p, status, began, ended, id in rows]
         return fresh, self.written
 
     def percentile(self, share: float) -> float:

@@ -52,6 +52,11 @@ def path_of(record: Record) -> str:
     return printable(record.path.decode("utf-8", "replace"))
 
 
+def id_of(record: Record) -> str:
+    """The id of a request, for showing."""
+    return printable(record.id.decode("utf-8", "replace"))
+
+
 def end_of(tunnel: Tunnel) -> str:
     """Why a tunnel without a problem is over."""
     if tunnel.state == "removed" or tunnel.ttl is None:
@@ -171,6 +176,7 @@ class Lines(Display):
         for r in records:
             fields: dict[str, Any] = {"status": r.status} if r.status else {}
             fields["ms"] = f"{r.seconds * 1000:.1f}"
+            fields |= {"request": id_of(r)} if r.id else {}
             log.info("%s %s", r.method.decode("latin-1"), path_of(r), extra={"f": fields})
 
 
@@ -233,10 +239,11 @@ class JsonLines(Display):
             millis = int((r.ended - r.seconds) % 1 * 1000)
             times = {"duration_ms": round(r.seconds * 1000, 3), "started_at": f"{started}.{millis:03d}Z"}
             path = r.path.decode("utf-8", "replace")
+            ident = {"request_id": id_of(r)} if r.id else {}
             if r.method in CONNECTIONS:
-                self._put("connection", visitor=path, **times)
+                self._put("connection", visitor=path, **times, **ident)
             else:
-                self._put("request", method=r.method.decode("latin-1"), path=path, status=r.status, **times)
+                self._put("request", method=r.method.decode("latin-1"), path=path, status=r.status, **times, **ident)
         self._out.flush()
 
 

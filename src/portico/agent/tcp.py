@@ -17,7 +17,7 @@ from typing import Any, Final
 from portico.agent.connection import MIN_READ, RECEIVE_BYTES
 from portico.agent.proxy_protocol import header
 from portico.agent.raw import RawPipe
-from portico.agent.stats import CONNECTION, Stats
+from portico.agent.stats import CONNECTION, Stats, connection_id
 from portico.agent.target import Target, dial, why_unreachable
 from portico.agent.tls_files import TlsIdentity, doubts
 from portico.agent.tls_stream import TlsStream
@@ -87,7 +87,8 @@ class TcpForwarder:
             certificate = self.identity.files.certificate
             limit = self.settings.tls_handshake_timeout_seconds
             front = TlsStream(stream, context, stats.failed, limit, lambda name: doubts(certificate, name))
-        pipe = RawPipe(front, lambda: stats.answered(self.kind, peer.encode(), 0, began, time.perf_counter()))
+        ident = connection_id(info)
+        pipe = RawPipe(front, lambda: stats.answered(self.kind, peer.encode(), 0, began, time.perf_counter(), ident))
         first = header(self.proxy_protocol, peer, info["local"]) if self.proxy_protocol else b""
         self._keep(self._dial(pipe, first))
         if isinstance(front, TlsStream):

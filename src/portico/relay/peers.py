@@ -272,7 +272,7 @@ class Outbound(_Quiet):
         if live is None:
             return None
         try:
-            hop = Hop(self.peers, stream, live, live.open_tcp({name: info[name] for name in ("peer", "local")}, IGNORE))
+            hop = Hop(self.peers, stream, live, live.open_tcp(_passed_on(info), IGNORE))
         except OverflowError:
             stream.reset(f.TOO_MANY_STREAMS, "the agent's session takes no more")
             return None
@@ -402,6 +402,11 @@ def _trust(settings: RelaySettings) -> ssl.SSLContext:
         raise Problem(
             "config.invalid", f"setting peer_ca_file: {settings.peer_ca_file} {why}", key="peer_ca_file"
         ) from None
+
+
+def _passed_on(info: dict[str, Any]) -> dict[str, Any]:
+    """What an agent is told of a connection: the members of OPEN that are known here."""
+    return {name: info[name] for name in ("peer", "local", "id") if name in info}
 
 
 class Peers:
