@@ -113,9 +113,8 @@ class PassVisitor(RawVisitor):
         self.closing = True
         self.deadline = self.server.now + LINGER_SECONDS
         self.transport.write(alert(ALERTS.get(code, INTERNAL_ERROR)))
-        if (
-            self.eof or self not in self.server.connections
-        ):  # a connection that was not admitted is nobody's to end later
+        # One that was not admitted nobody would end later.
+        if self.eof or self not in self.server.connections:
             self.transport.close()
             return
         self.transport.write_eof()
