@@ -270,7 +270,7 @@ class RelaySettings:
     api_url: str = "http://127.0.0.1:7000"
     # CA bundle for an https API with a private CA; empty means the public ones.
     api_ca_file: Path | None = None
-    # Folder for what must outlive a restart: edge state, unsent usage, development certificate; one per relay process.
+    # Folder for what must outlive a restart: edge state, unsent usage; one per relay process.
     state_dir: Path = Path("portico-relay")
     # Lowest level of log records that are written.
     log_level: str = "INFO"

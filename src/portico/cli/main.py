@@ -38,7 +38,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "diagnose": "diagnose",
         "completion": "completion",
     },
-    "Portico on one machine": {"demo": "platform", "up": "platform", "doctor": "platform"},
+    "Portico on one machine": {"demo": "platform", "up": "platform", "doctor": "platform", "dev-ca": "dev_ca"},
     "For operators: one process each": {
         "api": "processes",
         "relay": "processes",

@@ -102,8 +102,10 @@ def prepare() -> None:
 
     chosen = settings.load(settings.ApiSettings)
     from portico.control import bootstrap, migrations
+    from portico.embedded import devca
 
     request = json.load(sys.stdin)
+    devca.ensure(Path(request["home"]), chosen.base_domain)
 
     async def both() -> None:
         await migrations.upgrade(chosen.database_url.reveal())

@@ -161,7 +161,9 @@ class Demo:
         """What a person can do while the demo stays."""
         p, say = self._paint, self._say
         say(f"  {p.bold('Open it')}        {p.link(self.url(platform))}")
-        say(f"                 {p.link(self.url(platform, 'https'))} {p.dim('(self-signed development certificate)')}")
+        say(
+            f"                 {p.link(self.url(platform, 'https'))} {p.dim('(your browser does not know its CA yet)')}"
+        )
         say(f"  {p.bold('With curl')}      curl {self.url(platform)}/api/hello")
         say(f"  {p.bold('API, console')}   {p.link(platform.api_url)}")
         say(f"  {p.bold('Credentials')}    {platform.home}/credentials.json")

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from portico.embedded import ports, secretfiles
+from portico.embedded import devca, ports, secretfiles
 from portico.embedded.accounts import server_account
 from portico.embedded.figures import write_targets
 from portico.embedded.folders import make_home, own_folder
@@ -97,6 +97,11 @@ class Platform:
         return f"{scheme}://{host}:{port}{path}"
 
     @property
+    def dev_ca(self) -> Path:
+        """The certificate of the authority behind our HTTPS."""
+        return devca.folder(self.home, self.settings.base_domain) / devca.CERTIFICATE_FILE
+
+    @property
     def api_url(self) -> str:
         return self._at("http", port_of(self._listeners["api"]))
 
@@ -111,6 +116,7 @@ class Platform:
         """Start everything; returns when every listener accepts and ``credentials.json`` is written."""
         embedded = self.settings.database_url is None or self.settings.redis_url is None
         wanted = self._wanted_ports()
+        devca.folder(self.home, self.settings.base_domain)  # refuses a domain that is none before anything is touched
         self._take_home(embedded)
         roster = Roster(self.home / "run" / "children")
         for name in await asyncio.to_thread(roster.end_leftovers):
@@ -202,6 +208,7 @@ class Platform:
         request = {
             "relays": [f"relay-{n}" for n in range(1, self.settings.relays + 1)],
             "known": {key: secretfiles.read_credentials(self.home).get(key) for key in ("operator_key", "agent_key")},
+            "home": str(self.home),
         }
         answer = await run_to_end("migrate", ["prepare"], self.environment(), self.logs, json.dumps(request).encode())
         given: dict[str, Any] = json.loads(answer)
@@ -254,6 +261,8 @@ class Platform:
                 relay_name=at.name,
                 relay_key=keys[at.name],
                 state_dir=str(state),
+                dev_ca_dir=str(self.dev_ca.parent),
+                dev_ca_passphrase=devca.passphrase(self.home),
                 public_url=self._at("http", at.http),
                 connect_url=self._at("ws", at.control, "/v1/connect"),
                 public_host=self.settings.host,
@@ -285,6 +294,7 @@ class Platform:
             "api_url": self.api_url,
             "relay_url": self._at("http", main.http),
             "https_url": self._at("https", main.https),
+            "dev_ca_file": str(self.dev_ca),
             "control_url": self._at("ws", main.control),
             "console_url": self.api_url,
             "base_domain": self.settings.base_domain,

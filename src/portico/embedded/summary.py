@@ -22,6 +22,7 @@ def summary(platform: Platform, paint: Paint, show_key: bool) -> str:
         ("", paint.link(f"https://NAME.{domain}:{main.https}")),
     ]
     rows += [
+        ("Its CA", f"{platform.dev_ca} {paint.dim('(portico dev-ca install: how to trust it)')}"),
         ("TCP tunnels", f"{domain}, ports {platform.settings.tcp_ports}"),
         ("API, console", paint.link(c["api_url"])),
         ("Agents", c["control_url"]),
