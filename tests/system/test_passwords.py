@@ -6,12 +6,13 @@ import asyncio
 import socket
 import time
 from base64 import b64encode
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.system.platform import Account, Agent, Up
-from tests.system.targets import Request, app
+from tests.system.targets import Request, app, port_of
 from tests.system.visitor import Answer, connected, request
 
 pytestmark = pytest.mark.system
@@ -91,3 +92,30 @@ async def test_set_asked_for_changed_and_kept_by_nobody(
     assert holders(up.folder, words) == [], "logs of the platform"
     assert holders(up.home, words) == [], "database, edge state, spools and logs below the data folder"
     assert not any(word in (agent.out + agent.err).encode() for word in words)
+
+
+async def test_set_where_the_agent_starts(
+    up: Up, account: Account, folder: Path, target: socket.socket, started: ExitStack
+) -> None:
+    """By its environment, so that it is in no list of processes; online with it at once, and again after a restart without."""
+    password = "typed-once-and-stored-nowhere-5530"
+    words = [password.encode(), given("carol", password)[21:].encode()]
+    for settings in ({"basic_auth": f"carol:{password}"}, {}):
+        agent = Agent(account, folder, port_of(target), "guarded", **settings)
+        started.callback(agent.end)
+        await agent.is_online()
+        host = next(str(e["url"]) for e in agent.events() if e["event"] == "online").split("//")[1].split(":")[0]
+        async with app(target, keep=kept):
+            assert (await ask(up, host)).error == "edge.auth_required"
+            assert (await ask(up, host, given("carol", password))).body == b"kept"
+            assert (await ask(up, host, given("carol", password + "x"))).error == "edge.auth_invalid"
+        assert password not in Path(f"/proc/{agent.pid}/cmdline").read_text()
+        agent.end()
+        assert not any(word in agent.said.encode() for word in words)
+    for place in (up.home, up.folder, folder):
+        assert holders(place, words) == []
+
+
+async def kept(request: Request) -> None:
+    assert request.values("Authorization") == []
+    await request.respond(b"kept")
