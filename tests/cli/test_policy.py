@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +124,22 @@ class TestOfATunnel:
         cli.api.routes["PATCH /v1/tunnels/tun_1"] = lambda body: (status, answer)
         done = await cli.run("policy", "set", "web", str(file))
         assert done.code == 2 and done.err.startswith(f"{file}:3:7: basic_auth.users[0]: needs a password\n")
+
+
+async def test_the_commands_of_the_guide_work(cli: Cli, tmp_path: Path) -> None:
+    """Those of docs/how-to/protect.md, by what policy they make; and its document has no fault."""
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "protect.md").read_text(encoding="utf-8")
+    (document,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "policy.yml").write_text(document)
+    ran = 0
+    for line in "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).splitlines():
+        words = shlex.split(line, comments=True)
+        env = dict(word.split("=", 1) for word in words[: words.index("portico")])
+        args = [str(tmp_path / word) if word == "policy.yml" else word for word in words[words.index("portico") + 1 :]]
+        if args[:2] == ["policy", "set"]:
+            continue  # tested above, with the API that it asks
+        done = await cli.run(*args, *([] if args[0] == "policy" else ["--print-policy"]), **env)
+        assert (done.code, done.err) == (0, ""), line
+        assert args[0] == "policy" or len(yaml.safe_load(done.out)) > 1, line
+        ran += 1
+    assert ran == 9
