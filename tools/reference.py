@@ -7,6 +7,7 @@ limits.md   every setting with its default, environment variable and meaning, fr
 portico-yml.md   every key of portico.yml, from the table that checks it
 metrics.md  every metric of every process, from their declarations
 cli.md      every command with its arguments and options, from the application itself
+policy.md   every key of a tunnel's policy, from contracts/policy.schema.json
 exit-codes.md   every exit code and the error codes behind it, from the table of cli/output.py
 """
 
@@ -17,6 +18,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import json
 import re
 import sys
 import tokenize
@@ -24,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from typer.main import get_command
 
 from portico import errors, settings
@@ -34,6 +37,7 @@ from portico.control import metrics as api_metrics
 from portico.kit import metrics as common_metrics
 from portico.relay import metrics as relay_metrics
 from portico.relay import pages
+from portico.wire import policy
 from portico.worker import metrics as worker_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -424,6 +428,116 @@ def metrics_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+_POLICY_INTRO = """# Policy of a tunnel
+
+What the edge enforces for a tunnel, before a request reaches the agent. Options of `portico http|tcp|tls` and keys of
+[portico.yml](portico-yml.md) are short for it, `--policy-file F` gives the whole, `--print-policy` shows what comes of all
+that; [Protect a tunnel](../how-to/protect-a-tunnel.md) goes through it by example.
+
+```yaml
+"""
+#: Shown on the page, and checked there.
+_POLICY_EXAMPLE = """version: 1
+concurrency: 50
+queue: {requests: 10, seconds: 2}
+plain_http: redirect
+basic_auth:
+  realm: Staging
+  users:
+    - {name: alice, password: "correct horse 7"}
+addresses:
+  rules:
+    - deny: 10.66.0.0/16
+    - allow: 10.0.0.0/8
+    - allow: 2001:db8::/32
+rate_limits:
+  tunnel: {requests: 100, burst: 200}
+  client: {requests: 10}
+headers:
+  host: rewrite
+  request:
+    remove: [X-Debug]
+    add:
+      - {name: X-Env, value: staging}
+  response:
+    remove: [Server]
+    add:
+      - {name: X-Frame-Options, value: DENY}
+"""
+_POLICY_RULES = """```
+
+- It is checked whole: every fault is named with its path, and its line and column where it was written as text
+  (`portico policy check FILE`; the API answers `tunnel.policy_invalid` with `errors`). A policy with a fault changes nothing.
+- Options or keys given: the tunnel's policy becomes exactly what they say. None given: it stays as it is.
+- `portico policy set TUNNEL FILE`, or `PATCH /v1/tunnels/{id}` with `policy` (an object, or text in YAML or JSON), changes the
+  policy of a running tunnel within 2 s and ends nothing: requests under way finish under the one that they began with.
+  With `policy_version` the change is made only if nobody else was faster (else `tunnel.policy_conflict`).
+- Passwords are made argon2id digests before they are stored and are never shown. A user given by name alone keeps the password
+  that the tunnel has for it, so what `portico policy show` prints can be edited and sent back.
+- What is refused, in which order: [Decisions at the edge](../explanation/decisions-at-the-edge.md).
+
+The same as a JSON schema: `contracts/policy.schema.json`. A TCP or TLS tunnel has `concurrency`, `addresses` and `rate_limits`
+alone, since its relay sees connections and no requests; other keys are refused there.
+"""
+
+
+def policy_page() -> str:
+    """Every key of a policy, from its schema."""
+    schema = json.loads((ROOT / "contracts" / "policy.schema.json").read_text(encoding="utf-8"))
+    policy.canonical(yaml.safe_load(_POLICY_EXAMPLE))
+    lines = [NOTICE, f"{_POLICY_INTRO}{_POLICY_EXAMPLE}{_POLICY_RULES.rstrip()}"]
+    sections: dict[str, dict[str, Any]] = {"": schema}
+    for name in list(schema["properties"]):
+        sections |= _policy_sections(name, schema["properties"][name], schema)
+    for name, part in sections.items():
+        lines += ["", f"## {name or 'Keys'}", ""]
+        lines += [cell(part["description"]), ""] if name else []
+        lines += ["| key | value | meaning |", "|---|---|---|"]
+        for key, inner in part["properties"].items():
+            required = " **Required.**" if key in part.get("required", ()) else ""
+            lines.append(f"| `{key}` | {cell(_policy_value(inner, schema))} | {cell(inner['description'])}{required} |")
+    return "\n".join(lines) + "\n"
+
+
+def _policy_sections(path: str, part: dict[str, Any], schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The maps below a key, by path."""
+    part = _resolved(part, schema)
+    if part.get("type") == "array":
+        return _policy_sections(f"{path}[]", part["items"], schema)
+    if "properties" not in part:
+        return {}
+    found = {path: part}
+    for name, inner in part["properties"].items():
+        found |= _policy_sections(f"{path}.{name}", inner, schema)
+    return found
+
+
+def _resolved(part: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    if "$ref" not in part:
+        return part
+    named: dict[str, Any] = schema["$defs"][part["$ref"].rpartition("/")[2]]
+    return {**named, **part}
+
+
+def _policy_value(part: dict[str, Any], schema: dict[str, Any]) -> str:
+    part = _resolved(part, schema)
+    if "const" in part:
+        return f"`{part['const']}`"
+    if "enum" in part:
+        choices = ", ".join(f"`{choice}`" for choice in part["enum"])
+    elif part["type"] in ("integer", "number"):
+        choices = (
+            f"{'whole number' if part['type'] == 'integer' else 'seconds'}, {part['minimum']} to {part['maximum']}"
+        )
+    elif part["type"] == "array":
+        choices = f"list, at most {part['maxItems']}"
+    elif part["type"] == "object":
+        choices = "map"
+    else:
+        choices = f"text, at most {part['maxLength']} characters" if "maxLength" in part else "text"
+    return choices + (f"; default `{part['default']}`" if "default" in part else "")
+
+
 def stale(path: Path, text: str) -> Iterator[str]:
     """The difference between the committed page and the fresh one."""
     old = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -439,6 +553,7 @@ def main(arguments: list[str]) -> int:
         OUT / "cli.md": cli_page(),
         OUT / "exit-codes.md": exit_codes_page(),
         OUT / "metrics.md": metrics_page(),
+        OUT / "policy.md": policy_page(),
     }
     if arguments == ["--write"]:
         OUT.mkdir(parents=True, exist_ok=True)

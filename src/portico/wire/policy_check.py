@@ -202,6 +202,8 @@ class _Walk:
         return [(item(path, index), inner) for index, inner in enumerate(value)]
 
     def whole(self, path: str, value: object, most: int) -> int | None:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # JSON has one kind of number
         if type(value) is not int or not 1 <= value <= most:  # bool is an int to isinstance
             self.refuse(path, f"must be a whole number from 1 to {most}, not {_shown(value)}")
             return None
@@ -248,7 +250,7 @@ def _document(walk: _Walk, document: object) -> dict[str, Any]:
     clean: dict[str, Any] = {}
     for key, value in walk.mapping("", document, ("version", *_SECTIONS)).items():
         if key == "version":
-            if type(value) is not int or value != VERSION:
+            if isinstance(value, bool) or value != VERSION:
                 walk.refuse("version", f"only version {VERSION} is known, not {_shown(value)}")
             continue
         found = _SECTIONS[key](walk, key, value)
