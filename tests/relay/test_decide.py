@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +52,7 @@ class Tunnel:
     passthrough: bool = False
     raw: bool = False
     rates: object | None = None
+    line: Any = None
     policy: Policy = field(default_factory=Policy)
 
     @property
@@ -300,3 +302,10 @@ def test_the_page_says_what_the_code_does() -> None:
     for step in decide.STEPS:
         assert step.name in page
     assert {step.fails for step in decide.STEPS} <= {"open", "closed"}
+
+
+@pytest.mark.parametrize(("closed", "code"), [(True, "edge.concurrency_exceeded"), (False, None)])
+def test_nobody_overtakes_who_waits_for_a_place(closed: bool, code: str | None) -> None:
+    facts = Facts()
+    facts.tunnel.line = SimpleNamespace(closed=closed)
+    assert decide.decide(facts) == code

@@ -71,8 +71,15 @@ class Governed(Protocol):
     def policy(self) -> Policy: ...
 
 
+class Line(Protocol):
+    """Those who wait for a place in a tunnel; ``closed`` to who comes later, for as long as any does."""
+
+    closed: bool
+
+
 class Tunnel(Governed, Protocol):
-    """The live tunnel of a host: its policy, counters and limits. ``rates`` is ``None`` where no rate is set."""
+    """The live tunnel of a host: its policy, counters and limits. ``rates`` is ``None`` where no rate is set, ``line`` where
+    nobody may wait for a place."""
 
     inflight: int
     concurrency: int
@@ -81,6 +88,8 @@ class Tunnel(Governed, Protocol):
     def passthrough(self) -> bool: ...
     @property
     def rates(self) -> object | None: ...
+    @property
+    def line(self) -> Line | None: ...
     @property
     def chain(self) -> Chain: ...
     @property
@@ -207,7 +216,7 @@ def has_room(facts: Facts) -> str | None:
     tunnel = facts.tunnel
     if tunnel is None:
         return None
-    if tunnel.inflight >= tunnel.concurrency:
+    if tunnel.inflight >= tunnel.concurrency or (tunnel.line is not None and tunnel.line.closed):
         return "edge.concurrency_exceeded"
     if tunnel.rates is not None and facts.wait() > 0:
         return "edge.rate_limited"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from portico.relay.client_address import Told
     from portico.relay.door import Door
     from portico.relay.http1 import Visitor
+    from portico.relay.line import Line
     from portico.relay.peers import RemoteTunnel
     from portico.relay.sessions import LiveTunnel
 
@@ -85,6 +86,8 @@ class Exchange:
     policy = OPEN  # under which it was forwarded
     told: Told | None = None  # by a trusted proxy, of whom it has the request
     told_wait = 0.0  # seconds, by the relay that has the tunnel
+    queued = False  # waits, or waited, for a place in its tunnel
+    line: Line | None = None  # in which it waits
     counted = False  # holds a place in the tunnel's concurrency
     received = False  # the request is here, whole
     blocked = False  # waits for credit: nothing more is read from the visitor
@@ -190,8 +193,11 @@ class Exchange:
                 forwarding = conn.forwarding(self.host)
             line = tunnel.bind_bytes + self.method + b"\0" + self.target
             self.stream = tunnel.session.open_encoded(line + wire + forwarding + self.id, flags, self)
-        except (ValueError, OverflowError) as err:
-            self.refuse("edge.head_too_large" if isinstance(err, ValueError) else "edge.agent_unreachable")
+        except ValueError:
+            self.refuse("edge.head_too_large")
+            return
+        except OverflowError:
+            self.refuse("edge.agent_unreachable")
             return
         if flags & f.F_END:
             return
@@ -210,6 +216,8 @@ class Exchange:
             self.judged = True
             assert self.tunnel is not None
             server.judge(self.tunnel, self.fields, self.address, self.go_on)
+        elif code == "edge.concurrency_exceeded" and self._lined_up():
+            pass
         elif code in MAY_WAIT and not self.held and server.holding.take(self, code):
             self.held = True
         else:
@@ -217,6 +225,16 @@ class Exchange:
         self.blocked = True
         self.started = False
         self.conn.update_reading()
+        return True
+
+    def _lined_up(self) -> bool:
+        """Whether it waits for a place in its tunnel, for the first time and if the tunnel's policy has a line."""
+        assert self.tunnel is not None
+        line = self.tunnel.line
+        if line is None or self.queued or not line.join(self):
+            return False
+        self.queued = True
+        self.line = line
         return True
 
     def go_on(self) -> None:
@@ -574,6 +592,11 @@ class Exchange:
         if self.counted and self.tunnel is not None:
             self.counted = False
             self.tunnel.inflight -= 1
+            if self.tunnel.line is not None:
+                self.tunnel.line.freed()
+        elif self.line is not None:
+            self.line.leave(self)
+            self.line = None
 
     def _write(self, data: bytes) -> None:
         self._count_out(len(data))

@@ -53,6 +53,11 @@ class Holding:
         agents.on_bound.append(self._bound)
         peers.on_bound.append(self._back)
 
+    @property
+    def full(self) -> bool:
+        """Whether as many requests wait as may, here and in the lines of tunnels (``line.py``)."""
+        return self.count >= self._settings.hold_max_requests
+
     def take(self, waiting: Waiting, code: str) -> bool:
         """Whether the request, which would be refused with ``code``, waits now; it hears ``go_on`` when its
         tunnel is there (and has room) or the time is up."""
@@ -62,7 +67,7 @@ class Holding:
             until = max(self._catching_up.get(host, 0.0), self._stood_still)
         else:
             until = max(self._agents.returning.get(host, 0.0), self._settled_at)
-        if until <= self._loop.time() or self.count >= self._settings.hold_max_requests:
+        if until <= self._loop.time() or self.full:
             return False
         if not full and not self._active(host):
             return False

@@ -286,7 +286,7 @@ class Outbound(_Quiet):
         if live is None or not live.reachable:
             stream.reset(f.NO_SUCH_BIND, "the tunnel is not live on this relay")
             return None
-        if live.inflight >= live.concurrency:
+        if live.inflight >= live.concurrency or (live.line is not None and live.line.closed):
             stream.reset(f.TOO_MANY_STREAMS, "the tunnel has no room")
             return None
         if live.rates is not None and (wait := live.rates.check(None, self.peers.clock())) > 0:
@@ -316,6 +316,8 @@ class Hop:
         if self.counted:
             self.counted = False
             self.live.inflight -= 1
+            if self.live.line is not None:
+                self.live.line.freed()
             self.peers.raw_hops.discard(self)
 
     def end(self, detail: str) -> None:
@@ -455,6 +457,8 @@ class Peers:
             del self._places[host], self.by_host[host]
             if expected and host not in self.agents.by_host:
                 self.agents.expect((host,))
+        if remote.line is not None:
+            remote.line.dissolve()
 
     def hops(self) -> int:
         """Requests of peers under way."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from portico.kit.memo import Memo
 from portico.relay import decide, heads
 from portico.relay.credentials import Accounts
+from portico.relay.line import Line
 from portico.wire import policy as documents
 from portico.wire.policy import HeaderRules, PolicyInvalid
 
@@ -168,6 +169,7 @@ class Governed:
         "concurrency",
         "document",
         "inflight",
+        "line",
         "passthrough",
         "policy",
         "policy_version",
@@ -185,6 +187,7 @@ class Governed:
         self.concurrency = 0
         self.inflight = 0
         self.rates: TunnelRates | None = None
+        self.line: Line | None = None
         self.chain = decide.chain(self, raw=self.raw)
 
     def govern(self, version: int, document: Mapping[str, Any]) -> bool:
@@ -202,4 +205,16 @@ class Governed:
         own = self.policy.concurrency
         self.concurrency = self.allowance if own is None else min(own, self.allowance)
         self.rates = rates
+        self._settle_line()
         self.chain = decide.chain(self, raw=self.raw)
+
+    def _settle_line(self) -> None:
+        line, rule = self.line, None if self.raw else self.policy.queue
+        if line is None:
+            self.line = Line(self, rule) if rule is not None else None
+        elif rule is None:
+            self.line = None
+            line.dissolve()
+        else:
+            line.rule = rule
+            line.freed()  # there may be more places now

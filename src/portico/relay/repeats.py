@@ -152,6 +152,8 @@ class Repeats:
             return False
         self.asked = None
         tunnel.inflight -= 1
+        if tunnel.line is not None:
+            tunnel.line.freed()
         server = self.server
         if asked[2].keep_alive:
             data = known.text + body

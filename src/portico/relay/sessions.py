@@ -535,6 +535,8 @@ class Agents:
             self.expect(live.hosts)
         for callback in self.on_dropped:
             callback(live)
+        if live.line is not None:
+            live.line.dissolve()
         self.meter.release(live.counters)
         self.poke()
 
