@@ -355,13 +355,14 @@ def _json_parts(spec: ErrorSpec) -> tuple[bytes, ...]:
     }
     if spec.hop is not None:
         members["hop"] = spec.hop
-    return json.dumps(members, separators=(",", ":"))[:-1].encode() + b',"detail":', b',"request_id":'
+    text = json.dumps(members, ensure_ascii=False, separators=(",", ":"))
+    return text[:-1].encode() + b',"detail":', b',"request_id":'
 
 
 def _fill_json(page: _Page, request_id: str, host: str | None, detail: str | None) -> bytes:
     before, middle = page.parts
     said = json.dumps(detail).encode() if detail else page.title
-    tail = b"}" if host is None else b',"host":' + json.dumps(host).encode() + b"}"
+    tail = b"}\n" if host is None else b',"host":' + json.dumps(host).encode() + b"}\n"
     return b"".join((before, said, middle, json.dumps(request_id).encode(), tail))
 
 
