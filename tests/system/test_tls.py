@@ -278,6 +278,23 @@ class TestRouting:
         down.wait_for(lambda: f"nothing listens on localhost:{number}" in down.err, 5, "warning")
         up.child.wait_for(lambda: "edge.target_refused" in up.child.err, 5, "reason in the relay's log")
 
+    async def test_an_address_that_is_not_allowed(
+        self, up: Up, account: Account, folder: Path, target: socket.socket, served: list[bytes], started: ExitStack
+    ) -> None:
+        """An alert says so, and a new policy is in force within 2 s, without a restart."""
+        child = TlsAgent(account, folder, port_of(target), "barred", "--deny-cidr", "127.0.0.0/8", "--deny-cidr", "::1")
+        started.callback(child.end)
+        child.online()
+        assert "access denied" in await s_client(up, "barred.localhost")
+        assert not served
+        account.call("PATCH", f"/tunnels/{account.tunnels()['barred']['id']}", {"policy": {}})
+
+        async def let_in() -> bool:
+            return "Server certificate" in await s_client(up, "barred.localhost")
+
+        await until(let_in, REACH_SECONDS, "new policy")
+        assert not any(event["event"] == "offline" for event in child.events())
+
     async def test_offline_stopped_deleted(
         self, up: Up, account: Account, folder: Path, target: socket.socket, served: list[bytes], started: ExitStack
     ) -> None:
