@@ -310,8 +310,8 @@ class TlsPort:
             return
         except OSError:
             data = b""
-        if len(data) < arrival.want:  # its end came instead
-            self.refuse_proxy(arrival, "no whole PROXY header")
+        if len(data) < arrival.want:  # its end came instead; before any byte, from whoever checks whether we are here
+            self.end(arrival, "proxy_header" if data else "hello_gone")
             return
         try:
             found = proxy_protocol.read(data, most)
