@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from argon2 import PasswordHasher
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from portico.relay.server import Relay
@@ -91,6 +93,27 @@ class TestClientCertificates:
         assert await asked(relay, "open", with_one) == (200, "")
         assert await asked(relay, "open", without) == (200, "")
         assert len(agent.streams) == 3
+
+    async def test_with_a_password_beside_it_each_is_asked_for_when_it_helps(
+        self, relay: Relay, agent: ScriptedAgent, tmp_path: Path
+    ) -> None:
+        users = [{"name": "alice", "digest": PasswordHasher(time_cost=1, memory_cost=64).hash("secret")}]
+        agent.bind(grant("mine", policy={**policy("mine"), "basic_auth": {"users": users}}, policy_version=1), 2)
+        await agent.until(lambda: relay.agents.by_host[b"mine.localhost"].policy_version == 1)
+        good = b"\r\nAuthorization: Basic " + base64.b64encode(b"alice:secret") + b"\r\n\r\n"
+        visitor = await visit(relay, "mine", client())
+        visitor.send(get("mine").replace(b"\r\n\r\n", good))
+        status, fields, body = await visitor.response()
+        assert (status, fields[b"portico-error"], fields[b"connection"]) == (401, [b"edge.auth_required"], [b"close"])
+        assert b"www-authenticate" not in fields and b"certificate of an authority" in body
+        visitor = await visit(relay, "mine", client(client_certificate("mine", tmp_path)))
+        visitor.send(get("mine"))
+        status, fields, body = await visitor.response()
+        assert (status, fields[b"portico-error"]) == (401, [b"edge.auth_required"])
+        assert b"www-authenticate" in fields and b"certificate of an authority" not in body
+        visitor.send(get("mine").replace(b"\r\n\r\n", good))
+        assert (await visitor.response())[0] == 200
+        assert len(agent.streams) == 1
 
     @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
     @pytest.mark.parametrize("kind", ["foreign", "server"])

@@ -42,6 +42,10 @@ HALF_CLOSE_SECONDS: Final = 1.0
 #: Header fields of one head; a frame's head carries 256, and ours are added. Trailer fields as well.
 MAX_FIELDS: Final = 200
 
+NO_CERTIFICATE: Final = (
+    "Only visitors who show a certificate of an authority that the owner named are let in, by https."
+)
+
 #: Digits of a Content-Length: more is no length of anything.
 MAX_LENGTH_DIGITS: Final = 18
 
@@ -506,7 +510,10 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
         whole = exchange.received or not (exchange.with_body or exchange.upgrade)
         # The page has no field that would tell an HTTP/1.0 client that the connection stays.
         keep = exchange.keep_alive and whole and not self.draining and not exchange.http10
-        keep = keep and not (code == "edge.auth_required" and self._lacks_certificate(exchange))
+        fields = self.server.refusal_fields(exchange, code)
+        if code == "edge.auth_required" and self._lacks_certificate(exchange):
+            # Another handshake may bring one. A password would not help, so none is asked for.
+            keep, fields, detail = False, (), NO_CERTIFICATE
         html = self.server.wants_html(exchange.fields)
         self._respond(
             code,
@@ -516,7 +523,7 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
             head_only=exchange.head_only,
             host=exchange.host,
             detail=detail,
-            fields=self.server.refusal_fields(exchange, code),
+            fields=fields,
             exchange=exchange,
         )
         exchange.keep_alive = keep
