@@ -338,6 +338,12 @@ class RelaySettings:
     idle_timeout_seconds: float = 75.0
     # Seconds in which a visitor must take some of a last answer's rest, else its connection is cut off.
     close_timeout_seconds: float = 30.0
+    # Seconds without a byte of a request's body while the target wants more of it, then 408; 0 is no limit. Where an answer has
+    # begun meanwhile there is none; a visitor that waits for 100 has at least `first_byte_timeout_seconds`.
+    body_timeout_seconds: float = 60.0
+    # Seconds in which a visitor that an answer waits for must take some of it, else its connection is reset; 0 is no limit. Idle
+    # streams (server-sent events, WebSocket) are none of it. A visitor that took some is looked at again as long after.
+    write_timeout_seconds: float = 120.0
     # Seconds without a response head after the request was forwarded, then 504; 0 is no limit. Agents have it too.
     first_byte_timeout_seconds: float = 300.0
     # Open visitor connections of one client address (of IPv6: of one /64, which is one customer); above it 429 and close.

@@ -243,6 +243,7 @@ class Exchange:
         if conn.closed or conn.current is not self or self.done:
             return
         self.blocked = False
+        conn.body_at = conn.server.now
         self.start()
         conn.update_reading()
 
@@ -304,6 +305,7 @@ class Exchange:
             self._wait(stream)
             return
         self.blocked = False
+        self.conn.body_at = self.conn.server.now
         self.conn.update_reading()
         if self.received:
             self._maybe_end()
@@ -340,6 +342,8 @@ class Exchange:
         self.responded = True
         conn = self.conn
         conn.deadline = conn.NEVER
+        if conn.paused:
+            conn.watch_reader()
         given, edit = head, self.policy.response
         if edit is not None:
             head = [head[0], *edit(head[1:])]
@@ -534,11 +538,15 @@ class Exchange:
 
     def time_out(self) -> None:
         """No answer within ``first_byte_timeout_seconds``."""
+        self._count_error()
+        self.break_up("edge.target_timeout", "no answer in time")
+
+    def break_up(self, code: str, detail: str) -> None:
+        """The exchange took too long: the target hears that it is over, the visitor why."""
         stream, self.stream = self.stream, None
         if stream is not None:
-            stream.reset(f.CANCELLED, "no answer in time")
-        self._count_error()
-        self.refuse("edge.target_timeout")
+            stream.reset(f.CANCELLED, detail)
+        self.refuse(code)
 
     def refuse(self, code: str, detail: str | None = None) -> None:
         """Answer with a refusal page; the stream, if any, is over."""

@@ -19,6 +19,7 @@ import httptools
 from portico.kit.gone import GONE
 from portico.relay import heads
 from portico.relay.exchange import Exchange, request_id
+from portico.relay.outgoing import untaken
 from portico.relay.repeats import Repeats
 from portico.relay.telling import is_news
 
@@ -72,6 +73,8 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
     lingered = 0
     expect_close = False
     written = written_at_eof = 0
+    body_at = 0.0  # when the last byte of a body came, or room for more
+    behind = -1  # bytes that the visitor had not taken at the last look, while an answer waits for it
     unwritten = b""
     unsent = -1  # bytes that the visitor had not taken at the last look after the close; -1 before it
 
@@ -170,6 +173,8 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
         self.paused_at = self.server.now
         if self.resting:
             self.update_reading()
+        elif self.current is not None and self.current.responded:
+            self.watch_reader()
 
     def resume_writing(self) -> None:
         self.paused = False
@@ -178,7 +183,11 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
             # Waiting for a visitor is the ordinary state of a download; only one that stood still loses its large window.
             if current.stream is not None and self.server.now - self.paused_at >= STALL_SECONDS:
                 current.stream.stalled = True
+            if current.responded and not self.eof:
+                self.deadline = self.NEVER
             current.drained()
+        elif self.queue:
+            self.server.loop.call_soon(self._next)
         elif not self.reading:
             self.update_reading()
 
@@ -335,9 +344,11 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
             return
         self.parsing = exchange
         self.head_bytes = self.quiet_bytes = 0
-        self.deadline = self.NEVER
         if self.current is None and not self.queue:
             self.current = exchange
+            self.deadline = self.NEVER
+            if exchange.with_body:
+                self._watch_sender()
             exchange.start()
         else:
             self.queue = self.queue or deque()
@@ -345,6 +356,7 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
 
     def on_body(self, body: bytes) -> None:
         self.quiet_bytes = -READ_SIZE  # a read that brought body is not quiet, however it ends
+        self.body_at = self.server.now
         if self.parsing is not None:
             self.parsing.body(body)
 
@@ -357,8 +369,7 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
         exchange.end()
         if exchange is self.current and not exchange.responded:
             limit = self.server.settings.first_byte_timeout_seconds
-            if limit:
-                self.deadline = self.server.now + limit
+            self.deadline = self.server.now + limit if limit else self.NEVER
 
     def _exchange(self) -> Exchange | None:
         """The exchange of a complete head, or ``None`` when the head is not acceptable."""
@@ -597,11 +608,17 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
         """The turn of the first pipelined request."""
         if self.closed or self.current is not None or not self.queue:
             return
+        if self.paused:
+            # One read may hold a thousand requests: their answers may not pile up before a visitor that does not read.
+            self.watch_reader()
+            return
         self.current = current = self.queue.popleft()
         current.start()
         if self.current is current and current.received and not current.responded:
             limit = self.server.settings.first_byte_timeout_seconds
             self.deadline = self.server.now + limit if limit else self.NEVER
+        elif self.current is current and current.sending and current.with_body and not current.responded:
+            self._watch_sender()
         self.update_reading()
 
     def _reparse(self) -> None:
@@ -686,6 +703,8 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
                 self.deadline = self.server.now + self.server.settings.close_timeout_seconds
             else:
                 self.transport.abort()
+        elif current is None and self.queue:
+            self._look_at_reader()
         elif current is None:
             if self.in_head:
                 self._respond(
@@ -693,15 +712,56 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
                 )
                 self._linger()
             else:
-                self.transport.close()
+                self._close()
         elif self.eof and not self.raw and self.written != self.written_at_eof:
             # It reads what is sent: only its own direction is closed.
             self.written_at_eof = self.written
             self.deadline = self.server.now + HALF_CLOSE_SECONDS
         elif self.eof and not self.raw:
             self.transport.abort()
-        elif not current.responded:
+        elif current.responded:
+            self._look_at_reader()
+        elif current.with_body and not current.received:
+            self._look_at_sender(current)
+        else:
             current.time_out()
+
+    def watch_reader(self) -> None:
+        """An answer waits for the visitor. The bytes of an upgraded connection may wait as long as both sides like."""
+        limit = self.server.settings.write_timeout_seconds
+        if limit and not (self.raw or self.eof):
+            self.behind = -1
+            self.deadline = self.server.now + limit
+
+    def _look_at_reader(self) -> None:
+        """Whether the visitor took some of the answer since the last look; the first one only counts what there is to take."""
+        left = untaken(self.transport)
+        if not self.paused or self.raw:
+            self.deadline = self.NEVER
+        elif self.behind < 0 or left < self.behind:
+            self.behind = left
+            self.deadline = self.server.now + self.server.settings.write_timeout_seconds
+        else:
+            reset_transport(self.transport)
+
+    def _watch_sender(self) -> None:
+        """A body is to come."""
+        limit = self.server.settings.body_timeout_seconds
+        self.body_at = self.server.now
+        self.deadline = self.body_at + limit if limit else self.NEVER
+
+    def _look_at_sender(self, current: Exchange) -> None:
+        """Whether the body stands still for want of the visitor; what waits for room or for a tunnel is not its fault."""
+        limits, now = self.server.settings, self.server.now
+        limit = limits.body_timeout_seconds
+        if any(name.lower() == b"expect" for name in current.fields[::2]):
+            limit = max(limit, limits.first_byte_timeout_seconds)
+        if current.blocked:
+            self.body_at = now
+        if self.body_at + limit > now:
+            self.deadline = self.body_at + limit
+        else:
+            current.break_up("edge.body_timeout", "the request's body stands still")
 
     def cut_off(self) -> None:
         """The time for that is over. The bytes of an upgraded connection are not ours, so no WebSocket close frame can be put

@@ -64,6 +64,11 @@ _ADVICE = {
         "Delete the cookies of this site, then reload.",
         "Keep cookies and other headers small; the relay’s limit is `max_head_bytes`.",
     ),
+    "edge.body_timeout": Advice(
+        "what you sent stopped in the middle.",
+        "Check your connection, then send it again.",
+        "There is nothing to do: your app saw an upload that broke off.",
+    ),
     "edge.head_timeout": Advice(
         "the request did not arrive whole in time.",
         "Check your connection, then reload.",
