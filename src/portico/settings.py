@@ -476,8 +476,8 @@ class RelaySettings:
     edge_answer_timeout_seconds: float = 5.0
     # Seconds for one line of the edge stream to arrive whole; a large snapshot on a slow link must fit.
     edge_line_timeout_seconds: float = 60.0
-    # Bytes of one line of the edge stream; a snapshot of 200,000 tunnels fits.
-    edge_line_max_bytes: int = 67108864
+    # Bytes of one line of the edge stream; a snapshot of 200,000 tunnels with policies of the usual size fits.
+    edge_line_max_bytes: int = 268435456
     # Shortest wait in seconds before the link is tried again.
     edge_backoff_min_seconds: float = 0.1
     # Longest wait in seconds before the link is tried again (full jitter); revocations apply ≤ 2 s after the outage.
@@ -641,6 +641,8 @@ class ApiSettings:
     visitor_passwords_waiting: int = 64
     # Digests of visitors' passwords that a process remembers, so that an agent's reconnect costs no hash.
     visitor_password_cache: int = 10_000
+    # Bytes that the policies of an organization's tunnels may have together; those of up to 512 bytes are always let in.
+    policy_bytes_per_organization: int = 1_048_576
     # Seconds after a deletion in which its port goes to no other organization: who still connects must not reach a stranger.
     tcp_port_quarantine_seconds: int = 600
     # Seconds that events of a tunnel, and the numbers of counted usage batches, are kept.

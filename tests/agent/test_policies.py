@@ -153,4 +153,6 @@ class TestShown:
     def test_of_a_grant(self) -> None:
         token = SigningKey.generate().sign("x", {"policy": {"concurrency": 5}})
         assert policies.summary_of_grant(token) == "5 at once"
+        newer = SigningKey.generate().sign("x", {"policy": {"rules": [{"if": "true"}]}})
+        assert policies.summary_of_grant(newer) == "set, in a way that this version cannot read"
         assert [policies.summary_of_grant(text) for text in ("web:1.0", "a.b.c", "")] == ["", "", ""]

@@ -17,6 +17,7 @@ from portico.agent.stats import CONNECTION, RECORDS, Stats, connection_id, reque
 from portico.agent.status import JsonLines, Lines, Screen, make_display
 from portico.errors import Problem
 from portico.kit.clock import uptime
+from portico.kit.jwt import SigningKey
 from portico.settings import AgentSettings
 from portico.wire.counts import Counts
 
@@ -221,6 +222,20 @@ class TestScreen:
         made.grant = Grant("t", name, f"http://{name}.localhost:7080", "jwt")
         made.url = made.grant.url
         return made
+
+    def test_what_protects_the_tunnels(self) -> None:
+        def guarded(name: str, policy: dict[str, Any]) -> Tunnel:
+            made = self.named(name)
+            made.grant = Grant("t", name, made.url, SigningKey.generate().sign("x", {"policy": policy}))
+            return made
+
+        def shown(*tunnels: Tunnel) -> list[str]:
+            return [line[14:].rstrip() for line in self.many(*tunnels) if line.startswith("Policy ")]
+
+        rules = {"addresses": {"rules": [{"allow": "10.0.0.0/8"}]}}
+        assert shown(guarded("web", {**rules, "concurrency": 5})) == ["1 address rule, 5 at once"]
+        assert shown(guarded("web", rules), guarded("open", {})) == ["web: 1 address rule"]
+        assert shown(guarded("open", {}), self.named("other")) == []
 
     @pytest.mark.parametrize("height", [10, 16, 24, 50])
     @pytest.mark.parametrize("count", [1, 3, 7, 8, 30, 300])

@@ -270,10 +270,11 @@ def as_yaml(document: Mapping[str, Any]) -> str:
 def summary_of_grant(grant: str) -> str:
     """:func:`summary` of the policy in a grant; empty where there is none to see."""
     try:
-        found = jwt.unverified(grant).get("policy")
+        return summary(policy.canonical(jwt.unverified(grant).get("policy", {})))
     except jwt.InvalidToken:
         return ""
-    return summary(found) if isinstance(found, dict) else ""
+    except PolicyInvalid:
+        return "set, in a way that this version cannot read"
 
 
 def summary(document: Mapping[str, Any]) -> str:

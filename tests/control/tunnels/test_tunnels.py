@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from portico.control import requests
 from portico.kit.db import Database
 from portico.wire import policy
 from tests.control.conftest import Account
@@ -168,13 +169,18 @@ class TestPolicy:
         history = (await owner.client.get(f"{path}/events")).text
         assert '"policy_version":2' in history and "argon2id" not in history
 
-    async def test_the_answer_of_a_repeated_write(self, owner: Account) -> None:
+    async def test_the_answer_of_a_repeated_write(self, owner: Account, db: Database) -> None:
         body = {"name": "repeated", "policy": {"basic_auth": {"users": [{"name": "a", "password": "b"}]}}}
         answers = [
             await owner.client.post("/v1/tunnels", json=body, headers={"Idempotency-Key": "policy-1"}) for _ in "ab"
         ]
         assert [answer.status_code for answer in answers] == [201, 201] and answers[0].json() == answers[1].json()
         assert answers[1].headers["idempotency-replayed"] == "true"
+        async with db.read() as reader:
+            mark = await reader.raw.fetchval("SELECT fingerprint FROM idempotency_keys WHERE key = 'policy-1'")
+        assert mark != requests.fingerprint("POST", "/v1/tunnels", "", answers[0].request.content), (
+            "a password could be tried"
+        )
 
     async def test_a_policy_that_is_not_valid_changes_nothing(self, owner: Account, db: Database) -> None:
         tunnel = await made(owner.client, name="invalid-policy", policy={"concurrency": 3})
@@ -197,6 +203,18 @@ class TestPolicy:
         assert sorted(answer.status_code for answer in answers) == [200, 409, 409, 409, 409]
         refused = next(answer for answer in answers if answer.status_code == 409)
         assert code(refused, 409) == "tunnel.policy_conflict" and refused.json()["policy_version"] == 2
+
+    async def test_one_organization_does_not_fill_the_relays(self, owner: Account, app: Any) -> None:
+        object.__setattr__(app.state.settings, "policy_bytes_per_organization", 5000)
+        large = {"headers": {"response": {"add": [{"name": "X-Long", "value": "x" * 1000}] * 3}}}
+        first = await made(owner.client, name="large-policy", policy=large)
+        answer = await owner.client.post("/v1/tunnels", json={"name": "large-too", "policy": large})
+        assert code(answer, 403) == "tunnel.limit_reached" and answer.json()["limit"] == 5000
+        small = await made(owner.client, name="small-policy", policy={"concurrency": 5})
+        path = f"/v1/tunnels/{small['id']}"
+        assert code(await owner.client.patch(path, json={"policy": large}), 403) == "tunnel.limit_reached"
+        longer = {**large, "concurrency": 5}  # a change of what is there already counts once
+        assert (await owner.client.patch(f"/v1/tunnels/{first['id']}", json={"policy": longer})).status_code == 200
 
     async def test_what_a_protocol_cannot_enforce(self, owner: Account) -> None:
         tls = await made(owner.client, name="through", protocol="tls", policy={"concurrency": 5})

@@ -22,6 +22,7 @@ from portico.settings import ApiSettings
 from portico.wire import policy, policy_check
 from portico.wire.policy import Fault, PolicyInvalid, digest
 
+SMALL_BYTES: Final = 512  # a few users or rules
 MAX_TEXT_CHARS: Final = 65_536  # of a policy written as text, with its comments
 
 
@@ -134,6 +135,11 @@ def refusal(faults: Sequence[Fault], marks: Marks) -> Problem:
     what = f"policy.{first.path}: {first.message}" if first.path else first.message
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return Problem("tunnel.policy_invalid", what + more, path=first.path, errors=errors)
+
+
+def size(document: Mapping[str, Any]) -> int:
+    """Bytes of a stored policy as JSON."""
+    return len(json.dumps(document)) if document else 2
 
 
 def stored(text: str) -> dict[str, Any]:

@@ -165,6 +165,7 @@ class Tunnels:
             if name is not None and await store.tunnel_by_name(tx, caller.org, name) is not None:
                 return None
             raise Problem("tunnel.limit_reached", f"your organization has {limit} tunnels already", limit=limit)
+        await self._check_policy_room(tx, caller.org, None, settled)
         for chosen, public in _candidates(name, subdomain) if protocol != "tcp" else _names(name):
             row = await store.insert_tunnel(
                 tx,
@@ -227,6 +228,7 @@ class Tunnels:
         if values.keys() & {"subdomain", "port", "state"}:
             values["generation"] = store.tunnels.c.generation + 1
         if "policy" in values:
+            await self._check_policy_room(tx, caller.org, row["id"], values["policy"])
             values["policy_version"] = store.tunnels.c.policy_version + 1
         try:
             async with tx.savepoint():
@@ -246,6 +248,15 @@ class Tunnels:
         if values.keys() & {"generation", "policy_version"}:
             changes.append(tx, changes.tunnel(self.addresses.edge_row(changed._mapping)))
         return changed
+
+    async def _check_policy_room(
+        self, tx: Tx, organization: str, tunnel_id: str | None, document: dict[str, Any]
+    ) -> None:
+        """Every relay holds every policy: one organization may not fill them. Small ones are bounded by their number."""
+        size, most = policy.size(document), self._settings.policy_bytes_per_organization
+        if size > policy.SMALL_BYTES and size + await store.policy_bytes(tx, organization, tunnel_id) > most:
+            what = f"the policies of your organization's tunnels would have more than {most} bytes together"
+            raise Problem("tunnel.limit_reached", what, limit=most)
 
     async def stop(self, tx: Tx, caller: Caller, tunnel_id: str) -> dict[str, Any]:
         """Take an active tunnel off line; its live session is told within 2 s. Stopping it twice is no error."""

@@ -201,6 +201,12 @@ async def lock_tunnel_count(tx: Tx, organization: str) -> int:
     return int(await tx.raw.fetchval("SELECT count(*) FROM tunnels WHERE organization_id = $1", organization))
 
 
+async def policy_bytes(tx: Tx, organization: str, but: str | None) -> int:
+    """What the policies of the organization's tunnels have together; ``but``: the tunnel that is left out."""
+    query = "SELECT coalesce(sum(octet_length(policy::text)), 0) FROM tunnels WHERE organization_id = $1 AND id <> $2"
+    return int(await tx.raw.fetchval(query, organization, but or ""))
+
+
 async def insert_tunnel(tx: Tx, row: dict[str, Any]) -> sa.Row[Any] | None:
     """The new row, or ``None`` when its name or its subdomain is taken."""
     statement = insert(tunnels).values(**row).on_conflict_do_nothing().returning(tunnels)
