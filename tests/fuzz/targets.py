@@ -6,8 +6,11 @@ committed corpus without a fuzzer (test_corpus.py).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
+from portico.kit import proxy_protocol
+from portico.relay.client_address import Networks, read, told_on
 from portico.relay.heads import normal_host
 from portico.relay.hello import Hello, Invalid, NeedMore, parse
 from portico.wire import frames as f
@@ -169,10 +172,40 @@ def hello(data: bytes) -> None:
             assert normal_host(whole.sni) == whole.sni
 
 
+PROXIES = Networks(["10.0.0.0/8"], "trusted_proxies")
+VISITOR = "203.0.113.7"
+
+
+def proxies(data: bytes) -> None:
+    """What proxies say of a visitor. A PROXY header is one whatever follows it and however it is cut; and whatever a visitor puts
+    into forwarding fields, the client is the one whom the proxy added, or nobody."""
+    with contextlib.suppress(ValueError):
+        whole = proxy_protocol.read(data, 4096)
+        if whole is not None:
+            assert 0 < whole.length <= len(data)
+            assert proxy_protocol.read(data[: whole.length], 4096) == whole
+        for have in range(0, min(len(data), whole.length if whole is not None else len(data)), 7):
+            assert proxy_protocol.read(data[:have], 4096) is None
+    lines = data.split(b"\n")
+    for name, added in ((b"X-Forwarded-For", b"203.0.113.7"), (b"Forwarded", b"for=203.0.113.7;proto=http")):
+        fields = [part for line in lines for part in (name, line)]
+        told = read([*fields, name, added], "10.0.0.1", PROXIES)
+        assert told.client == VISITOR and told.scheme in (None, b"http")
+        told = read([name, b", ".join((data, added))], "10.0.0.1", PROXIES)
+        assert told.client in ("", VISITOR)
+        told = read(
+            [*fields, b"X-Forwarded-Proto", data, b"X-Forwarded-Host", data, b"X-Request-Id", data], "10.0.0.1", PROXIES
+        )
+        flat = told_on(told, "10.0.0.1", b"http", b"web.localhost", 80)
+        assert len(flat) == 10 and told.scheme in (None, b"http", b"https")
+        assert told.ident is None or told.ident.isascii()
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "wire": wire,
     "heads": heads,
     "http1": http.visitor,
     "response": http.target,
     "hello": hello,
+    "proxies": proxies,
 }

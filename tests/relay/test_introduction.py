@@ -10,7 +10,8 @@ import pytest
 
 from portico.kit.proxy_protocol import SIGNATURE
 from portico.relay.server import Relay
-from tests.relay.doubles import Client, ScriptedAgent, port, session_token
+from tests.relay.clienthello import hello, server_name
+from tests.relay.doubles import Client, ScriptedAgent, grant, port, session_token
 from tests.relay.known import forget
 from tests.relay.test_proxies import any_certificate, client, ended, said
 from tests.relay.test_tcp import TcpAgent, free_port, tcp_grant
@@ -156,3 +157,18 @@ async def test_tls_without_one(relay: Relay, data: bytes) -> None:
         pass
     assert relay.public.refusals["edge.proxy_header_invalid"] == 1 and not relay.public.connections
     writer.close()
+
+
+@pytest.mark.parametrize(("header", "peer", "local"), [(V1, "203.0.113.7:40000", "198.51.100.9:80"), (UNIX, "", "")])
+async def test_tls_that_passes_through(relay: Relay, header: bytes, peer: str, local: str) -> None:
+    agent = TcpAgent()
+    await agent.connect(port(relay, 0), session_token())
+    await agent.online(grant("vault", protocol="tls"))
+    said_hello = hello(server_name(b"vault.localhost"))
+    _, writer = await asyncio.open_connection("127.0.0.1", port(relay, 2))
+    writer.write(header + said_hello)
+    stream = await agent.stream()
+    await agent.until(lambda: bytes(stream.body) == said_hello)
+    assert (stream.info["peer"], stream.info["local"]) == (peer, local)
+    writer.close()
+    agent.close()

@@ -11,6 +11,7 @@ and may pass the other on from the visitor. So where both are there and differ, 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -21,6 +22,8 @@ from portico.kit.networks import plain
 
 #: Proxies in a row that are looked at. More of them are no chain that anybody has.
 MAX_HOPS: Final = 32
+#: Characters of a list's member that is an address, with an obfuscated port.
+MAX_NODE: Final = 128
 _KNOWN_MAX: Final = 4096
 
 _ADDRESS: Final = re.compile(
@@ -97,6 +100,11 @@ class Told(NamedTuple):
 
 def address_of(text: str) -> str | None:
     """The address in a list's member, with or without port: IPv4 of a mapped one; ``None`` for anything else."""
+    return _address_of(text) if len(text) <= MAX_NODE else None
+
+
+@functools.lru_cache(_KNOWN_MAX)
+def _address_of(text: str) -> str | None:
     if _ADDRESS.fullmatch(text) or (text.count(":") > 1 and "[" not in text and "%" not in text):
         found = plain(text)
         try:
