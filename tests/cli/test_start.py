@@ -217,6 +217,25 @@ class TestFileChanges:
             assert "portico.yml: changed moves, removed goes, added comes" in running.log
             assert await running.end() == 0
 
+    async def test_policies_change_and_go(self, start: Any, file: Path, api: TestApi, relay: Relay) -> None:
+        """A changed policy is told to the API, and so is that there is none any more; nothing is unbound for it."""
+        named = file.with_name("named.yml")
+        named.write_text("concurrency: 5\n")
+        file.write_text(f"{HEAD}  a: {{addr: 1, allow_cidr: 10.0.0.0/8}}\n  b: {{addr: 1, policy_file: named.yml}}\n")
+        running = await (await start()).online("a", "b")
+
+        def told(name: str) -> Any:
+            bodies = [body for _, path, body, _ in api.calls if path.endswith("/tunnels")]
+            return [body.get("policy") for body in bodies if body.get("name") == name][-1:]
+
+        named.write_text("concurrency: 6\n")
+        await running.until(lambda: told("b") == [{"concurrency": 6}])
+        file.write_text(f"{HEAD}  a: {{addr: 1}}\n  b: {{addr: 1, policy_file: named.yml}}\n")
+        await running.until(lambda: told("a") == [{}])
+        named.write_text("concurrency: 0\n")
+        await running.until(lambda: "concurrency: must be a whole number" in running.log)
+        assert told("b") == [{"concurrency": 6}] and relay.connections[0].unbinds == []
+
     async def test_an_editor_that_renames(self, start: Any, file: Path) -> None:
         file.write_text(f"{HEAD}  a: {{addr: 1}}\n")
         running = await (await start()).online("a")

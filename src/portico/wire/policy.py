@@ -31,6 +31,7 @@ __all__ = [
     "Rate",
     "User",
     "canonical",
+    "check_size",
     "digest",
     "parse",
 ]
@@ -116,11 +117,17 @@ def canonical(document: object) -> dict[str, Any]:
     Idempotent. Raises :class:`PolicyInvalid` with every fault.
     """
     clean, faults = policy_check.check(document)
-    if not faults and (size := len(_text(clean))) > MAX_POLICY_BYTES:
-        faults = [Fault("", f"the policy has {size} bytes as JSON without its defaults; at most {MAX_POLICY_BYTES}")]
     if faults:
         raise PolicyInvalid(faults)
+    check_size(clean)
     return clean
+
+
+def check_size(clean: Mapping[str, Any]) -> None:
+    """Raises :class:`PolicyInvalid` for a canonical document that does not fit a grant."""
+    if (size := len(_text(clean))) > MAX_POLICY_BYTES:
+        what = f"the policy has {size} bytes as JSON without its defaults; at most {MAX_POLICY_BYTES}"
+        raise PolicyInvalid([Fault("", what)])
 
 
 def digest(document: Mapping[str, Any]) -> str:
