@@ -11,6 +11,7 @@ import typer
 from portico import settings
 from portico.cli import output
 from portico.cli.account import ProxyOption, ServerOption
+from portico.cli.tunnel import JsonLinesOption, LogLevelOption, RegionOption
 from portico.errors import Problem
 
 if TYPE_CHECKING:
@@ -35,14 +36,12 @@ def start(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Start every tunnel of the file.")] = False,
     config: ConfigOption = None,
-    region: Annotated[str | None, typer.Option(help="Preferred region.", show_default=False)] = None,
+    region: RegionOption = None,
     qr: Annotated[bool, typer.Option("--qr", help="Show the URLs as QR codes.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    json: JsonLinesOption = False,
     server: ServerOption = None,
     proxy: ProxyOption = None,
-    log_level: Annotated[
-        str | None, typer.Option("--log-level", help="DEBUG, INFO, WARNING or ERROR.", show_default=False)
-    ] = None,
+    log_level: LogLevelOption = None,
 ) -> None:
     """Start tunnels of portico.yml, in one session.
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from portico import settings
-from portico.cli import output, policy_options
-from portico.cli.account import ProxyOption, ServerOption, signed_in
-from portico.cli.tunnel import PoolOption, TtlOption, refuse_pool, ttl_seconds, with_options
+from portico.cli import policy_options
+from portico.cli.account import ProxyOption, ServerOption
+from portico.cli.tunnel import (
+    JsonLinesOption,
+    LogLevelOption,
+    NameOption,
+    PoolOption,
+    RegionOption,
+    TtlOption,
+    agent_options,
+    refuse_pool,
+    serve,
+    spec_of,
+    ttl_seconds,
+)
 
 ProxyProtocolOption = Annotated[
     int | None,
@@ -27,7 +37,7 @@ ProxyProtocolOption = Annotated[
 
 def tcp(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="22, host:port, tcp://host:port or unix:/path")],
-    name: Annotated[str | None, typer.Option(help="Name of the tunnel [made up].", show_default=False)] = None,
+    name: NameOption = None,
     remote_port: Annotated[
         int | None,
         typer.Option(
@@ -43,21 +53,18 @@ def tcp(
     deny_cidr: policy_options.DenyCidr = None,
     policy_file: policy_options.PolicyFile = None,
     print_policy: policy_options.PrintPolicy = False,
-    region: Annotated[str | None, typer.Option(help="Preferred region.", show_default=False)] = None,
+    region: RegionOption = None,
     ttl: TtlOption = None,
     pool: PoolOption = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    json: JsonLinesOption = False,
     server: ServerOption = None,
     proxy: ProxyOption = None,
-    log_level: Annotated[
-        str | None, typer.Option("--log-level", help="DEBUG, INFO, WARNING or ERROR.", show_default=False)
-    ] = None,
+    log_level: LogLevelOption = None,
 ) -> None:
     """A public port for a local TCP service: SSH, a database, anything."""
-    from portico.agent import app
+    from portico.agent.app import TunnelOptions
     from portico.agent.policies import Sugar
     from portico.agent.target import parse_tcp_target
-    from portico.kit import loop
 
     refuse_pool(pool)
     seconds = ttl_seconds(ttl)
@@ -67,22 +74,9 @@ def tcp(
     if print_policy:
         policy_options.show(policy, json)
         return
-    config, found = signed_in(server)
-    config = with_options(
-        config, region=region, log_level=log_level, proxy_url=settings.Secret(proxy) if proxy else None
-    )
-    spec: dict[str, Any] = {"protocol": "tcp"}
-    if name:
-        spec["name"] = name
-    if remote_port:
-        spec["remote_port"] = remote_port
-    if policy is not None:
-        spec["policy"] = policy
-    options = app.TunnelOptions(parsed, spec, ttl=seconds, proxy_protocol=proxy_protocol or 0)
-    mode = output.display_mode(json)
-    code = loop.run(app.serve(config, found, [options], mode, color=settings.color_wanted(sys.stdout)))
-    if code:
-        raise typer.Exit(code)
+    spec = spec_of("tcp", policy, name=name, remote_port=remote_port)
+    typed = agent_options(region=region, log_level=log_level, proxy=proxy)
+    serve(TunnelOptions(parsed, spec, ttl=seconds, proxy_protocol=proxy_protocol or 0), typed, server, json)
 
 
 def register(app: typer.Typer) -> None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from portico import settings
-from portico.cli import output, policy_options
-from portico.cli.account import ProxyOption, ServerOption, signed_in
+from portico.cli import policy_options
+from portico.cli.account import ProxyOption, ServerOption
 from portico.cli.tcp import ProxyProtocolOption
-from portico.cli.tunnel import PoolOption, TtlOption, refuse_pool, ttl_seconds, with_options
+from portico.cli.tunnel import (
+    JsonLinesOption,
+    LogLevelOption,
+    NameOption,
+    PoolOption,
+    RegionOption,
+    SubdomainOption,
+    TtlOption,
+    agent_options,
+    refuse_pool,
+    serve,
+    spec_of,
+    ttl_seconds,
+)
 from portico.errors import Problem
 
 if TYPE_CHECKING:
@@ -21,8 +32,8 @@ if TYPE_CHECKING:
 
 def tls(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="8443, host:port, tls://host:port or unix:/path")],
-    name: Annotated[str | None, typer.Option(help="Name of the tunnel [made up].", show_default=False)] = None,
-    subdomain: Annotated[str | None, typer.Option(help="Subdomain of the URL [the name].", show_default=False)] = None,
+    name: NameOption = None,
+    subdomain: SubdomainOption = None,
     tls_cert: Annotated[
         Path | None,
         typer.Option(
@@ -52,25 +63,22 @@ def tls(
     deny_cidr: policy_options.DenyCidr = None,
     policy_file: policy_options.PolicyFile = None,
     print_policy: policy_options.PrintPolicy = False,
-    region: Annotated[str | None, typer.Option(help="Preferred region.", show_default=False)] = None,
+    region: RegionOption = None,
     ttl: TtlOption = None,
     pool: PoolOption = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    json: JsonLinesOption = False,
     server: ServerOption = None,
     proxy: ProxyOption = None,
-    log_level: Annotated[
-        str | None, typer.Option("--log-level", help="DEBUG, INFO, WARNING or ERROR.", show_default=False)
-    ] = None,
+    log_level: LogLevelOption = None,
 ) -> None:
     """A public host for a local TLS service, which keeps its own certificate.
 
     The platform forwards the visitors' TLS by the name in it and cannot read it. With --tls-cert and --tls-key TLS ends in
     this command instead, and the target gets plain bytes; the files are read again when they change.
     """
-    from portico.agent import app
+    from portico.agent.app import TunnelOptions
     from portico.agent.policies import Sugar
     from portico.agent.target import parse_tcp_target, parse_tls_target
-    from portico.kit import loop
 
     refuse_pool(pool)
     seconds = ttl_seconds(ttl)
@@ -81,22 +89,9 @@ def tls(
     if print_policy:
         policy_options.show(policy, json)
         return
-    config, found = signed_in(server)
-    config = with_options(
-        config, region=region, log_level=log_level, proxy_url=settings.Secret(proxy) if proxy else None
-    )
-    spec: dict[str, Any] = {"protocol": "tls"}
-    if name:
-        spec["name"] = name
-    if subdomain:
-        spec["subdomain"] = subdomain
-    if policy is not None:
-        spec["policy"] = policy
-    options = app.TunnelOptions(parsed, spec, ttl=seconds, proxy_protocol=proxy_protocol or 0, tls=files)
-    mode = output.display_mode(json)
-    code = loop.run(app.serve(config, found, [options], mode, color=settings.color_wanted(sys.stdout)))
-    if code:
-        raise typer.Exit(code)
+    spec = spec_of("tls", policy, name=name, subdomain=subdomain)
+    typed = agent_options(region=region, log_level=log_level, proxy=proxy)
+    serve(TunnelOptions(parsed, spec, ttl=seconds, proxy_protocol=proxy_protocol or 0, tls=files), typed, server, json)
 
 
 def _files(certificate: Path | None, key: Path | None, alpn: str | None) -> TlsFiles | None:

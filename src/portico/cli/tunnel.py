@@ -15,7 +15,17 @@ from portico.errors import Problem
 
 if TYPE_CHECKING:
     from portico.agent.api import Api
+    from portico.agent.app import TunnelOptions
 
+NameOption = Annotated[str | None, typer.Option("--name", help="Name of the tunnel [made up].", show_default=False)]
+SubdomainOption = Annotated[
+    str | None, typer.Option("--subdomain", help="Subdomain of the URL [the name].", show_default=False)
+]
+RegionOption = Annotated[str | None, typer.Option("--region", help="Preferred region.", show_default=False)]
+JsonLinesOption = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+LogLevelOption = Annotated[
+    str | None, typer.Option("--log-level", help="DEBUG, INFO, WARNING or ERROR.", show_default=False)
+]
 TtlOption = Annotated[
     str | None,
     typer.Option(
@@ -34,8 +44,8 @@ def http(
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="8000, host:port, http(s)://host, unix:/path or file:///dir")
     ],
-    name: Annotated[str | None, typer.Option(help="Name of the tunnel [made up].", show_default=False)] = None,
-    subdomain: Annotated[str | None, typer.Option(help="Subdomain of the URL [the name].", show_default=False)] = None,
+    name: NameOption = None,
+    subdomain: SubdomainOption = None,
     basic_auth: policy_options.BasicAuth = None,
     allow_cidr: policy_options.AllowCidr = None,
     deny_cidr: policy_options.DenyCidr = None,
@@ -61,16 +71,14 @@ def http(
         bool | None,
         typer.Option("--inspect/--no-inspect", help="Show requests on the local page [yes].", show_default=False),
     ] = None,
-    region: Annotated[str | None, typer.Option(help="Preferred region.", show_default=False)] = None,
+    region: RegionOption = None,
     ttl: TtlOption = None,
     qr: Annotated[bool, typer.Option("--qr", help="Show the URL as a QR code.")] = False,
     pool: PoolOption = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    json: JsonLinesOption = False,
     server: ServerOption = None,
     proxy: ProxyOption = None,
-    log_level: Annotated[
-        str | None, typer.Option("--log-level", help="DEBUG, INFO, WARNING or ERROR.", show_default=False)
-    ] = None,
+    log_level: LogLevelOption = None,
 ) -> None:
     """A public URL for a local app."""
     from portico.agent.policies import Sugar
@@ -95,21 +103,31 @@ def http(
     if print_policy:
         policy_options.show(policy, json)
         return
+    from portico.agent.app import TunnelOptions
+
+    spec = spec_of("http", policy, name=name, subdomain=subdomain)
+    typed = agent_options(region=region, log_level=log_level, inspect=inspect, proxy=proxy)
+    serve(TunnelOptions(parsed, spec, target_tls_verify, ttl=seconds), typed, server, json, qr=qr)
+
+
+def spec_of(protocol: str, policy: dict[str, Any] | None, **wanted: str | int | None) -> dict[str, Any]:
+    """What the API is asked for: a tunnel with what was said on the command line."""
+    spec = {"protocol": protocol} | {key: value for key, value in wanted.items() if value}
+    return spec if policy is None else spec | {"policy": policy}
+
+
+def agent_options(*, proxy: str | None, **typed: Any) -> dict[str, Any]:
+    """The agent's settings that were said on the command line."""
+    return {**typed, "proxy_url": settings.Secret(proxy) if proxy else None}
+
+
+def serve(options: TunnelOptions, typed: dict[str, Any], server: str | None, json: bool, *, qr: bool = False) -> None:
+    """Serve one tunnel to its end, with the settings that were ``typed``; exits with what the agent says."""
     from portico.agent import app
     from portico.kit import loop
 
     config, found = signed_in(server)
-    config = with_options(
-        config, region=region, log_level=log_level, inspect=inspect, proxy_url=settings.Secret(proxy) if proxy else None
-    )
-    spec: dict[str, Any] = {"protocol": "http"}
-    if name:
-        spec["name"] = name
-    if subdomain:
-        spec["subdomain"] = subdomain
-    if policy is not None:
-        spec["policy"] = policy
-    options = app.TunnelOptions(parsed, spec, target_tls_verify, ttl=seconds)
+    config = with_options(config, **typed)
     mode = output.display_mode(json)
     code = loop.run(app.serve(config, found, [options], mode, color=settings.color_wanted(sys.stdout), qr=qr))
     if code:
