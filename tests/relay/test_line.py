@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from portico.relay.http1 import reset_transport
 from portico.relay.server import Relay
 from tests.relay.doubles import Client, ScriptedAgent, ScriptedStream, grant, port, row, session_token
 from tests.relay.known import forget, learn, whole
+from tests.relay.test_rates_http import started, visitor
 
 
 def get(path: str) -> bytes:
@@ -230,3 +232,29 @@ def change(relay: Relay, policy: dict[str, Any]) -> None:
     changed = {"kind": "tunnel", "tunnel": row("web", policy=policy, policy_version=version)}
     relay.snapshot.apply({"type": "delta", "version": (relay.snapshot.version or 0) + 1, "changes": [changed]})
     assert live.policy_version == version
+
+
+async def test_who_comes_by_another_relay_neither_waits_nor_overtakes(tmp_path: Path) -> None:
+    front = await started(tmp_path, "front", (), None)
+    owner = await started(tmp_path, "owner", (f"ws://127.0.0.1:{port(front, 0)}/v1/peer",), None)
+    agent = await ScriptedAgent().connect(port(owner, 0), session_token())
+    agent.on_stream = lambda stream: None
+    await agent.online(grant(policy=document(seconds=20), policy_version=1))
+    await agent.until(lambda: front.peers.by_host)
+    here = [await visitor(owner) for _ in range(2)]
+    for at, client in enumerate(here):
+        client.send(get(str(at)))
+        await agent.until(lambda at=at: len(agent.streams) + waiting(owner) == at + 1)
+    there = await visitor(front)
+    there.send(get("2"))
+    status, fields, _ = await there.response()
+    assert (status, fields[b"portico-error"]) == (429, [b"edge.concurrency_exceeded"])
+    agent.streams[0].answer()
+    await agent.until(lambda: len(agent.streams) == 2)
+    assert agent.streams[1].target == b"/1" and waiting(owner) == 0
+    agent.streams[1].answer()
+    for client in (*here, there):
+        client.writer.close()
+    agent.close()
+    await front.stop()
+    await owner.stop()

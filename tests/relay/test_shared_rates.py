@@ -96,6 +96,8 @@ async def test_two_relays_share_a_rate_and_alone_each_has_it_all(server_home: Pa
             assert 200 <= sum(shares) <= 300, shares
             assert min(shares) >= 0.2 * sum(shares), shares
 
+            assert server.process is not None
+            server.process.kill()
             server.stop()
             await asyncio.gather(one.busy(0.5), two.busy(0.5))
             assert [relay.connected for relay in (one, two)] == [False, False]
