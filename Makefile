@@ -9,9 +9,10 @@ PYTHON ?=
 ARGS ?=
 # Seconds that each fuzzer runs.
 FUZZ_SECONDS ?= 60
-# Minutes of load and repeats of each drill in a soak (0 leaves one out), and what it writes.
+# Minutes of load, repeats of each drill and seconds of each flood in a soak (0 leaves one out), and what it writes.
 SOAK_MINUTES ?= 30
 SOAK_DRILLS ?= 5
+SOAK_FLOODS ?= 20
 SOAK_WRITES ?= --report docs/soak.md --json docs/soak.json
 
 BIN := .venv/bin
@@ -59,7 +60,8 @@ bench: $(DEV) ## Measure Portico beside nginx and other tunnels (ARGS="--quick -
 	$(BIN)/python -m bench $(ARGS)
 
 .PHONY: soak
-soak: $(DEV) ## A platform under load with restarts (SOAK_MINUTES=30), then every drill (SOAK_DRILLS=5 times)
+soak: $(DEV) ## A platform under load with restarts (SOAK_MINUTES=30), every drill (SOAK_DRILLS=5 times) and flood
+	$(if $(filter-out 0,$(SOAK_FLOODS)),FLOOD_SECONDS=$(SOAK_FLOODS) $(BIN)/python -m pytest tests/floods -q)
 	$(BIN)/python -m tests.soak.run --minutes $(SOAK_MINUTES) --drills $(SOAK_DRILLS) $(SOAK_WRITES) $(ARGS)
 
 .PHONY: lock

@@ -239,6 +239,7 @@ class Server(PublicServer):
         self.now = 0.0
         self.buffer = memoryview(bytearray(READ_SIZE))
         self.buffer_view = self.buffer[:]
+        self.head_view = self.buffer_view
         self.connections, self.turned_away = set(), set()
         self.refusals: Counter[str] = Counter()
         self.tally = Tally()

@@ -28,7 +28,7 @@ from portico.relay.door import Door
 from portico.relay.exchange import Exchange
 from portico.relay.heads import STATUS_LINES
 from portico.relay.holding import Holding
-from portico.relay.http1 import READ_SIZE, Visitor, plain_address
+from portico.relay.http1 import HEAD_READ, READ_SIZE, Visitor, plain_address
 from portico.relay.introduction import Introduction
 from portico.relay.peers import Peers, RemoteTunnel
 from portico.relay.proxied import ProxiedVisitor
@@ -98,6 +98,7 @@ class PublicServer:
         self.now = self.loop.time()
         self.buffer = memoryview(bytearray(READ_SIZE))
         self.buffer_view = self.buffer[:]
+        self.head_view = self.buffer[:HEAD_READ]
         self.idle_seconds = settings.idle_timeout_seconds
         self.first_byte_seconds = settings.first_byte_timeout_seconds or math.inf
         self.connections: set[Guest] = set()

@@ -1,0 +1,163 @@
+"""Under each flood the relay keeps its memory and its loop, and a visitor who does nothing wrong keeps most of its rate.
+
+The clean visitor asks on two connections, as fast as it is answered, in short windows; the best window counts, since other
+programs on the machine cost windows, too. `FLOOD_SECONDS` makes floods longer (`make soak`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from portico.embedded.folders import temp_home
+from tests.differential.echo import ThreadedServer
+from tests.differential.exact import Connection, Way
+from tests.differential.places import Tunnels
+from tests.floods.flood import KINDS
+from tests.system.memory import MemoryWatch, resident
+from tests.system.platform import Account, Up, port_span
+
+pytestmark = pytest.mark.system
+
+SECONDS = float(os.environ.get("FLOOD_SECONDS", "2"))
+WINDOW = 0.25
+MEMORY_MIB = 64.0
+LAG_SECONDS = 0.1
+RATE_SHARE = 0.7
+TRIES = 3
+#: Short enough for a flood of a few seconds to meet them.
+LIMITS = {"head_timeout_seconds": 2, "body_timeout_seconds": 2, "write_timeout_seconds": 2, "close_timeout_seconds": 2}
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass
+class Stand:
+    """A platform of its own, with tunnels: ``flooded`` and ``clean`` to one target, ``locked`` by a password."""
+
+    up: Up
+
+    @property
+    def relay(self) -> int:
+        return self.up.pid("relay-1")
+
+    def lag(self) -> tuple[int, int]:
+        """How often the relay's loop was looked at, and found late by more than the limit, since it started."""
+        rows = json.loads((self.up.home / "metrics.json").read_text())
+        (place,) = (row["targets"][0] for row in rows if row["labels"]["process"] == "relay-1")
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://{place}/metrics") as answer:
+            text = answer.read().decode()
+        bounds = dict(re.findall(r'portico_loop_lag_seconds_bucket\{le="([^"]+)"\} ([0-9.]+)', text))
+        total = int(float(bounds["+Inf"]))
+        return total, total - int(float(bounds[str(LAG_SECONDS)]))
+
+
+async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """``/large``: 60 kB; ``/endless``; anything else: a word, once the body is there (it never is)."""
+    connection = Connection(reader, writer)
+    while True:
+        head = await connection.head_bytes()
+        if head.startswith(b"POST"):
+            await connection.rest()
+        elif head.startswith(b"GET /endless"):
+            await connection.send(b"HTTP/1.1 200 OK\r\n\r\n")
+            while True:
+                await connection.send(bytes(65_536))
+        else:
+            body = bytes(60_000) if head.startswith(b"GET /large") else b"word"
+            await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    folder, home = tmp_path_factory.mktemp("floods"), temp_home("portico-floods-")
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, home, ignore_errors=True)
+        up = Up(home, folder, stack, tcp_ports=port_span(20), tunnel_concurrency=400, **LIMITS)
+        account = Account(up.api_url)
+        stack.callback(account.close)
+        target = ThreadedServer(serve)
+        stack.callback(target.stop)
+        address = f"127.0.0.1:{target.port}"
+        locked = address + "\n    basic_auth: ['alice:a-long-password']"
+        stack.callback(Tunnels(account, folder, {"clean": address, "flooded": address, "locked": locked}).end)
+        yield Stand(up)
+
+
+async def rates(way: Way, host: str, seconds: float) -> list[float]:
+    """Answers a second of the clean visitor, in windows."""
+    request = f"GET / HTTP/1.1\r\nHost: {host}\r\nAccept: */*\r\n\r\n".encode()
+    counts: list[float] = []
+    async with way.connect() as one, way.connect() as other:
+        until = time.monotonic() + seconds
+        while (began := time.monotonic()) < until:
+            done = 0
+            while time.monotonic() - began < WINDOW:
+                await asyncio.gather(one.send(request), other.send(request))
+                for answer in await asyncio.gather(one.answer(), other.answer()):
+                    assert answer.status == 200
+                    done += 1
+            counts.append(done / (time.monotonic() - began))
+    return counts
+
+
+@dataclass
+class Measured:
+    """What one flood did."""
+
+    memory: float
+    lag: float
+    share: float
+    done: int
+
+    @property
+    def good(self) -> bool:
+        return self.memory <= MEMORY_MIB and self.lag <= 0.01 and self.share >= RATE_SHARE and self.done > 0
+
+
+async def measure(stand: Stand, kind: str) -> Measured:
+    way = Way("http", stand.up.http_port)
+    host = f"clean.localhost:{stand.up.http_port}"
+    quiet = max(await rates(way, host, 4 * WINDOW))
+    idle = resident(stand.relay)
+    argv = [sys.executable, "-m", "tests.floods.flood", kind, str(stand.up.http_port), str(stand.up.https_port)]
+    argv += [f"flooded.localhost:{stand.up.http_port}", str(SECONDS + 0.5)]
+    looks, late = stand.lag()
+    with MemoryWatch({"relay": stand.relay}, {"relay": idle}) as watch:
+        process = await asyncio.create_subprocess_exec(*argv, cwd=REPOSITORY, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        try:
+            assert await asyncio.wait_for(process.stdout.readline(), 20) == b"stands\n"
+            flooded = max(await rates(way, host, SECONDS))
+            said, _ = await asyncio.wait_for(process.communicate(), 20)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+    more, later = stand.lag()
+    return Measured(watch.growth["relay"], (later - late) / max(1, more - looks), flooded / quiet, int(said))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_flood(stand: Stand, kind: str) -> None:
+    for _ in range(TRIES):
+        measured = await measure(stand, kind)
+        print(kind, measured)
+        if measured.good:
+            break
+    assert measured.memory <= MEMORY_MIB, measured
+    assert measured.lag <= 0.01, measured
+    assert measured.share >= RATE_SHARE, measured
+    assert measured.done > 0, measured
