@@ -464,7 +464,7 @@ class RelaySettings:
     # Seconds that a request waits for a tunnel whose agent was lost a moment ago, or that a relay just started may not
     # know yet; 0 refuses at once.
     hold_seconds: float = 3.0
-    # Requests that wait so at once in one process; more are refused.
+    # Requests that wait at once in one process, so or by the `queue` of a policy; more are refused.
     hold_max_requests: int = 2000
 
     # == Link to the control plane

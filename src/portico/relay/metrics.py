@@ -78,7 +78,11 @@ AGENT_REFUSALS = Metric(
 )
 PEERS = Metric("portico_relay_peers", "gauge", "Links of other relays that are up, by who opened them.", ("opened",))
 HOPS = Metric("portico_relay_peer_streams", "gauge", "Requests of other relays under way through this one.")
-HELD = Metric("portico_relay_held_requests", "gauge", "Requests that wait for a tunnel that is coming back.")
+HELD = Metric(
+    "portico_relay_held_requests",
+    "gauge",
+    "Requests that wait for a tunnel that is coming back, or for a place in theirs.",
+)
 PASSWORDS = Metric(
     "portico_relay_passwords_total",
     "counter",
