@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from portico.kit.authority import Authority
 from portico.relay.certificates import Certificate, CertificateInvalid, CertificateStore, read, server_context
 from portico.relay.development import Development
-from tests.relay.authorities import authority, certificate, encrypted, parts
+from tests.relay.authorities import authority, certificate, encrypted, parts, trusting
 
 BASE = "tunnels.example.com"
 
@@ -199,6 +199,23 @@ class TestContexts:
         clock.now += 101
         assert context(store, made[0]) is not first
 
+    def test_sessions_do_not_pile_up(self, store: CertificateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of TLS 1.2 clients without tickets OpenSSL keeps each session, for hours."""
+        monkeypatch.setattr("portico.relay.certificates.SESSIONS_MAX", 20)
+        monkeypatch.setattr("portico.relay.certificates.USES_PER_LOOK", 8)
+        one = certificate("a.example.com")
+        client = trusting(authority("example.com"))
+        client.maximum_version = ssl.TLSVersion.TLSv1_2
+        client.options |= ssl.OP_NO_TICKET
+        seen: list[ssl.SSLContext] = []
+        for _ in range(100):
+            server = context(store, one)
+            handshake(server, client, "a.example.com")
+            assert server.session_stats()["number"] <= 20 + 8
+            if server not in seen:
+                seen.append(server)
+        assert len(seen) > 2
+
     def test_gone_with_its_certificate(self, store: CertificateStore) -> None:
         one = certificate("a.example.com")
         store.put("files", one)
@@ -307,13 +324,16 @@ class TestDevelopment:
 
 
 def handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> None:
-    """In memory."""
+    """A connection in memory."""
     one, two = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [client.wrap_bio(two, one, server_hostname=name), server.wrap_bio(one, two, server_side=True)]
-    while ends:
-        for end in list(ends):
-            try:
-                end.do_handshake()
-                ends.remove(end)
-            except ssl.SSLWantReadError:
-                pass
+    for step in (
+        ssl.SSLObject.do_handshake,
+        ssl.SSLObject.unwrap,
+    ):  # without the second OpenSSL would forget the session
+        left = list(ends)
+        while left:
+            for end in list(left):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    step(end)
+                    left.remove(end)

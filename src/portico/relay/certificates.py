@@ -34,6 +34,10 @@ ALPN: Final = (b"http/1.1",)
 #: Tickets sent after a TLS 1.3 handshake: a browser opens two connections at once.
 TICKETS: Final = 2
 SMALLEST_RSA: Final = 2048
+#: Sessions of TLS 1.2 clients without tickets that OpenSSL keeps in a context, at 1 kB each, before the context is made anew
+#: (it would keep 20,480, and ``ssl`` has no way to tell it otherwise), and uses of the context between two looks.
+SESSIONS_MAX: Final = 2048
+USES_PER_LOOK: Final = 256
 
 Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey
 
@@ -162,6 +166,22 @@ def load_from_memory(context: ssl.SSLContext, pem: bytes) -> None:
         os.close(fd)
 
 
+class _Context:
+    """A context that is kept, and since when."""
+
+    __slots__ = ("context", "made", "uses")
+
+    def __init__(self, made: float, context: ssl.SSLContext) -> None:
+        self.made = made
+        self.context = context
+        self.uses = 0
+
+    def full(self) -> bool:
+        """Count a use; whether it holds too many sessions."""
+        self.uses += 1
+        return self.uses % USES_PER_LOOK == 0 and self.context.session_stats()["number"] > SESSIONS_MAX
+
+
 # ── the store ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 class CertificateSource(Protocol):
     """Where certificates come from: it fills the store under its name and tells it of every change, from the loop's thread."""
@@ -191,7 +211,7 @@ class CertificateStore:
         self.own: Certificate | None = None
         #: Makes certificates when they are asked for; ``None`` for a name that is not its own. Asked after exact names.
         self.on_demand: Callable[[bytes], Certificate | None] | None = None
-        self._contexts: OrderedDict[tuple[str, str | None, type], tuple[float, ssl.SSLContext]] = OrderedDict()
+        self._contexts: OrderedDict[tuple[str, str | None, type], _Context] = OrderedDict()
         self._contexts_max = contexts_max
         self._context_seconds = context_seconds
         self._clock = clock
@@ -282,15 +302,15 @@ class CertificateStore:
         key = (certificate.fingerprint, client_ca[0] if client_ca is not None else None, kind)
         now = self._clock()
         kept = self._contexts.get(key)
-        if kept is not None and now - kept[0] < self._context_seconds:
+        if kept is not None and now - kept.made < self._context_seconds and not kept.full():
             self._contexts.move_to_end(key)
-            return kept[1]
+            return kept.context
         pem = client_ca[1] if client_ca is not None else None
         # Where client certificates count, every handshake is a whole one: a resumed session would neither ask for one nor
         # see that it has ended meanwhile.
         tickets = TICKETS if pem is None else 0
         context = server_context(certificate, client_ca=pem, alpn=ALPN, tickets=tickets, kind=kind)
-        self._contexts[key] = (now, context)
+        self._contexts[key] = _Context(now, context)
         self._contexts.move_to_end(key)
         while len(self._contexts) > self._contexts_max:
             self._contexts.popitem(last=False)
