@@ -243,6 +243,8 @@ class Server(PublicServer):
         self.connections, self.turned_away = set(), set()
         self.refusals: Counter[str] = Counter()
         self.tally = Tally()
+        self.seconds = 0.0
+        self.access = None
         self.tunnel = RemoteTunnel(session, 1, {**ANNOUNCED, "policy": policy})
         self.tunnel.settle(None)
         self._by_address: Counter[str] = Counter()

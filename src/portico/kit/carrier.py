@@ -39,6 +39,7 @@ class Peer(Protocol):
 
     wake: Callable[[], None]
     heard: float
+    began: float
 
     def feed(self, message: bytes | memoryview) -> bool:
         """Take one message; ``False`` ends the connection after what is queued was sent."""
@@ -148,6 +149,7 @@ class Carrier(WSListener):
         if transport is None or self._ended:
             return
         parts = self.session.take()
+        self.session.began = 0.0
         small: list[bytes] = [_PAD]
         size = 0
         for part in parts:

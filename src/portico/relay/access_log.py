@@ -153,7 +153,7 @@ class AccessLog:
         self,
         visitor: Repeats,
         tunnel: LiveTunnel | RemoteTunnel,
-        asked: tuple[int, bytes, KnownHead, bytes],
+        asked: tuple[int, bytes, KnownHead, bytes, float],
         known: KnownAnswer,
         sent: int,
         took: float,
@@ -161,7 +161,7 @@ class AccessLog:
         """A request that took the short way, which had a whole answer."""
         if not self.wants(failed=known.kind >= 4):
             return
-        _, plain, head, ident = asked
+        _, plain, head, ident, _ = asked
         noted = visitor.noted
         if noted[0] is not tunnel or noted[1] is not head:
             visitor.noted = noted = (tunnel, head, _who(tunnel, head.host), _client(visitor, visitor.address))

@@ -230,7 +230,9 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
                 return
             self._keep_leftover(bytes(data[upgrade.args[0] :]))
         except httptools.HttpParserCallbackError as err:
-            log.error("fault while handling a request", exc_info=err.__context__ or err)
+            ident = self.parsing.id if self.parsing is not None else b""
+            fields = {"request": ident.decode()} if ident else {}
+            log.error("fault while handling a request", exc_info=err.__context__ or err, extra={"f": fields})
             self.fault = "edge.internal"
         except httptools.HttpParserError:
             self.fault = self.fault or "edge.bad_request"

@@ -87,9 +87,6 @@ class Guest(Protocol):
 class PublicServer:
     """What all visitor connections of a process share: the read buffer, the clock of deadlines, look-ups, counts."""
 
-    access: AccessLog | None = None  # where there is one, it is told of each request
-    seconds = 0.0  # that all requests of the short way took
-
     def __init__(self, settings: RelaySettings, snapshot: Snapshot, agents: Agents, peers: Peers) -> None:
         self.settings = settings
         self.snapshot = snapshot
@@ -105,6 +102,8 @@ class PublicServer:
         self.turned_away: set[Guest] = set()
         self.refusals: Counter[str] = Counter()
         self.tally = Tally()
+        self.seconds = 0.0  # that all requests of the short way took
+        self.access: AccessLog | None = None  # where there is one, it is told of each request
         self._by_address: Counter[str] = Counter()
         self.by_host = agents.by_host
         self._remote = peers.by_host

@@ -51,10 +51,10 @@ class Repeats:
     skipped = b""  # the field that frames a body which the parser took for what follows an upgrade
     forwarded = (b"", b"")  # a host, and its forwarding fields
     resting = True  # between two requests, with nothing of the next one in the parser
-    #: Stream id, method and target, head and request id of a request that nothing special was heard of.
-    asked: tuple[int, bytes, heads.KnownHead, bytes] | None = None
+    #: Stream id, method and target, head, request id and beginning (monotonic seconds) of a request that nothing special was
+    #: heard of.
+    asked: tuple[int, bytes, heads.KnownHead, bytes, float] | None = None
     tunnel: LiveTunnel | RemoteTunnel | None = None  # of ``asked``
-    began = 0.0  # monotonic seconds, of ``asked``
     tallied: list[list[int]]  # what is counted of requests of this connection's protocol, see ``tally.py``
     tls: str | None = None  # the version of TLS, where it is logged
     noted: tuple[Any, Any, str, str] = (None, None, "", "")  # see ``AccessLog.whole``
@@ -109,9 +109,12 @@ class Repeats:
             fields = (known.wire if edit is None else heads.wire_fields(edit(known.fields))) + self.forwarding(host)
             self.repeated = (known, policy, fields)
         rid = b"%b%010x" % (ID_PREFIX, next(ID_SERIAL))
-        ident = tunnel.session.open_lazy(tunnel.bind_bytes, plain, fields, rid, self)
-        self.asked = (ident, plain, known, rid)
-        self.began = clock()
+        session = tunnel.session
+        ident = session.open_lazy(tunnel.bind_bytes, plain, fields, rid, self)
+        began = session.began
+        if not began:  # the first that is sent with the next message
+            session.began = began = clock()
+        self.asked = (ident, plain, known, rid, began)
         self.resting = False
         if tunnel.rates is not None:
             tunnel.rates.take(self.address, server.loop.time())
@@ -164,13 +167,13 @@ class Repeats:
             data = known.text[:-2] + b"Connection: close\r\n\r\n" + body
             self.transport.write(data)
             self._close()
-        size = len(data)
-        tunnel.counters.bytes_out += size
-        took = tunnel.session.heard - self.began
-        self.tallied[known.kind][bisect_left(REQUEST_SECONDS, took)] += 1
+        tunnel.counters.bytes_out += len(data)
+        # What every request costs to be counted: two sums, a bucket, and the look for a log.
+        took = tunnel.session.heard - asked[4]
+        self.tallied[known[2]][bisect_left(REQUEST_SECONDS, took)] += 1
         server.seconds += took
         if server.access is not None:
-            server.access.whole(self, tunnel, asked, known, size, took)
+            server.access.whole(self, tunnel, asked, known, len(data), took)
         return True
 
     def materialise(self) -> Stream:
@@ -178,11 +181,11 @@ class Repeats:
         tunnel, asked = self.tunnel, self.asked
         assert tunnel is not None and asked is not None
         self.asked = None
-        ident, plain, known, rid = asked
+        ident, plain, known, rid, began = asked
         method, _, target = plain.partition(b"\0")
         exchange = Exchange(cast("Visitor", self), known.host, method, target, known.fields)
         exchange.wire, exchange.id, exchange.tunnel = known.wire, rid, tunnel
-        exchange.began = self.began
+        exchange.began = began
         exchange.policy = self.repeated[1]
         exchange.started = exchange.counted = exchange.received = True
         exchange.keep_alive = known.keep_alive

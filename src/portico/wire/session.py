@@ -299,6 +299,9 @@ class Session:
         self.last_stream = 0
         #: When the carrier heard the message that is being received (:func:`time.monotonic`): no clock is asked for each frame.
         self.heard = 0.0
+        #: When the first of the requests that the next message carries began, set by whoever opens them; the carrier takes it
+        #: back with the message. 0 before.
+        self.began = 0.0
         self.send_credit = f.SESSION_WINDOW
         self.recv_credit = f.SESSION_WINDOW
         self.recv_unreturned = 0
