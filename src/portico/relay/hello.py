@@ -179,7 +179,7 @@ def _hello(body: _Reader, size: int) -> Hello:
         raise _Fault("half a cipher suite")
     if 0 not in body.vector(1, 1, "the list of compression methods"):
         raise _Fault("no compression is not offered", ILLEGAL_PARAMETER)
-    found = _extensions(_Reader(body.vector(2, 0, "the extensions")) if body.left else _Reader(b""))
+    found = _extensions(body.vector(2, 0, "the extensions") if body.left else b"")
     body.end("the extensions")
     return Hello(
         sni=_server_name(found[_SERVER_NAME]) if _SERVER_NAME in found else None,
@@ -191,13 +191,21 @@ def _hello(body: _Reader, size: int) -> Hello:
     )
 
 
-def _extensions(reader: _Reader) -> dict[int, bytes]:
+def _extensions(data: bytes) -> dict[int, bytes]:
+    """By plain arithmetic: there are a dozen of them in every hello."""
     found: dict[int, bytes] = {}
-    while reader.left:
-        kind = reader.number(2)
+    at, end = 0, len(data)
+    while at < end:
+        start = at + 4
+        if start > end:
+            raise _Fault("half an extension")
+        kind = data[at] << 8 | data[at + 1]
+        at = start + (data[at + 2] << 8 | data[at + 3])
+        if at > end:
+            raise _Fault("a length goes beyond its field")
         if kind in found:
             raise _Fault(f"extension {kind} comes twice", ILLEGAL_PARAMETER)
-        found[kind] = reader.vector(2, 0, "an extension")
+        found[kind] = data[start:at]
     return found
 
 
