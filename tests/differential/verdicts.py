@@ -16,6 +16,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.extensions.permessage_deflate import ServerPerMessageDeflateFactory
 
+from portico.kit.sockets import reset_transport
 from tests.differential.exact import Connection, parse_fields
 
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -147,9 +148,4 @@ class Scripted:
 
 def reset(connection: Connection) -> None:
     """End it with RST."""
-    import socket
-    import struct
-
-    sock = connection.writer.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.writer.transport.abort()
+    reset_transport(connection.writer.transport)

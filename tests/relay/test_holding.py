@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from portico.relay.http1 import reset_transport
+from portico.kit.sockets import reset_transport
 from portico.relay.server import Relay
 from portico.wire import frames as f
 from tests.relay.doubles import ScriptedAgent, ScriptedStream, grant, port, row, session_token

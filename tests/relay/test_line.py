@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from portico.relay.http1 import reset_transport
+from portico.kit.sockets import reset_transport
 from portico.relay.server import Relay
 from tests.relay.doubles import Client, ScriptedAgent, ScriptedStream, grant, port, row, session_token
 from tests.relay.known import forget, learn, whole

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from portico.relay.http1 import reset_transport
+from portico.kit.sockets import reset_transport
 from tests.system.targets import MIB, Request, app, piece
 from tests.system.visitor import READ_LIMIT, Wire, connected, frame_head, mask, read_frame, request
 

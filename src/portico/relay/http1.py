@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import httptools
 
 from portico.kit.gone import GONE
+from portico.kit.sockets import reset_transport
 from portico.relay import heads
 from portico.relay.exchange import Exchange, request_id
 from portico.relay.outgoing import untaken
@@ -64,7 +65,8 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
     closed = eof = raw = False
     reading = True
     paused_at = 0.0
-    head_bytes = 0
+    head_bytes = 0  # of the fields that are complete
+    head_read = 0  # of the head that is not: those of its first read, and all of later ones
     quiet_bytes = 0  # of a body's framing (chunk headers, trailers) since the last byte of body
     fields = cast(list[bytes], ())
     target = b""
@@ -241,9 +243,8 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
             if self.quiet_bytes > self.server.settings.max_head_bytes and self.parsing.with_body:
                 self.fault = self.fault or "edge.head_too_large"
         if self.in_head:
-            if was_in_head:
-                self.head_bytes += len(data)
-            if self.head_bytes > self.server.settings.max_head_bytes:
+            self.head_read = self.head_read + len(data) if was_in_head else self.head_bytes
+            if self.head_read > self.server.settings.max_head_bytes:
                 self.fault = "edge.head_too_large"
         if self.fault is not None:
             self._refuse_parse(self.fault)
@@ -301,7 +302,7 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
     def on_message_begin(self) -> None:
         self.in_head = True
         self.resting = False  # also where the request before it ended in this very read
-        self.head_bytes = 0
+        self.head_bytes = self.head_read = 0
         self.fields = []
         self.target = b""
         self.parsing = None
@@ -801,14 +802,3 @@ def presented_certificate(transport: asyncio.BaseTransport) -> bool:
     """Whether the visitor presented a certificate; the handshake verified it against the context's authority, or failed."""
     tls = transport.get_extra_info("ssl_object")
     return tls is not None and tls.getpeercert(binary_form=True) is not None
-
-
-def reset_transport(transport: asyncio.Transport) -> None:
-    """Close with RST instead of FIN, so that the peer sees an abort (SO_LINGER 0)."""
-    import socket
-    import struct
-
-    sock = transport.get_extra_info("socket")
-    if sock is not None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    transport.abort()

@@ -15,10 +15,11 @@ import math
 from time import monotonic as clock
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from portico.kit.sockets import reset_transport
 from portico.relay.decide import decide
 from portico.relay.door import Door
 from portico.relay.exchange import ANSWERED, BROKEN, REFUSED, RESET_CODES, request_id
-from portico.relay.http1 import READ_SIZE, STALL_SECONDS, plain_address, reset_transport
+from portico.relay.http1 import READ_SIZE, STALL_SECONDS, plain_address
 from portico.relay.telling import is_news
 from portico.wire import frames as f
 from portico.wire.session import Stream
