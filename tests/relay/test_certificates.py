@@ -275,9 +275,16 @@ class TestDevelopment:
         web = local.find(b"web.localhost")
         assert web is not None and web.names == {b"web.localhost"} and not web.parents
         assert local.find(b"web.localhost") is web
-        assert local.find(b"nobody.localhost") is own
+        nobody = local.find(b"nobody.localhost")
+        assert nobody is not None and nobody.names == {b"nobody.localhost"}, "its page says that it is nobody's"
         assert local.find(b"web.sub.localhost") is None
         assert local.find(b"web.example.com") is None
+
+    def test_names_that_are_invented_by_the_thousand(self, local: CertificateStore) -> None:
+        made = {local.find(b"n%d.localhost" % number) for number in range(200)}
+        assert len(made) == 61 and local.own in made
+        web = local.find(b"web1.localhost")
+        assert web is not None and web is not local.own
 
     def test_a_longer_base_domain_needs_the_wildcard_alone(self, store: CertificateStore) -> None:
         Development(authority(BASE), BASE, lambda name: True).fill(store)

@@ -2,13 +2,14 @@
 
 The CA belongs to the machine of `portico up` (`portico dev-ca`), which has its key encrypted on disk. A relay without any
 certificate makes itself a CA that nobody trusts. OpenSSL's clients do not match ``*.localhost``, since a wildcard needs two
-labels behind it: below a base domain of one label every known name gets a certificate of its own.
+labels behind it: below a base domain of one label every name gets a certificate of its own.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -26,6 +27,9 @@ CERTIFICATE_FILE: Final = "ca.pem"
 KEY_FILE: Final = "ca.key"
 #: Certificates made on demand that are kept.
 LEAVES_MAX: Final = 1024
+#: Certificates a minute for names that are nobody's: whoever mistypes one reads the page that says so, and who invents them
+#: by the thousand costs little. Further ones get the wildcard.
+STRANGERS_PER_MINUTE: Final = 60
 
 
 def authority(folder: Path | None, passphrase: Secret | None, base_domain: str) -> Authority:
@@ -59,6 +63,7 @@ class Development:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._leaves: dict[bytes, Certificate] = {}
         self._own: Certificate | None = None
+        self._strangers, self._minute = 0, 0.0
 
     def fill(self, store: CertificateStore) -> None:
         self.renew(store)
@@ -74,19 +79,27 @@ class Development:
         store.replace(self.name, [self._own])
 
     def on_demand(self, name: bytes) -> Certificate | None:
-        """The certificate of one known name directly below the base domain; some tenths of a millisecond the first time."""
+        """The certificate of one name directly below the base domain; some tenths of a millisecond the first time."""
         _, _, parent = name.partition(b".")
         if parent != self._parent:
             return None
         found = self._leaves.get(name)
         if found is not None and not _ends(found):
             return found
-        if not self._known(name):
+        if not self._known(name) and not self._stranger():
             return None
         if len(self._leaves) >= LEAVES_MAX:
             self._leaves.clear()
         found = self._leaves[name] = self._issue([x509.DNSName(name.decode("ascii"))])
         return found
+
+    def _stranger(self) -> bool:
+        """Whether another name of nobody's may have a certificate now."""
+        now = time.monotonic()
+        if now - self._minute > 60:
+            self._strangers, self._minute = 0, now
+        self._strangers += 1
+        return self._strangers <= STRANGERS_PER_MINUTE
 
     def _issue(self, names: list[x509.GeneralName]) -> Certificate:
         return build([self.issuer.issue(names, self._key.public_key(), dt.datetime.now(dt.UTC))], self._key)
