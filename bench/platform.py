@@ -25,7 +25,7 @@ SETTLE_SECONDS = 5.0
 IDLE_SECONDS = 12.0
 ONLINE_SECONDS = 180.0
 FIRST_REQUEST_SECONDS = 15.0
-GRANTS_SECONDS = 180.0
+PROGRAM_SECONDS = 180.0
 
 Figures = dict[str, Any]
 
@@ -120,16 +120,26 @@ def _timed(endpoint: Endpoint) -> float:
 
 def grants(ground: Ground, repeats: int) -> Figures:
     """Sessions with one grant that one API process gives out; see bench/grants.py."""
-    argv = [sys.executable, "-m", "bench.grants", "--json"]
+    return _program("bench.grants")
+
+
+def queue(ground: Ground, repeats: int) -> Figures:
+    """Jobs that do nothing, through one worker process; see bench/queue.py."""
+    return _program("bench.queue")
+
+
+def _program(module: str) -> Figures:
+    """What a benchmark that is a program of its own says in JSON."""
+    argv = [sys.executable, "-m", module, "--json"]
     try:
         done = subprocess.run(
-            argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=GRANTS_SECONDS, check=False
+            argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        raise Refused(f"bench.grants did not end within {GRANTS_SECONDS:g} s") from None
+        raise Refused(f"{module} did not end within {PROGRAM_SECONDS:g} s") from None
     lines = done.stdout.strip().splitlines()
     if not lines or not lines[-1].startswith("{"):
-        raise Refused(f"bench.grants ended with {done.returncode}: {' '.join(done.stderr.split())[-200:]}")
+        raise Refused(f"{module} ended with {done.returncode}: {' '.join(done.stderr.split())[-200:]}")
     return dict(json.loads(lines[-1]))
 
 
@@ -138,4 +148,5 @@ MEASURES: dict[str, Callable[[Ground, int], Figures]] = {
     "idle-tunnels": idle_tunnels,
     "agents": agents,
     "grants": grants,
+    "queue": queue,
 }

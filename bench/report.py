@@ -221,6 +221,7 @@ PLATFORM: tuple[tuple[str, str, str, str], ...] = (
     ("agents", "first_request_ms", "a request through each of 50 of them, p50", "ms"),
     ("grants", "per_second", "sessions with one grant, one API process", "/s"),
     ("grants", "cpu_us", "CPU of the API process for each", "µs"),
+    ("queue", "per_second", "jobs that do nothing, one worker process", "/s"),
 )
 
 

@@ -77,4 +77,5 @@ TARGETS: tuple[Target, ...] = (
         "1,000 idle tunnels on one session: CPU of the relay", "%", 1, _platform("idle-tunnels", "relay_cpu_percent")
     ),
     Target("grants on one API process", "/s", 500, _platform("grants", "per_second"), least=True),
+    Target("jobs of the queue, one worker process", "/s", 2000, _platform("queue", "per_second"), least=True),
 )

@@ -799,14 +799,36 @@ class WorkerSettings:
     listen_fds: str = ""
     # Descriptor on which readiness is reported; set by `portico up`.
     notify_fd: int | None = None
-    # Connections that one worker process holds at most: its leases, and one for each job at work.
-    database_pool_size: int = 4
-    # Seconds between two looks at which jobs are due.
-    tick_seconds: float = 1.0
-    # Longest pause in seconds after failed runs of a job; doubles up to it.
-    retry_max_seconds: float = 300.0
-    # Seconds for the job at work to end when the process stops; then it is cancelled and its transaction rolls back.
+    # Connections that one worker process holds at most, beside the one on which it is told of new jobs.
+    database_pool_size: int = 8
+    # Seconds for jobs at work to end when the process stops; then they are cancelled and left to another process.
     shutdown_seconds: float = 5.0
+
+    # == Queues
+    # Seconds between two looks for jobs of a kind when nobody tells of new ones.
+    tick_seconds: float = 1.0
+    # Jobs of one kind that one process works on at once.
+    queue_concurrency: int = 4
+    # Seconds that a job belongs to a process without being renewed: how long the job of a process that died waits.
+    queue_lease_seconds: float = 30.0
+    # Seconds that one attempt at a job may take; then it is cancelled and counts as failed.
+    queue_timeout_seconds: float = 300.0
+    # Attempts at a job, the first included; after the last that fails it is dead.
+    queue_max_attempts: int = 10
+    # Seconds below which the pause after a first failure is drawn; the bound doubles with each.
+    retry_min_seconds: float = 1.0
+    # Longest pause in seconds between two attempts at a job.
+    retry_max_seconds: float = 300.0
+    # Seconds between two counts of every queue, for the metrics.
+    queue_count_seconds: float = 15.0
+
+    # == What it does
+    # Folder that messages of the driver `file` are written to, for development; none: such messages are dead.
+    outbox_dir: Path | None = None
+    # Seconds that a delivered message is remembered, and its idempotency key with it.
+    outbox_keep_seconds: float = 2_592_000.0
+    # Seconds between two removals of messages that were delivered long ago.
+    clear_outbox_seconds: float = 3600.0
     # Seconds between two removals of ended sessions, old history and old rows of the edge change table.
     clear_tunnels_seconds: float = 60.0
     # Seconds between two removals of remembered answers of idempotent requests.

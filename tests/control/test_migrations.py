@@ -11,6 +11,7 @@ from alembic.runtime.migration import MigrationContext
 
 from portico.control import migrations
 from portico.errors import Problem
+from portico.kit import outbox, queue  # noqa: F401 - their tables
 from portico.kit.db import Database, metadata
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from portico import settings
-from portico.cli import output
+from portico.cli import output, queues
 from portico.cli.processes import ConfigOption, require_server_parts
 from portico.errors import Problem
 
@@ -95,4 +95,5 @@ def _write(folder: Path, keys: dict[Path, str]) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
+    group.add_typer(queues.group, name="queues")
     app.add_typer(group, name="admin")

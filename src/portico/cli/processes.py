@@ -72,11 +72,14 @@ def relay(config: ConfigOption = None) -> None:
 
 def worker(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Which workers to run; all of them when none is named.")
+        list[str] | None, typer.Argument(help="Which workers, or kinds of jobs, to run; all when none is named.")
     ] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Background work: maintenance."""
+    """Background work: maintenance, notifications.
+
+    Any number of processes may run the same: each job is one process's at a time.
+    """
     require_server_parts()
     chosen = settings.load(settings.WorkerSettings, table="worker", file=config)
     control = settings.load(settings.ApiSettings, table="api", file=config)

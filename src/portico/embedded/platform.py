@@ -283,7 +283,7 @@ class Platform:
         )
 
     def _worker_unit(self) -> ProcessUnit:
-        environment = self.environment(shutdown_seconds=_RELAY_DRAIN_SECONDS)
+        environment = self.environment(shutdown_seconds=_RELAY_DRAIN_SECONDS, outbox_dir=str(self.home / "outbox"))
         return ProcessUnit("worker", ["worker"], environment, listeners={"metrics": self._figures["worker"]})
 
     # -- the end -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -35,6 +36,9 @@ from portico.errors import Problem
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Transactions that are open around the code that runs; a task inherits them from the one that made it.
+_around: ContextVar[int] = ContextVar("transactions", default=0)
 
 # What asyncpg raises, and what SQLAlchemy's adapter makes of it where no statement of SQLAlchemy's is around it (BEGIN).
 _DRIVER = (
@@ -244,6 +248,7 @@ class Database:
         connection, raw = await self._open(_options(isolation, read_only))
         try:
             tx = Tx(connection, raw)
+            _around.set(_around.get() + 1)
             try:
                 yield tx
                 await tx.run_last_steps()
@@ -253,6 +258,8 @@ class Database:
                 if (lost := _loss(err, raw)) is not None:
                     raise lost from err
                 raise
+            finally:
+                _around.set(_around.get() - 1)
         finally:
             # Shielded: a cancelled request must hand its connection back, not leave it half-way out of the pool.
             await asyncio.shield(connection.close())
@@ -306,6 +313,12 @@ class Database:
             await connection.close()
             raise
         return connection, adapter.driver_connection
+
+
+def refuse_in_transaction() -> None:
+    """For whoever is about to call out over the network: raises ``RuntimeError`` inside ``db.transaction()``."""
+    if _around.get() > 0:
+        raise RuntimeError("a transaction is open during a call over the network")
 
 
 def _options(isolation: str | None, read_only: bool) -> dict[str, Any]:

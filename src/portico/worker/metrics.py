@@ -1,29 +1,35 @@
-"""The workers' metrics: which of them lead here, and how their jobs go."""
+"""The workers' metrics: what became of jobs here, and how long the queues are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from portico.kit.metrics import Metric, Sample
+from portico.kit.queue_runner import KindRunner
 
-if TYPE_CHECKING:
-    from portico.worker.runner import Runner
+JOBS = Metric(
+    "portico_queue_jobs_total", "counter",
+    "Jobs that this process had in hand, by how they ended: succeeded, failed (tried again), dead, lost (to another process), "
+    "given_back (at its end).", ("kind", "outcome"),
+)  # fmt: skip
+SECONDS = Metric("portico_queue_job_seconds", "histogram", "How long this process had jobs in hand.", ("kind",))
+DEPTH = Metric(
+    "portico_queue_depth", "gauge",
+    "Jobs of the whole queue: waiting (due), later (not due yet), leased (in hand somewhere), dead.", ("kind", "state"),
+)  # fmt: skip
+OLDEST = Metric("portico_queue_oldest_seconds", "gauge", "How late the oldest due job is; 0 for none.", ("kind",))
 
-LEADS = Metric("portico_worker_leads", "gauge", "1 while this process leads the worker and runs its jobs.", ("worker",))
-RUNS = Metric("portico_worker_runs_total", "counter", "Runs of a job, by how they ended.", ("job", "outcome"))
-SECONDS = Metric("portico_worker_run_seconds_total", "counter", "Time that the runs of a job took.", ("job",))
-FAILING = Metric("portico_worker_failures_in_a_row", "gauge", "Failed runs of a job since it last succeeded.", ("job",))
-
-DECLARED: tuple[Metric, ...] = (LEADS, RUNS, SECONDS, FAILING)
+DECLARED: tuple[Metric, ...] = (JOBS, SECONDS, DEPTH, OLDEST)
 
 
-def read(runners: Sequence[Runner]) -> Iterator[Sample]:
-    """The values of this moment."""
+def read(runners: Sequence[KindRunner]) -> Iterator[Sample]:
+    """The values of this moment; those of whole queues are as old as their last count."""
     for runner in runners:
-        yield LEADS, (runner.name,), float(runner.leads)
-        for job, (succeeded, failed, seconds) in runner.runs.items():
-            yield RUNS, (job, "succeeded"), succeeded
-            yield RUNS, (job, "failed"), failed
-            yield SECONDS, (job,), seconds
-            yield FAILING, (job,), runner.failures[job]
+        kind = runner.kind.name
+        for outcome, count in runner.outcomes.items():
+            yield JOBS, (kind, outcome), count
+        yield SECONDS, (kind,), runner.seconds
+        if (counts := runner.counts) is not None:
+            for state in ("waiting", "later", "leased", "dead"):
+                yield DEPTH, (kind, state), getattr(counts, state)
+            yield OLDEST, (kind,), counts.oldest_seconds
