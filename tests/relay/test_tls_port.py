@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
+from portico.relay import tls_port
 from portico.relay.certificates import Certificate
 from portico.relay.hello import Hello
 from portico.relay.server import Relay
@@ -319,6 +321,28 @@ class TestRefusals:
         assert await answer(silent[0][0]) == b""
         assert tls(relay).stats.failures["too_many"] == 1
         await until(lambda: tls(relay).pending == 2)
+
+
+class TestPace:
+    async def test_others_have_their_turn_between_handshakes(
+        self, relay: Relay, agent: ScriptedAgent, raw: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By the time that handshakes took: more of it is left to others while they ask on connections that they have."""
+        monkeypatch.setattr(tls_port._Pace, "free_at", time.monotonic() + 0.4)
+        began = time.monotonic()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port(relay, 1))
+        waiting = asyncio.create_task(presented(relay, "localhost"))
+        for _ in range(3):
+            writer.write(b"GET / HTTP/1.1\r\nHost: web.localhost\r\n\r\n")
+            async with asyncio.timeout(5):
+                await reader.readuntil(b"hello")
+        assert time.monotonic() - began < 0.4, "requests wait for no handshake"
+        await waiting
+        assert time.monotonic() - began >= 0.4
+        writer.close()
+        assert tls_port._Pace.free_at > began + 0.4
+        await presented(relay, "localhost")
+        assert tls_port._Pace.pause == tls_port.PAUSE_ALONE
 
 
 class TestPassthrough:

@@ -99,6 +99,7 @@ class PublicServer:
         self.idle_seconds = settings.idle_timeout_seconds
         self.first_byte_seconds = settings.first_byte_timeout_seconds or math.inf
         self.connections: set[Guest] = set()
+        self.returning = 0  # repeated requests of connections that had asked before
         self.turned_away: set[Guest] = set()
         self.refusals: Counter[str] = Counter()
         self.tally = Tally()

@@ -104,6 +104,8 @@ class Repeats:
             if check(self) is not None:
                 return False
         for_known, for_policy, fields = self.repeated
+        if for_known is not None:
+            server.returning += 1
         if for_known is not known or for_policy is not policy:
             edit = policy.request
             fields = (known.wire if edit is None else heads.wire_fields(edit(known.fields))) + self.forwarding(host)
