@@ -12,10 +12,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import hypothesis  # noqa: F401 - early: its plugin imports it deep in the stack after a failure, where CPython 3.11 cannot compile it
+import hypothesis  # early: its plugin imports it deep in the stack after a failure, where CPython 3.11 cannot compile it
 import pytest
 
 _numbers = itertools.count(1)
+
+# How fast a busy machine makes examples says nothing of what is tested.
+hypothesis.settings.register_profile("portico", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("portico")
 
 
 def run_apart(main: Coroutine[Any, Any, Any]) -> Any:

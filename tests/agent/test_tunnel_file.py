@@ -439,7 +439,7 @@ PIECES += ["\t", "\x00", "\u2028", "|", "    ? [x]\n    : 1"]
 
 class TestAnyText:
     @given(st.booleans(), st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=12))
-    @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
     def test_faults_and_never_a_traceback(self, tmp_path: Path, begun: bool, lines: list[str]) -> None:
         lines = ["version: 1", "tunnels:", "  a: &a", *lines] if begun else lines
         (tmp_path / "x.yml").write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))

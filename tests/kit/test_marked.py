@@ -68,6 +68,18 @@ class TestLoad:
     def test_faults(self, text: str, path: str) -> None:
         assert [at for at, _ in marked.load(text).faults] == [path]
 
+    @pytest.mark.parametrize(
+        "text", ["!!bool maybe", "!!int ''", "!!int _", "!!float ''", "!!float _", "!!binary ä", "!!x 1"]
+    )
+    def test_tags_whose_value_is_none_of_theirs(self, text: str) -> None:
+        found = marked.load(f"concurrency: {text}")
+        assert found.faults == [("concurrency", "has a tag or a value that means nothing here")]
+
+    def test_a_key_twice_where_only_json_can_be_read(self) -> None:
+        found = marked.load(r'{"a": {"b": 1, "b": 2}, "c": "\ud83d\ude00"}')
+        ((_, message),) = found.faults  # the slow parser reads it as YAML, too, and has a path
+        assert "is there twice" in message
+
     def test_a_date_is_text(self) -> None:
         assert marked.load("a: 2001-01-01").value == {"a": "2001-01-01"}
 

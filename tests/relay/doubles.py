@@ -52,7 +52,7 @@ def grant(
         generation=generation, policy_hash="none", policy=policy or {}, url=f"http://{name}.localhost",
         now=int(time.time()) - age, life=life,
     )  # fmt: skip
-    return KEY.sign(grants.GRANT_TYP, claims | {"policy_version": policy_version})
+    return KEY.sign(grants.GRANT_TYP, claims | {"policy_version": policy_version}, limit=grants.MAX_GRANT_BYTES)
 
 
 def row(

@@ -84,7 +84,7 @@ def agents_reading(stream: ScriptedStream) -> Reading:
     )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     requests=st.lists(request(), min_size=1, max_size=4),
     cuts=st.lists(st.integers(0, 2000), max_size=8),

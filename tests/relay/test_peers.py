@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from portico.errors import Problem
 from portico.relay.server import Relay
 from portico.settings import RelaySettings, Secret
 from portico.wire import frames as f
+from portico.wire import policy as documents
 from tests.relay.authorities import authority, certificate
 from tests.relay.doubles import KEY, Client, ScriptedAgent, ScriptedStream, grant, port, session_token
 from tests.relay.known import forget, visitors, whole
@@ -335,6 +337,36 @@ class TestPolicy:
         assert len(agent.streams) == 4
         assert all(stream.get(b"Authorization") == [] for stream in agent.streams)
         assert (front.public.credentials.verified, owner.public.credentials.verified) == (2, 0)
+
+    async def test_a_policy_of_any_characters_fits_its_announcement(
+        self, pair: tuple[Relay, Relay], agent: ScriptedAgent
+    ) -> None:
+        """The largest policy of the most escaped characters, which its owner chose: no link breaks by it, and it is enforced."""
+        front, owner = pair
+        added = [{"name": "X-Quotes", "value": '"' * 990 + "\\\\"} for _ in range(4)]
+        policy = {"addresses": {"otherwise": "deny"}, "headers": {"request": {"add": added}}}
+        assert 8000 < len(json.dumps(documents.canonical(policy), separators=(",", ":"))) <= documents.MAX_POLICY_BYTES
+        agent.bind(grant(concurrency=2, policy=policy, policy_version=1))
+        await agent.until(lambda: front.peers.by_host[b"web.localhost"].policy_version == 1)
+        assert front.peers.by_host[b"web.localhost"].document == policy
+        client = await visit(front, GET)
+        assert (await client.response())[0] == 403
+        link = next(iter(owner.peers.outbound))
+        link.carrier.abort("the link breaks")
+        await agent.until(lambda: owner.peers.outbound and link not in owner.peers.outbound)
+        await agent.until(lambda: b"web.localhost" in front.peers.by_host)
+        assert front.peers.by_host[b"web.localhost"].document == policy
+
+    async def test_what_fits_no_frame_keeps_no_other_from_being_announced(
+        self, pair: tuple[Relay, Relay], agent: ScriptedAgent, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        _, owner = pair
+        link = next(iter(owner.peers.outbound))
+        live = owner.agents.by_host[b"web.localhost"]
+        live.hosts = tuple(b"%0250d.localhost" % number for number in range(99))
+        link.announce(live)
+        assert [record.message for record in caplog.records].count("a tunnel cannot be announced") == 1
+        assert not link.lost.is_set()
 
 
 class TestWithTls:

@@ -57,13 +57,14 @@ class Marked:
 def load(text: str) -> Marked:
     """The value of ``text`` (nothing: an empty map). Raises :class:`Unreadable`."""
     found = Marked(value={})
-    whole = _json(text)
+    faults: list[tuple[str, str]] = []
+    whole = _json(text, faults)
     try:
         root = _compose(text)
     except Unreadable:
         if whole is None:
             raise
-        return Marked(whole)  # YAML has no "\ud83d\ude00": such a text is read, without marks
+        return Marked(whole, faults=faults)  # YAML has no "\ud83d\ude00": such a text is read, without marks
     if root is not None:
         found.value = _Reading(found).value(root, "")
     if whole is not None:
@@ -86,12 +87,20 @@ def nearest(marks: Marks, path: str) -> Place | None:
     return marks.get(path)
 
 
-def _json(text: str) -> Any:
-    """What the text is as JSON, ``None`` if it is none."""
+def _json(text: str, faults: list[tuple[str, str]]) -> Any:
+    """What the text is as JSON, ``None`` if it is none; keys that are there twice are put in ``faults``, without their path."""
     if text.lstrip()[:1] != "{":
         return None
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        clean = dict(pairs)
+        if len(clean) < len(pairs):
+            names = [name for name, _ in pairs]
+            faults.extend(("", f"the key {name[:80]!a} is there twice") for name in clean if names.count(name) > 1)
+        return clean
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError):
         return None
 
@@ -178,7 +187,7 @@ class _Reading:
             return node.value  # text to everybody who has no type for times
         try:
             return self._plain.construct_object(node)
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, LookupError):  # `!!bool maybe` and `!!int ''` are look-ups to the library
             return self._refuse(path, "has a tag or a value that means nothing here")
 
     def _refuse(self, path: str, message: str) -> None:
