@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -147,6 +148,23 @@ async def test_a_policy_without_one(relay: Relay, agent: ScriptedAgent, visit: A
     for client in late:
         assert (await client.response())[0] == 429
     assert relay.agents.by_tunnel["tun_web"].line is None and relay.public.holding.count == 0
+
+
+async def test_one_that_left_a_moment_before_keeps_nobody_waiting(
+    relay: Relay, agent: ScriptedAgent, visit: Any
+) -> None:
+    """The relay answers before it hears that the visitor is gone, is reset for it, and then ends its output."""
+    change(relay, document(seconds=30))
+    await queue(relay, agent, visit, "0")
+    gone = socket.create_connection(("127.0.0.1", port(relay, 1)))
+    gone.sendall(b"POST /1 HTTP/1.1\r\nHost: web.localhost\r\nContent-Length: 9\r\n\r\n")
+    await agent.until(lambda: waiting(relay) == 1)
+    late = await visit(get("2"))
+    await agent.until(lambda: waiting(relay) == 2)
+    gone.close()
+    change(relay, {"version": 1, "concurrency": 1})
+    assert (await late.response())[0] == 429
+    assert relay.public.holding.count == 0
 
 
 async def test_another_decision(relay: Relay, agent: ScriptedAgent, visit: Any) -> None:

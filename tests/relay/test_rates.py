@@ -222,3 +222,18 @@ def test_of_a_tunnel_here_and_of_a_peers(rates: Rates, clock: Clock) -> None:
     assert there is not None and there.tunnel is None and there.organization is None and there.clients is not None
     bare = SimpleNamespace(tunnel_rate=rate(), client_rate=None)
     assert rates.of(cast(Any, SimpleNamespace(policy=bare, tunnel="tun_c", organization="org_a"))) is None
+
+
+def test_a_tunnel_that_is_live_here_and_on_a_peer_keeps_all_its_rates(rates: Rates, clock: Clock) -> None:
+    """What a peer announces of it, while it moves or to get around a limit, takes no rate off; clients are one and the same."""
+    ruled = SimpleNamespace(tunnel_rate=rate(1, 100.0, 2), client_rate=rate(1, 100.0, 3))
+    grant = SimpleNamespace(tun="tun_b", org="org_a", limits={"org_requests": 9})
+    here = rates.of(cast(Any, SimpleNamespace(policy=ruled, grant=grant)))
+    there = rates.of(cast(Any, SimpleNamespace(policy=ruled, tunnel="tun_b", organization="org_a")))
+    assert here is not None and there is not None and here.tunnel is not None and here.organization is not None
+    assert (there.tunnel, there.organization) == (None, None)
+    for holder in (here, there, there):
+        holder.take("10.0.0.1", clock())
+    assert here.tunnel.wait(clock()) == 0.0
+    assert min(holder.check("10.0.0.1", clock()) for holder in (here, there)) > 0
+    assert there.check("10.0.0.2", clock()) == 0.0

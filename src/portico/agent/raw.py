@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from portico.kit.sockets import end_output
 from portico.wire import frames as f
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class RawPipe:
             # Both ways ended. The session closes the stream once this callback returns.
             self._finish(graceful=True)
         elif connection.transport.can_write_eof():
-            connection.transport.write_eof()
+            end_output(connection.transport)
         else:
             connection.transport.close()
 

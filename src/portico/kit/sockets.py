@@ -7,6 +7,7 @@ that arrive while a child restarts wait in the queue instead of being refused.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -52,6 +53,13 @@ def reset_transport(transport: asyncio.Transport) -> None:
     if sock is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()
+
+
+def end_output(transport: asyncio.Transport) -> None:
+    """Half-close (FIN). A peer that has reset the connection meanwhile is no fault of the caller's, who hears of it as of any
+    other loss; asyncio, unlike uvloop, would raise it here."""
+    with contextlib.suppress(OSError):
+        transport.write_eof()
 
 
 def check_port(port: int, name: str) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import httptools
 
 from portico.kit.gone import GONE
-from portico.kit.sockets import reset_transport
+from portico.kit.sockets import end_output, reset_transport
 from portico.relay import heads
 from portico.relay.exchange import Exchange, request_id
 from portico.relay.outgoing import untaken
@@ -661,7 +661,7 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
         if self.eof or not self.plain or not self.transport.can_write_eof():
             self.transport.close()
             return
-        self.transport.write_eof()
+        end_output(self.transport)
         self.update_reading()
 
     def become_raw(self) -> None:
@@ -681,7 +681,7 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
         if self.closed or self.eof:
             return
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            end_output(self.transport)
         else:
             self._close()
 

@@ -13,6 +13,7 @@ import logging
 import socket
 from typing import TYPE_CHECKING, Any, Final
 
+from portico.kit.sockets import end_output
 from portico.relay.door import Door
 from portico.relay.exchange import MAY_WAIT
 from portico.relay.hello import INTERNAL_ERROR, UNRECOGNIZED_NAME, Hello, alert
@@ -117,7 +118,7 @@ class PassVisitor(RawVisitor):
         if self.eof or self not in self.server.connections:
             self.transport.close()
             return
-        self.transport.write_eof()
+        end_output(self.transport)
         self.resume()
 
     def go_on(self) -> None:

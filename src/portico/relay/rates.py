@@ -185,12 +185,14 @@ class Clients:
 class TunnelRates:
     """The rates that hold for the requests of one tunnel."""
 
-    __slots__ = ("__weakref__", "clients", "organization", "tunnel")
+    __slots__ = ("__weakref__", "clients", "home", "organization", "tunnel")
 
-    def __init__(self) -> None:
+    def __init__(self, home: TunnelRates | None = None) -> None:
+        """``home``: whose clients are counted, for as long as this is in use."""
+        self.home = home
         self.organization: Allowance | None = None
         self.tunnel: Bucket | None = None
-        self.clients: Clients | None = None
+        self.clients: Clients | None = home.clients if home is not None else None
 
     def check(self, address: str | None, now: float) -> float:
         """Seconds until a request from ``address`` may pass, 0 for at once. Changes nothing. ``None``: its client was counted
@@ -239,7 +241,9 @@ class Rates:
         client = tunnel.policy.client_rate
         grant: GrantClaims | None = getattr(tunnel, "grant", None)  # a peer's tunnel has none here
         if grant is None:
-            return self.make(cast(Any, tunnel).tunnel, None, client)
+            # Clients alone, in an object of its own: the tunnel may be live here, too, while it moves.
+            home = self._with_clients(cast(Any, tunnel).tunnel, client) if client is not None else None
+            return TunnelRates(home) if home is not None else None
         return self.make(grant.tun, tunnel.policy.tunnel_rate, client, grant.org, grant.limits)
 
     def make(
@@ -255,7 +259,7 @@ class Rates:
         per_second = (limits or {}).get("org_requests", 0)
         if rate is None and client_rate is None and not per_second:
             return None
-        found = self._tunnels.setdefault(tunnel, TunnelRates())
+        found = self._with_clients(tunnel, client_rate)
         found.organization = None
         if limits is not None and per_second:
             found.organization = self._organization(organization, per_second, limits.get("org_burst") or per_second)
@@ -265,6 +269,11 @@ class Rates:
             found.tunnel = Bucket(rate.requests / rate.seconds, rate.burst)
         else:
             found.tunnel.change(rate.requests / rate.seconds, rate.burst, self._clock())
+        return found
+
+    def _with_clients(self, tunnel: str, client_rate: Rate | None) -> TunnelRates:
+        """The rates of a tunnel, with this one for its clients."""
+        found = self._tunnels.setdefault(tunnel, TunnelRates())
         if client_rate is None:
             if found.clients is not None:
                 found.clients.clear()

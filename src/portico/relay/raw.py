@@ -15,7 +15,7 @@ import math
 from time import monotonic as clock
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from portico.kit.sockets import reset_transport
+from portico.kit.sockets import end_output, reset_transport
 from portico.relay.decide import decide
 from portico.relay.door import Door
 from portico.relay.exchange import ANSWERED, BROKEN, REFUSED, RESET_CODES, request_id
@@ -303,7 +303,7 @@ class RawVisitor(asyncio.BufferedProtocol):
         if stream.send_ended:
             self._close()
         else:
-            self.transport.write_eof()
+            end_output(self.transport)
 
     def on_reset(self, code: int, detail: str) -> None:
         live = self.tunnel
