@@ -8,6 +8,7 @@ portico-yml.md   every key of portico.yml, from the table that checks it
 metrics.md  every metric of every process, from their declarations
 cli.md      every command with its arguments and options, from the application itself
 policy.md   every key of a tunnel's policy, from contracts/policy.schema.json
+roles.md    every permission and built-in role, from the table of control/access.py, with the routes that ask for them
 exit-codes.md   every exit code and the error codes behind it, from the table of cli/output.py
 """
 
@@ -33,6 +34,7 @@ from portico import errors, settings
 from portico.agent import tunnel_keys
 from portico.cli import main as cli
 from portico.cli import output
+from portico.control import access
 from portico.control import metrics as api_metrics
 from portico.kit import metrics as common_metrics
 from portico.relay import metrics as relay_metrics
@@ -538,6 +540,59 @@ def _policy_value(part: dict[str, Any], schema: dict[str, Any]) -> str:
     return choices + (f"; default `{part['default']}`" if "default" in part else "")
 
 
+_ROLES_INTRO = """# Roles and permissions
+
+What somebody may do in an organization is the set of **permissions** that their role holds; what is not listed is refused. A
+person has one
+role in an organization, built-in or one of the organization's own. The same check serves people and keys.
+
+- **A key never does more than its maker may now.** An API key has the scopes that it was made with, an agent key the fixed
+  set below, and of
+  both only what the role of the person who made it still allows. When that person gets a smaller role the key shrinks with
+it; when the
+  person is removed the key ends.
+- **Nobody gives what he does not have**: no role, no scope, and no other role to a member who may do more than himself. Only
+  owners make owners.
+- **Changes count at once**: at the next request of a signed-in person or key, and within two seconds for live tunnels whose
+  agent may no longer
+  connect. Of changes in one organization one is done after the other, so its last owner stays, whoever asks at the same moment.
+- Changes of members, roles and keys are in the audit log, and so is every attempt that was refused.
+
+```console
+$ curl -H "Authorization: Bearer $TOKEN" -d '{"name": "Support", "permissions": ["tunnels:read", "members:read"]}' \\
+    -H 'Content-Type: application/json' https://api.example.com/v1/org/roles
+$ curl -H "Authorization: Bearer $TOKEN" -d '{"role": "rol_01jd2x8k3nf0v4q5w6e7r8t9ya"}' -X PATCH \\
+    -H 'Content-Type: application/json' https://api.example.com/v1/org/members/usr_01jd2x8k3nf0v4q5w6e7r8t9yb
+```
+
+A role of the organization's own holds any of the permissions but `owners:write`. `GET /v1/org/roles` lists the roles there are,
+`GET /v1/whoami` what the credential of a request may do.
+"""
+
+
+def roles_page() -> str:
+    """Every permission, and which built-in role and key holds it."""
+    lines = [NOTICE, _ROLES_INTRO.rstrip(), "", "## Built-in roles", "", "| role | for whom |", "|---|---|"]
+    lines += [f"| `{name}` | {cell(role.about)} |" for name, role in access.ROLE_TABLE.items()]
+    names = [*access.ROLES, "agent key"]
+    lines += ["", "## Permissions", "", "| permission | what it allows | " + " | ".join(names) + " |"]
+    lines.append("|---|---|" + ":-:|" * len(names))
+    for permission, about in access.PERMISSION_TABLE.items():
+        holders = [*access.ROLES.values(), access.AGENT_KEY_PERMISSIONS]
+        marks = " | ".join("✓" if permission in held else "" for held in holders)
+        lines.append(f"| `{permission}` | {cell(about)} | {marks} |")
+    lines += ["", "## What each route asks for", "", "One of the permissions named, of one of these callers.", ""]
+    lines += ["| route | permission | callers |", "|---|---|---|"]
+    document = json.loads((ROOT / "contracts" / "openapi.json").read_text(encoding="utf-8"))
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if permissions := operation.get("x-permission"):
+                needed = " or ".join(f"`{name}`" for name in permissions)
+                callers = ", ".join(kind.replace("_", " ") for kind in operation["x-callers"])
+                lines.append(f"| `{method.upper()} {path}` | {needed} | {callers} |")
+    return "\n".join(lines) + "\n"
+
+
 def stale(path: Path, text: str) -> Iterator[str]:
     """The difference between the committed page and the fresh one."""
     old = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -554,6 +609,7 @@ def main(arguments: list[str]) -> int:
         OUT / "exit-codes.md": exit_codes_page(),
         OUT / "metrics.md": metrics_page(),
         OUT / "policy.md": policy_page(),
+        OUT / "roles.md": roles_page(),
     }
     if arguments == ["--write"]:
         OUT.mkdir(parents=True, exist_ok=True)

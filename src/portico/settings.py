@@ -607,6 +607,8 @@ class ApiSettings:
     device_codes_per_address: int = 60
     # Keys that an organization may have at once.
     max_keys_per_organization: int = 1000
+    # Roles of its own that an organization may have.
+    max_roles_per_organization: int = 50
     # Seconds that a signing key signs before the next takes over.
     signing_key_seconds: int = 2_592_000
     # Seconds that a new key is published before it may sign.

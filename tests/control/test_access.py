@@ -67,9 +67,13 @@ class TestTenants:
         key = await owner.key()
         tunnel = (await owner.client.post("/v1/tunnels", json={"name": "mine", "protocol": "http"})).json()["id"]
         examples = {"key": key["id"], "session": owner.session, "tunnel_id": tunnel, "session_id": "ses_" + "0" * 26}
+        role = await owner.client.post("/v1/org/roles", json={"name": "Ours", "permissions": []})
+        examples |= {"user": owner.user, "role": role.json()["id"]}
         bodies = {"/v1/agent/sessions/{session_id}/refresh": {"agent_id": "agt-0123456789"}}
         bodies["/v1/agent/sessions/{session_id}/tunnels"] = {"protocol": "http"}
         bodies["/v1/tunnels/{tunnel_id}"] = {"name": "theirs"}
+        bodies["/v1/org/members/{user}"] = {"role": "viewer"}
+        bodies["/v1/org/roles/{role}"] = {"name": "theirs"}
         agent = connect((await stranger.key())["key"])
         document = (await stranger.client.get("/openapi.json")).json()
         seen = 0

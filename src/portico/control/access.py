@@ -3,17 +3,21 @@
     GET /tunnels   who: Annotated[Caller, Depends(require("tunnels:read"))]
 
 A caller is a person (access token of a sign-in session), a key (agent or API key) or the installation's operator key.
-Permissions are ``resource:action`` strings; deny is the default. Who stands behind a credential is identity's
-knowledge: ``app.py`` puts its ``Authenticator`` on the app, this module only asks it, once per request.
+Permissions are ``resource:action`` strings; deny is the default. One table declares them and the built-in roles, and
+docs/reference/roles.md is made from it. Who stands behind a credential is identity's knowledge: ``app.py`` puts its
+``Authenticator`` on the app, this module only asks it, once per request.
+
+Every route says who may call it in a form that can be read back (``Access``): OpenAPI shows it as ``x-callers`` and
+``x-permission``, and tests/control/test_access_matrix.py holds every route to it.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
 
 from fastapi import Depends, Query, Request
 from fastapi.security import HTTPBearer
@@ -23,25 +27,93 @@ from portico.kit import pages
 from portico.kit.db import Database, Reader, Tx
 from portico.kit.networks import plain
 
-# Every permission inside an organization. Scopes of API keys are chosen from these; never rename one.
-PERMISSIONS = frozenset(
-    {
-        "agent:connect",
-        "audit:read",
-        "keys:read",
-        "keys:write",
-        "organization:read",
-        "tunnels:read",
-        "tunnels:write",
-    }
-)
+# Every permission inside an organization, with what it allows. Scopes of API keys and custom roles are chosen from these;
+# never rename one.
+PERMISSION_TABLE: Final[Mapping[str, str]] = {
+    "agent:connect": "Serve tunnels with a key: open agent sessions, keep them and add tunnels to them.",
+    "audit:read": "Read the organization's audit log.",
+    "keys:own": "Make agent keys and API keys, and list, rotate and revoke one's own.",
+    "keys:read": "List every key of the organization (never its text).",
+    "keys:write": "Make keys, and rotate and revoke every key of the organization.",
+    "members:read": "See who belongs to the organization, and in which role.",
+    "members:write": "Give members other roles, and remove them.",
+    "organization:read": "See the organization's name and plan.",
+    "owners:write": "Make owners, change their role and remove them.",
+    "roles:read": "See the roles of the organization and what they allow.",
+    "roles:write": "Make, change and delete custom roles.",
+    "tunnels:read": "See tunnels and what happened to them.",
+    "tunnels:write": "Make, change, stop and delete tunnels, with their names, addresses and policies.",
+}
+PERMISSIONS: Final = frozenset(PERMISSION_TABLE)
 
-ROLES: dict[str, frozenset[str]] = {"owner": PERMISSIONS}
+# What no custom role can hold: only owners make owners.
+OWNERS_ONLY: Final = frozenset({"owners:write"})
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A built-in role: whom it is for, and what it allows."""
+
+    about: str
+    permissions: frozenset[str]
+
+
+_SEES: Final = frozenset({"members:read", "organization:read", "roles:read"})
+
+ROLE_TABLE: Final[Mapping[str, Role]] = {
+    "owner": Role("Everything. An organization always has one at least.", PERMISSIONS),
+    "admin": Role("Everything but making, changing and removing owners.", PERMISSIONS - OWNERS_ONLY),
+    "developer": Role(
+        "Runs tunnels: makes and changes them, and has agent keys and API keys of their own.",
+        _SEES | {"agent:connect", "keys:own", "tunnels:read", "tunnels:write"},
+    ),
+    "viewer": Role("Looks at tunnels and what happened to them; changes nothing.", _SEES | {"tunnels:read"}),
+    "billing": Role(
+        "Looks after what the organization pays: its name and plan, no tunnel and no person.",
+        frozenset({"organization:read"}),
+    ),
+    "auditor": Role("Reads the audit log and who may do what; no tunnels, no keys.", _SEES | {"audit:read"}),
+}
+ROLES: Final[Mapping[str, frozenset[str]]] = {name: role.permissions for name, role in ROLE_TABLE.items()}
 
 # What an agent key may do: serve tunnels and manage them from the command line; never mint keys or read the audit log.
-AGENT_KEY_PERMISSIONS = frozenset({"agent:connect", "organization:read", "tunnels:read", "tunnels:write"})
+AGENT_KEY_PERMISSIONS: Final = frozenset({"agent:connect", "organization:read", "tunnels:read", "tunnels:write"})
+
+
+def role_permissions(role: str | None, custom: Iterable[str] | None = None) -> frozenset[str]:
+    """What a member with ``role`` may do; ``custom`` are the permissions of a custom role. Nothing when there is no such."""
+    if role is not None and role in ROLES:
+        return ROLES[role]
+    return (frozenset(custom) & PERMISSIONS) - OWNERS_ONLY if custom is not None else frozenset()
+
 
 CallerKind = Literal["person", "agent_key", "api_key", "operator", "relay", "anonymous"]
+
+
+# Who has a credential of an organization.
+MEMBERS: Final[tuple[CallerKind, ...]] = ("person", "agent_key", "api_key")
+KEYS: Final[tuple[CallerKind, ...]] = ("agent_key", "api_key")
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may call a route: these kinds of callers, with one of these permissions (any, when none is named).
+
+    ``act`` is the audit action under which a refusal is recorded, for routes where trying is worth knowing.
+    """
+
+    kinds: tuple[CallerKind, ...]
+    permissions: tuple[str, ...] = ()
+    act: str | None = None
+
+    def openapi(self) -> dict[str, Any]:
+        """As extensions of an OpenAPI operation."""
+        found: dict[str, Any] = {"x-callers": list(self.kinds)}
+        return {**found, "x-permission": list(self.permissions)} if self.permissions else found
+
+
+PUBLIC: Final = Access(("anonymous",))
+RELAYS: Final = Access(("relay",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +140,11 @@ class Caller:
         if permission not in self.permissions:
             raise Problem("auth.forbidden", f"this credential lacks {permission}", permission=permission)
 
+    def check_any(self, permissions: Sequence[str]) -> None:
+        """Raises ``auth.forbidden`` unless the caller holds one of ``permissions``."""
+        if self.permissions.isdisjoint(permissions):
+            self.check(permissions[-1])
+
     @property
     def org(self) -> str:
         """The organization, for callers that act inside one; raises ``auth.forbidden`` for those outside any."""
@@ -81,6 +158,8 @@ class Authenticator(Protocol):
 
     async def __call__(self, reader: Reader, credential: str) -> Caller: ...
 
+
+_Dependency = TypeVar("_Dependency", bound=Callable[..., Any])
 
 _bearer = HTTPBearer(auto_error=False, bearerFormat="access token, agent key or API key", scheme_name="bearer")
 
@@ -155,20 +234,50 @@ async def caller(request: Request, _: Annotated[Any, Depends(_bearer)] = None) -
     return await identify(request)
 
 
-def require(permission: str) -> Callable[..., Awaitable[Caller]]:
-    """Dependency: an authenticated caller inside an organization that holds ``permission``; else 401 or 403."""
-    if permission not in PERMISSIONS:
-        raise ValueError(f"unknown permission {permission!r}")
+def declare(access: Access) -> Callable[[_Dependency], _Dependency]:
+    """Decorator of a dependency: routes that depend on it admit whom ``access`` says (``declared`` reads it back)."""
 
-    async def check(who: Annotated[Caller, Depends(caller)]) -> Caller:
-        who.check(permission)
-        if who.organization is None:
-            raise Problem("auth.forbidden", permission=permission)
+    def mark(dependency: _Dependency) -> _Dependency:
+        dependency.access = access  # type: ignore[attr-defined]
+        return dependency
+
+    return mark
+
+
+def declared(dependency: object) -> Access | None:
+    """What a dependency says about who may call."""
+    found = getattr(dependency, "access", None)
+    return found if isinstance(found, Access) else None
+
+
+declare(PUBLIC)(anonymous)
+declare(Access((*MEMBERS, "operator")))(caller)
+
+
+def require(*permissions: str, kinds: tuple[CallerKind, ...] = MEMBERS, act: str | None = None) -> Callable[..., Any]:
+    """Dependency: a caller of one of ``kinds`` inside an organization that holds one of ``permissions``; else 401 or 403.
+
+    ``act`` names the audit action under which refusals of the route, from here or from its service, are recorded.
+    """
+    if unknown := [name for name in permissions if name not in PERMISSIONS]:
+        raise ValueError(f"unknown permission {unknown[0]!r}")
+
+    @declare(Access(kinds, permissions, act))
+    async def check(request: Request, who: Annotated[Caller, Depends(caller)]) -> Caller:
+        request.state.act = act
+        if permissions:
+            who.check_any(permissions)
+        if who.organization is None or who.kind not in kinds:
+            allowed = " or ".join(kind.replace("_", " ") for kind in kinds)
+            raise Problem(
+                "auth.forbidden", f"this is for a {allowed}", permission=permissions[-1] if permissions else None
+            )
         return who
 
     return check
 
 
+@declare(Access(("operator",)))
 async def require_operator(who: Annotated[Caller, Depends(caller)]) -> Caller:
     """Dependency: a platform operator; else ``auth.operator_required``."""
     if not who.platform_operator:

@@ -3,9 +3,9 @@
     app = create_app(settings)
 
 Everything that lives as long as the process hangs on ``app.state``: ``settings``, ``db``, ``clock``, ``sealer``,
-``signing_keys``, ``identity``, ``authenticate``, ``relays``, ``tunnels``, ``visitor_passwords``, ``agent_sessions``,
-``edge_states``, ``edge_hub``, ``redis`` (None without one), ``trusted_proxies`` and ``stopping`` (an event set at the first
-SIGTERM; streams watch it and end themselves).
+``signing_keys``, ``identity``, ``authenticate``, ``note_refusal``, ``relays``, ``tunnels``, ``visitor_passwords``,
+``agent_sessions``, ``edge_states``, ``edge_hub``, ``redis`` (None without one), ``trusted_proxies`` and ``stopping`` (an
+event set at the first SIGTERM; streams watch it and end themselves).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import ipaddress
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -22,14 +23,16 @@ import sqlalchemy as sa
 from fastapi import APIRouter, FastAPI, Request
 
 from portico.control import changes, http, migrations, openapi, requests
+from portico.control.access import PUBLIC
 from portico.control.audit import api as audit_api
+from portico.control.audit import service as audit
 from portico.control.console import pages as console_pages
 from portico.control.edge import api as edge_api
 from portico.control.edge.hub import Hub
 from portico.control.edge.state import StateReader
 from portico.control.identity import api as identity_api
 from portico.control.identity import jobs as identity_jobs
-from portico.control.identity import signing_keys
+from portico.control.identity import org_api, signing_keys
 from portico.control.identity.passwords import Passwords
 from portico.control.identity.service import Identity
 from portico.control.tunnels import api as tunnels_api
@@ -87,6 +90,7 @@ def _compose(app: FastAPI, settings: ApiSettings, clock: Clock, db: Database | N
     state.signing_keys = signing_keys.SigningKeys(settings, state.sealer, clock)
     state.identity = Identity(settings, state.db, clock, state.signing_keys, state.passwords)
     state.authenticate = state.identity.authenticate
+    state.note_refusal = partial(audit.refused, state.db)
     _compose_tunnels(state, settings, clock)
 
 
@@ -115,7 +119,14 @@ async def _announce_keys(tx: Tx, jwks: Sequence[dict[str, str]]) -> None:
 
 def _route(app: FastAPI) -> None:
     # Tried in this order, which costs microseconds per route passed over: what agents and relays ask comes first.
-    for router in (*_TUNNELS, identity_api.auth, identity_api.sessions, identity_api.keys, audit_api.router):
+    for router in (
+        *_TUNNELS,
+        identity_api.auth,
+        identity_api.sessions,
+        identity_api.keys,
+        org_api.router,
+        audit_api.router,
+    ):
         app.include_router(router, prefix="/v1")
     app.include_router(identity_api.well_known)
     app.include_router(console_pages.router)
@@ -185,13 +196,13 @@ async def _housekeeping(app: FastAPI) -> None:
         await asyncio.sleep(wait)
 
 
-@health.get("/healthz")
+@health.get("/healthz", openapi_extra=PUBLIC.openapi())
 async def healthz() -> dict[str, str]:
     """The process runs."""
     return {"status": "ok"}
 
 
-@health.get("/readyz")
+@health.get("/readyz", openapi_extra=PUBLIC.openapi())
 async def readyz(request: Request) -> dict[str, str]:
     """The process can serve: the database answers, its schema fits, and there is a key to sign with."""
     state: Any = request.app.state

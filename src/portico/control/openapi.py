@@ -1,7 +1,8 @@
 """/openapi.json: OpenAPI 3.1 of the API, with the problem document as every operation's error answer.
 
-``contracts/openapi.json`` is its committed copy; ``tools/openapi.py --check`` fails when that is stale or when a change
-breaks a client.
+``x-callers`` says which kinds of callers an operation admits (``anonymous``: everybody), ``x-permission`` one of which
+permissions they need; routes take both from their dependencies (``requests.JsonRoute``). ``contracts/openapi.json`` is its
+committed copy; ``tools/openapi.py --check`` fails when that is stale or when a change breaks a client.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from typing import Any
 import asyncpg
 import sqlalchemy as sa
 from fastapi import Request, Response
+from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from sqlalchemy.dialects.postgresql import insert
@@ -67,7 +68,12 @@ def shown(text: str) -> str:
 
 
 class JsonRoute(APIRoute):
-    """A route whose body is whole and storable before the handler runs."""
+    """A route whose body is whole and storable before the handler runs, and that shows in OpenAPI whom it admits."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        if (found := _access(self.dependant)) is not None:
+            self.openapi_extra = {**found.openapi(), **(self.openapi_extra or {})}
 
     def get_route_handler(self) -> Handler:
         inner = super().get_route_handler()
@@ -77,6 +83,15 @@ class JsonRoute(APIRoute):
             return await inner(request)
 
         return handle
+
+
+def _access(dependant: Dependant) -> access.Access | None:
+    """Who may call, by what the dependencies of a route declare; the outermost decides."""
+    for inner in dependant.dependencies:
+        found = access.declared(inner.call) or _access(inner)
+        if found is not None:
+            return found
+    return None
 
 
 class UnitOfWork(JsonRoute):
@@ -106,13 +121,28 @@ def _read(inner: Handler) -> Handler:
 def _write(inner: Handler) -> Handler:
     async def handle(request: Request) -> Response:
         db: Database = request.app.state.db
-        async with db.transaction() as tx:
-            request.state.reader = tx
-            if "idempotency-key" in request.headers:
-                return await once(request, tx, lambda: inner(request))
-            return await inner(request)
+        try:
+            async with db.transaction() as tx:
+                request.state.reader = tx
+                if "idempotency-key" in request.headers:
+                    return await once(request, tx, lambda: inner(request))
+                return await inner(request)
+        except Problem as problem:
+            await _note_refusal(request, problem)
+            raise
 
     return handle
+
+
+async def _note_refusal(request: Request, problem: Problem) -> None:
+    """Record that a caller was refused an act that its route says is worth knowing; the act's transaction is gone by now."""
+    act: str | None = getattr(request.state, "act", None)
+    if act is None or problem.status not in (403, 409):
+        return
+    who: access.Caller = request.state.caller
+    details = {"code": problem.code, **{k: v for k, v in problem.extra.items() if k in ("permission", "limit")}}
+    target = next(iter(request.path_params.values()), None)
+    await request.app.state.note_refusal(who, act, target and str(target)[:64], details)
 
 
 def refuse_unstorable(body: bytes) -> None:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.security import HTTPBearer
 from pydantic import AwareDatetime, BaseModel, Field, StringConstraints
 
-from portico.control.access import Db, credential_of
+from portico.control.access import RELAYS, Db, credential_of, declare
 from portico.control.edge.stream import EdgeStream
 from portico.control.requests import JsonRoute
 from portico.control.tunnels import relays, usage
@@ -24,6 +24,7 @@ router = APIRouter(prefix="/edge", tags=["edge"], route_class=JsonRoute)
 _bearer = HTTPBearer(auto_error=False, bearerFormat="relay key", scheme_name="relay key")
 
 
+@declare(RELAYS)
 async def relay_key(request: Request, db: Db, _: Annotated[Any, Depends(_bearer)] = None) -> RelayKey:
     """Dependency: the authenticated relay key. Raises ``auth.required``, ``edge.relay_key_invalid`` or ``…_revoked``."""
     token = credential_of(request)

@@ -16,7 +16,7 @@ from unicodedata import category
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
-from portico.control.access import Caller, InTx, Paging, Reading, anonymous, caller, client_address, require
+from portico.control.access import PUBLIC, Caller, InTx, Paging, Reading, anonymous, caller, client_address, require
 from portico.control.identity.service import Client, Identity, SignedIn, normal_email
 from portico.control.requests import JsonRoute, UnitOfWork, shown
 from portico.kit.pages import Page
@@ -36,6 +36,9 @@ async def identity(request: Request) -> Identity:
 Service = Annotated[Identity, Depends(identity)]
 Anybody = Annotated[Caller, Depends(anonymous)]
 Known = Annotated[Caller, Depends(caller)]
+Leaver = Annotated[Caller, Depends(require(kinds=("person", "agent_key")))]
+Person = Annotated[Caller, Depends(require(kinds=("person",)))]
+Approver = Annotated[Caller, Depends(require("keys:own", "keys:write", kinds=("person",)))]
 
 # Shape alone; whether an address exists is for a mail to find out.
 _ADDRESS = r"^[^@\s\x00-\x1f\x7f]{1,64}@[^@\s\x00-\x1f\x7f]{1,189}$"
@@ -299,7 +302,7 @@ async def device_token(body: DeviceTokenBody, service: Service, who: Anybody) ->
 
 
 @auth.post("/device/approve", response_model=DeviceDecided)
-async def device_approve(body: ApproveBody, service: Service, who: Known) -> Any:
+async def device_approve(body: ApproveBody, service: Service, who: Approver) -> Any:
     """Approve or deny a device's code as the signed-in person."""
     done = await service.device.decide(who, body.user_code, approve=body.approve)
     state = "approved" if body.approve else "denied"
@@ -307,27 +310,27 @@ async def device_approve(body: ApproveBody, service: Service, who: Known) -> Any
 
 
 @sessions.post("/auth/logout", status_code=204)
-async def logout(tx: InTx, service: Service, who: Known) -> Response:
+async def logout(tx: InTx, service: Service, who: Leaver) -> Response:
     """End the credential of this request: the sign-in session, or the agent key of this machine."""
     await service.logout(tx, who)
     return Response(status_code=204)
 
 
 @sessions.get("/auth/sessions", response_model=Page[Session])
-async def list_sessions(reader: Reading, service: Service, who: Known, page: Paging) -> Any:
+async def list_sessions(reader: Reading, service: Service, who: Person, page: Paging) -> Any:
     """The person's own live sign-in sessions."""
     return await service.sessions(reader, who, page)
 
 
 @sessions.delete("/auth/sessions", status_code=204)
-async def end_all_sessions(tx: InTx, service: Service, who: Known) -> Response:
+async def end_all_sessions(tx: InTx, service: Service, who: Person) -> Response:
     """End every sign-in session of the person, this one included."""
     await service.end_all_sessions(tx, who)
     return Response(status_code=204)
 
 
 @sessions.delete("/auth/sessions/{session}", status_code=204)
-async def end_session(session: str, tx: InTx, service: Service, who: Known) -> Response:
+async def end_session(session: str, tx: InTx, service: Service, who: Person) -> Response:
     """End one of the person's own sign-in sessions."""
     await service.end_session(tx, who, session)
     return Response(status_code=204)
@@ -341,15 +344,18 @@ async def whoami(reader: Reading, service: Service, who: Known) -> Any:
 
 @keys.get("", response_model=Page[Key])
 async def list_keys(
-    reader: Reading, service: Service, who: Annotated[Caller, Depends(require("keys:read"))], page: Paging
+    reader: Reading, service: Service, who: Annotated[Caller, Depends(require("keys:own", "keys:read"))], page: Paging
 ) -> Any:
-    """The organization's live keys, newest first."""
+    """The organization's live keys, newest first; with `keys:own` alone, the caller's own."""
     return await service.keys.listing(reader, who, page)
 
 
 @keys.post("", status_code=201, response_model=CreatedKey)
 async def create_key(
-    body: KeyBody, tx: InTx, service: Service, who: Annotated[Caller, Depends(require("keys:write"))]
+    body: KeyBody,
+    tx: InTx,
+    service: Service,
+    who: Annotated[Caller, Depends(require("keys:own", "keys:write", act="key.create"))],
 ) -> Any:
     """Make an agent key or a scoped API key. Its text is in this answer and nowhere else."""
     return asdict(await service.keys.create(tx, who, body.kind, body.name, body.scopes, body.expires_at))
@@ -357,7 +363,10 @@ async def create_key(
 
 @keys.delete("/{key}", status_code=204)
 async def revoke_key(
-    key: str, tx: InTx, service: Service, who: Annotated[Caller, Depends(require("keys:write"))]
+    key: str,
+    tx: InTx,
+    service: Service,
+    who: Annotated[Caller, Depends(require("keys:own", "keys:write", act="key.revoke"))],
 ) -> Response:
     """Revoke a key; live tunnels that it opened end within two seconds."""
     await service.keys.revoke(tx, who, key)
@@ -369,14 +378,14 @@ async def rotate_key(
     key: str,
     tx: InTx,
     service: Service,
-    who: Annotated[Caller, Depends(require("keys:write"))],
+    who: Annotated[Caller, Depends(require("keys:own", "keys:write", act="key.rotate"))],
     body: RotateBody | None = None,
 ) -> Any:
     """A new key with the same rights; the old one ends now, or after `overlap_seconds`."""
     return asdict(await service.keys.rotate(tx, who, key, body.overlap_seconds if body else 0))
 
 
-@well_known.get("/.well-known/jwks.json", response_model=Jwks)
+@well_known.get("/.well-known/jwks.json", response_model=Jwks, openapi_extra=PUBLIC.openapi())
 async def jwks(reader: Reading, service: Service, response: Response) -> Any:
     """The public keys of access tokens, session tokens and grants."""
     # Far shorter than the time that a key is published before it signs.

@@ -18,12 +18,11 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy import exc as sa_exc
 
-from portico.control.access import AGENT_KEY_PERMISSIONS, Caller
+from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.identity import throttle
+from portico.control.identity import roster, throttle
 from portico.control.identity.keys import Keys, NewKey
 from portico.control.identity.tables import device_codes as t
-from portico.control.identity.tables import members
 from portico.control.identity.throttle import Bucket
 from portico.errors import Problem
 from portico.kit import networks
@@ -149,17 +148,15 @@ class DeviceFlow:
 
     async def _deliver(self, tx: Tx, caller: Caller, row: Any) -> NewKey:
         """Make the key in the name of the person who approved it, if that person is still a member."""
-        query = sa.select(members.c.role).where(
-            members.c.user_id == row.user_id, members.c.organization_id == row.organization_id
-        )
-        if await tx.scalar(query) is None:
+        role = await roster.role_of(tx, row.organization_id, row.user_id)
+        if role is None:
             raise Problem("device.denied", "the person who approved this device has left the organization")
         await tx.execute(sa.update(t).where(t.c.digest == row.digest).values(state="used"))
         person = Caller(
             "person",
             row.user_id,
             row.organization_id,
-            AGENT_KEY_PERMISSIONS,
+            role.permissions,
             user_id=row.user_id,
             request_id=caller.request_id,
             address=caller.address,
@@ -183,7 +180,7 @@ class DeviceFlow:
             raise Problem(
                 "auth.forbidden", "a device is approved by a person who is signed in", permission="keys:write"
             )
-        caller.check("keys:write")
+        caller.check_any(("keys:own", "keys:write"))
         buckets = await self._count_guess(caller)
         async with self._db.transaction() as tx:
             row = await self._pending(tx, typed)

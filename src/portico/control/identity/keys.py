@@ -7,7 +7,7 @@ holds state made with the key (tunnels: agent sessions) ends it together with th
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -122,9 +122,10 @@ class Keys:
             )
 
     async def listing(self, reader: Reader, caller: Caller, page: pages.PageRequest) -> dict[str, Any]:
-        """A page of the organization's live keys, newest first."""
+        """A page of the organization's live keys, newest first; of the caller's own, where it may see no others."""
         before = page.after[0] if page.after else None
-        rows = await store.keys(reader, caller.org, page.limit + 1, before, self._clock.wall())
+        maker = None if caller.may("keys:read") else caller.user_id
+        rows = await store.keys(reader, caller.org, maker, page.limit + 1, before, self._clock.wall())
         document: dict[str, Any] = pages.listing(rows, page.limit, lambda row: (row.id,), _render)
         return document
 
@@ -167,14 +168,30 @@ class Keys:
 
     async def _lock(self, tx: Tx, caller: Caller, key_id: str) -> Any:
         row = await store.lock_live_key(tx, caller.org, key_id, self._clock.wall())
-        if row is None:
+        if row is None or not (
+            self._is_self(caller, row.id) or caller.may("keys:write") or row.user_id == caller.user_id
+        ):
             raise Problem("request.not_found", "there is no such key")
         return row
 
+    @staticmethod
+    def _is_self(caller: Caller, key_id: str) -> bool:
+        """``portico logout`` ends the key that it calls with, whatever that key may do."""
+        return caller.id == key_id
+
     async def _end(self, tx: Tx, key_id: str) -> None:
         await store.update_key(tx, key_id, revoked_at=self._clock.wall())
+        await self.end_work(tx, key_id)
+
+    async def end_work(self, tx: Tx, key_id: str) -> None:
+        """End what was made with a key (agent sessions, and so live tunnels), which itself may live on."""
         for tell in self.on_revoked:
             await tell(tx, key_id)
+
+    async def end_all_of(self, tx: Tx, key_ids: Sequence[str]) -> None:
+        """Revoke keys that the caller holds locked, with everything that was made with them."""
+        for key_id in key_ids:
+            await self._end(tx, key_id)
 
 
 async def issue(

@@ -13,13 +13,15 @@ from typing import Any
 
 from sqlalchemy import exc as sa_exc
 
-from portico.control.access import ROLES, Caller
+from portico.control.access import Caller, role_permissions
 from portico.control.audit import service as audit
 from portico.control.identity import keys as key_rules
 from portico.control.identity import store, throttle, tokens
 from portico.control.identity.device import DeviceFlow
 from portico.control.identity.keys import Keys, NewKey
+from portico.control.identity.members import Members
 from portico.control.identity.passwords import Passwords
+from portico.control.identity.roles import Roles
 from portico.control.identity.signing_keys import SigningKeys
 from portico.control.identity.throttle import Bucket
 from portico.errors import Problem
@@ -80,6 +82,8 @@ class Identity:
         self.signing_keys = signing_keys
         self.passwords = passwords
         self.keys = Keys(settings, clock)
+        self.members = Members(clock, self.keys)
+        self.roles = Roles(settings, clock, self.members)
         self.device = DeviceFlow(settings, db, clock, self.keys)
         self._last_used = _LastUsed()
 
@@ -341,7 +345,7 @@ class Identity:
             "person",
             row["user_id"],
             row["organization_id"],
-            ROLES.get(row["role"], frozenset()),
+            role_permissions(row["role"], row["role_permissions"]),
             user_id=row["user_id"],
             session_id=claims.session,
             platform_operator=row["platform_operator"],
@@ -352,18 +356,22 @@ class Identity:
         row = await store.key_by_digest(reader, digest(text)) if kind in ("agt", "sk", "opr") else None
         if row is None or key_rules.TOKEN_KIND[row["kind"]] != kind:
             raise Problem("auth.key_invalid")
-        if row["revoked_at"] is not None or row["disabled_at"] is not None:
+        left = row["role"] is None and row["kind"] != "operator"  # its maker is no member any more
+        if row["revoked_at"] is not None or row["disabled_at"] is not None or left:
             raise Problem("auth.key_revoked")
         now = self.clock.wall()
         if row["expires_at"] is not None and row["expires_at"] <= now:
             raise Problem("auth.key_invalid", "the key has expired")
         self._last_used.at[row["id"]] = now
         operator = row["kind"] == "operator"
+        allowed = key_rules.permissions(row["kind"], row["scopes"])
+        if not operator:  # a key may never do more than its maker may now
+            allowed &= role_permissions(row["role"], row["role_permissions"])
         return Caller(
             "operator" if operator else "agent_key" if row["kind"] == "agent" else "api_key",
             row["id"],
             row["organization_id"],
-            key_rules.permissions(row["kind"], row["scopes"]),
+            allowed,
             user_id=row["user_id"],
             platform_operator=operator,
             expires_at=row["expires_at"],

@@ -16,15 +16,20 @@ Row = sa.Row[Any]
 
 # Raw SQL for the two look-ups that every request makes; asyncpg keeps them prepared on each connection.
 _KEY_BY_DIGEST = """
-SELECT k.id, k.kind, k.organization_id, k.user_id, k.scopes, k.expires_at, k.revoked_at, u.disabled_at
+SELECT k.id, k.kind, k.organization_id, k.user_id, k.scopes, k.expires_at, k.revoked_at, u.disabled_at,
+       m.role, r.permissions AS role_permissions
 FROM api_keys k LEFT JOIN users u ON u.id = k.user_id
+LEFT JOIN members m ON m.user_id = k.user_id AND m.organization_id = k.organization_id
+LEFT JOIN roles r ON r.id = m.role AND r.organization_id = k.organization_id
 WHERE k.digest = $1
 """
 _SESSION_BY_ID = """
-SELECT s.user_id, s.organization_id, s.ended_at, s.expires_at, u.disabled_at, u.platform_operator, m.role
+SELECT s.user_id, s.organization_id, s.ended_at, s.expires_at, u.disabled_at, u.platform_operator, m.role,
+       r.permissions AS role_permissions
 FROM sign_in_sessions s
 JOIN users u ON u.id = s.user_id
 LEFT JOIN members m ON m.user_id = s.user_id AND m.organization_id = s.organization_id
+LEFT JOIN roles r ON r.id = m.role AND r.organization_id = s.organization_id
 WHERE s.id = $1
 """
 
@@ -128,9 +133,13 @@ async def count_keys(reader: Reader, organization_id: str, now: datetime) -> int
     return int(await reader.scalar(query))
 
 
-async def keys(reader: Reader, organization_id: str, limit: int, before: str | None, now: datetime) -> Sequence[Row]:
-    """Live keys of the organization, newest first."""
+async def keys(
+    reader: Reader, organization_id: str, maker: str | None, limit: int, before: str | None, now: datetime
+) -> Sequence[Row]:
+    """Live keys of the organization, newest first; of one ``maker`` alone where one is given."""
     query = sa.select(api_keys).where(api_keys.c.organization_id == organization_id, _live(now))
+    if maker is not None:
+        query = query.where(api_keys.c.user_id == maker)
     if before is not None:
         query = query.where(api_keys.c.id < before)
     return await reader.fetch_all(query.order_by(api_keys.c.id.desc()).limit(limit))
@@ -218,12 +227,16 @@ async def sessions(reader: Reader, user_id: str, limit: int, before: str | None,
     return await reader.fetch_all(query.order_by(t.c.id.desc()).limit(limit))
 
 
-async def end_sessions(tx: Tx, user_id: str, session: str | None, reason: str, now: datetime) -> Sequence[str]:
-    """End one or all live sessions of a person; returns their ids."""
+async def end_sessions(
+    tx: Tx, user_id: str, session: str | None, reason: str, now: datetime, *, organization: str | None = None
+) -> Sequence[str]:
+    """End one or all live sessions of a person (in one organization, where one is given); returns their ids."""
     t = sign_in_sessions
     update = sa.update(t).where(t.c.user_id == user_id, t.c.ended_at.is_(None), t.c.expires_at > now)
     if session is not None:
         update = update.where(t.c.id == session)
+    if organization is not None:
+        update = update.where(t.c.organization_id == organization)
     result = await tx.execute(update.values(ended_at=now, end_reason=reason).returning(t.c.id))
     return [str(row.id) for row in result]
 

@@ -50,6 +50,19 @@ members = sa.Table(
     _created(),
 )
 
+# The roles that an organization made for itself; ``members.role`` is the name of a built-in role, or the id of one of these.
+roles = sa.Table(
+    "roles",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("permissions", ARRAY(sa.Text), nullable=False),
+    _created(),
+    _time("updated_at", required=True),
+    sa.Index("roles_organization_id_name_ix", "organization_id", sa.text("lower(name)"), unique=True),
+)
+
 # A sign-in session is the family of its refresh tokens: it ends as one.
 sign_in_sessions = sa.Table(
     "sign_in_sessions",

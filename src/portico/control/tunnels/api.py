@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
-from portico.control.access import Caller, InTx, Paging, Reading, credential_of, identify, require
+from portico.control.access import KEYS, Access, Caller, InTx, Paging, Reading, credential_of, identify, require
 from portico.control.requests import JsonRoute, UnitOfWork, once, shown
 from portico.control.tunnels import history, policy
 from portico.control.tunnels.service import Tunnels
@@ -44,7 +44,7 @@ Service = Annotated[Tunnels, Depends(service)]
 SessionService = Annotated[Sessions, Depends(session_service)]
 Reads = Annotated[Caller, Depends(require("tunnels:read"))]
 Writes = Annotated[Caller, Depends(require("tunnels:write"))]
-Connects = Annotated[Caller, Depends(require("agent:connect"))]
+Connects = Annotated[Caller, Depends(require("agent:connect", kinds=KEYS))]
 Id = Annotated[str, Path(max_length=64)]
 ObjectId = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 
@@ -159,7 +159,8 @@ async def _credential(request: Request) -> str:
 
 
 Credential = Annotated[str, Depends(_credential)]
-_SECURITY: dict[str, Any] = {"security": [{"bearer": []}]}
+# Of the routes that ask ``_permitted`` themselves.
+_CONNECTS: dict[str, Any] = {"security": [{"bearer": []}], **Access(KEYS, ("agent:connect",)).openapi()}
 
 
 async def _permitted(request: Request, reader: Reader, permission: str) -> Caller:
@@ -379,7 +380,7 @@ def _json(document: dict[str, Any], status: int) -> Response:
 
 # These two are asked by every agent of an installation at once when it comes back, hence without the usual ceremony: the
 # caller is identified on the connection that serves the request, and a reconnect or refresh is one statement.
-@hot.post("", response_model=SessionDocument, status_code=201, openapi_extra=_SECURITY)
+@hot.post("", response_model=SessionDocument, status_code=201, openapi_extra=_CONNECTS)
 async def open_session(request: Request, credential: Credential, body: SessionBody) -> Response:
     """Start the session of an agent instance, or continue it under its next generation."""
     state = request.app.state
@@ -411,7 +412,7 @@ async def open_session(request: Request, credential: Credential, body: SessionBo
     return answer
 
 
-@hot.post("/{session_id}/refresh", response_model=SessionDocument, openapi_extra=_SECURITY)
+@hot.post("/{session_id}/refresh", response_model=SessionDocument, openapi_extra=_CONNECTS)
 async def refresh_session(request: Request, _: Credential, session_id: Id, body: RefreshBody) -> Response:
     """New tokens for a live session, before the old ones expire. Repeating it is harmless."""
     state = request.app.state

@@ -102,7 +102,7 @@ class Sessions:
         """
         key_id = _key_of(caller)
         edges = await self._directory.edges(tx, agent.region)
-        account = await facts.hold_key(tx, key_id)
+        account = await facts.hold_key(tx, key_id, "agent:connect")
         session = await store.open_session(
             tx,
             new_id("ses"),
@@ -156,7 +156,7 @@ class Sessions:
     async def add(self, tx: Tx, caller: Caller, session_id: str, spec: TunnelSpec) -> dict[str, Any]:
         """One more tunnel in a live session: ``{"grants": [one]}``. Raises as ``open`` does, and ``session.not_found``."""
         key_id = _key_of(caller)
-        await facts.hold_key(tx, key_id)
+        await facts.hold_key(tx, key_id, "agent:connect")
         session = await store.lock_session(tx, session_id, key_id)
         if session is None:
             raise await self._gone(tx, session_id, key_id)

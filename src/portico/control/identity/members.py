@@ -1,0 +1,119 @@
+"""Members of an organization: listed, given another role, removed.
+
+Nobody gives a role that may do more than himself, or touches a member who may do more; so only owners make and unmake
+owners, since ``owners:write`` is theirs alone. Changes of one organization take turns on its row, and each looks at the
+caller's rights again under that lock: of two owners who demote each other at once one succeeds.
+
+What a member may not do any more ends with the change: keys are limited by their maker's role whenever they are used,
+agent sessions end in the same transaction when the role has no ``agent:connect``, and with a member who leaves end the
+keys and sign-in sessions that the person had here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from portico.control.access import Caller
+from portico.control.audit import service as audit
+from portico.control.identity import roster, store
+from portico.control.identity.keys import Keys
+from portico.errors import Problem
+from portico.kit import pages
+from portico.kit.clock import Clock
+from portico.kit.db import Reader, Tx
+
+_CONNECT = "agent:connect"
+
+
+class Members:
+    """The verbs on members."""
+
+    def __init__(self, clock: Clock, keys: Keys) -> None:
+        self._clock = clock
+        self._keys = keys
+
+    async def listing(self, reader: Reader, caller: Caller, page: pages.PageRequest) -> dict[str, Any]:
+        """A page of the organization's members."""
+        rows = await roster.listing(reader, caller.org, page.limit + 1, page.after)
+        document: dict[str, Any] = pages.listing(rows, page.limit, lambda row: (row.user_id,), _render)
+        return document
+
+    async def change(self, tx: Tx, caller: Caller, user_id: str, role_id: str) -> dict[str, Any]:
+        """Give a member another role. Raises ``request.not_found``, ``auth.forbidden``, ``member.last_owner``."""
+        held = await self.hold(tx, caller, "members:write")
+        row = await self._member(tx, caller, user_id)
+        before = roster.role_in(row)
+        wanted = await roster.role(tx, caller.org, role_id)
+        if wanted is None:
+            raise Problem("request.not_found", "there is no such role")
+        not_above(held, before.permissions | wanted.permissions)
+        if wanted.id != before.id:
+            await self._not_the_last_owner(tx, caller, before, wanted)
+            keys = await roster.lock_keys_of(tx, caller.org, [user_id])
+            await roster.set_role(tx, caller.org, user_id, wanted.id)
+            await self.end_lost(tx, keys, before.permissions, wanted.permissions)
+            facts = {"role": wanted.name, "before": before.name}
+            await audit.record(tx, caller, "member.change", user_id, details=facts)
+        return _render(await self._member(tx, caller, user_id))
+
+    async def remove(self, tx: Tx, caller: Caller, user_id: str) -> None:
+        """Take a member out, with keys and sessions. Raises ``request.not_found``, ``auth.forbidden``, ``member.last_owner``."""
+        held = await self.hold(tx, caller, "members:write")
+        before = roster.role_in(await self._member(tx, caller, user_id))
+        not_above(held, before.permissions)
+        await self._not_the_last_owner(tx, caller, before, None)
+        keys = await roster.lock_keys_of(tx, caller.org, [user_id])
+        await roster.remove(tx, caller.org, user_id)
+        await self._keys.end_all_of(tx, keys)
+        ended = await store.end_sessions(
+            tx, user_id, None, "removed from the organization", self._clock.wall(), organization=caller.org
+        )
+        facts = {"role": before.name, "keys": len(keys), "sessions": len(ended)}
+        await audit.record(tx, caller, "member.remove", user_id, details=facts)
+
+    async def hold(self, tx: Tx, caller: Caller, permission: str) -> frozenset[str]:
+        """What the caller may do now, while roles and members stay as they are until the transaction ends."""
+        await store.lock_organization(tx, caller.org)
+        now = await roster.role_of(tx, caller.org, caller.user_id or "")
+        held = caller.permissions & now.permissions if now is not None else frozenset[str]()
+        if permission not in held:
+            raise Problem("auth.forbidden", f"this credential lacks {permission}", permission=permission)
+        return held
+
+    async def end_lost(self, tx: Tx, keys: Sequence[str], before: frozenset[str], now: frozenset[str]) -> None:
+        """End the agent sessions of locked keys whose makers may not serve tunnels any more."""
+        if _CONNECT in before - now:
+            for key_id in keys:
+                await self._keys.end_work(tx, key_id)
+
+    @staticmethod
+    async def _member(reader: Reader, caller: Caller, user_id: str) -> Any:
+        row = await roster.member(reader, caller.org, user_id)
+        if row is None:
+            raise Problem("request.not_found", "there is no such member")
+        return row
+
+    @staticmethod
+    async def _not_the_last_owner(
+        tx: Tx, caller: Caller, before: roster.HeldRole, wanted: roster.HeldRole | None
+    ) -> None:
+        ends = before.id == "owner" and (wanted is None or wanted.id != "owner")
+        if ends and await roster.count_able_owners(tx, caller.org) <= 1:
+            raise Problem("member.last_owner")
+
+
+def not_above(held: frozenset[str], touched: frozenset[str]) -> None:
+    """Raises ``auth.forbidden`` when a role that may do more than the caller would be given, taken or changed."""
+    if beyond := sorted(touched - held):
+        raise Problem("auth.forbidden", f"this credential lacks {beyond[0]} itself", permission=beyond[0])
+
+
+def _render(row: Any) -> dict[str, Any]:
+    role = roster.role_in(row)
+    return {
+        "user": {"id": row.user_id, "email": row.email},
+        "role": role.id,
+        "role_name": role.name,
+        "joined_at": row.created_at,
+    }
