@@ -811,7 +811,8 @@ class WorkerSettings:
     tick_seconds: float = 1.0
     # Jobs of one kind that one process works on at once.
     queue_concurrency: int = 4
-    # Seconds that a job belongs to a process without being renewed: how long the job of a process that died waits.
+    # Seconds that a job belongs to a process without being renewed: how long the job of a process that died
+    # waits. The same in every worker process.
     queue_lease_seconds: float = 30.0
     # Seconds that one attempt at a job may take; then it is cancelled and counts as failed.
     queue_timeout_seconds: float = 300.0

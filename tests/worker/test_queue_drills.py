@@ -157,6 +157,27 @@ async def test_many_at_once(db: Database, count: int) -> None:
         assert repeated == 0, "two workers had one job, though none died"
 
 
+async def test_frozen_workers_come_back_to_jobs_of_others(db: Database) -> None:
+    """Each stands still for longer than a lease, in the middle of jobs (SIGSTOP), while others have them and finish."""
+    limits = dataclasses.replace(LIMITS, lease_seconds=0.5)
+    await drilling.put(db, 150)
+    workers = [start(db.url, db.url, limits) for _ in range(3)]
+    while not await _effects(db):
+        await asyncio.sleep(0.02)
+    for worker in workers[:2]:
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGSTOP)
+        await drilling.put(db, 25)
+        await asyncio.sleep(0.8)
+        os.kill(worker.pid, signal.SIGCONT)
+    await settled(db)
+    await asyncio.sleep(0.2)  # for those who come back
+    for worker in workers:
+        assert worker.exitcode is None
+        kill(worker)
+    await nothing_lost_nothing_twice(db, 200)
+
+
 async def test_a_job_that_kills_its_worker_dies_and_takes_nobody_along(db: Database) -> None:
     limits = dataclasses.replace(LIMITS, max_attempts=3, lease_seconds=0.6, concurrency=4, prefetch=8)
     await drilling.put(db, 5)

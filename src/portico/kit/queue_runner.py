@@ -38,8 +38,8 @@ FAILURES: Final = (Problem, asyncpg.PostgresError, asyncpg.InterfaceError, async
 OUTCOMES: Final = ("succeeded", "failed", "dead", "lost", "given_back")
 #: Upper bounds in seconds of how long jobs take.
 RUN_SECONDS: Final = (0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0)
-#: Seconds between two attempts to record an end, or to listen again, while the database is away.
-RETRY_SECONDS: Final = 0.2
+#: Seconds before something that the database failed at is tried again; doubles up to the second number.
+RETRY_SECONDS, RETRY_MAX_SECONDS = 0.2, 5.0
 #: Seconds that a suspect is without company when it begins; and that suspects may go before other jobs.
 ALONE_SECONDS: Final = 1.0
 #: Any number that no other advisory lock of the project uses.
@@ -63,6 +63,26 @@ class Pace:
     count_seconds: float = 15.0
 
 
+class Outage:
+    """How long to wait while the database is away, and longer each time."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+
+    def over(self) -> None:
+        self._failures = 0
+
+    async def wait(self, stopping: asyncio.Event | None = None) -> None:
+        """Wait, or less when it is time to stop."""
+        seconds = min(RETRY_MAX_SECONDS, RETRY_SECONDS * 2.0**self._failures)
+        self._failures = min(self._failures + 1, 10)
+        try:
+            async with asyncio.timeout(seconds):
+                await (stopping or asyncio.Event()).wait()
+        except TimeoutError:
+            pass
+
+
 class KindRunner:
     """The jobs of one kind that this process has in hand."""
 
@@ -74,6 +94,8 @@ class KindRunner:
         self._running: dict[Any, asyncio.Task[None]] = {}
         self._ended: list[tuple[Work, asyncio.Future[bool]]] = []  # handlers are through, the end is not recorded
         self._recording = 0  # of those running
+        self._outage = Outage()
+        self._company: asyncio.TimerHandle | None = None  # when a suspect gets it
         self._alone = self._cut = False
         self._suspects = False  # some may wait; looked at now and then
         self._looked = self._suspects_since = 0.0
@@ -128,8 +150,10 @@ class KindRunner:
             found, dead = await queue.claim(self._db, self.kind, self.limits, free, suspect=self._suspects)
         except FAILURES as err:
             self._warn("queue cannot be read", err)
-            await asyncio.sleep(RETRY_SECONDS)
+            await self._outage.wait(self._stopping)
+            self._look.set()
             return
+        self._outage.over()
         for row in dead:
             self.outcomes["dead"] += 1
             self._say_dead(row[self.kind.id_column], row["attempts"], row["last_error"] or "")
@@ -139,7 +163,9 @@ class KindRunner:
         if self._suspects:
             self._suspects = bool(found or dead) and time.monotonic() < self._suspects_since + ALONE_SECONDS
             self._alone = bool(found)
-            asyncio.get_running_loop().call_later(ALONE_SECONDS, self._with_others)
+            if self._company is not None:
+                self._company.cancel()
+            self._company = asyncio.get_running_loop().call_later(ALONE_SECONDS, self._with_others)
             self._look.set()
         self._start()
         if len(found) + len(dead) >= free:
@@ -246,7 +272,7 @@ class KindRunner:
 
     async def _insist(self, record: Callable[[], Awaitable[T]]) -> T | None:
         """Record an end, as long as the lease can be ours, whatever becomes of connections; ``None`` when it cannot be."""
-        until = time.monotonic() + self.limits.lease_seconds
+        until, outage = time.monotonic() + self.limits.lease_seconds, Outage()
         while True:
             try:
                 return await record()
@@ -254,7 +280,7 @@ class KindRunner:
                 self._warn("the end of a job is not recorded yet", err)
                 if time.monotonic() > until:
                     return None
-                await asyncio.sleep(RETRY_SECONDS)
+                await outage.wait()
 
     # -- beside them
 
@@ -413,7 +439,7 @@ class Wakes:
 
     def __init__(self, runners: Sequence[KindRunner], db: Database, application: str) -> None:
         self._runners = {runner.kind.name: runner for runner in runners}
-        self._db, self._application = db, application
+        self._db, self._application, self._outage = db, application, Outage()
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -422,7 +448,7 @@ class Wakes:
                 await self._listen()
             except FAILURES as err:
                 log.warning("cannot listen for jobs", extra={"f": {"error": f"{type(err).__name__}: {err}"[:200]}})
-            await asyncio.sleep(RETRY_SECONDS)
+            await self._outage.wait()
 
     async def _listen(self) -> None:
         connection = await self._db.connect(self._application, timeout_seconds=5.0)
@@ -430,6 +456,7 @@ class Wakes:
             lost = asyncio.Event()
             connection.add_termination_listener(lambda _: lost.set())
             await connection.add_listener(queue.CHANNEL, self._told)
+            self._outage.over()
             for runner in self._runners.values():
                 runner.wake()  # of what came before, nobody told us
             while not lost.is_set():
