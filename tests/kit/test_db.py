@@ -272,3 +272,31 @@ class TestUrl:
         with pytest.raises(Problem) as refused:
             async_url(url)
         assert refused.value.code == "config.invalid"
+
+
+async def test_no_cancellation_leaves_a_transaction_open_in_the_pool(database_url: str) -> None:
+    """Wherever a task is cancelled: at BEGIN, in a statement, at COMMIT. The next user of the connection would be inside it."""
+    name = "portico test cancelled"
+    db = Database(database_url, PoolLimits(size=1), application=name)
+    watcher = await asyncpg.connect(database_url)
+
+    async def write() -> None:
+        async with db.transaction() as tx:
+            await tx.raw.execute("SELECT 1")
+
+    await write()
+    open_ones = (
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND state LIKE 'idle in transaction%'"
+    )
+    for turns in range(60):
+        task = asyncio.create_task(write())
+        for _ in range(turns // 3):
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.0002 * (turns % 3))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        async with db.read() as reader:
+            await reader.raw.execute("SELECT 1")
+        assert await watcher.fetchval(open_ones, name) == 0, f"after {turns} turns"
+    await watcher.close()
+    await db.close()

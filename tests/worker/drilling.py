@@ -59,8 +59,8 @@ async def put(db: Database, count: int, *, poison: bool = False) -> None:
 class Outside:
     """The receiver of the calls."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, url: str, seconds: float = 0.0) -> None:
+        self._url, self._seconds = url, seconds
 
     async def __call__(self, work: Work) -> None:
         if work.row["poison"]:
@@ -70,6 +70,7 @@ class Outside:
         async with work.call() as key:
             connection = await asyncpg.connect(self._url)
             try:
+                await asyncio.sleep(self._seconds)
                 await connection.execute(
                     "INSERT INTO drill_calls VALUES ($1) ON CONFLICT (key) DO UPDATE SET times = drill_calls.times + 1",
                     key,
@@ -80,10 +81,10 @@ class Outside:
             await tx.raw.execute("INSERT INTO drill_effects VALUES ($1)", work.id)
 
 
-async def work(url: str, outside: str, stopping: asyncio.Event, limits: Limits = LIMITS) -> None:
+async def work(url: str, outside: str, stopping: asyncio.Event, limits: Limits = LIMITS, seconds: float = 0.0) -> None:
     """One worker, until ``stopping``."""
     db = Database(url, PoolLimits(size=5, acquire_timeout_seconds=3))
-    runner = KindRunner(Served(KIND, Outside(outside), limits), db, stopping, PACE)
+    runner = KindRunner(Served(KIND, Outside(outside, seconds), limits), db, stopping, PACE)
     wakes = asyncio.create_task(Wakes([runner], db, "drill wakes").run())
     try:
         await runner.run(2.0)
@@ -92,14 +93,14 @@ async def work(url: str, outside: str, stopping: asyncio.Event, limits: Limits =
         await db.close()
 
 
-def process(url: str, outside: str, limits: Limits = LIMITS) -> None:
+def process(url: str, outside: str, limits: Limits = LIMITS, seconds: float = 0.0) -> None:
     """The main function of a worker process; ends in order on SIGTERM."""
     logging.disable(logging.CRITICAL)
 
     async def main() -> None:
         stopping = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
-        await work(url, outside, stopping, limits)
+        await work(url, outside, stopping, limits, seconds)
 
     loop.run(main())
 

@@ -52,8 +52,9 @@ async def db(postgres: Any) -> AsyncIterator[Database]:
     await connection.close()
 
 
-def start(url: str, outside: str, limits: queue.Limits = LIMITS) -> Any:
-    made = forks.Process(target=drilling.process, args=(url, outside, limits), daemon=True)
+def start(url: str, outside: str, limits: queue.Limits = LIMITS, seconds: float = 0.0) -> Any:
+    """A worker process; a call out takes so many seconds."""
+    made = forks.Process(target=drilling.process, args=(url, outside, limits, seconds), daemon=True)
     made.start()
     return made
 
@@ -159,9 +160,9 @@ async def test_many_at_once(db: Database, count: int) -> None:
 
 async def test_frozen_workers_come_back_to_jobs_of_others(db: Database) -> None:
     """Each stands still for longer than a lease, in the middle of jobs (SIGSTOP), while others have them and finish."""
-    limits = dataclasses.replace(LIMITS, lease_seconds=0.5)
+    limits = dataclasses.replace(LIMITS, lease_seconds=0.5, concurrency=8)
     await drilling.put(db, 150)
-    workers = [start(db.url, db.url, limits) for _ in range(3)]
+    workers = [start(db.url, db.url, limits, 0.05) for _ in range(3)]
     while not await _effects(db):
         await asyncio.sleep(0.02)
     for worker in workers[:2]:

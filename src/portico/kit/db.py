@@ -261,6 +261,8 @@ class Database:
             finally:
                 _around.set(_around.get() - 1)
         finally:
+            if not raw.is_closed() and raw.is_in_transaction():
+                raw.terminate()  # cancelled during COMMIT or ROLLBACK: nobody else may come into this transaction
             # Shielded: a cancelled request must hand its connection back, not leave it half-way out of the pool.
             await asyncio.shield(connection.close())
         await tx.run_callbacks()
@@ -297,18 +299,21 @@ class Database:
     async def _begin(self, options: dict[str, Any] | None) -> tuple[AsyncConnection, asyncpg.Connection]:
         engine = self._autocommit if options is None else self.engine
         connection = await engine.connect()
+        adapter: Any = None
         try:
             if options:
                 await connection.execution_options(**options)
             fairy = await connection.get_raw_connection()
-            adapter: Any = fairy.dbapi_connection
+            adapter = fairy.dbapi_connection
             if options is not None:
                 await connection.begin()
                 # SQLAlchemy sends BEGIN with the first statement only; sent here, it proves the connection alive
                 # and lets raw asyncpg statements join the transaction. (Private name: pinned by tests/kit/test_db.py.)
                 await adapter._start_transaction()
         except BaseException as err:
-            if _is_connection_loss(err):
+            if isinstance(err, asyncio.CancelledError) and adapter is not None:
+                adapter.driver_connection.terminate()  # BEGIN may have been heard, and the pool would not know
+            elif _is_connection_loss(err):
                 await connection.invalidate()
             await connection.close()
             raise

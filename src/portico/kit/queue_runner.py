@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,9 +90,11 @@ class KindRunner:
     def __init__(self, served: Served, db: Database, stopping: asyncio.Event, pace: Pace) -> None:
         self.kind, self._handle, self.limits = served.kind, served.handle, served.limits
         self._db, self._stopping, self._pace = db, stopping, pace
-        self._held: dict[Any, Work] = {}
+        self._held: dict[
+            uuid.UUID, Work
+        ] = {}  # by token: a job that was lost may come back before its handler has ended
         self._waiting: deque[Work] = deque()
-        self._running: dict[Any, asyncio.Task[None]] = {}
+        self._running: dict[uuid.UUID, asyncio.Task[None]] = {}
         self._ended: list[tuple[Work, asyncio.Future[bool]]] = []  # handlers are through, the end is not recorded
         self._recording = 0  # of those running
         self._outage = Outage()
@@ -158,7 +161,7 @@ class KindRunner:
             self.outcomes["dead"] += 1
             self._say_dead(row[self.kind.id_column], row["attempts"], row["last_error"] or "")
         for work in found:
-            self._held[work.id] = work
+            self._held[work.token] = work
             self._waiting.append(work)
         if self._suspects:
             self._suspects = bool(found or dead) and time.monotonic() < self._suspects_since + ALONE_SECONDS
@@ -192,7 +195,7 @@ class KindRunner:
         """Start what waits, while there are places."""
         while self._waiting and len(self._running) - self._recording < self.limits.concurrency:
             work = self._waiting.popleft()
-            self._running[work.id] = asyncio.create_task(self._run(work))
+            self._running[work.token] = asyncio.create_task(self._run(work))
 
     # -- running them
 
@@ -206,8 +209,8 @@ class KindRunner:
         finally:
             self.seconds.observe(time.monotonic() - began)
             self.outcomes[outcome] += 1
-            self._held.pop(work.id, None)
-            self._running.pop(work.id, None)
+            self._held.pop(work.token, None)
+            self._running.pop(work.token, None)
             self._alone = False
             self._moved.set()
             self._look.set()
@@ -308,16 +311,16 @@ class KindRunner:
                 self._warn("leases cannot be renewed", err)
                 continue
             for work in held:
-                if work.id in gone and self._held.get(work.id) is work and not work.finished:
+                if work.id in gone and work.token in self._held and not work.finished:
                     self._drop(work)
 
     def _drop(self, work: Work) -> None:
         work.lost = True
         if work in self._waiting:
             self._waiting.remove(work)
-            self._held.pop(work.id, None)
+            self._held.pop(work.token, None)
             self.outcomes["lost"] += 1
-        elif not any(work is ended for ended, _ in self._ended) and (task := self._running.get(work.id)) is not None:
+        elif not any(work is ended for ended, _ in self._ended) and (task := self._running.get(work.token)) is not None:
             task.cancel()
 
     async def _survey(self) -> None:
@@ -342,7 +345,7 @@ class KindRunner:
         back = list(self._waiting)
         self._waiting.clear()
         for work in back:
-            self._held.pop(work.id, None)
+            self._held.pop(work.token, None)
             self.outcomes["given_back"] += 1
         if back:
             await self._give_back(back)
