@@ -618,6 +618,14 @@ class ApiSettings:
     # Seconds that a process trusts its copy of the signing keys.
     signing_key_cache_seconds: float = 15.0
 
+    # == Audit
+    # Days that audit rows are kept; 0: for ever. The hash of the last row deleted is kept as anchor.
+    audit_retention_days: int = 400
+    # Rows that one call of GET /v1/audit/verify checks at most; it tells where to go on.
+    audit_verify_rows: int = 5000
+    # Rows that GET /v1/audit/export reads at a time.
+    audit_export_rows: int = 500
+
     # == Tunnels
     # Life of a session token in seconds.
     session_token_seconds: int = 900
@@ -836,6 +844,10 @@ class WorkerSettings:
     clear_tunnels_seconds: float = 60.0
     # Seconds between two removals of remembered answers of idempotent requests.
     expire_requests_seconds: float = 300.0
+    # Seconds between two signed checkpoints of the audit chains that have grown.
+    checkpoint_audit_seconds: float = 3600.0
+    # Seconds between two removals of audit rows past their retention.
+    trim_audit_seconds: float = 3600.0
 
 
 # --- where things are -------------------------------------------------------------------------------------------------

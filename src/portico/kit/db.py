@@ -139,6 +139,7 @@ class Tx(Reader):
     def __init__(self, connection: AsyncConnection, raw: asyncpg.Connection) -> None:
         super().__init__(connection, raw)
         self._callbacks: list[Callable[[], Awaitable[None] | None]] = []
+        self._first_steps: list[Callable[[], Awaitable[None]]] = []
         self._last_steps: list[Callable[[], Awaitable[None]]] = []
         self.state: dict[object, Any] = {}  # what a last step gathers, by an object of the module that owns it
 
@@ -156,17 +157,19 @@ class Tx(Reader):
         async with self._connection.begin_nested():
             yield
 
-    def before_commit(self, step: Callable[[], Awaitable[None]]) -> None:
+    def before_commit(self, step: Callable[[], Awaitable[None]], *, first: bool = False) -> None:
         """Run ``step`` inside the transaction as its last statements; if it raises, everything rolls back.
 
-        For what must hold a contended lock as briefly as possible (the append to the edge change table).
+        For what must hold a contended lock as briefly as possible. Such locks have one order, whichever was asked for
+        first: the heads of audit chains (``first``), then the append to the edge change table, which everybody shares.
         """
-        self._last_steps.append(step)
+        (self._first_steps if first else self._last_steps).append(step)
 
     async def run_last_steps(self) -> None:
         """Run what ``before_commit`` gathered, in order."""
-        for step in self._last_steps:
-            await step()
+        for steps in (self._first_steps, self._last_steps):
+            for step in steps:
+                await step()
 
     def after_commit(self, callback: Callable[[], Awaitable[None] | None]) -> None:
         """Call ``callback`` once the commit is durable. It is a wake-up, not a promise: a crash in between loses it."""

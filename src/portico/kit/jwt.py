@@ -59,6 +59,11 @@ def _object(segment: str, what: str) -> dict[str, Any]:
     return value
 
 
+def public_jwk(kid: str, x: bytes) -> dict[str, str]:
+    """The JWK (RFC 8037) of a raw public key."""
+    return {"kty": "OKP", "crv": "Ed25519", "x": _encode(x), "kid": kid, "use": "sig", "alg": "EdDSA"}
+
+
 def _thumbprint(x: str) -> str:
     """RFC 7638: the members in lexical order, no white space."""
     return _encode(hashlib.sha256(f'{{"crv":"Ed25519","kty":"OKP","x":"{x}"}}'.encode()).digest())
@@ -85,8 +90,7 @@ class SigningKey:
 
     def public_jwk(self) -> dict[str, str]:
         """The JWK to publish (RFC 8037)."""
-        x = _encode(self.public.public_bytes_raw())
-        return {"kty": "OKP", "crv": "Ed25519", "x": x, "kid": self.kid, "use": "sig", "alg": "EdDSA"}
+        return public_jwk(self.kid, self.public.public_bytes_raw())
 
     def sign(self, typ: str, claims: Mapping[str, Any], *, limit: int = MAX_TOKEN_BYTES) -> str:
         """The compact JWS of ``claims``. Raises ``InvalidToken`` when it would be larger than any verifier accepts."""

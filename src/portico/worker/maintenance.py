@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from portico.control import requests
+from portico.control.audit import checkpoints
+from portico.control.audit import service as audit
+from portico.control.identity.signing_keys import SigningKeys
 from portico.control.tunnels import jobs as tunnel_jobs
 from portico.kit import outbox, queue
 from portico.kit.queue import Work
+from portico.kit.sealing import Sealer
 from portico.settings import WorkerSettings
 from portico.worker.jobs import Context, Job
 
 CLEAR_TUNNELS = queue.plain("tunnels.clear")
 EXPIRE_REQUESTS = queue.plain("requests.expire")
 CLEAR_OUTBOX = queue.plain("outbox.clear")
+CHECKPOINT_AUDIT = queue.plain("audit.checkpoint")
+TRIM_AUDIT = queue.plain("audit.trim")
+
+# Chains that one transaction signs.
+_CHECKPOINTS = 500
 
 
 def jobs(settings: WorkerSettings) -> list[Job]:
@@ -21,6 +32,8 @@ def jobs(settings: WorkerSettings) -> list[Job]:
         Job(CLEAR_TUNNELS, clear_tunnels, settings.clear_tunnels_seconds),
         Job(EXPIRE_REQUESTS, expire_requests, settings.expire_requests_seconds),
         Job(CLEAR_OUTBOX, clear_outbox, settings.clear_outbox_seconds),
+        Job(CHECKPOINT_AUDIT, checkpoint_audit, settings.checkpoint_audit_seconds),
+        Job(TRIM_AUDIT, trim_audit, settings.trim_audit_seconds),
     ]
 
 
@@ -39,3 +52,19 @@ async def clear_outbox(context: Context, work: Work) -> None:
     """Messages that were sent long ago. Their keys go with them."""
     async with work.done() as tx:
         await outbox.clear(tx, context.settings.outbox_keep_seconds)
+
+
+async def checkpoint_audit(context: Context, work: Work) -> None:
+    """Sign where each audit chain that has grown now ends; before that, take in rows that older code wrote."""
+    await audit.catch_up(context.db)
+    keys = SigningKeys(context.control, Sealer(context.control.master_key), context.clock)
+    count = _CHECKPOINTS
+    while count == _CHECKPOINTS:
+        async with context.db.transaction() as tx:
+            count = await checkpoints.sign(tx, keys.current_signer, context.clock.wall(), _CHECKPOINTS)
+
+
+async def trim_audit(context: Context, work: Work) -> None:
+    """Audit rows past their retention."""
+    if days := context.control.audit_retention_days:
+        await audit.trim(context.db, context.clock.wall() - timedelta(days=days))

@@ -1,15 +1,16 @@
-"""GET /audit: the organization's audit log, newest first."""
+"""The organization's audit log: list and search, verify, checkpoints, export."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query
-from pydantic import BaseModel
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import StreamingResponse
+from pydantic import AwareDatetime, BaseModel, Field
 
-from portico.control.access import Caller, Paging, Reading, require
-from portico.control.audit import service
+from portico.control.access import Caller, Db, Paging, Reading, require
+from portico.control.audit import export, service
 from portico.control.requests import UnitOfWork
 from portico.kit.pages import Page
 
@@ -35,14 +36,110 @@ class AuditEvent(BaseModel):
     outcome: Literal["success", "refused"]
     details: dict[str, Any]
     request_id: str | None
+    seq: int | None
+    hash: str | None
+    erased_at: datetime | None
+
+
+class Place(BaseModel):
+    """A row of the chain: its number and its hash in hex."""
+
+    seq: int
+    hash: str
+
+
+class Fault(BaseModel):
+    """The first thing that is wrong with the chain."""
+
+    seq: int
+    kind: Literal["missing", "hash", "personal", "chain", "head", "truncated", "checkpoint", "signature", "unreadable"]
+    detail: str
+
+
+class Verification(BaseModel):
+    """What checking a stretch of the chain found. `next` is where to go on; null at the head, or at a fault."""
+
+    chain: str
+    valid: bool
+    from_: Annotated[int, Field(alias="from")]
+    checked: int
+    last: Place
+    head: Place
+    fault: Fault | None
+    next: int | None
+
+
+class Checkpoint(BaseModel):
+    """A signed statement of where the chain ended: a compact JWS, to be kept elsewhere."""
+
+    seq: int
+    created_at: datetime
+    kid: str
+    token: str
+
+
+class Checkpoints(Page[Checkpoint]):
+    """Checkpoints, newest first, and the public keys that signed them."""
+
+    keys: list[dict[str, str]]
+
+
+Auditor = Annotated[Caller, Depends(require("audit:read"))]
+Seq = Annotated[int | None, Query(ge=1, le=2**53 - 1)]
+_ID = r"^[A-Za-z0-9_.:@-]+$"
 
 
 @router.get("", response_model=Page[AuditEvent])
 async def list_audit(
     reader: Reading,
-    who: Annotated[Caller, Depends(require("audit:read"))],
+    who: Auditor,
     page: Paging,
     action: Annotated[str | None, Query(max_length=64, pattern=r"^[a-z_.]+$")] = None,
+    actor: Annotated[str | None, Query(max_length=64, pattern=_ID)] = None,
+    target: Annotated[str | None, Query(max_length=64, pattern=_ID)] = None,
+    outcome: Annotated[Literal["success", "refused"] | None, Query()] = None,
+    since: Annotated[AwareDatetime | None, Query()] = None,
+    until: Annotated[AwareDatetime | None, Query()] = None,
 ) -> Any:
-    """The organization's audit events, newest first; `action` filters by one kind of act."""
-    return await service.listing(reader, who, page, action)
+    """The organization's audit events, newest first; each filter leaves only rows with that value or time."""
+    filters = {
+        "action": action, "actor": actor, "target": target, "outcome": outcome, "since": since, "until": until,
+    }  # fmt: skip
+    return await service.listing(reader, who, page, **filters)
+
+
+@router.get("/verify", response_model=Verification)
+async def verify_audit(
+    request: Request, reader: Reading, who: Auditor, first: Annotated[Seq, Query(alias="from")] = None
+) -> Any:
+    """Check a bounded stretch of the organization's hash chain from a number on (the oldest row kept by default).
+
+    Go on at `next` until it is null. The answer is 200 for a broken chain, too: `valid` and `fault` say what is wrong.
+    """
+    return await service.verify(reader, who.org, first, request.app.state.settings.audit_verify_rows)
+
+
+@router.get("/checkpoints", response_model=Checkpoints)
+async def list_checkpoints(reader: Reading, who: Auditor, page: Paging) -> Any:
+    """Signed checkpoints of the organization's chain, newest first. Keep them where this platform cannot write."""
+    return await service.checkpoint_listing(reader, who, page)
+
+
+@router.get(
+    "/export",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"application/jsonl": {"schema": {"type": "string"}}}}},
+)
+async def export_audit(
+    request: Request,
+    db: Db,
+    who: Auditor,
+    first: Annotated[Seq, Query(alias="from")] = None,
+    form: Annotated[Literal["jsonl", "ocsf"], Query(alias="format")] = "jsonl",
+) -> StreamingResponse:
+    """The organization's audit log in order of its numbers, one JSON object a line, up to where it ends now.
+
+    `jsonl` has everything that the hashes cover, for `portico audit verify`; `ocsf` is for security tools.
+    """
+    lines = export.lines(db, who.org, first or 1, form, request.app.state.settings.audit_export_rows)
+    return StreamingResponse(lines, media_type="application/jsonl")

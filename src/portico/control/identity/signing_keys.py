@@ -9,7 +9,6 @@ transaction advisory lock. Private halves are sealed under the master key and er
 
 from __future__ import annotations
 
-from base64 import urlsafe_b64encode
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -22,7 +21,7 @@ from portico.control.identity.tables import signing_keys as t
 from portico.errors import Problem
 from portico.kit.clock import Clock
 from portico.kit.db import Database, Reader, Tx
-from portico.kit.jwt import KeySet, SigningKey
+from portico.kit.jwt import KeySet, SigningKey, public_jwk
 from portico.kit.sealing import Sealer
 from portico.settings import ApiSettings
 
@@ -148,12 +147,6 @@ class SigningKeys:
 
 def _jwk(row: Any) -> dict[str, str]:
     return public_jwk(row.kid, row.public_x)
-
-
-def public_jwk(kid: str, x: bytes) -> dict[str, str]:
-    """The JWK (RFC 8037) of a raw public key."""
-    text = urlsafe_b64encode(x).rstrip(b"=").decode()
-    return {"kty": "OKP", "crv": "Ed25519", "x": text, "kid": kid, "use": "sig", "alg": "EdDSA"}
 
 
 async def ensure(db: Database, keys: SigningKeys) -> None:

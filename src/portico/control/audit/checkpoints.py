@@ -1,0 +1,114 @@
+"""Signed checkpoints: where a chain ended at a certain hour, for keeping elsewhere.
+
+A chain alone cannot show that its tail was cut off, or that everything was hashed anew after a change: whoever can write
+to the database can do both. A checkpoint, kept outside, shows both. It is a compact JWS (Ed25519, ``typ`` below) over
+``{"chain", "seq", "hash", "at"}``, signed by the platform's current signing key; the public half is kept for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from datetime import datetime
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert
+
+from portico.control.audit.chain import Fault
+from portico.control.audit.store import audit_chains, audit_checkpoint_keys, audit_checkpoints
+from portico.kit import jwt
+from portico.kit.db import Reader, Tx
+
+TYP: Final = "portico-audit+jwt"
+
+_c = audit_checkpoints.c
+
+
+async def sign(tx: Tx, signer: Callable[[Tx], Awaitable[jwt.SigningKey]], now: datetime, limit: int) -> int:
+    """Sign the heads of up to ``limit`` chains that moved since their last checkpoint; returns how many."""
+    signed = sa.exists().where(_c.chain == audit_chains.c.chain, _c.seq == audit_chains.c.seq)
+    query = sa.select(audit_chains).where(audit_chains.c.seq > 0, ~signed).order_by(audit_chains.c.chain).limit(limit)
+    heads = await tx.fetch_all(query)
+    if not heads:
+        return 0
+    key = await signer(tx)
+    published = {"kid": key.kid, "public_x": key.public.public_bytes_raw()}
+    await tx.execute(insert(audit_checkpoint_keys).values(published).on_conflict_do_nothing())
+    rows = [
+        {"chain": head.chain, "seq": head.seq, "kid": key.kid, "created_at": now, "token": _token(key, head, now)}
+        for head in heads
+    ]
+    await tx.execute(insert(audit_checkpoints).on_conflict_do_nothing(), rows)
+    return len(rows)
+
+
+def _token(key: jwt.SigningKey, head: Any, now: datetime) -> str:
+    claims = {"chain": head.chain, "seq": head.seq, "hash": head.hash.hex(), "at": int(now.timestamp())}
+    return key.sign(TYP, claims)
+
+
+async def listing(reader: Reader, chain: str, limit: int, before: int | None) -> list[Any]:
+    """Checkpoints of a chain, newest first."""
+    query = sa.select(audit_checkpoints).where(_c.chain == chain)
+    if before is not None:
+        query = query.where(_c.seq < before)
+    return list(await reader.fetch_all(query.order_by(_c.seq.desc()).limit(limit)))
+
+
+async def keys(reader: Reader, kids: Iterable[str]) -> dict[str, bytes]:
+    """The public keys of those ``kids``, raw."""
+    columns = audit_checkpoint_keys.c
+    rows = await reader.fetch_all(sa.select(audit_checkpoint_keys).where(columns.kid.in_(set(kids))))
+    return {row.kid: row.public_x for row in rows}
+
+
+def read(token: str, known: jwt.KeySet) -> dict[str, Any]:
+    """The claims of a checkpoint. Raises ``jwt.InvalidToken``."""
+    claims = jwt.verify(token, known, typ=TYP)
+    if not (isinstance(claims.get("chain"), str) and isinstance(claims.get("seq"), int)):
+        raise jwt.InvalidToken("a checkpoint without chain or seq")
+    if not isinstance(claims.get("hash"), str):
+        raise jwt.InvalidToken("a checkpoint without a hash")
+    return claims
+
+
+def fault_of(claims: Mapping[str, Any], hashes: Mapping[int, str], head: int) -> Fault | None:
+    """What a checkpoint says against the rows with these ``hashes`` by number, in a chain that ends at ``head``."""
+    seq = claims["seq"]
+    if seq > head:
+        return Fault(head + 1, "truncated", f"a checkpoint of number {seq} was signed, the log ends at {head}")
+    found = hashes.get(seq)
+    if found is not None and found != claims["hash"]:
+        return Fault(seq, "checkpoint", "another hash was signed for this number: rows were hashed anew")
+    return None
+
+
+async def stored(reader: Reader, chain: str, first: int, limit: int) -> list[tuple[int, str, jwt.KeySet]]:
+    """Number, token and key of the checkpoints in a stretch of ``limit`` numbers from ``first`` on, and of the newest.
+
+    To be read before the rows that they are compared with: then none of them is younger than the head.
+    """
+    newest = sa.select(sa.func.max(_c.seq)).where(_c.chain == chain).scalar_subquery()
+    query = sa.select(audit_checkpoints).where(
+        _c.chain == chain, sa.or_(_c.seq.between(first, first + limit - 1), _c.seq == newest)
+    )
+    rows = await reader.fetch_all(query.order_by(_c.seq))
+    raw = await keys(reader, (row.kid for row in rows)) if rows else {}
+    known = {kid: jwt.KeySet.from_jwks({"keys": [jwt.public_jwk(kid, x)]}) for kid, x in raw.items()}
+    return [(row.seq, row.token, known.get(row.kid, jwt.KeySet({}))) for row in rows]
+
+
+def compare(
+    chain: str, found: Iterable[tuple[int, str, jwt.KeySet]], hashes: Mapping[int, str], head: int
+) -> Fault | None:
+    """The first fault that checkpoints show, against the rows with these ``hashes`` in a chain that ends at ``head``."""
+    for seq, token, key in found:
+        try:
+            claims = read(token, key)
+        except jwt.InvalidToken as err:
+            return Fault(seq, "signature", f"a checkpoint does not verify: {err}")
+        if (claims["chain"], claims["seq"]) != (chain, seq):
+            return Fault(seq, "signature", "a checkpoint was signed for another place")
+        if (fault := fault_of(claims, hashes, head)) is not None:
+            return fault
+    return None
