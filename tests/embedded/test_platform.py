@@ -142,7 +142,8 @@ def test_a_whole_life(home: Path) -> None:
         for process, place in shown.items():
             assert place in findings["Metrics"]["says"]
             status, figures = get(f"http://{place}/metrics")
-            assert status == 200 and f"portico_{process.split('-')[0]}_".encode() in figures
+            family = "portico_queue_" if process == "worker" else f"portico_{process.split('-')[0]}_"
+            assert status == 200 and family.encode() in figures
         assert str(up.process.pid) in findings["Platform"]["says"]
 
         before = up.children()

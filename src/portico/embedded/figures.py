@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+from collections.abc import Iterable
 from pathlib import Path
 
+from portico.embedded import ports
 from portico.embedded.secretfiles import write_private
+from portico.errors import Problem
 
+HOST = "127.0.0.1"
 FILE = "metrics.json"
 LABEL = "process"
 
 
-def write_targets(home: Path, ports: dict[str, int]) -> None:
+def open_listeners(home: Path, processes: Iterable[str]) -> dict[str, socket.socket]:
+    """A listener for each process, on this machine alone, wherever visitors may come from: figures are the operator's.
+
+    The ports are those of the run before, where nobody took them meanwhile: Prometheus and its rules know them.
+    """
+    before = read_targets(home)
+    opened: dict[str, socket.socket] = {}
+    for name in processes:
+        for port in (_port(before.get(name, "")), 0):
+            with contextlib.suppress(Problem):
+                opened |= ports.open_all(HOST, [(name, port, f"metrics of {name}", "")])
+                break
+        else:
+            ports.close_all(opened)
+            raise Problem("up.port_taken", f"no port is free for the metrics of {name}")
+    return opened
+
+
+def _port(place: str) -> int:
+    digits = place.rpartition(":")[2]
+    return int(digits) if digits.isascii() and digits.isdigit() and int(digits) < 65_536 else 0
+
+
+def write_targets(home: Path, numbers: dict[str, int]) -> None:
     """One target a process, by its name."""
-    groups = [{"targets": [f"127.0.0.1:{port}"], "labels": {LABEL: name}} for name, port in ports.items()]
+    groups = [{"targets": [f"{HOST}:{port}"], "labels": {LABEL: name}} for name, port in numbers.items()]
     write_private(home / FILE, json.dumps(groups, indent=2) + "\n")
 
 

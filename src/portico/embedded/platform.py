@@ -21,7 +21,7 @@ from typing import Any
 
 from portico.embedded import devca, ports, secretfiles
 from portico.embedded.accounts import server_account
-from portico.embedded.figures import write_targets
+from portico.embedded.figures import open_listeners, write_targets
 from portico.embedded.folders import make_home, own_folder
 from portico.embedded.lock import OwnerLock
 from portico.embedded.logs import LogStream
@@ -123,8 +123,7 @@ class Platform:
             self.logs.say(f"ended {name}, left behind by a run that was killed", "WARN")
         roster.remove()
         self._listeners = ports.open_all(self.settings.host, wanted)
-        # Figures are the operator's: on this machine alone, wherever visitors may come from.
-        self._figures = ports.open_all("127.0.0.1", [(name, 0, f"metrics of {name}", "") for name in self._processes()])
+        self._figures = open_listeners(self.home, self._processes())
         self._supervisor = Supervisor(self.logs, roster, self._limits())
         await self._start_servers()
         given = await self._prepare()

@@ -25,6 +25,8 @@ from portico.settings import RelaySettings
 
 log = logging.getLogger(__name__)
 
+#: Seconds after the start in which an unanswered first heartbeat is no news: the API may be starting beside us.
+STARTING_SECONDS = 10.0
 #: Different reasons of one outage that are logged.
 MAX_REASONS = 8
 
@@ -188,6 +190,8 @@ class ControlLink:
         self._monotonic = monotonic
         self._resync = False
         self._poked = asyncio.Event()
+        self._began = time.monotonic()
+        self._heard = False  # a heartbeat was answered
         self._said: dict[str, set[str]] = {}  # reasons logged in the present outage, per loop
         self._unknown_types: set[str] = set()
         self.connected = False
@@ -393,7 +397,8 @@ class ControlLink:
                 await asyncio.sleep(limits.edge_refused_seconds)
                 continue
             except (LinkLost, httpx.HTTPError, OSError, TimeoutError) as err:
-                self._say("heartbeat", "heartbeat failed", why(err))
+                if self._heard or time.monotonic() - self._began > STARTING_SECONDS:
+                    self._say("heartbeat", "heartbeat failed", why(err))
                 await asyncio.sleep(backoff.next())
                 continue
             except Exception as err:
@@ -402,6 +407,7 @@ class ControlLink:
                 await asyncio.sleep(limits.edge_backoff_max_seconds)
                 continue
             backoff.reset()
+            self._heard = True
             self._said.pop("heartbeat", None)
             await self._pause(started, spent)
 
