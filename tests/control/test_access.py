@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import httpx
 import pytest
@@ -60,36 +60,6 @@ class TestCredentials:
 
 
 class TestTenants:
-    async def test_every_operation_with_an_id_is_404_for_a_stranger(
-        self, owner: Account, stranger: Account, connect: Any
-    ) -> None:
-        """Walks the OpenAPI document: a new endpoint is covered, or fails here for want of an example."""
-        key = await owner.key()
-        tunnel = (await owner.client.post("/v1/tunnels", json={"name": "mine", "protocol": "http"})).json()["id"]
-        examples = {"key": key["id"], "session": owner.session, "tunnel_id": tunnel, "session_id": "ses_" + "0" * 26}
-        role = await owner.client.post("/v1/org/roles", json={"name": "Ours", "permissions": []})
-        examples |= {"user": owner.user, "role": role.json()["id"]}
-        bodies = {"/v1/agent/sessions/{session_id}/refresh": {"agent_id": "agt-0123456789"}}
-        bodies["/v1/agent/sessions/{session_id}/tunnels"] = {"protocol": "http"}
-        bodies["/v1/tunnels/{tunnel_id}"] = {"name": "theirs"}
-        bodies["/v1/org/members/{user}"] = {"role": "viewer"}
-        bodies["/v1/org/roles/{role}"] = {"name": "theirs"}
-        agent = connect((await stranger.key())["key"])
-        document = (await stranger.client.get("/openapi.json")).json()
-        seen = 0
-        for path, operations in document["paths"].items():
-            for method in operations if "{" in path else ():
-                client = agent if path.startswith("/v1/agent/") else stranger.client
-                body = bodies.get(path) if method in ("post", "patch", "put") else None
-                answer = await client.request(method, path.format(**examples), json=body)
-                code = "tunnel.not_found" if "/tunnels/" in path else "request.not_found"
-                problem(answer, 404, "session.not_found" if "{session_id}" in path else code)
-                seen += 1
-        assert seen >= 10
-        assert (await owner.client.get("/v1/whoami")).status_code == 200
-        assert [k["id"] for k in (await owner.client.get("/v1/api-keys")).json()["data"]] == [key["id"]]
-        assert (await owner.client.get(f"/v1/tunnels/{tunnel}")).json()["name"] == "mine"
-
     async def test_lists_show_nothing_of_others(self, owner: Account, stranger: Account) -> None:
         await owner.key()
         assert (await stranger.client.get("/v1/api-keys")).json() == {"data": [], "next_cursor": None}
@@ -98,20 +68,6 @@ class TestTenants:
             assert owner.organization not in text
             assert owner.user not in text
             assert owner.session not in text
-
-    async def test_every_route_but_the_open_ones_needs_a_credential(self, client: httpx.AsyncClient) -> None:
-        document = (await client.get("/openapi.json")).json()
-        opened = {
-            "/v1/auth/register", "/v1/auth/login", "/v1/auth/refresh", "/v1/auth/device", "/v1/auth/device/token",
-            "/healthz", "/readyz", "/.well-known/jwks.json",
-        }  # fmt: skip
-        for path, operations in document["paths"].items():
-            if path in opened:
-                continue
-            for method in operations:
-                concrete = path.replace("{", "").replace("}", "")
-                answer = await client.request(method, concrete)
-                assert answer.status_code == 401, (method, path, answer.status_code, answer.text)
 
 
 class TestClientAddress:

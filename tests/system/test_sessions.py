@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 
 from portico.cli.output import TUNNEL_REFUSED
+from portico.embedded.postgres import EmbeddedPostgres
+from portico.kit.ids import new_id
+from tests.conftest import sql
 from tests.system.platform import Account, Agent, Child, Up
 from tests.system.targets import Request, app, listener, port_of
 from tests.system.visitor import Poller, connected, get, request
@@ -181,12 +184,27 @@ async def test_a_target_restarted_under_load_gives_only_502s_that_say_so(
     assert seen[200, "ok"] > 100
 
 
+async def developer(up: Up, account: Account, key_id: str) -> str:
+    """Another member of the organization, a developer, who made the key; returns the user id."""
+    user = new_id("usr")
+    await sql(
+        EmbeddedPostgres(up.home).uri,
+        f"INSERT INTO users (id, email) VALUES ('{user}', '{user}@example.test')",
+        f"INSERT INTO members (organization_id, user_id, role) SELECT organization_id, '{user}', 'developer'"
+        f" FROM api_keys WHERE id = '{key_id}'",
+        f"UPDATE api_keys SET user_id = '{user}' WHERE id = '{key_id}'",
+    )
+    return user
+
+
 @pytest.mark.parametrize(
     ("what", "code", "offline"),
     [
         ("stop", "tunnel.stopped", "edge.tunnel_offline"),
         ("rm", "tunnel.deleted", "edge.host_unassigned"),
         ("revoke", "session.revoked", "edge.tunnel_offline"),
+        ("demote", "session.revoked", "edge.tunnel_offline"),
+        ("remove", "session.revoked", "edge.tunnel_offline"),
     ],
 )
 async def test_the_platforms_word_ends_a_live_session(
@@ -201,6 +219,7 @@ async def test_the_platforms_word_ends_a_live_session(
 ) -> None:
     name = f"ended-{what}"
     key_id, key = account.new_key()
+    member = await developer(up, account, key_id) if what in ("demote", "remove") else ""
     agent = Agent(account, folder, port_of(target), name, key)
     started.callback(agent.end)
 
@@ -217,13 +236,17 @@ async def test_the_platforms_word_ends_a_live_session(
             assert await stream.chunk() == b"data: here\n\n"
             if what == "revoke":
                 await asyncio.to_thread(account.revoke, key_id)
+            elif what == "demote":
+                await asyncio.to_thread(account.call, "PATCH", f"/org/members/{member}", {"role": "viewer"})
+            elif what == "remove":
+                await asyncio.to_thread(account.call, "DELETE", f"/org/members/{member}")
             else:
                 done = await asyncio.to_thread(up.command, account, what, name)
                 assert done.returncode == 0, done.stderr
             began = time.monotonic()
             took = await poller.until(good=False, since=began, limit=REACH_SECONDS)
             last_good = max(visit.began for visit in poller.visits if visit.good)
-            if what == "revoke":  # the session is over, with all that is in flight
+            if code == "session.revoked":  # it is over, with all that is in flight
                 with pytest.raises((EOFError, OSError)):
                     await asyncio.wait_for(stream.chunk(), REACH_SECONDS)
             stream.close()

@@ -1,0 +1,431 @@
+"""Every operation of the OpenAPI document, called as everybody: ``Walk(app, world).run()`` says which cells are wrong.
+
+What each caller may do is derived from what the operation declares (``x-callers``, ``x-permission``) and from the tables of
+``access.py``; nothing is written down twice. A new endpoint is walked as it is. It needs a line here only when its path
+names a kind of object that no path named before (``World.object``), or its body a value that cannot be made from its
+schema (``EXAMPLES``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, ROLES, Caller, CallerKind
+from portico.control.identity import tables, tokens
+from portico.control.identity.keys import issue
+from portico.control.tunnels import relays
+from portico.kit.ids import new_id
+from tests.control.conftest import PASSWORD, Account, heartbeat_body
+
+METHODS = ("get", "post", "put", "patch", "delete")
+
+# Values of body members whose schema alone does not say what fits. Members that are not required are sent when named here.
+EXAMPLES: dict[str, Any] = {
+    "agent_id": "agt-0123456789",
+    "connect_url": heartbeat_body()["connect_url"],
+    "email": "somebody@example.com",
+    "kind": "api",
+    "password": PASSWORD,
+    "permissions": ["tunnels:read"],
+    "public_url": heartbeat_body()["public_url"],
+    "relay": "relay-1",
+    "role": "viewer",
+    "scopes": [],
+    "target": "127.0.0.1:8000",
+}
+TEXTS = ("name-%d", "agt-0123456789", "local", "2030-01-01T00:00:00Z")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation and whom it admits."""
+
+    method: str
+    path: str
+    callers: frozenset[str]
+    permissions: frozenset[str]
+    body: dict[str, Any] | None
+
+    @property
+    def parameters(self) -> list[str]:
+        return re.findall(r"{(\w+)}", self.path)
+
+    def __str__(self) -> str:
+        return f"{self.method.upper()} {self.path}"
+
+
+def operations(document: dict[str, Any]) -> list[Operation]:
+    """All of them. Raises ``AssertionError`` for one that does not say whom it admits."""
+    found, undeclared = [], []
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            if method not in METHODS or not operation.get("x-callers"):
+                undeclared.append(f"{method.upper()} {path}")
+                continue
+            content = operation.get("requestBody", {}).get("content", {})
+            schema = next(iter(content.values()))["schema"] if content else None
+            callers, permissions = operation["x-callers"], operation.get("x-permission", [])
+            found.append(Operation(method, path, frozenset(callers), frozenset(permissions), schema))
+    assert not undeclared, f"these say nothing about who may call them (access.require, access.PUBLIC, …): {undeclared}"
+    return found
+
+
+class Bodies:
+    """The smallest bodies that fit a schema of the document, plus what ``EXAMPLES`` names."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self._document = document
+        self._count = 0
+
+    def make(self, schema: dict[str, Any], name: str = "") -> Any:
+        if name in EXAMPLES:
+            return EXAMPLES[name]
+        while "$ref" in schema:
+            schema = self._document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+        if "const" in schema or "enum" in schema:
+            return schema.get("const", schema.get("enum", [None])[0])
+        if options := schema.get("anyOf") or schema.get("oneOf"):
+            return self.make(options[0], name)
+        kind = schema.get("type")
+        if kind == "object":
+            wanted = {*schema.get("required", ()), *(EXAMPLES.keys() | {"name"}) & schema.get("properties", {}).keys()}
+            return {key: self.make(schema["properties"][key], key) for key in sorted(wanted)}
+        if kind == "array":
+            return [self.make(schema["items"])] * schema.get("minItems", 0)
+        if kind in ("integer", "number"):
+            return max(schema.get("minimum", 0), 0)
+        return False if kind == "boolean" else self._text(schema)
+
+    def _text(self, schema: dict[str, Any]) -> str:
+        self._count += 1
+        for text in TEXTS:
+            text = text % self._count if "%" in text else text
+            long_enough = schema.get("minLength", 0) <= len(text) <= schema.get("maxLength", 1000)
+            fits = schema.get("format") != "date-time" or text.endswith("Z")
+            if long_enough and fits and re.search(schema.get("pattern", ""), text):
+                return text
+        raise AssertionError(f"no text fits {schema}: add an example to tests/control/matrix.py")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back."""
+
+    status: int
+    body: bytes
+
+    @property
+    def problem(self) -> dict[str, Any]:
+        with suppress(ValueError):
+            document = json.loads(self.body)
+            if self.status >= 400 and isinstance(document, dict):
+                return document
+        return {}
+
+
+async def call(app: Any, method: str, path: str, credential: str | None, body: Any) -> Answer:
+    """One request, without a network. Of an answer that does not end by itself (a stream) the head is enough."""
+    headers = [(b"host", b"api.test"), (b"content-type", b"application/json")]
+    if credential is not None:
+        headers.append((b"authorization", f"Bearer {credential}".encode()))
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method.upper(), "scheme": "http",
+        "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"", "headers": headers,
+        "client": ("127.0.0.1", 4711), "server": ("api.test", 80),
+    }  # fmt: skip
+    told = [{"type": "http.request", "body": b"" if body is None else json.dumps(body).encode(), "more_body": False}]
+    left, begun = asyncio.Event(), asyncio.Event()
+    status, parts, streams = 0, bytearray(), False
+
+    async def receive() -> dict[str, Any]:
+        if told:
+            return told.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        nonlocal status, streams
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            streams = any(value.startswith(b"application/x-ndjson") for _, value in message["headers"])
+            begun.set()
+        else:
+            parts.extend(message.get("body", b""))
+
+    task = asyncio.create_task(app(scope, receive, send))
+    waiting = asyncio.create_task(begun.wait())
+    await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if streams and not task.done():
+        left.set()
+        task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    return Answer(status, bytes(parts))
+
+
+@dataclass
+class World:
+    """Two tenants with everything that paths name, and credentials of every kind."""
+
+    app: Any
+    owner: Account
+    stranger: Account
+    relay_key: str
+    operator_key: str
+    people: dict[str, str] = field(default_factory=dict)  # role -> user id
+    _count: int = 0
+
+    @property
+    def db(self) -> Any:
+        return self.app.state.db
+
+    async def person(self, organization: str, user: str, *, expired: bool = False) -> str:
+        """An access token of a fresh sign-in session."""
+        now = self.app.state.clock.wall()
+        session = new_id("ses")
+        row = {"id": session, "user_id": user, "organization_id": organization, "last_used_at": now}
+        async with self.db.transaction() as tx:
+            await tx.execute(sa.insert(tables.sign_in_sessions).values(**row, expires_at=now + timedelta(hours=1)))
+            signer = await self.app.state.signing_keys.current_signer(tx)
+        then = now.timestamp() - (7200 if expired else 0)
+        return tokens.issue(signer, tokens.AccessClaims(user, session, organization), then, 3600)
+
+    async def role(self, role: str) -> str:
+        """An access token of a member of the owner's organization in this role."""
+        return await self.person(self.owner.organization, self.people[role])
+
+    async def key(self, account: Account, kind: str, scopes: list[str], state: str = "live") -> str:
+        """The text of a fresh key that the account's person made."""
+        now = self.app.state.clock.wall()
+        async with self.db.transaction() as tx:
+            made = await issue(tx, now, account.organization, account.user, kind, "matrix", scopes)
+            if state != "live":
+                values = {"revoked_at" if state == "revoked" else "expires_at": now - timedelta(seconds=1)}
+                await tx.execute(sa.update(tables.api_keys).where(tables.api_keys.c.id == made.id).values(**values))
+        return made.key
+
+    async def member(self, role: str) -> str:
+        """A new member of the owner's organization; returns the user id."""
+        user = new_id("usr")
+        async with self.db.transaction() as tx:
+            await tx.execute(sa.insert(tables.users).values(id=user, email=f"{user}@example.com"))
+            row = {"organization_id": self.owner.organization, "user_id": user, "role": role}
+            await tx.execute(sa.insert(tables.members).values(**row))
+        return user
+
+    async def object(self, name: str) -> str:
+        """A new object of the owner's organization, by the name that paths have for it."""
+        self._count += 1
+        client = self.owner.client
+        made: Callable[[], Awaitable[str]] = {
+            "key": lambda: self._made("/v1/api-keys", {"kind": "api", "name": "x", "scopes": []}),
+            "role": lambda: self._made("/v1/org/roles", {"name": f"role {self._count}", "permissions": []}),
+            "session": self._sign_in_session,
+            "session_id": self._agent_session,
+            "tunnel_id": lambda: self._made("/v1/tunnels", {"name": f"tunnel-{self._count}"}),
+            "user": lambda: self.member("viewer"),
+        }.get(name) or self._unknown(name)
+        assert client is not None
+        return await made()
+
+    @staticmethod
+    def _unknown(name: str) -> Any:
+        raise AssertionError(f"paths name a new kind of object {{{name}}}: add it to World.object of {__name__}")
+
+    async def _made(self, path: str, body: dict[str, Any]) -> str:
+        answer = await self.owner.client.post(path, json=body)
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["id"])
+
+    async def _sign_in_session(self) -> str:
+        token = await self.person(self.owner.organization, self.owner.user)
+        answer = await call(self.app, "get", "/v1/whoami", token, None)
+        return str(json.loads(answer.body)["session"])
+
+    async def _agent_session(self) -> str:
+        key = await self.key(self.owner, "agent", [])
+        answer = await call(self.app, "post", "/v1/agent/sessions", key, {"agent_id": "agt-0123456789"})
+        assert answer.status == 201, answer.body
+        return str(json.loads(answer.body)["session"])
+
+    async def fingerprint(self, *, audit: bool) -> str:
+        """A hash of everything that is the owner's organization's, without when keys were last used."""
+        async with self.db.read() as reader:
+            rows = await reader.raw.fetch(
+                "SELECT table_name FROM information_schema.columns WHERE column_name = 'organization_id'"
+                " AND table_schema = 'public' ORDER BY table_name"
+            )
+            names = [row["table_name"] for row in rows if audit or not row["table_name"].startswith("audit")]
+            parts = [f"SELECT '{n}', to_jsonb(t) - 'last_used_at' FROM {n} t WHERE organization_id = $1" for n in names]
+            parts.append("SELECT 'organizations', to_jsonb(t) FROM organizations t WHERE id = $1")
+            query = f"SELECT md5(string_agg(x::text, '' ORDER BY x::text)) FROM ({' UNION ALL '.join(parts)}) x"
+            return str(await reader.raw.fetchval(query, self.owner.organization))
+
+
+async def build_world(app: Any, owner: Account, stranger: Account, relay_key: str) -> World:
+    """Everything a walk needs."""
+    async with app.state.db.transaction() as tx:
+        operator = await issue(tx, app.state.clock.wall(), None, None, "operator", "operator", [])
+        _, other = await relays.create_key(tx, Caller("operator", "installation", None), "matrix")
+    world = World(app, owner, stranger, other, operator.key)
+    for role in ROLES:
+        world.people[role] = await world.member(role)
+    body = heartbeat_body()
+    assert (await call(app, "post", "/v1/edge/heartbeat", relay_key, body)).status == 200
+    return world
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One caller of one operation, and what should come of it."""
+
+    who: str
+    kind: CallerKind | None  # None: nobody that the API knows
+    held: frozenset[str]
+    credential: Callable[[], Awaitable[str | None]]
+    fits: bool = False  # the body must be taken, too
+
+    def admitted(self, operation: Operation) -> bool:
+        if "anonymous" in operation.callers:
+            return True
+        needed = operation.permissions
+        return self.kind in operation.callers and (not needed or not needed.isdisjoint(self.held))
+
+    def refusal(self, operation: Operation) -> int:
+        """401 for a credential that is none here, 403 for one that may not."""
+        tenants = operation.callers != {"relay"}
+        return 403 if self.kind is not None and self.kind != "relay" and tenants else 401
+
+
+def cells(world: World, operation: Operation) -> list[Cell]:
+    """Everybody. A key with the wanted permission alone shows that it is enough, one with all others that it is needed."""
+    owner, none = world.owner, frozenset[str]()
+    wanted, others = sorted(operation.permissions)[:1], sorted(PERMISSIONS - operation.permissions)
+
+    async def nobody() -> str | None:
+        return None
+
+    def key(kind: str, scopes: list[str], state: str = "live") -> Callable[[], Awaitable[str]]:
+        return lambda: world.key(owner, kind, scopes, state)
+
+    def fixed(text: str) -> Callable[[], Awaitable[str | None]]:
+        async def give() -> str:
+            return text
+
+        return give
+
+    return [
+        Cell("nobody", None, none, nobody),
+        Cell("noise", None, none, fixed("tnl_sk_" + "0" * 36)),
+        Cell("a revoked API key", None, none, key("api", sorted(PERMISSIONS), "revoked")),
+        Cell("an expired API key", None, none, key("api", sorted(PERMISSIONS), "expired")),
+        Cell("a revoked agent key", None, none, key("agent", [], "revoked")),
+        Cell("an expired token", None, none, lambda: world.person(owner.organization, owner.user, expired=True)),
+        Cell("a relay key", "relay", none, fixed(world.relay_key)),
+        Cell("the operator key", "operator", none, fixed(world.operator_key)),
+        Cell("an API key without scopes", "api_key", none, key("api", [])),
+        Cell("an API key with all other scopes", "api_key", frozenset(others), key("api", others)),
+        Cell("an API key with the scope", "api_key", frozenset(wanted), key("api", wanted)),
+        Cell("an agent key", "agent_key", AGENT_KEY_PERMISSIONS, key("agent", [])),
+        *(Cell(role, "person", held, _role(world, role), role == "owner") for role, held in ROLES.items()),
+    ]
+
+
+def _role(world: World, role: str) -> Callable[[], Awaitable[str | None]]:
+    return lambda: world.role(role)
+
+
+class Walk:
+    """Calls every operation as everybody and compares."""
+
+    def __init__(self, app: Any, world: World, document: dict[str, Any]) -> None:
+        self._app = app
+        self._world = world
+        self._bodies = Bodies(document)
+        self.operations = operations(document)
+        self.wrong: list[str] = []
+        self.seen = 0
+
+    async def run(self) -> list[str]:
+        """What is wrong, a line for each cell."""
+        for operation in self.operations:
+            everybody = cells(self._world, operation)
+            await self._refused(operation, [cell for cell in everybody if not cell.admitted(operation)])
+            await self._strangers(operation)
+            for cell in everybody:
+                if cell.admitted(operation):
+                    await self._admitted(operation, cell)
+        return self.wrong
+
+    async def _ask(self, operation: Operation, credential: str | None, objects: dict[str, str]) -> Answer:
+        self.seen += 1
+        body = self._bodies.make(operation.body) if operation.body is not None else None
+        return await call(self._app, operation.method, operation.path.format(**objects), credential, body)
+
+    async def _objects(self, operation: Operation) -> dict[str, str]:
+        return {name: await self._world.object(name) for name in operation.parameters}
+
+    def _note(self, operation: Operation, who: str, wanted: str, answer: Answer | None = None) -> None:
+        got = f", got {answer.status} {answer.body[:200]!r}" if answer else ""
+        self.wrong.append(f"{operation} as {who}: {wanted}{got}")
+
+    async def _refused(self, operation: Operation, everybody: list[Cell]) -> None:
+        objects = await self._objects(operation)
+        credentials = [await cell.credential() for cell in everybody]
+        before = await self._world.fingerprint(audit=False)
+        for cell, credential in zip(everybody, credentials, strict=True):
+            answer, wanted = await self._ask(operation, credential, objects), cell.refusal(operation)
+            codes = ("auth.forbidden", "auth.operator_required") if wanted == 403 else None
+            if answer.status != wanted or (codes and answer.problem.get("code") not in codes):
+                self._note(operation, cell.who, f"must be refused with {wanted}", answer)
+        if await self._world.fingerprint(audit=False) != before:
+            self._note(operation, "those who may not", "a refusal changed something")
+
+    async def _strangers(self, operation: Operation) -> None:
+        """The owner of another organization, who may do all this at home: with ids of this one it is 404, and changes nothing."""
+        world, theirs = self._world, self._world.stranger
+        for who, kind, credential in (
+            ("another owner", "person", await world.person(theirs.organization, theirs.user)),
+            ("another's API key", "api_key", await world.key(theirs, "api", sorted(PERMISSIONS))),
+        ):
+            objects = await self._objects(operation)
+            before = await world.fingerprint(audit=True)
+            answer = await self._ask(operation, credential, objects)
+            if kind in operation.callers and objects:
+                if answer.status != 404 or not str(answer.problem.get("code")).endswith("not_found"):
+                    self._note(operation, who, "must be 404", answer)
+            elif kind in operation.callers and answer.status in (401, 403):
+                self._note(operation, who, "must be admitted at home", answer)
+            elif operation.callers.isdisjoint({kind, "anonymous"}) and answer.status not in (401, 403):
+                self._note(operation, who, "must be refused", answer)
+            if await world.fingerprint(audit=True) != before:
+                self._note(operation, who, "changed something of the other organization")
+
+    async def _admitted(self, operation: Operation, cell: Cell) -> None:
+        objects = await self._objects(operation)
+        answer = await self._ask(operation, await cell.credential(), objects)
+        problem = answer.problem
+        code = str(problem.get("code"))
+        if "anonymous" in operation.callers:
+            good = code not in ("auth.required", "auth.forbidden", "auth.key_invalid", "auth.key_revoked")
+        else:
+            good = answer.status != 401 and not code.startswith("auth.operator")
+            # Past the check of a write, its service may still say that what was asked for is beyond this caller.
+            if code == "auth.forbidden":
+                named = problem.get("permission")
+                beyond = PERMISSIONS - operation.permissions - cell.held
+                good = operation.method != "get" and bool(operation.permissions) and named in beyond
+        if not good or not 200 <= answer.status < 500:
+            self._note(operation, cell.who, "must be admitted", answer)
+        elif cell.fits and code == "request.invalid":
+            self._note(operation, cell.who, "the body did not fit; add to EXAMPLES of tests/control/matrix.py", answer)
