@@ -150,6 +150,27 @@ class TestHeads:
             assert (request.get(b"x-env"), request.get(b"x-kept")) == ([b"test"], [b"1"])
         assert heard.count(heard[0]) == 5
 
+    async def test_what_is_removed_does_not_come_in_trailers_or_interim_answers(self, online: Any, visit: Any) -> None:
+        agent = await online({"headers": RULES})
+
+        def answer(s: Any) -> None:
+            s.stream.send_interim(103, [b"Early Hints", b"Server", b"old", b"Link", b"</a>"])
+            s.stream.send_response(200, [b"OK", b"Server", b"old"], end=False)
+            s.stream.send_end([b"Server", b"old", b"X-Sum", b"1"])
+
+        agent.on_stream = answer
+        client: Client = await visit(
+            b"POST /a HTTP/1.1\r\nHost: web.localhost\r\nTransfer-Encoding: chunked\r\nTE: trailers\r\nConnection: TE\r\n\r\n"
+            b"1\r\na\r\n0\r\nx-debug: 1\r\nX-Kept: 1\r\n\r\n"
+        )
+        interim, head = await client.read_head(), await client.read_head()
+        last = await client.read_head()
+        assert (b"Server" not in interim) and (b"Link: </a>" in interim) and b"X-Frame-Options" not in interim
+        assert (b"Server" not in head) and b"X-Frame-Options: DENY" in head
+        assert last == b"0\r\nX-Sum: 1\r\n\r\n"
+        await agent.until(agent.streams[0].ended.is_set)
+        assert agent.streams[0].trailers == [b"X-Kept", b"1"]
+
     @pytest.mark.parametrize(
         ("rule", "expected"), [("preserve", [b"web.localhost"]), ("rewrite", []), ("app", [b"app"])]
     )

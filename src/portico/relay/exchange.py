@@ -281,7 +281,10 @@ class Exchange:
         if stream is None or not self.sending or self.pending or (self.upgrade and self.framing != RAW):
             return
         self.sending = False
-        stream.send_end(heads.trailers(self.trailers))
+        fields = heads.trailers(self.trailers)
+        if fields and self.policy.request is not None:
+            fields = self.policy.request.strip(fields)
+        stream.send_end(fields)
         if self.done:
             self.conn.finished(self)
 
@@ -333,6 +336,8 @@ class Exchange:
     def on_interim(self, status: int, head: list[bytes]) -> None:
         if self.http10 or self.responded or self.conn.paused:
             return  # nobody owes us credit for them: they may not pile up before a visitor that does not read
+        if self.policy.response is not None:
+            head = [head[0], *self.policy.response.strip(head[1:])]
         out = [heads.STATUS_LINES[status, head[0]]]
         self._fields(out, head)
         out.append(b"\r\n")
@@ -493,6 +498,8 @@ class Exchange:
             return
         if framing == CHUNKED:
             fields = heads.trailers(trailers)
+            if fields and self.policy.response is not None:
+                fields = self.policy.response.strip(fields)
             lines = b"".join(b"%b: %b\r\n" % (fields[at], fields[at + 1]) for at in range(0, len(fields), 2))
             self.conn.write(b"0\r\n%b\r\n" % lines)
         elif framing == RAW:

@@ -223,8 +223,8 @@ def tokens(value: bytes) -> list[bytes]:
     return [part.strip().lower() for part in value.split(b",") if part.strip()]
 
 
-def without(fields: list[bytes], names: set[bytes]) -> list[bytes]:
-    """A flat head without the fields of these lower-case names (those that ``Connection`` named)."""
+def without(fields: list[bytes], names: Container[bytes]) -> list[bytes]:
+    """Flat fields without those of these lower-case names."""
     kept: list[bytes] = []
     for at in range(0, len(fields), 2):
         if fields[at].lower() not in names:

@@ -95,6 +95,10 @@ class Edits:
         kept += self._add
         return kept
 
+    def strip(self, fields: list[bytes]) -> list[bytes]:
+        """The flat fields without those that are removed: of trailers and interim answers, to which nothing is added."""
+        return heads.without(fields, self._remove) if self._remove else fields
+
 
 class Compiled:
     """See the module. ``request`` and ``response`` are ``None`` where nothing is edited."""
