@@ -70,6 +70,24 @@ def init(
         output.note("The password is shown this once. Keep it where you keep passwords.")
 
 
+@group.command(name="erase-audit")
+def erase_audit(
+    user: Annotated[str, typer.Argument(metavar="USER", help="The person's id, usr_….", show_default=False)],
+    config: ConfigOption = None,
+) -> None:
+    """Erase one person's addresses, e-mail and host names from every audit log.
+
+    The acts, their numbers and hashes stay, and the logs still verify. It cannot be undone.
+    """
+    require_server_parts()
+    chosen = settings.load(settings.ApiSettings, table="api", file=config)
+    from portico.control.identity import erasure
+    from portico.kit import loop
+
+    count = loop.run(erasure.erase_from_audit(chosen, user))
+    output.echo(f"erased in {count} {'row' if count == 1 else 'rows'}")
+
+
 def _relay_name(name: str) -> str:
     if name in ("operator", "agent") or not name.replace("-", "").replace(".", "").isalnum() or name.startswith("."):
         raise Problem("config.invalid", f"--relay {name!r}: letters, digits, dots and hyphens, please")

@@ -45,6 +45,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "worker": "processes",
         "migrate": "processes",
         "admin": "admin",
+        "audit": "audit",
     },
 }
 #: Started by `portico up` alone; not in the help.

@@ -127,3 +127,17 @@ class Walk:
             self.fault = Fault(self.seq + 1, "missing", f"the log ends at {self.seq}, its head says {seq}")
         elif self.seq > seq or self.last.hex() != hash_:
             self.fault = Fault(self.seq, "head", f"the head of the chain says {seq} and another hash")
+
+
+def begin(entry: Mapping[str, Any]) -> tuple[Walk, bool]:
+    """A walk for an export whose first entry is ``entry``, and whether that entry is still to be fed to it.
+
+    An export that begins later than number 1 (retention, or a piece) stands on the hash of its first entry.
+    """
+    seq, chain, hash_ = entry.get("seq"), entry.get("chain"), entry.get("hash")
+    if not (isinstance(seq, int) and isinstance(chain, str) and isinstance(hash_, str)) or seq <= 1:
+        return Walk(str(chain), 0, ZERO), True
+    try:
+        return Walk(chain, seq, bytes.fromhex(hash_)), False
+    except ValueError:
+        return Walk(chain, seq - 1, ZERO, Fault(seq, "unreadable", "the hash is not hex")), False

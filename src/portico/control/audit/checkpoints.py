@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from portico.control.audit.chain import Fault
+from portico.control.audit.checkpoint_tokens import TYP, fault_of, read
 from portico.control.audit.store import audit_chains, audit_checkpoint_keys, audit_checkpoints
 from portico.kit import jwt
 from portico.kit.db import Reader, Tx
-
-TYP: Final = "portico-audit+jwt"
 
 _c = audit_checkpoints.c
 
@@ -60,27 +59,6 @@ async def keys(reader: Reader, kids: Iterable[str]) -> dict[str, bytes]:
     columns = audit_checkpoint_keys.c
     rows = await reader.fetch_all(sa.select(audit_checkpoint_keys).where(columns.kid.in_(set(kids))))
     return {row.kid: row.public_x for row in rows}
-
-
-def read(token: str, known: jwt.KeySet) -> dict[str, Any]:
-    """The claims of a checkpoint. Raises ``jwt.InvalidToken``."""
-    claims = jwt.verify(token, known, typ=TYP)
-    if not (isinstance(claims.get("chain"), str) and isinstance(claims.get("seq"), int)):
-        raise jwt.InvalidToken("a checkpoint without chain or seq")
-    if not isinstance(claims.get("hash"), str):
-        raise jwt.InvalidToken("a checkpoint without a hash")
-    return claims
-
-
-def fault_of(claims: Mapping[str, Any], hashes: Mapping[int, str], head: int) -> Fault | None:
-    """What a checkpoint says against the rows with these ``hashes`` by number, in a chain that ends at ``head``."""
-    seq = claims["seq"]
-    if seq > head:
-        return Fault(head + 1, "truncated", f"a checkpoint of number {seq} was signed, the log ends at {head}")
-    found = hashes.get(seq)
-    if found is not None and found != claims["hash"]:
-        return Fault(seq, "checkpoint", "another hash was signed for this number: rows were hashed anew")
-    return None
 
 
 async def stored(reader: Reader, chain: str, first: int, limit: int) -> list[tuple[int, str, jwt.KeySet]]:
