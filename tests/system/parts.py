@@ -80,7 +80,7 @@ class Parts:
         }
 
     def _prepare(self) -> dict[str, Any]:
-        request = json.dumps({"relays": ["relay-1"], "known": {}})
+        request = json.dumps({"relays": ["relay-1"], "known": {}, "home": str(self._home)})
         env = clean_environment(self._control_settings())
         done = subprocess.run(
             portico_argv("prepare"), env=env, input=request, capture_output=True, text=True, timeout=60
