@@ -192,6 +192,9 @@ async def send(connection: Connection, data: bytes, cut: int) -> None:
     step = cut or len(data) or 1
     try:
         for at in range(0, len(data), step):
+            if cut and at + step >= len(data):
+                # The library echoes nothing more once it has read a whole close frame; it must not come with a message.
+                await asyncio.sleep(0.2)
             await connection.send(data[at : at + step])
             if cut:
                 await asyncio.sleep(0.001)
