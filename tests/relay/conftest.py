@@ -24,6 +24,7 @@ def pytest_asyncio_loop_factories(config: Any, item: Any) -> dict[str, Callable[
         "test_introduction.py",
         "test_tls_port.py",
         "test_passthrough.py",
+        "test_chaos.py",
     )
     return {"uvloop": uvloop.new_event_loop, **loops} if item.path.name in both else loops
 
