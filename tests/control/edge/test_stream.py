@@ -52,7 +52,7 @@ class TestSnapshotAndDeltas:
             made = await new_tunnel(person, subdomain="snap-after")
             assert (await stream.change(kind="tunnel"))["tunnel"]["id"] == made["id"]
             await person.post(f"/v1/tunnels/{made['id']}/stop")
-            row = {**(await stream.next())["changes"][0]["tunnel"]}
+            row = (await stream.until(lambda line: line["type"] == "delta"))["changes"][0]["tunnel"]
             assert (row["state"], row["generation"]) == ("stopped", 2)
             await person.delete(f"/v1/tunnels/{made['id']}")
             removed = await stream.change(kind="tunnel_removed", id=made["id"])
