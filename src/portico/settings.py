@@ -844,6 +844,8 @@ class WorkerSettings:
     clear_tunnels_seconds: float = 60.0
     # Seconds between two removals of remembered answers of idempotent requests.
     expire_requests_seconds: float = 300.0
+    # Seconds between two looks for audit rows that were written without a place in their chain (`agent_session.open`).
+    chain_audit_seconds: float = 5.0
     # Seconds between two signed checkpoints of the audit chains that have grown.
     checkpoint_audit_seconds: float = 3600.0
     # Seconds between two removals of audit rows past their retention.

@@ -18,6 +18,7 @@ from portico.worker.jobs import Context, Job
 CLEAR_TUNNELS = queue.plain("tunnels.clear")
 EXPIRE_REQUESTS = queue.plain("requests.expire")
 CLEAR_OUTBOX = queue.plain("outbox.clear")
+CHAIN_AUDIT = queue.plain("audit.chain")
 CHECKPOINT_AUDIT = queue.plain("audit.checkpoint")
 TRIM_AUDIT = queue.plain("audit.trim")
 
@@ -32,6 +33,7 @@ def jobs(settings: WorkerSettings) -> list[Job]:
         Job(CLEAR_TUNNELS, clear_tunnels, settings.clear_tunnels_seconds),
         Job(EXPIRE_REQUESTS, expire_requests, settings.expire_requests_seconds),
         Job(CLEAR_OUTBOX, clear_outbox, settings.clear_outbox_seconds),
+        Job(CHAIN_AUDIT, chain_audit, settings.chain_audit_seconds),
         Job(CHECKPOINT_AUDIT, checkpoint_audit, settings.checkpoint_audit_seconds),
         Job(TRIM_AUDIT, trim_audit, settings.trim_audit_seconds),
     ]
@@ -54,8 +56,13 @@ async def clear_outbox(context: Context, work: Work) -> None:
         await outbox.clear(tx, context.settings.outbox_keep_seconds)
 
 
+async def chain_audit(context: Context, work: Work) -> None:
+    """Give audit rows that have no number yet (of frequent acts, and of older code) their places in the chains."""
+    await audit.catch_up(context.db)
+
+
 async def checkpoint_audit(context: Context, work: Work) -> None:
-    """Sign where each audit chain that has grown now ends; before that, take in rows that older code wrote."""
+    """Sign where each audit chain that has grown now ends; before that, take in rows that have no number."""
     await audit.catch_up(context.db)
     keys = SigningKeys(context.control, Sealer(context.control.master_key), context.clock)
     count = _CHECKPOINTS

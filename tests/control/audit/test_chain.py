@@ -209,6 +209,28 @@ async def test_rows_of_older_code_are_taken_in(db: Database, name: str) -> None:
         assert (await verified(db, one))["valid"]
 
 
+async def test_rows_of_frequent_acts_get_their_number_later(db: Database, name: str) -> None:
+    """They wait for nobody: also while another transaction holds the head of the chain."""
+    await write(db, name, 1)
+    who = Caller("agent_key", "key_1", name, address="192.0.2.1")
+    async with db.transaction() as holding:
+        await holding.raw.execute("SELECT FROM audit_chains WHERE chain = $1 FOR UPDATE", name)
+        async with asyncio.timeout(5), db.transaction() as tx:
+            secret = "tnl_agt_" + "a" * 36
+            about = {"hostname": "build-1", "odd": secret}
+            await service.record(tx, who, "agent_session.open", "ses_1", details=about, numbered=False)
+    async with db.read() as reader:
+        row = await reader.raw.fetchrow("SELECT seq, hash, details::text FROM audit_events WHERE target = 'ses_1'")
+    assert row is not None
+    assert row["seq"] is None
+    assert secret not in row["details"], "what looks like a secret is masked before it is anywhere"
+    assert await service.catch_up(db) == 1
+    rows = await entries(db, name)
+    assert [row["seq"] for row in rows] == [1, 2]
+    assert rows[1]["personal"] == {"actor.address": "192.0.2.1", "details.hostname": "build-1"}
+    assert (await verified(db, name))["valid"]
+
+
 async def test_the_migration_chains_what_is_there(empty_database_url: str) -> None:
     await migrations.upgrade(empty_database_url, "0006")
     plain = await asyncpg.connect(empty_database_url)

@@ -319,7 +319,7 @@ class TestRoles:
     async def test_what_no_role_holds(self, owner: Account) -> None:
         for wrong in ("owners:write", "tunnels:*", ""):
             answer = await owner.client.post("/v1/org/roles", json={"name": "x", "permissions": [wrong]})
-            problem(answer, 422, "role.permission_invalid")
+            problem(answer, 400, "role.permission_invalid")
 
     async def test_nobody_makes_or_changes_a_role_above_himself(self, owner: Account, join: Join) -> None:
         mine = await make_role(owner, "roles:write", "tunnels:read", name="role keeper")

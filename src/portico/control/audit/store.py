@@ -31,7 +31,8 @@ audit_events = sa.Table(
     sa.Column("details", JSONB, nullable=False),
     sa.Column("request_id", sa.Text),
     sa.Column("address", sa.Text),
-    # The place in the chain. Null only in rows of code older than the chain, until the next writer takes them in.
+    # The place in the chain. Null in rows of frequent acts, and of code older than the chain, until the next writer takes
+    # them in.
     sa.Column("chain", sa.Text),
     sa.Column("seq", sa.BigInteger),
     sa.Column("hash", sa.LargeBinary),
@@ -73,7 +74,7 @@ audit_checkpoint_keys = sa.Table(
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
 )
 
-#: Rows of older code that one writer takes into the chain before its own; the worker takes the rest.
+#: Rows without a number that one writer takes into the chain before its own; the worker takes the rest.
 CATCH_UP: Final = 100
 
 # Raw: it is part of every write, and a prepared statement costs a third of a compiled one.
@@ -93,6 +94,11 @@ INSERT INTO audit_events
     (chain, seq, hash, commitments, personal, salt, address, details,
      id, organization_id, at, actor_kind, actor_id, action, target, outcome, request_id)
 VALUES ($1, $2, $3, $4::text::jsonb, $5::text::jsonb, $6, $7, $8::text::jsonb, $9, $10, $11, $12, $13, $14, $15, $16, $17)
+"""
+_INSERT_UNNUMBERED = """
+INSERT INTO audit_events
+    (id, organization_id, address, details, actor_kind, actor_id, action, target, outcome, request_id)
+VALUES ($1, $2, $3, $4::text::jsonb, $5, $6, $7, $8, $9, $10)
 """
 _UNCHAINED = """
 SELECT id, organization_id, date_trunc('milliseconds', at) AS at, actor_kind, actor_id, action, target, outcome,
@@ -122,6 +128,13 @@ def append(tx: Tx, row: dict[str, Any]) -> None:
         buffer = tx.state[_BUFFER] = []
         tx.before_commit(lambda: _flush(tx), first=True)
     buffer.append(row)
+
+
+async def insert_unnumbered(tx: Tx, row: dict[str, Any]) -> None:
+    """Write ``row`` without a place in its chain: whoever extends the chain next gives it one."""
+    details = json.dumps(plain(scrub.value(row["details"])))
+    facts = (row[name] for name in _FACTS)
+    await tx.raw.execute(_INSERT_UNNUMBERED, row["id"], row["organization_id"], row["address"], details, *facts)
 
 
 async def _flush(tx: Tx) -> None:

@@ -114,7 +114,8 @@ class Sessions:
         )
         if session["generation"] == 1:
             about = {"agent_id": agent.agent_id, "hostname": agent.hostname}
-            await audit.record(tx, caller, "agent_session.open", session["id"], details=about)
+            # A fleet that starts comes by the hundred a second.
+            await audit.record(tx, caller, "agent_session.open", session["id"], details=about, numbered=False)
         rows, others = await self._resolve(tx, caller, session["id"], agent.hostname, specs)
         await self._bind_exactly(tx, session["id"], rows, others)
         signer = await self._keys.current_signer(tx)
