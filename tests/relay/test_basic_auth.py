@@ -160,6 +160,14 @@ class TestWhoComesIn:
         assert edge.relay.agents.by_tunnel["tun_web"].inflight == 0
         assert edge.target.requests == 1
 
+    async def test_a_password_that_is_renewed_meanwhile(self, edge: Edge, visit: Visit, gate: Gate) -> None:
+        """The digest that was being checked is another now: it is checked again, and not one too many."""
+        client = await visit(get(basic()))
+        await gate.entered()
+        edge.change({"basic_auth": {"users": [{"name": "alice", "digest": QUICK.hash(PASSWORD)}]}})
+        gate.open.set()
+        assert (await client.response())[0] == 200
+
     async def test_an_upgrade_is_refused_before_its_101(self, edge: Edge, visit: Visit) -> None:
         upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
         for given, code in ((None, b"edge.auth_required"), (basic("alice", "x"), b"edge.auth_invalid")):

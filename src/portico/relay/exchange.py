@@ -24,6 +24,7 @@ from portico.wire.session import Stream
 
 if TYPE_CHECKING:
     from portico.relay.client_address import Told
+    from portico.relay.credentials import Accounts
     from portico.relay.door import Door
     from portico.relay.http1 import Visitor
     from portico.relay.line import Line
@@ -82,7 +83,7 @@ class Exchange:
     keep_alive = True
     started = False
     held = False  # waits, or waited, for its tunnel to come back
-    judged = False  # its password was, or is being, checked
+    judged: Accounts | None = None  # against whom its password was, or is being, checked
     policy = OPEN  # under which it was forwarded
     told: Told | None = None  # by a trusted proxy, of whom it has the request
     told_wait = 0.0  # seconds, by the relay that has the tunnel
@@ -211,10 +212,11 @@ class Exchange:
         """Whether the request waits for what would change the answer; it hears :meth:`go_on` then."""
         server = self.conn.server
         if code is PASSWORD:
-            if self.judged:  # and forgotten at once: there are too many of them
-                return False
-            self.judged = True
             assert self.tunnel is not None
+            users = self.tunnel.policy.users
+            if self.judged is users:  # and forgotten at once: there are too many of them
+                return False
+            self.judged = users
             server.judge(self.tunnel, self.fields, self.address, self.go_on)
         elif code == "edge.concurrency_exceeded" and self._lined_up():
             pass
