@@ -170,6 +170,17 @@ class TestBodyLimits:
                 await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize("at", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"])
+async def test_times_beyond_the_calendar_are_no_fault_of_ours(owner: Account, at: str) -> None:
+    for answer in (
+        await owner.client.get("/v1/audit", params={"since": at}),
+        await owner.client.get("/v1/audit", params={"until": at}),
+        await owner.client.get("/v1/events", params={"since": at}),
+        await owner.client.post("/v1/api-keys", json={"kind": "api", "name": "x", "expires_at": at}),
+    ):
+        problem(answer, 422, "request.invalid")
+
+
 class TestFaults:
     async def test_an_unexpected_error_shows_nothing_and_is_logged_with_the_id(
         self, app: Any, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture

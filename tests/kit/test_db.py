@@ -59,6 +59,13 @@ class TestTransaction:
             assert await _count(base) == 0
         assert await _count(base) == 1
 
+    async def test_an_error_does_not_tell_the_values(self, base: Database) -> None:
+        """Its text goes to logs; the values may be a digest, or an address."""
+        with pytest.raises(sa.exc.DBAPIError) as found:
+            async with base.transaction() as tx:
+                await tx.execute(sa.text("SELECT CAST(:value AS integer) / 0"), {"value": 4_711_4711})
+        assert "47114711" not in str(found.value)
+
     async def test_any_error_rolls_back(self, base: Database) -> None:
         with pytest.raises(ZeroDivisionError):
             async with base.transaction() as tx:

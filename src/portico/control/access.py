@@ -16,11 +16,12 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
 
 from fastapi import Depends, Query, Request
 from fastapi.security import HTTPBearer
+from pydantic import AfterValidator, AwareDatetime
 
 from portico.errors import Problem
 from portico.kit import pages
@@ -306,6 +307,16 @@ async def paging(
     return pages.PageRequest(limit, pages.decode(cursor) if cursor else None)
 
 
+def _instant(value: datetime) -> datetime:
+    """In UTC; the first and last hours of the calendar have none in other zones."""
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("is not a time in UTC") from None
+
+
+#: A time that a caller names: with its zone, and one that the database can hold.
+Instant = Annotated[AwareDatetime, AfterValidator(_instant)]
 InTx = Annotated[Tx, Depends(transaction)]
 Reading = Annotated[Reader, Depends(reader)]
 Paging = Annotated[pages.PageRequest, Depends(paging)]

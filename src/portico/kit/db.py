@@ -197,6 +197,7 @@ class Database:
             async_url(url),
             pool_size=self.limits.size,
             max_overflow=0,
+            hide_parameters=True,  # an error's text goes to logs, and the values may be anybody's secrets
             pool_timeout=self.limits.acquire_timeout_seconds,
             async_creator=self._connect_pooled,
         )

@@ -209,6 +209,20 @@ async def test_rows_of_older_code_are_taken_in(db: Database, name: str) -> None:
         assert (await verified(db, one))["valid"]
 
 
+async def test_a_row_without_a_number_only_gets_one(db: Database, name: str) -> None:
+    async with db.transaction() as tx:
+        await tx.raw.execute(_OLD_INSERT, new_id("aud"), name, "{}")
+    for change in ("outcome = 'refused'", "details = '{}'", "seq = 1, chain = organization_id, actor_id = 'usr_2'"):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            async with db.transaction() as tx:
+                await tx.raw.execute(f"UPDATE audit_events SET {change} WHERE organization_id = $1", name)
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        async with db.transaction() as tx:
+            await tx.raw.execute("DELETE FROM audit_events WHERE organization_id = $1", name)
+    assert await service.catch_up(db) == 1
+    assert (await verified(db, name))["valid"]
+
+
 async def test_rows_of_frequent_acts_get_their_number_later(db: Database, name: str) -> None:
     """They wait for nobody: also while another transaction holds the head of the chain."""
     await write(db, name, 1)
@@ -231,7 +245,7 @@ async def test_rows_of_frequent_acts_get_their_number_later(db: Database, name: 
     assert (await verified(db, name))["valid"]
 
 
-async def test_the_migration_chains_what_is_there(empty_database_url: str) -> None:
+async def test_rows_that_were_there_before_the_chain_are_taken_in(empty_database_url: str) -> None:
     await migrations.upgrade(empty_database_url, "0006")
     plain = await asyncpg.connect(empty_database_url)
     for n in range(12):
@@ -240,6 +254,7 @@ async def test_the_migration_chains_what_is_there(empty_database_url: str) -> No
     await plain.close()
     await migrations.upgrade(empty_database_url)
     db = Database(empty_database_url)
+    assert await service.catch_up(db) == 12
     for one in ("org_a", "org_b", chain.INSTALLATION):
         rows = await entries(db, one)
         assert [row["seq"] for row in rows] == [1, 2, 3, 4]

@@ -106,6 +106,20 @@ class TestChangeOfRole:
         assert await held(member) == set()
         problem(await member.client.get("/v1/org"), 403, "auth.forbidden")
 
+    async def test_a_key_ends_with_the_rights_of_whoever_rotated_it(
+        self, owner: Account, join: Join, connect: Any
+    ) -> None:
+        """Not with those of the person who made the key before: the new text is known to another."""
+        admin = await join("admin")
+        made = await owner.key("api", scopes=["tunnels:write", "keys:write"])
+        answer = await admin.client.post(f"/v1/api-keys/{made['id']}/rotate", json={"overlap_seconds": 3600})
+        assert answer.status_code == 201, answer.text
+        learnt = connect(answer.json()["key"])
+        assert (await learnt.post("/v1/tunnels", json={"name": "while-admin"})).status_code == 201
+        await give(owner, admin, "viewer")
+        problem(await learnt.post("/v1/tunnels", json={"name": "no-more"}), 403, "auth.forbidden")
+        assert (await connect(made["key"]).post("/v1/tunnels", json={"name": "owner-goes-on"})).status_code == 201
+
     async def test_keys_shrink_and_grow_with_their_maker(self, owner: Account, join: Join, connect: Any) -> None:
         member = await join("developer")
         api = connect((await member.key("api", scopes=["tunnels:read", "tunnels:write"]))["key"])

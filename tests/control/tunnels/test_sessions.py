@@ -11,7 +11,7 @@ import argon2
 import httpx
 import pytest
 
-from portico.control.access import Caller
+from portico.control.access import AGENT_KEY_PERMISSIONS, Caller
 from portico.kit.db import Database
 from portico.kit.jwt import KeySet
 from portico.wire import grants, policy
@@ -276,6 +276,29 @@ class TestOpen:
         app.state.relays.forget()
         assert (await opened(agent, {**SPEC, "name": "assigned"}))["edges"] == ["ws://127.0.0.1:7081/relay-1"]
 
+    @pytest.mark.parametrize(
+        "wanted",
+        [
+            {"name": "other"},
+            {"name": "kept", "policy": {}},
+            {"name": "kept", "policy": {"concurrency": 9}},
+            {"name": "kept", "subdomain": "elsewhere"},
+        ],
+        ids=["make", "strip", "change", "move"],
+    )
+    async def test_who_may_only_connect_changes_nothing(
+        self, owner: Account, connect: Any, wanted: dict[str, Any]
+    ) -> None:
+        policy = {"concurrency": 1, "addresses": {"rules": [{"deny": "10.0.0.0/8"}]}}
+        kept = (await owner.client.post("/v1/tunnels", json={"name": "kept", "policy": policy})).json()
+        connecting = connect((await owner.key("api", scopes=["agent:connect"]))["key"])
+        answer = await connecting.post("/v1/agent/sessions", json=body({**SPEC, **wanted}))
+        assert code(answer, 403) == "auth.forbidden"
+        now = (await owner.client.get(f"/v1/tunnels/{kept['id']}")).json()
+        assert (now["policy"], now["subdomain"]) == (policy, kept["subdomain"])
+        assert len((await owner.client.get("/v1/tunnels")).json()["data"]) == 1
+        assert (await opened(connecting, {**SPEC, "name": "kept"}))["grants"][0]["name"] == "kept"
+
     async def test_wrong_credentials(self, owner: Account, agent: httpx.AsyncClient, connect: Any) -> None:
         scoped = (await owner.key("api", scopes=["tunnels:read"]))["key"]
         for client, status, expected in (
@@ -460,7 +483,7 @@ class TestEnd:
         from portico.errors import Problem
 
         key = await owner.key()
-        who = Caller("agent_key", key["id"], owner.organization, address="127.0.0.1", request_id="req_test")
+        who = Caller("agent_key", key["id"], owner.organization, AGENT_KEY_PERMISSIONS, address="127.0.0.1")
         facts = AgentFacts("agt-racing-1", "laptop", "0", None)
         async with db.transaction() as tx:
             await tx.raw.fetchval("SELECT 1")  # the transaction is open: its authentication is over
@@ -475,7 +498,7 @@ class TestEnd:
         from portico.control.tunnels.sessions import AgentFacts, TunnelSpec
 
         key = await owner.key()
-        who = Caller("agent_key", key["id"], owner.organization, address="127.0.0.1", request_id="req_test")
+        who = Caller("agent_key", key["id"], owner.organization, AGENT_KEY_PERMISSIONS, address="127.0.0.1")
         async with db.transaction() as tx:
             got = await app.state.agent_sessions.open(
                 tx, who, AgentFacts("agt-racing-2", "laptop", "0", None), [TunnelSpec("http", name="racing")]

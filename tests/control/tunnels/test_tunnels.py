@@ -169,6 +169,18 @@ class TestPolicy:
         history = (await owner.client.get(f"{path}/events")).text
         assert '"policy_version":2' in history and "argon2id" not in history
 
+    async def test_values_of_header_rules_stay_out_of_logs(self, owner: Account, db: Database) -> None:
+        """They may be credentials of the target; the logs are kept for long, and read by others."""
+        add = [{"name": "Authorization", "value": "Basic c2VjcmV0LXZhbHVl"}]
+        rules = {"headers": {"host": "app.internal", "request": {"add": add, "remove": ["x-debug"]}}}
+        tunnel = await made(owner.client, name="headers")
+        path = f"/v1/tunnels/{tunnel['id']}"
+        assert (await owner.client.patch(path, json={"policy": rules})).json()["policy"] == rules
+        for log in (f"{path}/events", "/v1/audit", "/v1/events"):
+            text = (await owner.client.get(log)).text
+            assert "c2VjcmV0LXZhbHVl" not in text
+            assert "Authorization" in text, "which field it is may be told"
+
     async def test_the_answer_of_a_repeated_write(self, owner: Account, db: Database) -> None:
         body = {"name": "repeated", "policy": {"basic_auth": {"users": [{"name": "a", "password": "b"}]}}}
         answers = [

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
-from pydantic import AwareDatetime, BaseModel, Field
+from pydantic import BaseModel, Field
 
-from portico.control.access import Caller, Db, Paging, Reading, require
+from portico.control.access import Caller, Db, Instant, Paging, Reading, require
 from portico.control.audit import export, service
 from portico.control.requests import UnitOfWork
 from portico.kit.pages import Page
@@ -98,8 +98,8 @@ async def list_audit(
     actor: Annotated[str | None, Query(max_length=64, pattern=_ID)] = None,
     target: Annotated[str | None, Query(max_length=64, pattern=_ID)] = None,
     outcome: Annotated[Literal["success", "refused"] | None, Query()] = None,
-    since: Annotated[AwareDatetime | None, Query()] = None,
-    until: Annotated[AwareDatetime | None, Query()] = None,
+    since: Annotated[Instant | None, Query()] = None,
+    until: Annotated[Instant | None, Query()] = None,
 ) -> Any:
     """The organization's audit events, newest first; each filter leaves only rows with that value or time."""
     filters = {

@@ -207,9 +207,12 @@ async def catch_up(db: Database) -> int:
 
 
 async def trim(db: Database, before: datetime) -> int:
-    """Delete a bounded number of the oldest rows of each chain, all from before ``before``; returns how many."""
+    """Delete the oldest rows of each chain, all from before ``before``, some at a time; returns how many."""
     total = 0
     for chain in await store.older(db, before):
-        async with db.transaction() as tx:
-            total += await store.trim(tx, chain, before, _BATCH)
+        count = _BATCH
+        while count == _BATCH:
+            async with db.transaction() as tx:
+                count = await store.trim(tx, chain, before, _BATCH)
+            total += count
     return total

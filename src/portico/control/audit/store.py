@@ -44,7 +44,12 @@ audit_events = sa.Table(
     sa.CheckConstraint("outcome IN ('success', 'refused')", name="outcome"),
     sa.UniqueConstraint("chain", "seq", name="audit_events_chain_seq_key"),
     sa.Index("audit_events_organization_id_id_ix", "organization_id", "id"),
-    sa.Index("audit_events_unchained_ix", "organization_id", "id", postgresql_where=sa.text("seq IS NULL")),
+    sa.Index(
+        "audit_events_unchained_ix",
+        sa.text("coalesce(organization_id, 'installation')"),
+        "id",
+        postgresql_where=sa.text("seq IS NULL"),
+    ),
 )
 audit_chains = sa.Table(
     "audit_chains",
@@ -290,7 +295,10 @@ _ERASE = """
 WITH wanted AS (
     SELECT id FROM audit_events
     WHERE seq IS NOT NULL AND (salt IS NOT NULL OR address IS NOT NULL OR personal IS NOT NULL)
-      AND (actor_id = ANY($1) OR target = ANY($1) OR personal->>'details.email' = $2)
+      AND (
+          actor_id = ANY($1) OR target = ANY($1) OR personal->>'details.email' = $2
+          OR details->>'owner' = ANY($1) OR details->>'user' = ANY($1)
+      )
     LIMIT $3
 ), gone AS (
     UPDATE audit_events a SET address = NULL, personal = NULL, salt = NULL, erased_at = now()

@@ -14,9 +14,20 @@ from typing import Annotated, Any, Literal
 from unicodedata import category
 
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from portico.control.access import PUBLIC, Caller, InTx, Paging, Reading, anonymous, caller, client_address, require
+from portico.control.access import (
+    PUBLIC,
+    Caller,
+    Instant,
+    InTx,
+    Paging,
+    Reading,
+    anonymous,
+    caller,
+    client_address,
+    require,
+)
 from portico.control.identity.service import Client, Identity, SignedIn, normal_email
 from portico.control.requests import JsonRoute, UnitOfWork, shown
 from portico.kit.pages import Page
@@ -116,7 +127,7 @@ class KeyBody(Body):
     kind: Literal["agent", "api"]
     name: Name
     scopes: Annotated[list[Annotated[str, StringConstraints(max_length=64)]], Field(max_length=64)] | None = None
-    expires_at: AwareDatetime | None = None
+    expires_at: Instant | None = None
 
 
 class RotateBody(Body):

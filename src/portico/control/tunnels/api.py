@@ -9,9 +9,20 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from portico.control.access import KEYS, Access, Caller, InTx, Paging, Reading, credential_of, identify, require
+from portico.control.access import (
+    KEYS,
+    Access,
+    Caller,
+    Instant,
+    InTx,
+    Paging,
+    Reading,
+    credential_of,
+    identify,
+    require,
+)
 from portico.control.requests import JsonRoute, UnitOfWork, once, shown
 from portico.control.tunnels import history, policy
 from portico.control.tunnels.service import Tunnels
@@ -257,7 +268,7 @@ async def list_organization_events(
     who: Reads,
     page: Paging,
     tunnel: Annotated[list[ObjectId] | None, Query(max_length=100, description="only of these tunnels")] = None,
-    since: Annotated[AwareDatetime | None, Query(description="nothing older than this")] = None,
+    since: Annotated[Instant | None, Query(description="nothing older than this")] = None,
 ) -> Any:
     """What happened to the organization's tunnels, newest first. To follow: ask again with `since`, leave known ids out."""
     return await history.organization(reader, who, tunnel or [], since, page)

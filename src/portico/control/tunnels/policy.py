@@ -148,8 +148,24 @@ def stored(text: str) -> dict[str, Any]:
     return document
 
 
+def told(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The policy as the audit log and histories have it: as :func:`shown`, and header fields by name alone. What is added to a
+    request may be a credential of the target, and those logs are kept for long and read by others."""
+    found = shown(document)
+    if "headers" in found:
+        found["headers"] = {part: _names(rules) for part, rules in found["headers"].items()}
+    return found
+
+
+def _names(rules: Any) -> Any:
+    """Header rules without the values that they add; the rule for ``Host`` as it is."""
+    if not isinstance(rules, dict) or "add" not in rules:
+        return rules
+    return {**rules, "add": [{"name": rule["name"]} for rule in rules["add"]]}
+
+
 def shown(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The policy as callers, the audit log and histories see it: users by name alone."""
+    """The policy as callers see it: users by name alone."""
     if "basic_auth" not in document:
         return dict(document)
     users = [{"name": user["name"]} for user in document["basic_auth"]["users"]]

@@ -220,6 +220,8 @@ class Tunnels:
         values = _differences(row, wanted)
         if not values:
             return None
+        if values.keys() & {"name", "subdomain", "port", "policy"}:
+            caller.check("tunnels:write")  # an agent may come here that may only serve what is there
         if "subdomain" in values or "port" in values:
             self.check_shape(row["protocol"], values.get("subdomain"), values.get("port"))
         if "port" in values:
@@ -240,7 +242,7 @@ class Tunnels:
         plain = ("name", "subdomain", "port", "target", "state")
         facts: dict[str, Any] = {key: values[key] for key in plain if key in values}
         if "policy" in values:
-            facts |= {"policy": policy.shown(values["policy"]), "policy_version": changed.policy_version}
+            facts |= {"policy": policy.told(values["policy"]), "policy_version": changed.policy_version}
         kind = {"stopped": "stopped", "active": "started"}.get(values.get("state", ""), "changed")
         action = {"stopped": "tunnel.stop", "started": "tunnel.start"}.get(kind, "tunnel.update")
         await audit.record(tx, caller, action, row["id"], details=facts)

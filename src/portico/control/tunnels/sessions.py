@@ -237,6 +237,7 @@ class Sessions:
         ]
 
     async def _make(self, tx: Tx, caller: Caller, spec: TunnelSpec, origin: str | None) -> dict[str, Any]:
+        caller.check("tunnels:write")
         for _ in range(_INSERT_ATTEMPTS):
             row = await self._tunnels.insert(
                 tx,

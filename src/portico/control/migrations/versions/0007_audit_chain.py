@@ -1,14 +1,12 @@
 """Audit rows form a hash chain for each organization; they cannot be changed, only erased of personal data.
 
 Safe for the code before: it inserts rows without a number, which the next writer of the organization, or the worker,
-adds to the chain. Rows that are there already are chained here, in order of their ids.
+adds to the chain. So are rows that are there already: a large table is not held for as long as that takes.
 """
 
 from __future__ import annotations
 
 from alembic import op
-
-from portico.control.audit import existing
 
 revision = "0007"
 down_revision = "0006"
@@ -43,7 +41,7 @@ ALTER TABLE audit_events
     ADD COLUMN salt bytea,
     ADD COLUMN erased_at timestamptz,
     ADD CONSTRAINT audit_events_chain_seq_key UNIQUE (chain, seq);
-CREATE INDEX audit_events_unchained_ix ON audit_events (organization_id, id) WHERE seq IS NULL
+CREATE INDEX audit_events_unchained_ix ON audit_events (coalesce(organization_id, 'installation'), id) WHERE seq IS NULL
 """
 
 # One statement each: a function's body has semicolons.
@@ -64,7 +62,14 @@ BEGIN
         RAISE EXCEPTION 'audit rows are not deleted' USING ERRCODE = 'insufficient_privilege';
     END IF;
     IF OLD.seq IS NULL THEN
-        RETURN NEW;  -- a row of older code, on its way into the chain
+        IF NEW.seq IS NOT NULL AND
+           (NEW.id, NEW.organization_id, NEW.actor_kind, NEW.actor_id, NEW.action, NEW.target, NEW.outcome, NEW.request_id)
+           IS NOT DISTINCT FROM
+           (OLD.id, OLD.organization_id, OLD.actor_kind, OLD.actor_id, OLD.action, OLD.target, OLD.outcome, OLD.request_id)
+        THEN
+            RETURN NEW;  -- on its way into the chain
+        END IF;
+        RAISE EXCEPTION 'audit rows are not changed' USING ERRCODE = 'insufficient_privilege';
     END IF;
     IF (NEW.id, NEW.organization_id, NEW.at, NEW.actor_kind, NEW.actor_id, NEW.action, NEW.target, NEW.outcome,
         NEW.details, NEW.request_id, NEW.chain, NEW.seq, NEW.hash, NEW.commitments)
@@ -91,6 +96,5 @@ CREATE TRIGGER audit_events_guard_truncate BEFORE TRUNCATE ON audit_events
 def upgrade() -> None:
     for statement in STATEMENTS.split(";\n"):
         op.execute(statement)
-    existing.chain_existing(op.get_bind())
     for statement in GUARDS:
         op.execute(statement)
