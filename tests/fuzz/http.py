@@ -245,6 +245,7 @@ class Server(PublicServer):
         self.tally = Tally()
         self.seconds = 0.0
         self.access = None
+        self.returning = 0
         self.tunnel = RemoteTunnel(session, 1, {**ANNOUNCED, "policy": policy})
         self.tunnel.settle(None)
         self._by_address: Counter[str] = Counter()

@@ -87,6 +87,9 @@ class Redis:
                     fill(commands)
                     answers: list[Any] = await commands.execute()
         except (RedisError, OSError, TimeoutError) as err:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # the client made a failure of it
+                raise asyncio.CancelledError from err
             self._failed(err)
             return None
         if self._failing:

@@ -171,7 +171,9 @@ class SharedRates:
 
     async def run(self) -> None:
         """Report and ask until cancelled; at uneven times, so that no relay always comes just behind another."""
-        while True:
+        task = asyncio.current_task()
+        assert task is not None
+        while not task.cancelling():  # what comes in the midst of a call may be taken for that call's own end
             await asyncio.sleep(self.every * random.uniform(0.6, 1.4))  # noqa: S311 - no secret
             if self.active:
                 await self.settle()
