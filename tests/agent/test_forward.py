@@ -14,6 +14,7 @@ from portico.agent.target import Target
 from portico.settings import AgentSettings
 from portico.wire import frames as f
 from tests.agent.harness import Visit, answering, read_head, target_server, tunnel_to
+from tests.ports import free_port
 
 
 def local(port: int) -> Target:
@@ -525,9 +526,7 @@ class TestRetry:
 
 class TestUnreachable:
     async def test_nothing_listens(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         async with tunnel_to(local(port)) as tunnel:
             visits = [await tunnel.get().over() for _ in range(3)]
             for visit in visits:

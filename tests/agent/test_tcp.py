@@ -19,6 +19,7 @@ from portico.agent.tcp import TcpForwarder
 from portico.settings import AgentSettings
 from portico.wire import frames as f
 from tests.agent.harness import RelayConnection, serving, target_server
+from tests.ports import free_port
 
 
 class Tunnel:
@@ -51,12 +52,6 @@ async def tunnel_to(target: Target, settings: AgentSettings | None = None, **opt
 
 def local(port: int) -> Target:
     return Target("tcp", "127.0.0.1", port, raw=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

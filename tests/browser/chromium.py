@@ -129,13 +129,18 @@ async def browser(*flags: str) -> AsyncIterator[Page]:
             await process.wait()
 
 
+def _read(path: Path) -> str:
+    return path.read_text(encoding="ascii") if path.exists() else ""
+
+
 async def _connect(folder: Path) -> Page:
     import httpx
 
     async with asyncio.timeout(30):
-        while not (folder / "DevToolsActivePort").exists():
+        # The file is there before it is written.
+        while not (said := _read(folder / "DevToolsActivePort").split()):
             await asyncio.sleep(0.05)
-        port = (folder / "DevToolsActivePort").read_text().split()[0]
+        port = said[0]
         async with httpx.AsyncClient(trust_env=False) as client:
             while True:
                 tabs = (await client.get(f"http://127.0.0.1:{port}/json/list")).json()

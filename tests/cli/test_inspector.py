@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import httpx
 from tests.agent.harness import Relay, answering, target_server
 from tests.agent.test_forward import OK
 from tests.cli.commands import Cli
+from tests.ports import free_port
 from tests.system.memory import MIB, MemoryWatch, resident
 
 
@@ -60,9 +60,7 @@ async def test_the_page_of_a_command(cli: Cli, relay: Relay) -> None:
 
 async def test_two_commands_have_two_pages(cli: Cli, relay: Relay) -> None:
     await cli.login()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"127.0.0.1:{port}"
     first = await cli.start("http", "8000", "--json", PORTICO_WEB_ADDR=address)
     assert (await first_event(first))["inspector"] == f"http://{address}"

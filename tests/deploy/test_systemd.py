@@ -23,7 +23,7 @@ import pytest
 from portico import settings
 from portico.errors import Problem
 from tests.deploy.processes import CLASSES, ROOT, check_variables, keys, required, secrets
-from tests.system.parts import free_port
+from tests.ports import free_port
 from tests.units import parse, values, verify
 
 FOLDER = ROOT / "deploy/systemd"

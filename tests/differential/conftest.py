@@ -10,8 +10,8 @@ import pytest
 from tests.differential import echo, httpbin
 from tests.differential.places import Place, Tunnels
 from tests.differential.verdicts import Library, Scripted, Verdicts
+from tests.ports import free_port
 from tests.system.conftest import show_ends
-from tests.system.parts import free_port
 from tests.system.platform import Account, Up
 
 pytest_runtest_makereport = show_ends(__file__)

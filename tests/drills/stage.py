@@ -25,8 +25,8 @@ from typing import Any
 import asyncpg
 
 from portico.embedded.folders import temp_home
+from tests.ports import free_port
 from tests.system.memory import MIB, resident
-from tests.system.parts import free_port
 from tests.system.platform import Account, Agent, Up, port_span, signal_all, tree
 from tests.system.targets import app, listener, port_of
 

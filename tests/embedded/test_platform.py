@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from portico.embedded.folders import temp_home
 from portico.embedded.postgres import EmbeddedPostgres
 from portico.embedded.roster import started_at
 from portico.embedded.valkey import EmbeddedValkey
+from tests.ports import free_port
 
 pytestmark = pytest.mark.system
 START_SECONDS = 90.0
@@ -222,9 +222,7 @@ async def test_external_servers_and_two_relays(home: Path, cluster: EmbeddedPost
 
 def test_a_socket_port_that_is_free_again_is_reused_at_once(home: Path) -> None:
     """The supervisor binds with SO_REUSEADDR: the last run's connections in TIME_WAIT do not hold the port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     for _ in range(2):
         up = Up(home, *FREE[:-1], port)
         try:

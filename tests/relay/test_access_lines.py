@@ -15,10 +15,11 @@ from portico.relay import access_log
 from portico.relay.repeats import Repeats
 from portico.relay.server import Relay
 from portico.wire import frames as f
+from tests.ports import free_port
 from tests.relay.doubles import Client, ScriptedAgent, ScriptedStream, grant, port, session_token
 from tests.relay.known import whole
 from tests.relay.test_metrics import scrape
-from tests.relay.test_tcp import TcpAgent, free_port, tcp_grant
+from tests.relay.test_tcp import TcpAgent, tcp_grant
 
 Visit = Callable[..., Any]
 

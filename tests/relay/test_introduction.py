@@ -10,11 +10,12 @@ import pytest
 
 from portico.kit.proxy_protocol import SIGNATURE
 from portico.relay.server import Relay
+from tests.ports import free_port
 from tests.relay.clienthello import hello, server_name
 from tests.relay.doubles import Client, ScriptedAgent, grant, port, session_token
 from tests.relay.known import forget
 from tests.relay.test_proxies import any_certificate, client, ended, said
-from tests.relay.test_tcp import TcpAgent, free_port, tcp_grant
+from tests.relay.test_tcp import TcpAgent, tcp_grant
 
 GET = b"GET / HTTP/1.1\r\nHost: web.localhost\r\n\r\n"
 V1 = b"PROXY TCP4 203.0.113.7 198.51.100.9 40000 80\r\n"

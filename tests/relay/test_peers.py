@@ -19,13 +19,14 @@ from portico.relay.server import Relay
 from portico.settings import RelaySettings, Secret
 from portico.wire import frames as f
 from portico.wire import policy as documents
+from tests.ports import free_port
 from tests.relay.authorities import authority, certificate
 from tests.relay.doubles import KEY, Client, ScriptedAgent, ScriptedStream, grant, port, session_token
 from tests.relay.known import forget, visitors, whole
 from tests.relay.test_certificate_files import write
 from tests.relay.test_passthrough import HELLO, Visit, alert, heard, know, online, row, said, tls_grant
 from tests.relay.test_passthrough import visit as visit_tls
-from tests.relay.test_tcp import TcpAgent, TcpStream, Visitor, free_port, quiet, tcp_grant, until
+from tests.relay.test_tcp import TcpAgent, TcpStream, Visitor, quiet, tcp_grant, until
 
 __all__ = ["visit_tls"]
 

@@ -12,8 +12,9 @@ import pytest
 
 from portico.relay.server import Relay
 from portico.settings import RelaySettings, Secret
+from tests.ports import free_port
 from tests.relay.doubles import KEY, Client, ScriptedAgent, grant, port, row, session_token
-from tests.relay.test_tcp import TcpAgent, free_port, tcp_grant
+from tests.relay.test_tcp import TcpAgent, tcp_grant
 
 GET = b"GET / HTTP/1.1\r\nHost: web.localhost\r\n\r\n"
 

@@ -19,14 +19,9 @@ from portico.relay.server import Relay
 from portico.wire import frames as f
 from portico.wire import grants
 from portico.wire.session import Stream
+from tests.ports import free_port
 from tests.relay.doubles import KEY, ORG, ScriptedAgent, session_token
 from tests.relay.doubles import port as control_port
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def tcp_grant(

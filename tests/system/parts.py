@@ -12,7 +12,6 @@ import base64
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -23,6 +22,7 @@ from typing import Any
 from portico.embedded.postgres import EmbeddedPostgres
 from portico.embedded.units import portico_argv
 from portico.embedded.valkey import EmbeddedValkey
+from tests.ports import free_port
 from tests.system.gate import Gate
 from tests.system.platform import Account, Child, clean_environment, signal_all, tree
 
@@ -39,12 +39,6 @@ SHORT_LIVES: dict[str, Any] = {
 }
 #: After this long without the control plane nothing but the outage grace keeps a tunnel alive.
 OUTAGE_SECONDS = LIFE + LEEWAY + REFRESH_GRACE + 2
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class Parts:

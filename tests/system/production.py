@@ -25,8 +25,8 @@ import httpx
 from portico.embedded.units import portico_argv
 from portico.kit.sealing import new_master_key
 from tests.authority import Authority
+from tests.ports import free_port
 from tests.system.external import Postgres, Redis
-from tests.system.parts import free_port
 from tests.system.platform import Child, clean_environment
 
 #: OpenSSL takes no wildcard directly below a top-level name.

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 
 from portico.embedded.folders import temp_home
-from tests.system.parts import free_port
+from tests.ports import free_port
 from tests.system.platform import Child
 from tests.system.production import Production, readable_by_all
 
