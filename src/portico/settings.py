@@ -571,6 +571,8 @@ class ApiSettings:
     # == Identity
     # Whether anybody may register; an operator can always make accounts.
     registration_open: bool = True
+    # Whether people must verify their e-mail address before they may do more than look around: no keys, so no tunnels.
+    require_verified_email: bool = False
     # Life of an access token in seconds.
     access_token_seconds: int = 900
     # Seconds that an unused refresh token lives; each use starts it anew.
@@ -595,6 +597,10 @@ class ApiSettings:
     sign_in_failures_per_address: int = 100
     # Seconds of that window.
     sign_in_failure_window_seconds: int = 900
+    # Seconds after a proof of who somebody is in which it counts as recent, for acts that ask for one.
+    step_up_seconds: int = 900
+    # Wrong proofs of one signed-in person, in one window.
+    step_up_failures: int = 10
     # Accounts registered from one address in one window.
     registrations_per_address: int = 100
     # Life of a device code in seconds; also the window of the two limits below.

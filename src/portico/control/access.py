@@ -80,6 +80,9 @@ ROLES: Final[Mapping[str, frozenset[str]]] = {name: role.permissions for name, r
 # What an agent key may do: serve tunnels and manage them from the command line; never mint keys or read the audit log.
 AGENT_KEY_PERMISSIONS: Final = frozenset({"agent:connect", "organization:read", "tunnels:read", "tunnels:write"})
 
+# What is left of any role while the person's e-mail address must be verified and is not (setting require_verified_email).
+UNVERIFIED_PERMISSIONS: Final = frozenset({"members:read", "organization:read", "roles:read", "tunnels:read"})
+
 
 def role_permissions(role: str | None, custom: Iterable[str] | None = None) -> frozenset[str]:
     """What a member with ``role`` may do; ``custom`` are the permissions of a custom role. Nothing when there is no such."""
@@ -127,6 +130,9 @@ class Caller:
     permissions: frozenset[str] = frozenset()
     user_id: str | None = None  # the person behind the credential, if one is
     session_id: str | None = None  # the sign-in session of a person
+    authenticated_at: datetime | None = None  # when that person last proved who they are; keys never do
+    methods: tuple[str, ...] = ()  # by what, in order: pwd, otp, recovery, passkey
+    unverified: bool = False  # the person's address must be verified before they may do more than look around
     platform_operator: bool = False
     expires_at: datetime | None = None  # of a key; what it makes does not outlive it
     request_id: str | None = None
@@ -139,6 +145,8 @@ class Caller:
     def check(self, permission: str) -> None:
         """Raises ``auth.forbidden`` unless the caller holds ``permission``."""
         if permission not in self.permissions:
+            if self.unverified and permission not in UNVERIFIED_PERMISSIONS:
+                raise Problem("auth.email_unverified", permission=permission)
             raise Problem("auth.forbidden", f"this credential lacks {permission}", permission=permission)
 
     def check_any(self, permissions: Sequence[str]) -> None:
@@ -273,6 +281,32 @@ def require(*permissions: str, kinds: tuple[CallerKind, ...] = MEMBERS, act: str
             raise Problem(
                 "auth.forbidden", f"this is for a {allowed}", permission=permissions[-1] if permissions else None
             )
+        return who
+
+    return check
+
+
+def check_recent(who: Caller, now: datetime, seconds: float) -> None:
+    """Raises ``auth.step_up_required`` unless the person behind ``who`` proved who they are within ``seconds`` before ``now``.
+
+    A key has no person in front of it: it never passes.
+    """
+    if who.authenticated_at is None or (now - who.authenticated_at).total_seconds() > seconds:
+        raise Problem("auth.step_up_required", max_age=int(seconds))
+
+
+def require_recent(*permissions: str, seconds: float | None = None, act: str | None = None) -> Callable[..., Any]:
+    """Dependency: a person with one of ``permissions`` (any, when none is named) who proved who they are a short time ago.
+
+    ``seconds``: that time; by default the setting ``step_up_seconds``. Else as ``require``, and ``auth.step_up_required``.
+    """
+    people: tuple[CallerKind, ...] = ("person",)
+    admitted = Depends(require(*permissions, kinds=people, act=act))
+
+    @declare(Access(people, permissions, act))
+    async def check(request: Request, who: Caller = admitted) -> Caller:
+        state: Any = request.app.state
+        check_recent(who, state.clock.wall(), state.settings.step_up_seconds if seconds is None else seconds)
         return who
 
     return check

@@ -30,9 +30,9 @@ from portico.control.console import pages as console_pages
 from portico.control.edge import api as edge_api
 from portico.control.edge.hub import Hub
 from portico.control.edge.state import StateReader
+from portico.control.identity import account_api, org_api, signing_keys
 from portico.control.identity import api as identity_api
 from portico.control.identity import jobs as identity_jobs
-from portico.control.identity import org_api, signing_keys
 from portico.control.identity.passwords import Passwords
 from portico.control.identity.service import Identity
 from portico.control.tunnels import api as tunnels_api
@@ -123,6 +123,7 @@ def _route(app: FastAPI) -> None:
         *_TUNNELS,
         identity_api.auth,
         identity_api.sessions,
+        account_api.router,
         identity_api.keys,
         org_api.router,
         audit_api.router,

@@ -108,7 +108,7 @@ async def _organization(tx: Tx, identity: Identity, hashed: str, settings: ApiSe
         return found.id, found.user_id, None
     email = f"admin@{settings.base_domain}"
     user_id, organization = await identity.create_account(
-        tx, _INSTALLER, email, hashed, FIRST_ORGANIZATION, platform_operator=True
+        tx, _INSTALLER, email, hashed, FIRST_ORGANIZATION, platform_operator=True, verified=True
     )
     return organization, user_id, email
 

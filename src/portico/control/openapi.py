@@ -13,6 +13,8 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 
+from portico.control.requests import REPEATABLE
+
 _WRITES = frozenset({"post", "put", "patch", "delete"})
 
 PROBLEM_SCHEMA: dict[str, Any] = {
@@ -69,21 +71,21 @@ def document(app: FastAPI) -> dict[str, Any]:
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     schemas["Problem"] = PROBLEM_SCHEMA
-    for path, operations in found["paths"].items():
+    for operations in found["paths"].values():
         for method, operation in operations.items():
-            _finish(path, method, operation)
+            _finish(method, operation)
     return found
 
 
-def _finish(path: str, method: str, operation: dict[str, Any]) -> None:
+def _finish(method: str, operation: dict[str, Any]) -> None:
+    repeatable = operation.pop(REPEATABLE, False)
     responses = operation["responses"]
     if "422" in responses:  # FastAPI's own shape, which this API never sends
         responses["422"] = _PROBLEM
     if operation.get("security"):
         responses.setdefault("401", _PROBLEM)
         responses.setdefault("403", _PROBLEM)
-        # Routes with a caller run as a unit of work; sign-in routes and the relays' own numbering need no key.
-        if method in _WRITES and not path.startswith(("/v1/auth/device", "/v1/edge/")):
+        if repeatable and method in _WRITES:
             operation.setdefault("parameters", []).append(_IDEMPOTENCY)
     responses["default"] = _PROBLEM
 

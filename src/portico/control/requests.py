@@ -51,6 +51,8 @@ idempotency_keys = sa.Table(
     sa.Index(None, "created_at"),
 )
 
+# Marks, in what a route adds to OpenAPI, one that takes an Idempotency-Key; openapi.py says so in OpenAPI's own words.
+REPEATABLE = "x-repeatable"
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 # What JSON allows and PostgreSQL or UTF-8 does not: NUL, lone surrogates, and Python's own NaN and Infinity.
 _SUSPECT = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])|NaN|Infinity")
@@ -70,10 +72,12 @@ def shown(text: str) -> str:
 class JsonRoute(APIRoute):
     """A route whose body is whole and storable before the handler runs, and that shows in OpenAPI whom it admits."""
 
+    repeatable = False
+
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         if (found := _access(self.dependant)) is not None:
-            self.openapi_extra = {**found.openapi(), **(self.openapi_extra or {})}
+            self.openapi_extra = {**found.openapi(), REPEATABLE: self.repeatable, **(self.openapi_extra or {})}
 
     def get_route_handler(self) -> Handler:
         inner = super().get_route_handler()
@@ -96,6 +100,8 @@ def _access(dependant: Dependant) -> access.Access | None:
 
 class UnitOfWork(JsonRoute):
     """A route that runs in one transaction (writes) or on one connection (reads)."""
+
+    repeatable = True
 
     def get_route_handler(self) -> Handler:
         inner = super().get_route_handler()

@@ -200,6 +200,8 @@ class Session(BaseModel):
     created_at: datetime
     last_used_at: datetime
     expires_at: datetime
+    authenticated_at: datetime
+    methods: list[str]
     current: bool
 
 
@@ -334,9 +336,9 @@ async def list_sessions(reader: Reading, service: Service, who: Person, page: Pa
 
 
 @sessions.delete("/auth/sessions", status_code=204)
-async def end_all_sessions(tx: InTx, service: Service, who: Person) -> Response:
-    """End every sign-in session of the person, this one included."""
-    await service.end_all_sessions(tx, who)
+async def end_all_sessions(tx: InTx, service: Service, who: Person, keep_current: bool = False) -> Response:
+    """End every sign-in session of the person; this one too, unless `keep_current`."""
+    await service.end_all_sessions(tx, who, keep_current=keep_current)
     return Response(status_code=204)
 
 

@@ -20,7 +20,7 @@ from sqlalchemy import exc as sa_exc
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.identity import roster, throttle
+from portico.control.identity import roster, standing, throttle
 from portico.control.identity.keys import Keys, NewKey
 from portico.control.identity.tables import device_codes as t
 from portico.control.identity.throttle import Bucket
@@ -161,7 +161,12 @@ class DeviceFlow:
             request_id=caller.request_id,
             address=caller.address,
         )
-        return await self._keys.create(tx, person, "agent", row.hostname, details={"by": "device sign-in"})
+        try:
+            return await self._keys.create(tx, person, "agent", row.hostname, details={"by": "device sign-in"})
+        except Problem as problem:
+            if problem.code not in ("auth.forbidden", "auth.session_ended"):
+                raise
+            raise Problem("device.denied", "the person who approved this device may not make keys any more") from None
 
     async def look_up(self, caller: Caller, typed: str) -> PendingDevice:
         """The pending device behind a typed code. Raises ``device.code_invalid`` or ``auth.throttled``."""
@@ -185,6 +190,7 @@ class DeviceFlow:
         async with self._db.transaction() as tx:
             row = await self._pending(tx, typed)
             await throttle.forgive(tx, buckets)
+            await standing.hold(tx, caller, ("keys:own", "keys:write"))
             state = "approved" if approve else "denied"
             change = {"state": state, "user_id": caller.user_id, "organization_id": caller.org}
             await tx.execute(sa.update(t).where(t.c.digest == row.digest).values(**change))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from portico.control.identity import device, signing_keys, store, throttle
+from portico.control.identity import account_store, device, signing_keys, store, throttle
 from portico.control.identity.service import Identity
 
 # Ended sessions and expired codes are kept this long, so that a late use is still answered with its own code.
@@ -20,3 +20,4 @@ async def housekeeping(identity: Identity) -> None:
         await throttle.expire(tx, now)
         await device.expire(tx, now - KEEP)
         await store.expire_sessions(tx, now - KEEP)
+        await account_store.expire(tx, now - KEEP)

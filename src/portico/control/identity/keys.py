@@ -8,13 +8,13 @@ holds state made with the key (tunnels: agent sessions) ends it together with th
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, Caller
 from portico.control.audit import service as audit
-from portico.control.identity import store
+from portico.control.identity import standing, store
 from portico.errors import Problem
 from portico.kit import pages
 from portico.kit.clock import Clock
@@ -73,6 +73,7 @@ class Keys:
 
         Raises ``auth.scope_invalid``, ``auth.forbidden``, ``auth.expiry_invalid``, ``key.limit_reached``.
         """
+        caller = await self._hold(tx, caller)
         chosen = self._scopes(caller, kind, scopes)
         now = self._clock.wall()
         expires_at = expires_at or caller.expires_at
@@ -85,9 +86,13 @@ class Keys:
         await audit.record(tx, caller, "key.create", made.id, details=facts)
         return made
 
+    @staticmethod
+    async def _hold(tx: Tx, caller: Caller) -> Caller:
+        """The caller with what they may do at this moment; until the transaction ends nobody else may add a key."""
+        return replace(caller, permissions=await standing.hold(tx, caller, ("keys:own", "keys:write")))
+
     async def _room(self, tx: Tx, caller: Caller, now: datetime) -> None:
-        """Raises ``key.limit_reached``; until the transaction ends nobody else may add a key."""
-        await store.lock_organization(tx, caller.org)
+        """Raises ``key.limit_reached``. The organization is held."""
         if await store.count_keys(tx, caller.org, now) >= self._settings.max_keys_per_organization:
             limit = self._settings.max_keys_per_organization
             raise Problem("key.limit_reached", f"an organization has at most {limit} keys", limit=limit)
@@ -141,6 +146,7 @@ class Keys:
         Raises ``request.not_found``, ``auth.forbidden``, and with an overlap ``key.limit_reached``.
         """
         now = self._clock.wall()
+        caller = await self._hold(tx, caller)
         if overlap_seconds:
             await self._room(tx, caller, now)
         row = await self._lock(tx, caller, key_id)

@@ -8,50 +8,32 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import exc as sa_exc
 
-from portico.control.access import Caller, role_permissions
+from portico.control.access import UNVERIFIED_PERMISSIONS, Caller, role_permissions
 from portico.control.audit import service as audit
+from portico.control.identity import account_store, store, throttle, tokens
 from portico.control.identity import keys as key_rules
-from portico.control.identity import store, throttle, tokens
 from portico.control.identity.device import DeviceFlow
 from portico.control.identity.keys import Keys, NewKey
 from portico.control.identity.members import Members
 from portico.control.identity.passwords import Passwords
 from portico.control.identity.roles import Roles
+from portico.control.identity.sign_in import Client, SignedIn, SignIns
 from portico.control.identity.signing_keys import SigningKeys
+from portico.control.identity.step_up import StepUp
 from portico.control.identity.throttle import Bucket
 from portico.errors import Problem
 from portico.kit import networks, pages
 from portico.kit.clock import Clock
 from portico.kit.db import Database, Reader, Tx, is_unique_violation
-from portico.kit.ids import check_token, digest, new_id, new_token
+from portico.kit.ids import check_token, digest, new_id
 from portico.settings import ApiSettings
 
-
-@dataclass(frozen=True, slots=True)
-class SignedIn:
-    """What a successful sign-in gives."""
-
-    user_id: str
-    email: str
-    organization_id: str
-    organization_name: str
-    session_id: str
-    access_token: str
-    refresh_token: str | None
-    expires_in: int
-
-
-@dataclass(frozen=True, slots=True)
-class Client:
-    """What a sign-in session remembers of the program that opened it."""
-
-    address: str | None
-    user_agent: str | None = None
+__all__ = ["Client", "Identity", "SignedIn", "normal_email"]
 
 
 @dataclass(slots=True)
@@ -85,6 +67,8 @@ class Identity:
         self.members = Members(clock, self.keys)
         self.roles = Roles(settings, clock, self.members)
         self.device = DeviceFlow(settings, db, clock, self.keys)
+        self.sign_ins = SignIns(settings, clock, signing_keys)
+        self.step_up = StepUp(settings, db, clock, passwords)
         self._last_used = _LastUsed()
 
     # --- accounts
@@ -106,8 +90,10 @@ class Identity:
         hashed = await self.passwords.hash(password)
         try:
             async with self.db.transaction() as tx:
-                user_id, organization_id = await self.create_account(tx, caller, email, hashed, organization)
-                return await self._open(tx, user_id, email, organization_id, organization, client)
+                user_id, _ = await self.create_account(tx, caller, email, hashed, organization)
+                person = await self.sign_ins.hold(tx, user_id)
+                assert person is not None  # made above
+                return await self.sign_ins.open(tx, person, client, ("pwd",))
         except sa_exc.IntegrityError as err:
             if is_unique_violation(err, "users_email_key"):
                 raise Problem("auth.email_taken") from None
@@ -122,10 +108,12 @@ class Identity:
         organization: str,
         *,
         platform_operator: bool = False,
+        verified: bool = False,
     ) -> tuple[str, str]:
-        """Insert a person who owns a new organization; returns both ids."""
+        """Insert a person who owns a new organization; returns both ids. ``verified``: the address is known to be theirs."""
         user_id, organization_id = new_id("usr"), new_id("org")
         user = {"id": user_id, "email": email, "password_hash": password_hash, "platform_operator": platform_operator}
+        user["email_verified_at"] = self.clock.wall() if verified else None
         await store.insert_account(tx, user, {"id": organization_id, "name": organization}, "owner")
         facts = {"email": email, "platform_operator": platform_operator}
         await audit.record(tx, caller, "user.register", user_id, details=facts, organization=organization_id)
@@ -160,12 +148,15 @@ class Identity:
             )
             raise Problem("auth.credentials_invalid")
         async with self.db.transaction() as tx:
-            await throttle.forgive(tx, buckets)
-            if better:
-                await store.set_password_hash(tx, row.id, better)
-            return await self._open(
-                tx, row.id, row.email, row.organization_id, row.organization_name, client, caller=caller, cookie=cookie
-            )
+            person = await self.sign_ins.hold(tx, row.id)
+            # Looked at again under its lock: since the password was read it may have been replaced, its owner removed.
+            if person is not None and person.password_hash == row.password_hash:
+                await throttle.forgive(tx, buckets)
+                if better:
+                    await store.set_password_hash(tx, row.id, better)
+                return await self.sign_ins.open(tx, person, client, ("pwd",), caller=caller, cookie=cookie)
+        await audit.refused(self.db, caller, "user.login", row.id, organization=row.organization_id)
+        raise Problem("auth.credentials_invalid")
 
     def _sign_in_buckets(self, email: str, address: str | None, *, known: bool) -> list[Bucket]:
         """``known``: the account signed in from there before. The limit per account, which anybody can fill, is then
@@ -177,63 +168,6 @@ class Identity:
             Bucket(f"login from {network}", s.sign_in_failures_per_address, window),
         ]
         return buckets if known else [*buckets, Bucket(f"login {email}", s.sign_in_failures_per_account, window)]
-
-    async def _open(
-        self,
-        tx: Tx,
-        user_id: str,
-        email: str,
-        organization_id: str,
-        organization_name: str,
-        client: Client,
-        *,
-        caller: Caller | None = None,
-        cookie: bool = False,
-    ) -> SignedIn:
-        """Start a sign-in session. ``caller`` is given when the sign-in is an act of its own, to be audited."""
-        now = self.clock.wall()
-        session = new_id("ses")
-        life = self.settings.access_token_seconds if cookie else self.settings.sign_in_max_seconds
-        expires = now + timedelta(seconds=life)
-        row = {
-            "id": session,
-            "user_id": user_id,
-            "organization_id": organization_id,
-            "user_agent": (client.user_agent or "")[:200] or None,
-            "address": client.address,
-            "created_at": now,
-            "last_used_at": now,
-            "expires_at": expires,
-        }
-        await store.insert_session(tx, row)
-        refresh = None if cookie else await self._refresh_token(tx, session, now, expires)
-        if caller is not None:
-            await audit.record(
-                tx, caller, "user.login", user_id, details={"session": session}, organization=organization_id
-            )
-        access = await self._access_token(tx, user_id, session, organization_id, now)
-        return SignedIn(
-            user_id,
-            email,
-            organization_id,
-            organization_name,
-            session,
-            access,
-            refresh,
-            self.settings.access_token_seconds,
-        )
-
-    async def _access_token(self, reader: Reader, user: str, session: str, organization: str, now: datetime) -> str:
-        signer = await self.signing_keys.current_signer(reader)
-        claims = tokens.AccessClaims(user, session, organization)
-        return tokens.issue(signer, claims, now.timestamp(), self.settings.access_token_seconds)
-
-    async def _refresh_token(self, tx: Tx, session: str, now: datetime, latest: datetime) -> str:
-        token = new_token("rt")
-        expires = min(now + timedelta(seconds=self.settings.refresh_token_seconds), latest)
-        row = {"digest": digest(token), "session_id": session, "created_at": now, "expires_at": expires}
-        await store.insert_refresh_token(tx, row)
-        return token
 
     # --- sessions
 
@@ -267,8 +201,8 @@ class Identity:
 
     async def _rotate(self, tx: Tx, row: Any, used: bytes, now: datetime) -> SignedIn:
         await store.use_refresh_token(tx, used, row.session_id, now)
-        refresh = await self._refresh_token(tx, row.session_id, now, row.session_expires_at)
-        access = await self._access_token(tx, row.user_id, row.session_id, row.organization_id, now)
+        refresh = await self.sign_ins.refresh_token(tx, row.session_id, now, row.session_expires_at)
+        access = await self.sign_ins.access_token(tx, row.user_id, row.session_id, row.organization_id, now)
         person, organization = await self._names(tx, row.user_id, row.organization_id)
         return SignedIn(
             row.user_id,
@@ -301,7 +235,16 @@ class Identity:
         rows = await store.sessions(reader, _person(caller), page.limit + 1, before, self.clock.wall())
 
         def render(row: Any) -> dict[str, Any]:
-            names = ("id", "user_agent", "address", "created_at", "last_used_at", "expires_at")
+            names = (
+                "id",
+                "user_agent",
+                "address",
+                "created_at",
+                "last_used_at",
+                "expires_at",
+                "authenticated_at",
+                "methods",
+            )
             return {**{name: getattr(row, name) for name in names}, "current": row.id == caller.session_id}
 
         document: dict[str, Any] = pages.listing(rows, page.limit, lambda row: (row.id,), render)
@@ -313,10 +256,13 @@ class Identity:
             raise Problem("request.not_found", "there is no such session")
         await audit.record(tx, caller, "session.end", session)
 
-    async def end_all_sessions(self, tx: Tx, caller: Caller) -> None:
-        """End every session of the person, this one included."""
-        ended = await store.end_sessions(tx, _person(caller), None, "ended by its person", self.clock.wall())
-        await audit.record(tx, caller, "session.end_all", caller.user_id, details={"sessions": len(ended)})
+    async def end_all_sessions(self, tx: Tx, caller: Caller, *, keep_current: bool = False) -> None:
+        """End every session of the person; this one too, unless ``keep_current``."""
+        kept = caller.session_id if keep_current else None
+        ended = await account_store.end_other_sessions(
+            tx, _person(caller), kept, "ended by its person", self.clock.wall()
+        )
+        await audit.record(tx, caller, "session.end_all", caller.user_id, details={"sessions": ended})
 
     async def device_key(self, caller: Caller, device_code: str) -> tuple[NewKey, dict[str, str], dict[str, str]]:
         """The agent key of an approved device, once, with its person and organization; else a ``device.…`` problem."""
@@ -341,15 +287,22 @@ class Identity:
             raise Problem("auth.session_ended", "the sign-in session has reached its end")
         if (row["user_id"], row["organization_id"]) != (claims.user, claims.organization):
             raise Problem("auth.token_invalid")
+        unverified = self._must_verify(row)
         return Caller(
             "person",
             row["user_id"],
             row["organization_id"],
-            role_permissions(row["role"], row["role_permissions"]),
+            _held(row, unverified=unverified),
             user_id=row["user_id"],
             session_id=claims.session,
+            authenticated_at=row["authenticated_at"],
+            methods=tuple(row["methods"]),
+            unverified=unverified,
             platform_operator=row["platform_operator"],
         )
+
+    def _must_verify(self, row: Any) -> bool:
+        return self.settings.require_verified_email and row["email_verified_at"] is None
 
     async def _key_caller(self, reader: Reader, text: str) -> Caller:
         kind = check_token(text)
@@ -365,14 +318,16 @@ class Identity:
         self._last_used.at[row["id"]] = now
         operator = row["kind"] == "operator"
         allowed = key_rules.permissions(row["kind"], row["scopes"])
+        unverified = not operator and self._must_verify(row)
         if not operator:  # a key may never do more than its maker may now
-            allowed &= role_permissions(row["role"], row["role_permissions"])
+            allowed &= _held(row, unverified=unverified)
         return Caller(
             "operator" if operator else "agent_key" if row["kind"] == "agent" else "api_key",
             row["id"],
             row["organization_id"],
             allowed,
             user_id=row["user_id"],
+            unverified=unverified,
             platform_operator=operator,
             expires_at=row["expires_at"],
         )
@@ -416,6 +371,11 @@ def _person(caller: Caller) -> str:
     if caller.kind != "person" or caller.user_id is None:
         raise Problem("auth.forbidden", "sign-in sessions belong to people; a key has none", permission="session")
     return caller.user_id
+
+
+def _held(row: Any, *, unverified: bool) -> frozenset[str]:
+    held = role_permissions(row["role"], row["role_permissions"])
+    return held & UNVERIFIED_PERMISSIONS if unverified else held
 
 
 def _refresh_refusal(row: Any, now: datetime) -> str | None:

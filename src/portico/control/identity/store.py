@@ -17,15 +17,15 @@ Row = sa.Row[Any]
 # Raw SQL for the two look-ups that every request makes; asyncpg keeps them prepared on each connection.
 _KEY_BY_DIGEST = """
 SELECT k.id, k.kind, k.organization_id, k.user_id, k.scopes, k.expires_at, k.revoked_at, u.disabled_at,
-       m.role, r.permissions AS role_permissions
+       u.email_verified_at, m.role, r.permissions AS role_permissions
 FROM api_keys k LEFT JOIN users u ON u.id = k.user_id
 LEFT JOIN members m ON m.user_id = k.user_id AND m.organization_id = k.organization_id
 LEFT JOIN roles r ON r.id = m.role AND r.organization_id = k.organization_id
 WHERE k.digest = $1
 """
 _SESSION_BY_ID = """
-SELECT s.user_id, s.organization_id, s.ended_at, s.expires_at, u.disabled_at, u.platform_operator, m.role,
-       r.permissions AS role_permissions
+SELECT s.user_id, s.organization_id, s.ended_at, s.expires_at, s.authenticated_at, s.methods, u.disabled_at,
+       u.platform_operator, u.email_verified_at, m.role, r.permissions AS role_permissions
 FROM sign_in_sessions s
 JOIN users u ON u.id = s.user_id
 LEFT JOIN members m ON m.user_id = s.user_id AND m.organization_id = s.organization_id

@@ -34,6 +34,9 @@ users = sa.Table(
     sa.Column("id", sa.Text, primary_key=True),
     # Lower-cased and NFC: one address, one account.
     sa.Column("email", sa.Text, nullable=False, unique=True),
+    # When somebody showed that mail to the address reaches them; null: not yet.
+    _time("email_verified_at"),
+    # One way in of several (passkeys; later identities of other providers): null for who has no password.
     sa.Column("password_hash", sa.Text),
     # No sign-up sets this; only the installation's first start and other operators do.
     sa.Column("platform_operator", sa.Boolean, nullable=False, server_default=sa.false()),
@@ -74,6 +77,9 @@ sign_in_sessions = sa.Table(
     ),
     sa.Column("user_agent", sa.Text),
     sa.Column("address", sa.Text),
+    # When the person last proved who they are, and by what, in order: pwd, otp, recovery, passkey.
+    sa.Column("authenticated_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
+    sa.Column("methods", ARRAY(sa.Text), nullable=False, server_default="{}"),
     _created(),
     _time("last_used_at", required=True),
     _time("expires_at", required=True),

@@ -1,0 +1,84 @@
+"""Step-up: a person who is signed in proves again who they are, before an act that a stolen session must not be enough for.
+
+The proof is at least as strong as what the account asks for at sign-in: where an authenticator app is set up, the password
+alone is none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from portico.control.access import Caller
+from portico.control.audit import service as audit
+from portico.control.identity import account_store, throttle
+from portico.control.identity.passwords import Passwords
+from portico.control.identity.throttle import Bucket
+from portico.errors import Problem
+from portico.kit import networks
+from portico.kit.clock import Clock
+from portico.kit.db import Database
+from portico.settings import ApiSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """One way to prove who one is; exactly one member is given."""
+
+    password: str | None = None
+    code: str | None = None
+    recovery_code: str | None = None
+    passkey: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Proven:
+    """When a session's person last proved who they are, and by what."""
+
+    authenticated_at: datetime
+    methods: tuple[str, ...]
+
+
+class StepUp:
+    """The verb, and the check of the current password that other verbs share."""
+
+    def __init__(self, settings: ApiSettings, db: Database, clock: Clock, passwords: Passwords) -> None:
+        self._settings = settings
+        self._db = db
+        self._clock = clock
+        self._passwords = passwords
+
+    async def prove(self, caller: Caller, proof: Proof) -> Proven:
+        """Note a proof in the caller's session. Raises ``auth.proof_invalid``, ``auth.throttled``, ``auth.session_ended``."""
+        method = await self.check_password(caller, proof.password or "", "session.step_up")
+        now = self._clock.wall()
+        async with self._db.transaction() as tx:
+            session = await account_store.lock_session(tx, caller.session_id or "")
+            if session is None:
+                raise Problem("auth.session_ended")
+            methods = [m for m in session.methods if m != method] + [method]
+            await account_store.note_proof(tx, session.id, now, methods)
+            await audit.record(tx, caller, "session.step_up", session.id, details={"method": method})
+        return Proven(now, tuple(methods))
+
+    async def check_password(self, caller: Caller, password: str, action: str) -> str:
+        """``pwd`` when it is the person's password; a refusal is recorded as one of ``action``.
+
+        Raises ``auth.proof_invalid`` and ``auth.throttled``.
+        """
+        s = self._settings
+        window, network = s.sign_in_failure_window_seconds, networks.network(caller.address)
+        # By session and network: who holds one session cannot use up the attempts of the person's others.
+        name = f"step up {caller.user_id} {caller.session_id} {network}"
+        buckets = [Bucket(name, s.step_up_failures, window)]
+        await throttle.count(self._db, buckets)
+        async with self._db.read() as reader:
+            row = await account_store.user(reader, caller.user_id or "")
+        fits, _ = await self._passwords.verify(password, row.password_hash if row is not None else None)
+        if not fits:
+            await audit.refused(self._db, caller, action, caller.session_id, {"reason": "password"})
+            raise Problem("auth.proof_invalid")
+        async with self._db.transaction() as tx:
+            await throttle.forgive(tx, buckets)
+        return "pwd"
