@@ -57,7 +57,11 @@ class TestRefusals:
     async def test_wrong_method(self, client: httpx.AsyncClient) -> None:
         answer = await client.put("/v1/whoami")
         problem(answer, 405, "request.method_not_allowed")
-        assert "GET" in answer.headers["allow"]
+        assert answer.headers["allow"] == "GET"
+
+    async def test_a_wrong_method_is_told_every_right_one(self, client: httpx.AsyncClient) -> None:
+        assert (await client.put("/v1/tunnels")).headers["allow"] == "GET, POST"
+        assert (await client.post("/v1/tunnels/tun_x")).headers["allow"] == "DELETE, GET, PATCH"
 
     @pytest.mark.parametrize(
         "body",

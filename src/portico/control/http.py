@@ -20,6 +20,7 @@ from sqlalchemy import exc as sa_exc
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from portico.control.metrics import Tally
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 PROBLEM_TYPE = "application/problem+json"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_ERRORS = 20
+_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 # Of two that differ, one program would believe the first and another the last.
 _SINGLE = ("authorization", "content-type", "idempotency-key")
 
@@ -213,11 +215,23 @@ async def _on_http(request: Request, err: Exception) -> Response:
         hint = "Check the path; /openapi.json at the root lists every operation, and all of them are under /v1."
         return answer(Problem("request.not_found", "there is nothing at this address", hint=hint), _id(request))
     if err.status_code == 405:
-        return answer(Problem("request.method_not_allowed", headers=dict(err.headers or {})), _id(request))
+        allow = ", ".join(_methods(request)) or (err.headers or {}).get("allow", "")
+        return answer(Problem("request.method_not_allowed", headers={"Allow": allow}), _id(request))
     if 400 <= err.status_code < 500:
         return answer(Problem("request.malformed", "the body could not be read"), _id(request))
     log.error("request failed", extra={"f": {"request": _id(request), "status": err.status_code}})
     return answer(Problem("internal.error"), _id(request))
+
+
+def _methods(request: Request) -> list[str]:
+    """Every method of the address (RFC 9110 section 15.5.6); Starlette names those of the first route that fits its path."""
+    routes = request.app.router.routes
+
+    def fits(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in routes)
+
+    return [method for method in _METHODS if fits(method)]
 
 
 _RETRY = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.LockNotAvailableError)

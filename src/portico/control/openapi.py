@@ -33,7 +33,7 @@ PROBLEM_SCHEMA: dict[str, Any] = {
         "request_id": {"type": "string"},
         "errors": {
             "type": "array",
-            "description": "Of `request.invalid`: the fields that do not fit.",
+            "description": "What does not fit: of `request.invalid` fields, of `tunnel.policy_invalid` keys of the policy.",
             "items": {
                 "type": "object",
                 "required": ["field", "message", "type"],

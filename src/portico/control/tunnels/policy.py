@@ -125,12 +125,16 @@ def _check_certificates(document: Mapping[str, Any]) -> None:
 
 
 def refusal(faults: Sequence[Fault], marks: Marks) -> Problem:
-    """``tunnel.policy_invalid`` with ``errors``: the path, the place in the text if there was one, and what is wrong."""
+    """``tunnel.policy_invalid`` with ``errors``: the path, the place in the text if there was one, and what is wrong.
+
+    Each has also the ``field``, ``message`` and ``type`` that errors of every other request have.
+    """
     errors = []
     for fault in faults:
         place = marked.nearest(marks, fault.path)
         where = {"line": place.line, "column": place.column} if place is not None else {}
-        errors.append({"path": fault.path, **where, "detail": fault.message})
+        common = {"field": f"policy.{fault.path}".rstrip("."), "message": fault.message, "type": "policy"}
+        errors.append({**common, "path": fault.path, **where, "detail": fault.message})
     first = faults[0]
     what = f"policy.{first.path}: {first.message}" if first.path else first.message
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
