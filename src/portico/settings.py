@@ -624,6 +624,23 @@ class ApiSettings:
     # Seconds that a process trusts its copy of the signing keys.
     signing_key_cache_seconds: float = 15.0
 
+    # == Mail
+    # Where mail is handed over: smtp://host[:port] (587, STARTTLS) or smtps://host[:port] (465, TLS from the start); empty: mail
+    # is written to the worker's outbox_dir, for development.
+    smtp_url: str = ""
+    # Sender of every mail, as `Portico <no-reply@example.com>`; its domain is also the name that we give in EHLO.
+    smtp_from: str = "Portico <no-reply@localhost>"
+    # Name for that server, if it asks for one.
+    smtp_username: str | None = None
+    # Password that goes with it.
+    smtp_password: Secret | None = None
+    # Whether STARTTLS is `required`, used where `offered`, or `never` (a server on this machine); a password asks for `required`.
+    smtp_starttls: str = "required"
+    # Certificate authorities (PEM) that vouch for that server; empty: those of the system.
+    smtp_ca_file: Path | None = None
+    # Seconds for one mail to be handed over.
+    smtp_timeout_seconds: float = 30.0
+
     # == Audit
     # Days that audit rows are kept; 0: for ever. The hash of the last row deleted is kept as anchor.
     audit_retention_days: int = 400
@@ -840,7 +857,7 @@ class WorkerSettings:
     queue_count_seconds: float = 15.0
 
     # == What it does
-    # Folder that messages of the driver `file` are written to, for development; none: such messages are dead.
+    # Folder that mail is written to while there is no smtp_url, for development; none: such mail is dead.
     outbox_dir: Path | None = None
     # Seconds that a delivered message is remembered, and its idempotency key with it.
     outbox_keep_seconds: float = 2_592_000.0

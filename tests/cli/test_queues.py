@@ -59,7 +59,7 @@ async def dead_messages(db: Database, *errors: str) -> list[str]:
     sealer, made = Sealer(Secret(new_master_key())), []
     async with db.transaction() as tx:
         for number, error in enumerate(errors):
-            draft = outbox.Draft("file", f"key-{number}", "a@example.com", "account.verify", {})
+            draft = outbox.Draft("mail", f"key-{number}", "a@example.com", "account.verify", {})
             made.append(await outbox.append(tx, sealer, draft) or "")
             await tx.raw.execute(
                 "UPDATE outbox_messages SET queue_state = 'dead', attempts = 10, last_error = $2, finished_at = now()"
@@ -71,20 +71,20 @@ async def dead_messages(db: Database, *errors: str) -> list[str]:
 async def test_dead_jobs_are_listed_chosen_and_replayed(db: Database, queues: Any) -> None:
     first, second, third = await dead_messages(db, "no route", "no such \x1b[31mfolder", "no route")
     listed, listed_json, shown, shown_json, tried, one, rest, none = queues(
-        "", "--json", "dead|outbox.file|--error|folder", "dead|outbox.file|--json",
-        "replay|outbox.file|--error|no route|--dry-run", f"replay|outbox.file|--id|{second}", "replay|outbox.file",
-        "replay|outbox.file",
+        "", "--json", "dead|outbox.mail|--error|folder", "dead|outbox.mail|--json",
+        "replay|outbox.mail|--error|no route|--dry-run", f"replay|outbox.mail|--id|{second}", "replay|outbox.mail",
+        "replay|outbox.mail",
     )  # fmt: skip
-    (line,) = (line for line in listed.out.splitlines() if line.startswith("outbox.file"))
-    assert line.split() == ["outbox.file", "notifications", "0", "0", "0", "3", "-"]
+    (line,) = (line for line in listed.out.splitlines() if line.startswith("outbox.mail"))
+    assert line.split() == ["outbox.mail", "notifications", "0", "0", "0", "3", "-"]
     kinds = {each["kind"]: each for each in json.loads(listed_json.out)}
-    assert kinds["outbox.file"]["dead"] == 3 and kinds["tunnels.clear"]["dead"] == 0
+    assert kinds["outbox.mail"]["dead"] == 3 and kinds["tunnels.clear"]["dead"] == 0
     assert second in shown.out and first not in shown.out and "\x1b" not in shown.out
     assert [job["id"] for job in json.loads(shown_json.out)] == [first, second, third]
-    assert tried.out == "2 jobs of outbox.file would be replayed\n"
-    assert one.out == "1 job of outbox.file will be tried again\n"
-    assert rest.out == "2 jobs of outbox.file will be tried again\n"
-    assert none.out == "0 jobs of outbox.file will be tried again\n"
+    assert tried.out == "2 jobs of outbox.mail would be replayed\n"
+    assert one.out == "1 job of outbox.mail will be tried again\n"
+    assert rest.out == "2 jobs of outbox.mail will be tried again\n"
+    assert none.out == "0 jobs of outbox.mail will be tried again\n"
     assert {said.code for said in (listed, listed_json, shown, shown_json, tried, one, rest, none)} == {0}
     async with db.read() as reader:
         audited = await reader.raw.fetch(

@@ -96,7 +96,7 @@ async def test_every_process_shows_its_figures(up: Up, host: str) -> None:
         for process, family in (
             ("api", "portico_api_requests_total"),
             ("relay-1", 'portico_relay_refusals_total{code="edge.ip_denied"}'),
-            ("worker", 'portico_queue_job_seconds_count{kind="outbox.file"}'),
+            ("worker", 'portico_queue_job_seconds_count{kind="outbox.mail"}'),
         ):
             answer = await client.get(f"http://{places[process]}/metrics")
             assert answer.status_code == 200 and family in answer.text

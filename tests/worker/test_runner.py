@@ -258,7 +258,7 @@ def test_workers_and_kinds_are_chosen_by_name(context: Context) -> None:
         return {job.kind.name for job in module.choose(context.settings, names)}
 
     assert chosen() == set(queues.kinds())
-    assert chosen("notifications") == {"outbox.file"}
+    assert chosen("notifications") == {"outbox.mail"}
     assert chosen("requests.expire", "requests.expire") == {"requests.expire"}
     assert chosen("maintenance", "tunnels.clear") == chosen("maintenance") > {"tunnels.clear"}
     with pytest.raises(Problem, match=r"no worker is named nothing; workers: maintenance, .*kinds: tunnels.clear"):
@@ -272,13 +272,13 @@ async def test_maintenance_and_notifications_do_their_work(context: Context) -> 
             "INSERT INTO idempotency_keys VALUES ('c', 'k', '', 200, '', '', '', now() - interval '9 day')"
         )
         await outbox.append(
-            tx, sealer, outbox.Draft("file", "welcome:1", "a@example.com", "account.welcome", {"text": "hi"})
+            tx, sealer, outbox.Draft("mail", "welcome:1", "a@example.com", "account.welcome", {"text": "hi"})
         )
     assert context.settings.outbox_dir is not None
     async with running(context, *module.choose(context.settings, ())):
         folder = context.settings.outbox_dir
         await until(lambda: folder.is_dir() and list(folder.glob("account.welcome-*.json")))
-        await until(lambda: empty(context, notifications.FILE))
+        await until(lambda: empty(context, notifications.MAIL))
 
         async def swept() -> bool:
             async with context.db.read() as reader:

@@ -281,8 +281,18 @@ class Platform:
             end_signal=signal.SIGINT,
         )
 
+    @property
+    def outbox(self) -> Path:
+        """The folder that mail is written to while no server is set for it."""
+        return self.home / "outbox"
+
+    @property
+    def sends_mail(self) -> bool:
+        """Whether a server is set for mail."""
+        return bool(self.environment().get("PORTICO_SMTP_URL"))
+
     def _worker_unit(self) -> ProcessUnit:
-        environment = self.environment(shutdown_seconds=_RELAY_DRAIN_SECONDS, outbox_dir=str(self.home / "outbox"))
+        environment = self.environment(shutdown_seconds=_RELAY_DRAIN_SECONDS, outbox_dir=str(self.outbox))
         return ProcessUnit("worker", ["worker"], environment, listeners={"metrics": self._figures["worker"]})
 
     # -- the end -----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ def summary(platform: Platform, paint: Paint, show_key: bool) -> str:
         ("API, console", paint.link(c["api_url"])),
         ("Agents", c["control_url"]),
         ("Data", str(platform.home)),
+        ("Mail", "by the server of PORTICO_SMTP_URL" if platform.sends_mail else f"{platform.outbox} (as files)"),
         ("Credentials", f"{platform.home / secretfiles.CREDENTIALS} {paint.dim('(only you can read it)')}"),
     ]
     lines = ["", paint.bold("Portico is ready."), "", *(f"  {name:<13} {value}" for name, value in rows), ""]

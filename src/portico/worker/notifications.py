@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from portico.control.notifications import mail, smtp
 from portico.kit import outbox
 from portico.kit.queue import Work
 from portico.kit.sealing import Sealer
 from portico.settings import WorkerSettings
 from portico.worker.jobs import Context, Job
 
-FILE = outbox.kind("file")
+MAIL = outbox.kind(mail.DRIVER)
 
 
 def jobs(settings: WorkerSettings) -> list[Job]:
     """One job kind for each driver."""
-    return [Job(FILE, to_files)]
+    return [Job(MAIL, deliver_mail)]
 
 
-async def to_files(context: Context, work: Work) -> None:
-    """Development's driver: a message becomes a file that a person, or a browser test, opens."""
-    driver = outbox.FileDriver(context.settings.outbox_dir)
+async def deliver_mail(context: Context, work: Work) -> None:
+    """By SMTP; without a server for it, as a file that a person, or a browser test, opens."""
+    server = smtp.configured(context.control)
+    driver: outbox.Driver = outbox.FileDriver(context.settings.outbox_dir)
+    if server is not None:
+        driver = smtp.SmtpDriver(server, context.clock)
     await outbox.deliver(work, driver, Sealer(context.control.master_key))

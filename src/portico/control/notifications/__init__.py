@@ -1,0 +1,1 @@
+"""What the platform tells people and programs: mail, and an organization's own channels."""
