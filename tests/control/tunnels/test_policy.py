@@ -40,8 +40,9 @@ class TestRead:
             ("addresses.rules[1].deny", 5, 7),
             ("queue", 6, 1),  # what is missing stands nowhere: the place is that of its map
         ]
-        assert all(set(e) == {"path", "line", "column", "detail"} for e in errors(text))
-        assert [set(e) for e in errors({"concurrency": 0})] == [{"path", "detail"}]
+        common = {"field", "message", "type"}  # of every fault of a request
+        assert all(set(e) == common | {"path", "line", "column", "detail"} for e in errors(text))
+        assert [set(e) for e in errors({"concurrency": 0})] == [common | {"path", "detail"}]
 
     @pytest.mark.parametrize(
         ("text", "line", "column"),
