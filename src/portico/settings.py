@@ -573,6 +573,8 @@ class ApiSettings:
     registration_open: bool = True
     # Whether people must verify their e-mail address before they may do more than look around: no keys, so no tunnels.
     require_verified_email: bool = False
+    # Seconds after a platform operator's last proof of who they are in which they may do what is dangerous.
+    operator_step_up_seconds: int = 900
     # Life of an access token in seconds.
     access_token_seconds: int = 900
     # Seconds that an unused refresh token lives; each use starts it anew.

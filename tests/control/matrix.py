@@ -20,7 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, ROLES, Caller, CallerKind
-from portico.control.identity import tables, tokens
+from portico.control.identity import operators, tables, tokens
 from portico.control.identity.keys import issue
 from portico.control.tunnels import relays
 from portico.kit.ids import new_id
@@ -54,6 +54,7 @@ class Operation:
     callers: frozenset[str]
     permissions: frozenset[str]
     body: dict[str, Any] | None
+    step_up: bool = False
 
     @property
     def parameters(self) -> list[str]:
@@ -74,7 +75,8 @@ def operations(document: dict[str, Any]) -> list[Operation]:
             content = operation.get("requestBody", {}).get("content", {})
             schema = next(iter(content.values()))["schema"] if content else None
             callers, permissions = operation["x-callers"], operation.get("x-permission", [])
-            found.append(Operation(method, path, frozenset(callers), frozenset(permissions), schema))
+            step_up = bool(operation.get("x-step-up"))
+            found.append(Operation(method, path, frozenset(callers), frozenset(permissions), schema, step_up))
     assert not undeclared, f"these say nothing about who may call them (access.require, access.PUBLIC, …): {undeclared}"
     return found
 
@@ -182,6 +184,7 @@ class World:
     stranger: Account
     relay_key: str
     operator_key: str
+    operator: str  # a person with a grant, who is a viewer of the owner's organization
     people: dict[str, str] = field(default_factory=dict)  # role -> user id
     _count: int = 0
 
@@ -189,11 +192,14 @@ class World:
     def db(self) -> Any:
         return self.app.state.db
 
-    async def person(self, organization: str, user: str, *, expired: bool = False) -> str:
-        """An access token of a fresh sign-in session."""
+    async def person(self, organization: str, user: str, *, expired: bool = False, stale: bool = False) -> str:
+        """An access token of a fresh sign-in session; ``stale``: its person proved long ago who they are."""
         now = self.app.state.clock.wall()
         session = new_id("ses")
         row = {"id": session, "user_id": user, "organization_id": organization, "last_used_at": now}
+        row["authenticated_at"] = now - timedelta(
+            seconds=2 * self.app.state.settings.operator_step_up_seconds if stale else 0
+        )
         async with self.db.transaction() as tx:
             await tx.execute(sa.insert(tables.sign_in_sessions).values(**row, expires_at=now + timedelta(hours=1)))
             signer = await self.app.state.signing_keys.current_signer(tx)
@@ -277,7 +283,10 @@ async def build_world(app: Any, owner: Account, stranger: Account, relay_key: st
     async with app.state.db.transaction() as tx:
         operator = await issue(tx, app.state.clock.wall(), None, None, "operator", "operator", [])
         _, other = await relays.create_key(tx, Caller("operator", "installation", None), "matrix")
-    world = World(app, owner, stranger, other, operator.key)
+    world = World(app, owner, stranger, other, operator.key, "")
+    world.operator = await world.member("viewer")
+    async with app.state.db.transaction() as tx:
+        await operators.grant(tx, operators.INSTALLATION, world.operator, now=app.state.clock.wall())
     for role in ROLES:
         world.people[role] = await world.member(role)
     body = heartbeat_body()
@@ -294,10 +303,14 @@ class Cell:
     held: frozenset[str]
     credential: Callable[[], Awaitable[str | None]]
     fits: bool = False  # the body must be taken, too
+    operator: bool = False  # a person with a grant
+    recent: bool = True  # who proved a moment ago who they are
 
     def admitted(self, operation: Operation) -> bool:
         if "anonymous" in operation.callers:
             return True
+        if self.operator and "operator" in operation.callers:
+            return self.recent or not operation.step_up
         needed = operation.permissions
         return self.kind in operation.callers and (not needed or not needed.isdisjoint(self.held))
 
@@ -333,6 +346,21 @@ def cells(world: World, operation: Operation) -> list[Cell]:
         Cell("an expired token", None, none, lambda: world.person(owner.organization, owner.user, expired=True)),
         Cell("a relay key", "relay", none, fixed(world.relay_key)),
         Cell("the operator key", "operator", none, fixed(world.operator_key)),
+        Cell(
+            "an operator",
+            "person",
+            ROLES["viewer"],
+            lambda: world.person(owner.organization, world.operator),
+            operator=True,
+        ),
+        Cell(
+            "an operator without step-up",
+            "person",
+            ROLES["viewer"],
+            lambda: world.person(owner.organization, world.operator, stale=True),
+            operator=True,
+            recent=False,
+        ),
         Cell("an API key without scopes", "api_key", none, key("api", [])),
         Cell("an API key with all other scopes", "api_key", frozenset(others), key("api", others)),
         Cell("an API key with the scope", "api_key", frozenset(wanted), key("api", wanted)),
@@ -386,6 +414,8 @@ class Walk:
         for cell, credential in zip(everybody, credentials, strict=True):
             answer, wanted = await self._ask(operation, credential, objects), cell.refusal(operation)
             codes = ("auth.forbidden", "auth.operator_required") if wanted == 403 else None
+            if codes and cell.operator and operation.step_up:
+                codes = ("auth.step_up_required",)
             if answer.status != wanted or (codes and answer.problem.get("code") not in codes):
                 self._note(operation, cell.who, f"must be refused with {wanted}", answer)
         if await self._world.fingerprint(audit=False) != before:

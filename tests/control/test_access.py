@@ -53,7 +53,7 @@ class TestCredentials:
 
     async def test_operator_dependency(self, app: FastAPI, owner: Account) -> None:
         @app.get("/only-operators")
-        async def only_operators(who: Annotated[Caller, Depends(access.require_operator)]) -> dict[str, str]:
+        async def only_operators(who: Annotated[Caller, Depends(access.require_operator())]) -> dict[str, str]:
             return {"id": who.id}
 
         problem(await owner.client.get("/only-operators"), 403, "auth.operator_required")

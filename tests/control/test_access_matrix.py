@@ -30,8 +30,8 @@ async def test_every_cell(app: Any, world: World, document: dict[str, Any]) -> N
     walk = Walk(app, world, document)
     wrong = await walk.run()
     assert not wrong, "\n".join(wrong)
-    # Six roles, twelve other credentials and two strangers for every operation.
-    assert walk.seen == len(walk.operations) * 20
+    # Six roles, fourteen other credentials and two strangers for every operation.
+    assert walk.seen == len(walk.operations) * 22
     assert len(walk.operations) >= 44
 
 

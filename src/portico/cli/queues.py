@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from portico import settings
 from portico.cli import output
-from portico.cli.processes import ConfigOption, require_server_parts
+from portico.cli.database import DataOption, with_database
+from portico.cli.processes import ConfigOption
 
 if TYPE_CHECKING:
     from portico.kit.db import Database
 
-T = TypeVar("T")
-
 group = typer.Typer(
     help="Background jobs: how many wait, which are dead and why.", rich_markup_mode=None, invoke_without_command=True
 )
-DataOption = Annotated[
-    Path | None,
-    typer.Option("--data", metavar="DIR", help="Of the `portico up` with this data folder.", show_default=False),
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON array.")]
 KindArgument = Annotated[str, typer.Argument(metavar="KIND", help="A kind of jobs, as the list calls it.")]
 IdOption = Annotated[
@@ -50,7 +42,7 @@ def listing(
         return
     from portico.worker import queues
 
-    found = _with_database(data, config, queues.listing)
+    found = with_database(data, config, queues.listing)
     if as_json:
         output.print_json(
             [{"kind": kind, "worker": worker, **dataclasses.asdict(counts)} for kind, worker, counts in found]
@@ -75,7 +67,7 @@ def dead(
     from portico.worker import queues
 
     wanted, (data, config) = queues.named(kind), context.obj
-    found = _with_database(data, config, lambda db: queues.dead(db, wanted, ids, error))
+    found = with_database(data, config, lambda db: queues.dead(db, wanted, ids, error))
     if as_json:
         output.print_json([dataclasses.asdict(job) for job in found])
         return
@@ -103,7 +95,7 @@ def replay(
         found = [job.id for job in await queues.dead(db, wanted, ids, error)]
         return len(found), 0 if dry_run or not found else await queues.replay(db, wanted, found)
 
-    found, replayed = _with_database(data, config, act)
+    found, replayed = with_database(data, config, act)
     if dry_run:
         output.echo(f"{_jobs(found)} of {kind} would be replayed")
     else:
@@ -118,35 +110,3 @@ def _age(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f}s" if seconds >= 1 else "-"
     return f"{seconds / 60:.0f}m" if seconds < 3600 else f"{seconds / 3600:.0f}h"
-
-
-def _with_database(data: Path | None, config: Path | None, act: Callable[[Database], Awaitable[T]]) -> T:
-    """Run ``act`` on the database that is named; raises ``service.unavailable`` when it has no schema of this version."""
-    require_server_parts()
-    from sqlalchemy.exc import ProgrammingError
-
-    from portico.errors import Problem
-    from portico.kit import loop
-    from portico.kit.db import Database, PoolLimits
-
-    url = None
-    if data is not None:
-        from portico.embedded.postgres import EmbeddedPostgres
-
-        url = settings.Secret(EmbeddedPostgres(data).uri)
-    chosen = settings.load(settings.MigrateSettings, table="migrate", file=config, overrides={"database_url": url})
-
-    async def run() -> T:
-        db = Database(chosen.database_url.reveal(), PoolLimits(size=1), application="portico admin")
-        try:
-            return await act(db)
-        finally:
-            await db.close()
-
-    import asyncpg
-
-    try:
-        return loop.run(run())
-    except (ProgrammingError, asyncpg.UndefinedTableError):
-        detail = "the database has no schema, or one that is older than this version"
-        raise Problem("service.unavailable", detail, hint="Run: portico migrate") from None

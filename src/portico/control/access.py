@@ -103,18 +103,25 @@ KEYS: Final[tuple[CallerKind, ...]] = ("agent_key", "api_key")
 class Access:
     """Who may call a route: these kinds of callers, with one of these permissions (any, when none is named).
 
-    ``act`` is the audit action under which a refusal is recorded, for routes where trying is worth knowing.
+    ``act`` is the audit action under which a refusal is recorded, for routes where trying is worth knowing. ``step_up``: a
+    person must have proved a moment ago who they are.
     """
 
     kinds: tuple[CallerKind, ...]
     permissions: tuple[str, ...] = ()
     act: str | None = None
+    step_up: bool = False
 
     def openapi(self) -> dict[str, Any]:
         """As extensions of an OpenAPI operation."""
         found: dict[str, Any] = {"x-callers": list(self.kinds)}
-        return {**found, "x-permission": list(self.permissions)} if self.permissions else found
+        if self.permissions:
+            found["x-permission"] = list(self.permissions)
+        return {**found, "x-step-up": True} if self.step_up else found
 
+
+# Proofs that are more than a password; a passkey is both factors in one.
+SECOND_FACTORS: Final = frozenset({"otp", "passkey", "recovery"})
 
 PUBLIC: Final = Access(("anonymous",))
 RELAYS: Final = Access(("relay",))
@@ -133,6 +140,7 @@ class Caller:
     authenticated_at: datetime | None = None  # when that person last proved who they are; keys never do
     methods: tuple[str, ...] = ()  # by what, in order: pwd, otp, recovery, passkey
     unverified: bool = False  # the person's address must be verified before they may do more than look around
+    second_factor: bool = False  # whether an operator has one, used this time or not
     platform_operator: bool = False
     expires_at: datetime | None = None  # of a key; what it makes does not outlive it
     request_id: str | None = None
@@ -312,12 +320,32 @@ def require_recent(*permissions: str, seconds: float | None = None, act: str | N
     return check
 
 
-@declare(Access(("operator",)))
-async def require_operator(who: Annotated[Caller, Depends(caller)]) -> Caller:
-    """Dependency: a platform operator; else ``auth.operator_required``."""
-    if not who.platform_operator:
-        raise Problem("auth.operator_required")
-    return who
+def check_step_up(who: Caller, now: datetime, seconds: float) -> None:
+    """As ``check_recent``; and who has a second factor must have used it."""
+    check_recent(who, now, seconds)
+    if who.second_factor and SECOND_FACTORS.isdisjoint(who.methods):
+        raise Problem("auth.step_up_required", "this needs your second factor", max_age=int(seconds))
+
+
+def require_operator(*, step_up: bool = False, act: str | None = None) -> Callable[..., Any]:
+    """Dependency: a platform operator, which is a person with a grant or the operator key; else ``auth.operator_required``.
+
+    ``step_up`` is for dangerous acts: a person must have signed in, or proved again who they are, within
+    ``operator_step_up_seconds``, with a second factor if they have one; else ``auth.step_up_required``. ``act`` names the
+    audit action under which refusals are recorded, in the log of the installation.
+    """
+
+    @declare(Access(("operator",), act=act, step_up=step_up))
+    async def check(request: Request, who: Annotated[Caller, Depends(caller)]) -> Caller:
+        request.state.act, request.state.act_of_installation = act, True
+        if not who.platform_operator:
+            raise Problem("auth.operator_required")
+        if step_up and who.kind == "person":
+            state = request.app.state
+            check_step_up(who, state.clock.wall(), state.settings.operator_step_up_seconds)
+        return who
+
+    return check
 
 
 async def transaction(request: Request) -> Tx:

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from portico.control import changes
 from portico.control.access import Caller
-from portico.control.identity import installation
+from portico.control.identity import installation, operators
 from portico.control.identity.passwords import Passwords
 from portico.control.identity.service import Identity
 from portico.control.identity.signing_keys import SigningKeys
@@ -108,8 +108,9 @@ async def _organization(tx: Tx, identity: Identity, hashed: str, settings: ApiSe
         return found.id, found.user_id, None
     email = f"admin@{settings.base_domain}"
     user_id, organization = await identity.create_account(
-        tx, _INSTALLER, email, hashed, FIRST_ORGANIZATION, platform_operator=True, verified=True
+        tx, _INSTALLER, email, hashed, FIRST_ORGANIZATION, verified=True
     )
+    await operators.grant(tx, _INSTALLER, user_id, now=identity.clock.wall(), reason="first start")
     return organization, user_id, email
 
 

@@ -80,13 +80,21 @@ class JsonRoute(APIRoute):
             self.openapi_extra = {**found.openapi(), REPEATABLE: self.repeatable, **(self.openapi_extra or {})}
 
     def get_route_handler(self) -> Handler:
-        inner = super().get_route_handler()
+        inner = self._wrap(super().get_route_handler())
 
         async def handle(request: Request) -> Response:
             refuse_unstorable(await request.body())
-            return await inner(request)
+            try:
+                return await inner(request)
+            except Problem as problem:
+                await _note_refusal(request, problem)
+                raise
 
         return handle
+
+    def _wrap(self, inner: Handler) -> Handler:
+        """What a kind of route puts around its handler; it has ended when a refusal is recorded."""
+        return inner
 
 
 def _access(dependant: Dependant) -> access.Access | None:
@@ -103,15 +111,8 @@ class UnitOfWork(JsonRoute):
 
     repeatable = True
 
-    def get_route_handler(self) -> Handler:
-        inner = super().get_route_handler()
-        handle = _write(inner) if self.methods and self.methods & WRITES else _read(inner)
-
-        async def run(request: Request) -> Response:
-            await request.body()
-            return await handle(request)
-
-        return run
+    def _wrap(self, inner: Handler) -> Handler:
+        return _write(inner) if self.methods and self.methods & WRITES else _read(inner)
 
 
 def _read(inner: Handler) -> Handler:
@@ -127,28 +128,28 @@ def _read(inner: Handler) -> Handler:
 def _write(inner: Handler) -> Handler:
     async def handle(request: Request) -> Response:
         db: Database = request.app.state.db
-        try:
-            async with db.transaction() as tx:
-                request.state.reader = tx
-                if "idempotency-key" in request.headers:
-                    return await once(request, tx, lambda: inner(request))
-                return await inner(request)
-        except Problem as problem:
-            await _note_refusal(request, problem)
-            raise
+        async with db.transaction() as tx:
+            request.state.reader = tx
+            if "idempotency-key" in request.headers:
+                return await once(request, tx, lambda: inner(request))
+            return await inner(request)
 
     return handle
 
 
 async def _note_refusal(request: Request, problem: Problem) -> None:
-    """Record that a caller was refused an act that its route says is worth knowing; the act's transaction is gone by now."""
+    """Record that a caller was refused an act that its route says is worth knowing; the act's transaction is gone by now.
+
+    What only operators may do is recorded in the installation's log, whoever tried.
+    """
     act: str | None = getattr(request.state, "act", None)
     if act is None or problem.status not in (403, 409):
         return
     who: access.Caller = request.state.caller
     details = {"code": problem.code, **{k: v for k, v in problem.extra.items() if k in ("permission", "limit")}}
     target = next(iter(request.path_params.values()), None)
-    await request.app.state.note_refusal(who, act, target and str(target)[:64], details)
+    chain = "installation" if getattr(request.state, "act_of_installation", False) else None
+    await request.app.state.note_refusal(who, act, target and str(target)[:64], details, organization=chain)
 
 
 def refuse_unstorable(body: bytes) -> None:

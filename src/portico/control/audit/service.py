@@ -19,6 +19,9 @@ from portico.kit import jwt, pages, scrub
 from portico.kit.db import Database, Reader, Tx
 from portico.kit.ids import new_id
 
+#: As ``organization``: the log of the installation, for acts outside every organization.
+INSTALLATION = chains.INSTALLATION
+
 
 async def record(
     tx: Tx,
@@ -34,13 +37,14 @@ async def record(
     """Add the row of ``action`` (``noun.verb``) on ``target`` (an object id). ``details`` never holds a secret.
 
     What looks like one is masked all the same. The row belongs to the caller's organization unless ``organization`` names
-    another; it is there when ``tx`` commits, not before. ``numbered=False`` is for harmless acts that may come by the hundred
-    a second in one organization: they do not wait for each other's commits at the head of the chain; its next writer takes the
-    row in, or the worker a few seconds later.
+    another (or ``INSTALLATION``); it is there when ``tx`` commits, not before. ``numbered=False`` is for harmless acts that may
+    come by the hundred a second in one organization: they do not wait for each other's commits at the head of the chain; its
+    next writer takes the row in, or the worker a few seconds later.
     """
+    tenant = organization or caller.organization
     row = {
         "id": new_id("aud"),
-        "organization_id": organization or caller.organization,
+        "organization_id": None if tenant == INSTALLATION else tenant,
         "actor_kind": caller.kind,
         "actor_id": caller.id,
         "action": action,

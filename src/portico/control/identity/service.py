@@ -15,7 +15,7 @@ from sqlalchemy import exc as sa_exc
 
 from portico.control.access import UNVERIFIED_PERMISSIONS, Caller, role_permissions
 from portico.control.audit import service as audit
-from portico.control.identity import account_store, store, throttle, tokens
+from portico.control.identity import account_store, operators, store, throttle, tokens
 from portico.control.identity import keys as key_rules
 from portico.control.identity.device import DeviceFlow
 from portico.control.identity.keys import Keys, NewKey
@@ -100,22 +100,14 @@ class Identity:
             raise
 
     async def create_account(
-        self,
-        tx: Tx,
-        caller: Caller,
-        email: str,
-        password_hash: str,
-        organization: str,
-        *,
-        platform_operator: bool = False,
-        verified: bool = False,
+        self, tx: Tx, caller: Caller, email: str, password_hash: str, organization: str, *, verified: bool = False
     ) -> tuple[str, str]:
         """Insert a person who owns a new organization; returns both ids. ``verified``: the address is known to be theirs."""
         user_id, organization_id = new_id("usr"), new_id("org")
-        user = {"id": user_id, "email": email, "password_hash": password_hash, "platform_operator": platform_operator}
+        user: dict[str, Any] = {"id": user_id, "email": email, "password_hash": password_hash}
         user["email_verified_at"] = self.clock.wall() if verified else None
         await store.insert_account(tx, user, {"id": organization_id, "name": organization}, "owner")
-        facts = {"email": email, "platform_operator": platform_operator}
+        facts = {"email": email}
         await audit.record(tx, caller, "user.register", user_id, details=facts, organization=organization_id)
         facts = {"name": organization, "owner": user_id}
         await audit.record(
@@ -298,7 +290,8 @@ class Identity:
             authenticated_at=row["authenticated_at"],
             methods=tuple(row["methods"]),
             unverified=unverified,
-            platform_operator=row["platform_operator"],
+            second_factor=row["second_factor"],
+            platform_operator=operators.holds(row["operator_grant"], row["operator_until"], now),
         )
 
     def _must_verify(self, row: Any) -> bool:

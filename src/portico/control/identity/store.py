@@ -9,7 +9,15 @@ from typing import Any
 import asyncpg
 import sqlalchemy as sa
 
-from portico.control.identity.tables import api_keys, members, organizations, refresh_tokens, sign_in_sessions, users
+from portico.control.identity.tables import (
+    api_keys,
+    members,
+    operator_grants,
+    organizations,
+    refresh_tokens,
+    sign_in_sessions,
+    users,
+)
 from portico.kit.db import Reader, Tx
 
 Row = sa.Row[Any]
@@ -25,9 +33,14 @@ WHERE k.digest = $1
 """
 _SESSION_BY_ID = """
 SELECT s.user_id, s.organization_id, s.ended_at, s.expires_at, s.authenticated_at, s.methods, u.disabled_at,
-       u.platform_operator, u.email_verified_at, m.role, r.permissions AS role_permissions
+       u.email_verified_at, m.role, r.permissions AS role_permissions,
+       g.id AS operator_grant, g.expires_at AS operator_until, g.id IS NOT NULL AND (
+           EXISTS (SELECT FROM passkeys p WHERE p.user_id = s.user_id)
+           OR EXISTS (SELECT FROM totp_keys t WHERE t.user_id = s.user_id AND t.confirmed_at IS NOT NULL)
+       ) AS second_factor
 FROM sign_in_sessions s
 JOIN users u ON u.id = s.user_id
+LEFT JOIN operator_grants g ON g.user_id = s.user_id AND g.revoked_at IS NULL
 LEFT JOIN members m ON m.user_id = s.user_id AND m.organization_id = s.organization_id
 LEFT JOIN roles r ON r.id = m.role AND r.organization_id = s.organization_id
 WHERE s.id = $1
@@ -101,12 +114,12 @@ async def lock_organization(tx: Tx, organization_id: str) -> None:
 
 
 async def first_organization(reader: Reader) -> Row | None:
-    """The oldest organization that has a platform operator among its members, with that person."""
+    """The oldest organization with a person who was ever a platform operator among its members, with that person."""
     query = (
         sa.select(organizations.c.id, organizations.c.name, users.c.id.label("user_id"), users.c.email)
         .join(members, members.c.organization_id == organizations.c.id)
         .join(users, users.c.id == members.c.user_id)
-        .where(users.c.platform_operator)
+        .where(sa.exists().where(operator_grants.c.user_id == users.c.id))
         .order_by(organizations.c.created_at, organizations.c.id)
         .limit(1)
     )

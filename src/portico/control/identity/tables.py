@@ -38,7 +38,7 @@ users = sa.Table(
     _time("email_verified_at"),
     # One way in of several (passkeys; later identities of other providers): null for who has no password.
     sa.Column("password_hash", sa.Text),
-    # No sign-up sets this; only the installation's first start and other operators do.
+    # For code older than `operator_grants` alone, which follows this: true while a grant without expiry lives.
     sa.Column("platform_operator", sa.Boolean, nullable=False, server_default=sa.false()),
     _created(),
     _time("disabled_at"),
@@ -51,6 +51,21 @@ members = sa.Table(
     sa.Column("user_id", sa.Text, sa.ForeignKey("users.id", ondelete="CASCADE"), primary_key=True, index=True),
     sa.Column("role", sa.Text, nullable=False),
     _created(),
+)
+
+# Platform operators: one live grant a person, given on the machine of the installation and nowhere else. Rows stay.
+operator_grants = sa.Table(
+    "operator_grants",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("user_id", sa.Text, sa.ForeignKey("users.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("granted_by", sa.Text, nullable=False),
+    sa.Column("granted_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
+    sa.Column("reason", sa.Text),
+    _time("expires_at"),
+    _time("revoked_at"),
+    sa.Column("revoked_by", sa.Text),
+    sa.Index("operator_grants_one_live", "user_id", unique=True, postgresql_where=sa.text("revoked_at IS NULL")),
 )
 
 # The roles that an organization made for itself; ``members.role`` is the name of a built-in role, or the id of one of these.
