@@ -25,7 +25,8 @@ class Endpoint:
 
     @property
     def url(self) -> str:
-        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}/"
+        """For programs that connect to 127.0.0.1 whatever the name; a TLS client says the name before it says the Host."""
+        return f"https://{self.host}:{self.port}/" if self.tls else f"http://127.0.0.1:{self.port}/"
 
     def connect(self) -> socket.socket:
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT_SECONDS)

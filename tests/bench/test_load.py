@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from bench.figures import Refused
 from bench.load import Work, drive, parse_wrk
 from bench.processes import Child, environment, listener
 from bench.visit import Endpoint, check, download, upload
+from tests.relay.authorities import certificate
 
 LINE = '{"requests":7,"duration_us":1500000,"bytes":700,"errors":{"read":1},"p50_us":12.5,"p99_us":80.0}'
 
@@ -69,6 +71,43 @@ def test_a_right_app_gives_a_figure(generator: str, small: Endpoint, fields: loa
     seen = drive(small, Work(4, 1.0, fields))
     assert seen.requests > 100
     assert 0 < seen.p50_us <= seen.p99_us
+
+
+class Shielded:
+    """An HTTPS app that closes every connection which it answered once; ``names`` are those that visitors asked for (SNI)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.names: set[str | None] = set()
+        pem = folder / "app.pem"
+        pem.write_bytes(certificate("app.example.com").pem)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(pem)
+        self.context.sni_callback = lambda sock, name, context: self.names.add(name)
+        self.sock = listener()
+        self.endpoint = Endpoint(int(self.sock.getsockname()[1]), "app.example.com", tls=True)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=(self.sock.accept()[0],), daemon=True).start()
+
+    def _serve(self, plain: socket.socket) -> None:
+        close = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(SMALL_BODY), SMALL_BODY)
+        with contextlib.suppress(OSError), self.context.wrap_socket(plain, server_side=True) as connection:
+            connection.recv(65536)
+            connection.sendall(close)
+            connection.unwrap()
+
+
+def test_tls_with_the_name_of_the_endpoint(generator: str, tmp_path: Path) -> None:
+    """The name need not resolve, and is what the app is asked for: it chooses certificate and tunnel."""
+    app = Shielded(tmp_path)
+    try:
+        assert drive(app.endpoint, Work(2, 1.0)).requests > 10
+    finally:
+        app.sock.close()
+    assert app.names == {"app.example.com"}
 
 
 class Liar:

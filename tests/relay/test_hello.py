@@ -137,12 +137,18 @@ class TestNames:
     def test_host_names(self, given: bytes, name: bytes) -> None:
         assert whole(hello(server_name(given))).sni == name
 
+    @pytest.mark.parametrize("given", [b"127.0.0.1", b"192.0.2.255", b"::1", b"2001:DB8::1", b"::ffff:192.0.2.1"])
+    def test_an_address_is_no_name(self, given: bytes) -> None:
+        """RFC 6066 has none there; clients that are given an address send it all the same."""
+        assert whole(hello(server_name(given), alpn(b"http/1.1"))).sni is None
+
     @pytest.mark.parametrize(
         "given",
         [
             b".", b"..", b".example", b"a..b", b"a b", b"a\0b", b"web.example.com\0", b"web.example.com\n", b"-a.example",
-            b"a-.example", b"a" * 64, b".".join([b"a" * 63] * 4), b"127.0.0.1", b"1.2.3", b"42", b"0x7f", b"1.2.3.0x4", b"::1",
-            b"[::1]", b"a:443", b"a/b", b"a@b", b"\xff.example", b"b\xc3\xbccher.example", b"*.example.com", b"web.example.com..",
+            b"a-.example", b"a" * 64, b".".join([b"a" * 63] * 4), b"127.0.0.1.", b"127.0.0.01", b"256.0.0.1", b"1.2.3", b"42",
+            b"0x7f", b"1.2.3.0x4", b"[::1]", b"fe80::1%eth0", b"::g", b"127.0.0.1\0", b"127.0.0.1:443", b"a:443", b"a/b",
+            b"a@b", b"\xff.example", b"b\xc3\xbccher.example", b"*.example.com", b"web.example.com..",
         ],
     )  # fmt: skip
     def test_others(self, given: bytes) -> None:

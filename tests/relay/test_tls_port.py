@@ -135,6 +135,16 @@ class TestCertificates:
         assert "unrecognized name" in await s_client(relay, "nobody.example.org")
         assert "HTTP/1.1 200 OK" in await s_client(relay, "web.localhost", "-ign_eof", ask=GET % b"web.localhost")
 
+    async def test_an_address_instead_of_a_name(self, relay: Relay, agent: ScriptedAgent) -> None:
+        """As clients send that were given an address: the platform's own certificate, and then the Host decides."""
+        good = await s_client(relay, "127.0.0.1", "-showcerts", "-ign_eof", ask=GET % b"web.localhost")
+        assert "HTTP/1.1 200 OK" in good
+        assert der(relay.certificates.store.own) == ssl.PEM_cert_to_DER_cert(
+            good[good.index("-----BEGIN") : good.index("-----END CERTIFICATE-----") + 26]
+        )
+        other = await s_client(relay, "127.0.0.1", "-ign_eof", ask=GET % b"web.example.com")
+        assert "HTTP/1.1 404 " in other and "edge.host_unassigned" in other
+
     async def test_a_certificate_that_is_exchanged(self, relay: Relay, agent: ScriptedAgent) -> None:
         """A connection that is open goes on; the next one has the new one."""
         first, second = (
@@ -241,7 +251,7 @@ class TestRefusals:
         [
             (hello(server_name(b"nobody.example.org")), 112, "unknown_name"),
             (hello(server_name(b"nobody.example.org"), ECH), 112, "unknown_name_ech"),
-            (hello(server_name(b"127.0.0.1")), 112, "bad_name"),
+            (hello(server_name(b"127.0.0.01")), 112, "bad_name"),
             (hello(server_name(b"a.localhost\0.example.org")), 112, "bad_name"),
             (hello(server_name(b"a.localhost", b"b.localhost")), 47, "bad_name"),
             (hello(server_name(b"web.localhost"), alpn(b"spdy/3")), 120, "no_protocol"),

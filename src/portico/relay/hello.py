@@ -5,11 +5,13 @@ says, or why this is none. The message may be cut into records, and these into s
 data) is not looked at. RFC 8446, 4.1.2 and 5.1; names RFC 6066, 3; ALPN RFC 7301, 3.1; Encrypted Client Hello RFC 9849, 5.
 
 It is stricter than TLS libraries are: whoever stands behind this relay (an agent's own TLS server) must not be able to read
-another name out of the same bytes.
+another name out of the same bytes. An IP address in the place of the name is no name (RFC 6066 has no addresses there, but
+clients send them when one is in their URL): such a connection is never passed through.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
@@ -39,13 +41,15 @@ NO_APPLICATION_PROTOCOL: Final = 120
 _NAME: Final = re.compile(
     rb"(?=.{1,253}\Z)(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*(?!(?:[0-9]+|0x[0-9a-f]*)\Z)[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 )
+#: What an IP address is written with; no scope, no brackets.
+_ADDRESS: Final = re.compile(rb"[0-9a-f.:]{2,45}")
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """A whole ClientHello. ``sni`` is lower-case and without trailing dot. ``ech``: the extension is there, in earnest or as
-    grease (which look alike). ``versions`` are those offered, as on the wire (0x0304 is TLS 1.3). ``size``: bytes from the
-    connection's start to the end of the record that ends it."""
+    """A whole ClientHello. ``sni`` is lower-case and without trailing dot; ``None`` for an IP address. ``ech``: the extension
+    is there, in earnest or as grease (which look alike). ``versions`` are those offered, as on the wire (0x0304 is TLS 1.3).
+    ``size``: bytes from the connection's start to the end of the record that ends it."""
 
     sni: bytes | None
     alpn: tuple[bytes, ...]
@@ -209,7 +213,8 @@ def _extensions(data: bytes) -> dict[int, bytes]:
     return found
 
 
-def _server_name(value: bytes) -> bytes:
+def _server_name(value: bytes) -> bytes | None:
+    """The one name of the extension; ``None`` where an IP address stands in its place."""
     outer = _Reader(value)
     names = _Reader(outer.vector(2, 1, "the list of server names"))
     outer.end("the server names")
@@ -218,10 +223,22 @@ def _server_name(value: bytes) -> bytes:
     name = names.vector(2, 1, "the server name").lower()
     if names.left:
         raise _Fault("more than one server name", ILLEGAL_PARAMETER, "bad_name")
+    if _is_address(name):
+        return None
     name = name.removesuffix(b".")
     if _NAME.fullmatch(name) is None:
         raise _Fault("the server name is no host name", UNRECOGNIZED_NAME, "bad_name")
     return name
+
+
+def _is_address(name: bytes) -> bool:
+    if _ADDRESS.fullmatch(name) is None:
+        return False
+    try:
+        ipaddress.ip_address(name.decode("ascii"))
+    except ValueError:
+        return False
+    return True
 
 
 def _protocols(value: bytes) -> tuple[bytes, ...]:
