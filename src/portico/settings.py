@@ -581,6 +581,12 @@ class ApiSettings:
     refresh_token_seconds: int = 2_592_000
     # Seconds after which a sign-in session ends however often it was refreshed.
     sign_in_max_seconds: int = 7_776_000
+    # Seconds without a page after which a browser is signed out; each page starts them anew.
+    browser_idle_seconds: int = 604_800
+    # Seconds after which a browser is signed out however often it was used.
+    browser_max_seconds: int = 2_592_000
+    # Seconds between two writes of when a browser session was last used.
+    browser_touch_seconds: int = 60
     # Seconds of clock difference tolerated in tokens, both ways.
     token_leeway_seconds: float = 60.0
     # Characters of the shortest password.

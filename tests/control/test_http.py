@@ -125,13 +125,13 @@ class TestBodyLimits:
         answer = await client.post("/v1/auth/login", content=b"x" * (limit + 1))
         assert problem(answer, 413, "request.too_large")["limit"] == limit
 
-    @pytest.mark.parametrize("path", ["/v1/auth/login", "/v1/api-keys", "/device/sign-in"])
+    @pytest.mark.parametrize("path", ["/v1/auth/login", "/v1/api-keys", "/sign-in"])
     async def test_streamed_too_large(self, owner: Account, app: Any, path: str) -> None:
         async def chunks() -> Any:
             for _ in range(40):
                 yield b" " * 65536
 
-        kind = "application/x-www-form-urlencoded" if path.startswith("/device") else "application/json"
+        kind = "application/x-www-form-urlencoded" if path == "/sign-in" else "application/json"
         answer = await owner.client.post(path, content=chunks(), headers={"Content-Type": kind})
         problem(answer, 413, "request.too_large")
 

@@ -12,11 +12,11 @@ from typing import Any
 from portico.kit.har import MASK, SECRET_FIELDS
 
 _STATIC = Path(__file__).parent / "static"
-_TOKENS = Path(__file__).parent.parent / "kit" / "static" / "tokens.css"
+_SHARED = Path(__file__).parent.parent / "kit" / "static"
 _FILES = {
-    "tokens.css": (_TOKENS, "text/css; charset=utf-8"),
+    "tokens.css": (_SHARED / "tokens.css", "text/css; charset=utf-8"),
     "inspector.css": (_STATIC / "inspector.css", "text/css; charset=utf-8"),
-    "icon.svg": (_STATIC / "icon.svg", "image/svg+xml"),
+    "icon.svg": (_SHARED / "icon.svg", "image/svg+xml"),
     "inspector.js": (_STATIC / "inspector.js", "text/javascript; charset=utf-8"),
 }
 #: Text of a body that the plain page shows; the live page and the body's own address have all that is kept.

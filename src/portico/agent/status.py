@@ -125,7 +125,7 @@ class Display(Events):
         if not self.qr or tunnel.name in self._shown or not tunnel.url.startswith("http"):
             return
         self._shown.add(tunnel.name)
-        from portico.agent.qr import qr_lines
+        from portico.kit.qr import qr_lines
 
         sys.stderr.write("\n".join(["", *qr_lines(tunnel.url, color=color_wanted(sys.stderr)), tunnel.url, ""]) + "\n")
         sys.stderr.flush()
@@ -473,7 +473,7 @@ class Screen(Display):
         coded = next(online, None) if self.qr else None
         if coded is None:
             return None, []
-        from portico.agent.qr import qr_rows
+        from portico.kit.qr import qr_rows
 
         rows = qr_rows(coded.url, inverse=self._console.no_color)
         width, height = self._console.size

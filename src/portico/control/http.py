@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from portico.control.console import frame
 from portico.control.metrics import Tally
 from portico.errors import Problem
 from portico.kit.ids import new_id
@@ -53,6 +54,13 @@ def answer(problem: Problem, request_id: str) -> Response:
     if problem.status == 401:
         headers.setdefault("WWW-Authenticate", "Bearer")
     return Response(problem.json(request_id), problem.status, headers, media_type=PROBLEM_TYPE)
+
+
+def answer_to(request: Request, problem: Problem) -> Response:
+    """The same, or a page where a person with a browser waits for it."""
+    if frame.wants_page(request):
+        return frame.problem_page(problem, _id(request))
+    return answer(problem, _id(request))
 
 
 class Exchange:
@@ -91,7 +99,7 @@ class Exchange:
         except Problem as problem:
             if started:
                 raise
-            await answer(problem, request_id)(scope, receive, send_with_headers)
+            await answer_to(Request(scope), problem)(scope, receive, send_with_headers)
         except ClientDisconnect:
             log.debug("the client left before its body was whole", extra={"f": {"request": request_id}})
         except asyncio.CancelledError:
@@ -99,12 +107,12 @@ class Exchange:
             if started or not scope["app"].state.stopping.is_set():
                 raise
             log.info("request ended with the process", extra={"f": {"request": request_id}})
-            await answer(_stopping(), request_id)(scope, receive, send_with_headers)
+            await answer_to(Request(scope), _stopping())(scope, receive, send_with_headers)
         except Exception:
             log.exception("request failed", extra={"f": {"request": request_id, "path": scope["path"]}})
             if started:
                 raise  # the server cuts the connection: the client must not take a torn answer for a whole one
-            await answer(Problem("internal.error"), request_id)(scope, receive, send_with_headers)
+            await answer_to(Request(scope), Problem("internal.error"))(scope, receive, send_with_headers)
         finally:
             tally.in_flight -= 1
 
@@ -185,7 +193,7 @@ def _id(request: Request) -> str:
 
 async def _on_problem(request: Request, err: Exception) -> Response:
     assert isinstance(err, Problem)
-    return answer(err, _id(request))
+    return answer_to(request, err)
 
 
 async def _on_validation(request: Request, err: Exception) -> Response:
@@ -193,11 +201,11 @@ async def _on_validation(request: Request, err: Exception) -> Response:
     assert isinstance(err, RequestValidationError)
     errors = list(err.errors())
     if any(e["type"] == "json_invalid" for e in errors):
-        return answer(Problem("request.malformed", "the body is not valid JSON"), _id(request))
+        return answer_to(request, Problem("request.malformed", "the body is not valid JSON"))
     shown = [_field_error(e) for e in errors[:_MAX_ERRORS]]
     first, rest = shown[0], len(errors) - 1
     where = f"{first['field']}: {first['message']}" + (f" (and {rest} more)" if rest else "")
-    return answer(Problem("request.invalid", f"the request does not fit: {where}", errors=shown), _id(request))
+    return answer_to(request, Problem("request.invalid", f"the request does not fit: {where}", errors=shown))
 
 
 def _field_error(error: dict[str, Any]) -> dict[str, str]:
@@ -210,17 +218,17 @@ async def _on_http(request: Request, err: Exception) -> Response:
     """Starlette's own refusals: no route, no method, a body that could not be read."""
     assert isinstance(err, HTTPException)
     if isinstance(err.__cause__, Problem):  # raised by the bounded body, wrapped by FastAPI
-        return answer(err.__cause__, _id(request))
+        return answer_to(request, err.__cause__)
     if err.status_code == 404:
         hint = "Check the path; /openapi.json at the root lists every operation, and all of them are under /v1."
-        return answer(Problem("request.not_found", "there is nothing at this address", hint=hint), _id(request))
+        return answer_to(request, Problem("request.not_found", "there is nothing at this address", hint=hint))
     if err.status_code == 405:
         allow = ", ".join(_methods(request)) or (err.headers or {}).get("allow", "")
-        return answer(Problem("request.method_not_allowed", headers={"Allow": allow}), _id(request))
+        return answer_to(request, Problem("request.method_not_allowed", headers={"Allow": allow}))
     if 400 <= err.status_code < 500:
-        return answer(Problem("request.malformed", "the body could not be read"), _id(request))
+        return answer_to(request, Problem("request.malformed", "the body could not be read"))
     log.error("request failed", extra={"f": {"request": _id(request), "status": err.status_code}})
-    return answer(Problem("internal.error"), _id(request))
+    return answer_to(request, Problem("internal.error"))
 
 
 def _methods(request: Request) -> list[str]:
@@ -243,8 +251,8 @@ async def _on_database(request: Request, err: Exception) -> Response:
     """A lost race or a lost connection is the client's to retry; anything else is a fault of ours."""
     origin = err.orig.__cause__ if isinstance(err, sa_exc.DBAPIError) and err.orig is not None else err
     if isinstance(origin, _RETRY):
-        return answer(Problem("request.conflict", headers={"Retry-After": "1"}), _id(request))
+        return answer_to(request, Problem("request.conflict", headers={"Retry-After": "1"}))
     if isinstance(origin, _LOST + _SLOW):
         log.warning("database failed", extra={"f": {"request": _id(request), "error": type(origin).__name__}})
-        return answer(Problem("service.unavailable", headers={"Retry-After": "1"}), _id(request))
+        return answer_to(request, Problem("service.unavailable", headers={"Retry-After": "1"}))
     raise err

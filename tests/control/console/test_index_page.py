@@ -31,7 +31,7 @@ async def test_every_link_leads_somewhere(client: httpx.AsyncClient) -> None:
     links = re.findall(r'href="([^"]+)"', (await client.get("/")).text)
     assert {"/device", "/openapi.json"} <= set(links)
     for link in links:
-        assert (await client.get(link)).status_code == 200, link
+        assert (await client.get(link, follow_redirects=True)).status_code == 200, link
 
 
 async def test_headers(client: httpx.AsyncClient) -> None:

@@ -17,6 +17,7 @@ from portico.control.access import UNVERIFIED_PERMISSIONS, Caller, role_permissi
 from portico.control.audit import service as audit
 from portico.control.identity import account_store, operators, store, throttle, tokens
 from portico.control.identity import keys as key_rules
+from portico.control.identity.browsers import Browsers
 from portico.control.identity.device import DeviceFlow
 from portico.control.identity.keys import Keys, NewKey
 from portico.control.identity.members import Members
@@ -67,7 +68,8 @@ class Identity:
         self.members = Members(clock, self.keys)
         self.roles = Roles(settings, clock, self.members)
         self.device = DeviceFlow(settings, db, clock, self.keys)
-        self.sign_ins = SignIns(settings, clock, signing_keys)
+        self.browsers = Browsers(settings, db, clock)
+        self.sign_ins = SignIns(settings, clock, signing_keys, self.browsers)
         self.step_up = StepUp(settings, db, clock, passwords)
         self._last_used = _LastUsed()
 
@@ -120,8 +122,7 @@ class Identity:
     ) -> SignedIn:
         """A session for the right password. Raises ``auth.credentials_invalid`` or ``auth.throttled``.
 
-        An unknown address costs the same work and answers the same. ``cookie`` sessions get no refresh token and live
-        as long as their access token.
+        An unknown address costs the same work and answers the same. ``cookie`` sessions live in a browser (`browsers`).
         """
         email = normal_email(email)
         async with self.db.read() as reader:
@@ -272,13 +273,30 @@ class Identity:
         keys = await self.signing_keys.key_set(reader)
         now = self.clock.wall()
         claims = tokens.verify(credential, keys, now.timestamp(), self.settings.token_leeway_seconds)
-        row = await store.session_by_id(reader, claims.session)
+        row = self._live(await store.session_by_id(reader, claims.session), now)
+        if (row["user_id"], row["organization_id"]) != (claims.user, claims.organization):
+            raise Problem("auth.token_invalid")
+        return self._person_of(row, now)
+
+    async def browser(self, secret: str) -> Caller:
+        """The person whose browser sends this cookie; raises ``auth.session_ended``. Puts the session's end off."""
+        async with self.db.read() as reader:
+            now = self.clock.wall()
+            row = self._live(await self.browsers.session(reader, secret), now)
+        await self.browsers.keep_alive(row)
+        return self._person_of(row, now)
+
+    @staticmethod
+    def _live(row: Any | None, now: datetime) -> Any:
+        """The row of a session, if it and its person stand; raises ``auth.session_ended``."""
         if row is None or row["ended_at"] is not None or row["disabled_at"] is not None or row["role"] is None:
             raise Problem("auth.session_ended")
         if row["expires_at"] <= now:
             raise Problem("auth.session_ended", "the sign-in session has reached its end")
-        if (row["user_id"], row["organization_id"]) != (claims.user, claims.organization):
-            raise Problem("auth.token_invalid")
+        return row
+
+    def _person_of(self, row: Any, now: datetime) -> Caller:
+        """The caller behind a live session."""
         unverified = self._must_verify(row)
         return Caller(
             "person",
@@ -286,7 +304,7 @@ class Identity:
             row["organization_id"],
             _held(row, unverified=unverified),
             user_id=row["user_id"],
-            session_id=claims.session,
+            session_id=row["id"],
             authenticated_at=row["authenticated_at"],
             methods=tuple(row["methods"]),
             unverified=unverified,

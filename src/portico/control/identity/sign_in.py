@@ -15,6 +15,7 @@ from portico.control.access import Caller
 from portico.control.audit import service as audit
 from portico.control.identity import account_store, store, tokens
 from portico.control.identity.account_store import Person
+from portico.control.identity.browsers import Browsers
 from portico.control.identity.signing_keys import SigningKeys
 from portico.kit.clock import Clock
 from portico.kit.db import Reader, Tx
@@ -31,9 +32,10 @@ class SignedIn:
     organization_id: str
     organization_name: str
     session_id: str
-    access_token: str
+    access_token: str  # empty for a session that lives in a cookie
     refresh_token: str | None
     expires_in: int
+    cookie: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,11 @@ class Client:
 class SignIns:
     """Begins sign-in sessions and renews their tokens."""
 
-    def __init__(self, settings: ApiSettings, clock: Clock, signing_keys: SigningKeys) -> None:
+    def __init__(self, settings: ApiSettings, clock: Clock, signing_keys: SigningKeys, browsers: Browsers) -> None:
         self._settings = settings
         self._clock = clock
         self._signing_keys = signing_keys
+        self._browsers = browsers
 
     async def hold(self, tx: Tx, user_id: str) -> Person | None:
         """The person, as they are until the transaction ends; ``None`` for who is disabled or in no organization."""
@@ -68,12 +71,13 @@ class SignIns:
     ) -> SignedIn:
         """Begin a session of a person who is held. ``caller`` is given when the sign-in is an act of its own, to be audited.
 
-        ``cookie`` sessions get no refresh token and live as long as their access token.
+        ``cookie`` sessions live in a browser and have no tokens.
         """
         now = self._clock.wall()
         session = new_id("ses")
-        life = self._settings.access_token_seconds if cookie else self._settings.sign_in_max_seconds
-        expires = now + timedelta(seconds=life)
+        longest = now + timedelta(seconds=self._settings.sign_in_max_seconds)
+        expires = self._browsers.first_end(now) if cookie else longest
+        secret, kept = self._browsers.new_secret() if cookie else (None, None)
         row = {
             "id": session,
             "user_id": person.id,
@@ -85,13 +89,14 @@ class SignIns:
             "created_at": now,
             "last_used_at": now,
             "expires_at": expires,
+            "cookie_digest": kept,
         }
         await store.insert_session(tx, row)
         refresh = None if cookie else await self.refresh_token(tx, session, now, expires)
         if caller is not None:
             facts = {"session": session, "methods": list(methods)}
             await audit.record(tx, caller, "user.login", person.id, details=facts, organization=person.organization_id)
-        access = await self.access_token(tx, person.id, session, person.organization_id, now)
+        access = "" if cookie else await self.access_token(tx, person.id, session, person.organization_id, now)
         return SignedIn(
             person.id,
             person.email,
@@ -101,6 +106,7 @@ class SignIns:
             access,
             refresh,
             self._settings.access_token_seconds,
+            secret,
         )
 
     async def access_token(self, reader: Reader, user: str, session: str, organization: str, now: datetime) -> str:

@@ -15,6 +15,7 @@ from portico.control.identity.tables import (
     operator_grants,
     organizations,
     refresh_tokens,
+    roles,
     sign_in_sessions,
     users,
 )
@@ -31,9 +32,9 @@ LEFT JOIN members m ON m.user_id = k.user_id AND m.organization_id = k.organizat
 LEFT JOIN roles r ON r.id = m.role AND r.organization_id = k.organization_id
 WHERE k.digest = $1
 """
-_SESSION_BY_ID = """
-SELECT s.user_id, s.organization_id, s.ended_at, s.expires_at, s.authenticated_at, s.methods, u.disabled_at,
-       u.email_verified_at, m.role, r.permissions AS role_permissions,
+_SESSION = """
+SELECT s.id, s.created_at, s.last_used_at, s.user_id, s.organization_id, s.ended_at, s.expires_at, s.authenticated_at,
+       s.methods, u.disabled_at, u.email_verified_at, m.role, r.permissions AS role_permissions,
        g.id AS operator_grant, g.expires_at AS operator_until, g.id IS NOT NULL AND (
            EXISTS (SELECT FROM passkeys p WHERE p.user_id = s.user_id)
            OR EXISTS (SELECT FROM totp_keys t WHERE t.user_id = s.user_id AND t.confirmed_at IS NOT NULL)
@@ -43,8 +44,9 @@ JOIN users u ON u.id = s.user_id
 LEFT JOIN operator_grants g ON g.user_id = s.user_id AND g.revoked_at IS NULL
 LEFT JOIN members m ON m.user_id = s.user_id AND m.organization_id = s.organization_id
 LEFT JOIN roles r ON r.id = m.role AND r.organization_id = s.organization_id
-WHERE s.id = $1
 """
+_SESSION_BY_ID = _SESSION + "WHERE s.id = $1"
+_SESSION_BY_COOKIE = _SESSION + "WHERE s.cookie_digest = $1"
 
 
 async def key_by_digest(reader: Reader, digest: bytes) -> asyncpg.Record | None:
@@ -55,6 +57,11 @@ async def key_by_digest(reader: Reader, digest: bytes) -> asyncpg.Record | None:
 async def session_by_id(reader: Reader, session: str) -> asyncpg.Record | None:
     """The sign-in session with its person's standing and role, live or not."""
     return await reader.raw.fetchrow(_SESSION_BY_ID, session)
+
+
+async def session_by_cookie(reader: Reader, digest: bytes) -> asyncpg.Record | None:
+    """The same for the session that a browser's cookie belongs to."""
+    return await reader.raw.fetchrow(_SESSION_BY_COOKIE, digest)
 
 
 # --- people and organizations
@@ -95,6 +102,20 @@ async def user_by_email(reader: Reader, email: str, address: str | None) -> Row 
 async def user(reader: Reader, user_id: str) -> Row | None:
     """One person."""
     return await reader.fetch_one(sa.select(users.c.id, users.c.email).where(users.c.id == user_id))
+
+
+async def memberships(reader: Reader, user_id: str) -> Sequence[Row]:
+    """The organizations that a person is a member of, by name."""
+    o, m = organizations, members
+    role = sa.func.coalesce(roles.c.name, m.c.role).label("role_name")
+    query = (
+        sa.select(o.c.id, o.c.name, role)
+        .join(m, m.c.organization_id == o.c.id)
+        .outerjoin(roles, sa.and_(roles.c.id == m.c.role, roles.c.organization_id == o.c.id))
+        .where(m.c.user_id == user_id)
+        .order_by(sa.func.lower(o.c.name), o.c.id)
+    )
+    return await reader.fetch_all(query)
 
 
 async def set_password_hash(tx: Tx, user_id: str, hashed: str) -> None:
@@ -241,7 +262,13 @@ async def sessions(reader: Reader, user_id: str, limit: int, before: str | None,
 
 
 async def end_sessions(
-    tx: Tx, user_id: str, session: str | None, reason: str, now: datetime, *, organization: str | None = None
+    tx: Tx,
+    user_id: str,
+    session: str | None,
+    reason: str,
+    now: datetime,
+    *,
+    organization: str | None = None,
 ) -> Sequence[str]:
     """End one or all live sessions of a person (in one organization, where one is given); returns their ids."""
     t = sign_in_sessions
@@ -252,6 +279,32 @@ async def end_sessions(
         update = update.where(t.c.organization_id == organization)
     result = await tx.execute(update.values(ended_at=now, end_reason=reason).returning(t.c.id))
     return [str(row.id) for row in result]
+
+
+def _live_session(session: str, now: datetime) -> sa.ColumnElement[bool]:
+    t = sign_in_sessions
+    return sa.and_(t.c.id == session, t.c.ended_at.is_(None), t.c.expires_at > now)
+
+
+async def touch_session(tx: Tx, session: str, now: datetime, expires: datetime) -> None:
+    """Note a use of a live session, and put its end off."""
+    t = sign_in_sessions
+    await tx.execute(sa.update(t).where(_live_session(session, now)).values(last_used_at=now, expires_at=expires))
+
+
+async def set_cookie(tx: Tx, session: str, digest: bytes, now: datetime) -> bool:
+    """Give a live session of a browser another cookie; whether there is such a session."""
+    t = sign_in_sessions
+    update = sa.update(t).where(_live_session(session, now), t.c.cookie_digest.is_not(None))
+    return bool((await tx.execute(update.values(cookie_digest=digest).returning(t.c.id))).all())
+
+
+async def turn_session(tx: Tx, session: str, organization: str, now: datetime) -> bool:
+    """Turn a live session of a browser to another organization of its person; whether both are there."""
+    t = sign_in_sessions
+    belongs = sa.exists().where(members.c.user_id == t.c.user_id, members.c.organization_id == organization)
+    update = sa.update(t).where(_live_session(session, now), t.c.cookie_digest.is_not(None), belongs)
+    return bool((await tx.execute(update.values(organization_id=organization).returning(t.c.id))).all())
 
 
 async def expire_sessions(tx: Tx, before: datetime) -> None:

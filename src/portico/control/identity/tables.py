@@ -100,6 +100,8 @@ sign_in_sessions = sa.Table(
     _time("expires_at", required=True),
     _time("ended_at"),
     sa.Column("end_reason", sa.Text),
+    # SHA-256 of the cookie, of a session that lives in a browser (it has no tokens).
+    sa.Column("cookie_digest", sa.LargeBinary, unique=True),
 )
 
 refresh_tokens = sa.Table(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from xml.etree import ElementTree
+
 import pytest
 import zxingcpp
 
-from portico.agent.qr import COLORS, QUIET, qr_lines
+from portico.kit.qr import COLORS, QUIET, qr_lines, qr_svg
 
 URLS = [
     "http://web.localhost:7080",
@@ -51,6 +54,20 @@ class TestDecodes:
         assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 80
         assert all(line[:QUIET] == line[-QUIET:] == "█" * QUIET for line in lines)
         assert lines[0] == lines[1] == "█" * len(lines[0])
+
+
+def test_on_a_page() -> None:
+    uri = "otpauth://totp/Portico:ann%40example.com?secret=JBSWY3DPEHPK3PXPJBSWY3DPEHPK3PXP&issuer=Portico"
+    svg = ElementTree.fromstring(qr_svg(uri, 'For "ann" & co'))
+    size = int(svg.attrib["viewBox"].split()[2])
+    picture = [[255] * size for _ in range(size)]
+    for x, y, width in re.findall(r"M(\d+) (\d+)h(\d+)v1h-\d+z", svg[1].attrib["d"]):
+        for column in range(int(x), int(x) + int(width)):
+            picture[int(y)][column] = 0
+    rows = [bytes(value for value in row for _ in range(SCALE)) for row in picture for _ in range(SCALE)]
+    assert decoded(memoryview(b"".join(rows)).cast("B", (len(rows), len(rows[0])))) == [uri]
+    assert svg.attrib["aria-label"] == 'For "ann" & co'
+    assert svg[0].attrib["fill"] == "#fff"
 
 
 def test_a_usual_url_fits_an_ordinary_terminal() -> None:

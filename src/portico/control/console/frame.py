@@ -1,0 +1,137 @@
+"""The frame of every page: templates, headers, who is signed in, problems in place, and where a form may lead.
+
+A page is rendered with ``person`` (``None`` or who is signed in), ``problem`` (``None`` or what went wrong) and
+``wrong``, the name of the field that is to blame. No page has inline script or style; one that needs a script names it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+import jinja2
+from fastapi import Request, Response
+from fastapi.responses import HTMLResponse, RedirectResponse
+
+from portico.control.access import Caller
+from portico.control.console import browser
+from portico.control.identity.service import Identity
+from portico.errors import Problem
+
+_POLICY: Final = (
+    "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+#: Referrer-Policy: with ``no-referrer`` browsers send ``Origin: null`` with our own forms. Other sites hear nothing either way.
+HEADERS: Final = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "same-origin"}
+SCRIPT_HEADERS: Final = {
+    **HEADERS,
+    "Content-Security-Policy": f"{_POLICY}; script-src 'self'; connect-src 'self'",
+}
+
+templates = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+# The field that a problem is about, where it is one of a form.
+_FIELDS: Final[Mapping[str, str]] = {
+    "auth.password_weak": "password",
+    "auth.email_taken": "email",
+    "device.code_invalid": "code",
+}
+
+# Paths that a form may lead to: pages of ours that show something, without a scheme or host to be fooled about.
+_NEXT = re.compile(r"/(?:account|device|invitation|organizations)(?:/[a-z-]{1,32}){0,2}(?:\?code=[A-Za-z-]{1,16})?")
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """Who is signed in, as pages show it."""
+
+    email: str
+    organization: str
+
+
+def next_path(typed: str, default: str = "/account/sessions") -> str:
+    """``typed`` when it is a page of ours, else ``default``."""
+    return typed if _NEXT.fullmatch(typed) else default
+
+
+def to(path: str) -> RedirectResponse:
+    """By GET to a page of ours, so that a reload repeats nothing."""
+    return RedirectResponse(path, 303)
+
+
+def to_sign_in(after: str) -> RedirectResponse:
+    """To the sign-in page, and from there on to ``after``."""
+    return to(f"/sign-in?next={quote(after, safe='/')}")
+
+
+async def person_of(request: Request, caller: Caller) -> Person:
+    """The names of who is signed in."""
+    identity: Identity = request.app.state.identity
+    async with identity.db.read() as reader:
+        facts = await identity.whoami(reader, caller)
+    return Person(facts["user"]["email"], facts["organization"]["name"])
+
+
+async def page(
+    request: Request,
+    template: str,
+    problem: Problem | None = None,
+    *,
+    wrong: str | None = None,
+    script: bool = False,
+    status: int | None = None,
+    **values: Any,
+) -> HTMLResponse:
+    """A page. ``problem`` is shown on it, at the field ``wrong`` (by default the one that its code is about)."""
+    caller = await browser.signed_in(request)
+    html = templates.get_template(template).render(
+        person=await person_of(request, caller) if caller else None,
+        path=request.url.path,
+        problem=problem,
+        wrong=wrong or (_FIELDS.get(problem.code) if problem else None),
+        form_token=browser.form_token(request, browser.nonce(request)),
+        now=datetime.now(UTC),
+        **values,
+    )
+    headers = {**(SCRIPT_HEADERS if script else HEADERS)}
+    headers |= {k: v for k, v in (problem.headers if problem else {}).items() if k == "Retry-After"}
+    response = HTMLResponse(html, status or (problem.status if problem else 200), headers)
+    browser.keep_nonce(request, response)
+    return response
+
+
+def wants_page(request: Request) -> bool:
+    """Whether a failure of this request is read by a person: a browser that opens an address outside the API."""
+    outside = not request.url.path.startswith(("/v1/", "/.well-known/", "/scim/"))
+    return outside and "text/html" in request.headers.get("accept", "")
+
+
+def problem_page(problem: Problem, request_id: str) -> Response:
+    """A failure as a page. Asks nothing of the database, which may be what failed."""
+    html = templates.get_template("failed.html").render(person=None, problem=problem, request_id=request_id, path="")
+    headers = {**HEADERS} | {k: v for k, v in problem.headers.items() if k in ("Retry-After", "Allow", "Connection")}
+    return HTMLResponse(html, problem.status, headers)
+
+
+def ago(then: datetime, now: datetime) -> str:
+    """How long ago something was, for a person."""
+    minutes = int((now - then).total_seconds() // 60)
+    for size, unit in ((1440, "day"), (60, "hour"), (1, "minute")):
+        if minutes >= size:
+            count = minutes // size
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
+templates.filters["ago"] = ago
