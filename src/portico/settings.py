@@ -621,6 +621,8 @@ class ApiSettings:
     device_codes_per_address: int = 60
     # Keys that an organization may have at once.
     max_keys_per_organization: int = 1000
+    # Networks that one key may be limited to.
+    key_max_cidrs: int = 64
     # Roles of its own that an organization may have.
     max_roles_per_organization: int = 50
     # Seconds that a signing key signs before the next takes over.

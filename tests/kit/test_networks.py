@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from portico.kit.networks import is_loopback, network, plain
+from portico.kit.networks import allows, canonical, covers, is_loopback, network, plain
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,38 @@ def test_loopback(address: str, loopback: bool) -> None:
 )
 def test_an_address_as_proxies_write_it(text: str, address: str) -> None:
     assert plain(text) == address
+
+
+class TestLists:
+    @pytest.mark.parametrize(
+        ("text", "stored"),
+        [
+            ("192.0.2.7", "192.0.2.7/32"),
+            ("192.0.2.7/24", "192.0.2.0/24"),
+            ("::ffff:192.0.2.0/120", "192.0.2.0/24"),
+            ("::ffff:0:0/96", "0.0.0.0/0"),
+            ("::/95", "::/95"),
+            ("2001:DB8::/32", "2001:db8::/32"),
+        ],
+    )
+    def test_canonical(self, text: str, stored: str) -> None:
+        assert canonical(text) == stored == canonical(stored)
+
+    @pytest.mark.parametrize("text", ["", "x", "10.0.0.0/33", "010.0.0.1", "fe80::1%1", "10.0.0.0/255.0.0.x", "::/129"])
+    def test_not_a_network(self, text: str) -> None:
+        with pytest.raises(ValueError):
+            canonical(text)
+
+    def test_allows(self) -> None:
+        assert allows([], None) and allows([], "unknown")
+        allowed = ["192.0.2.0/24", "2001:db8::/32"]
+        assert all(allows(allowed, text) for text in ("192.0.2.255", "::ffff:192.0.2.1", "2001:db8::1"))
+        assert not any(allows(allowed, text) for text in ("192.0.3.0", "::1", "::192.0.2.1", "", None, "unknown"))
+        assert not allows(["::/0"], "192.0.2.1") and not allows(["0.0.0.0/0"], "::1")
+
+    def test_covers(self) -> None:
+        assert covers([], []) and covers([], ["0.0.0.0/0"])
+        assert covers(["10.0.0.0/8", "::/0"], ["10.1.0.0/16", "2001:db8::/32"])
+        assert not covers(["10.0.0.0/8"], [])
+        assert not covers(["10.0.0.0/8"], ["10.0.0.0/7"])
+        assert not covers(["10.0.0.0/8"], ["10.0.0.0/8", "::/0"])

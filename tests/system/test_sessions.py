@@ -203,6 +203,7 @@ async def developer(up: Up, account: Account, key_id: str) -> str:
         ("stop", "tunnel.stopped", "edge.tunnel_offline"),
         ("rm", "tunnel.deleted", "edge.host_unassigned"),
         ("revoke", "session.revoked", "edge.tunnel_offline"),
+        ("fence", "session.revoked", "edge.tunnel_offline"),
         ("demote", "session.revoked", "edge.tunnel_offline"),
         ("remove", "session.revoked", "edge.tunnel_offline"),
     ],
@@ -236,6 +237,11 @@ async def test_the_platforms_word_ends_a_live_session(
             assert await stream.chunk() == b"data: here\n\n"
             if what == "revoke":
                 await asyncio.to_thread(account.revoke, key_id)
+            elif what == "fence":  # first as it is, then to where the agent is not
+                for networks in (["127.0.0.0/8", "::1"], ["198.51.100.0/24"]):
+                    assert poller.visits[-1].good
+                    body = {"allowed_cidrs": networks}
+                    await asyncio.to_thread(account.call, "PATCH", f"/api-keys/{key_id}", body)
             elif what == "demote":
                 await asyncio.to_thread(account.call, "PATCH", f"/org/members/{member}", {"role": "viewer"})
             elif what == "remove":

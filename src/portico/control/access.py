@@ -143,6 +143,9 @@ class Caller:
     second_factor: bool = False  # whether an operator has one, used this time or not
     platform_operator: bool = False
     expires_at: datetime | None = None  # of a key; what it makes does not outlive it
+    cidrs: tuple[
+        str, ...
+    ] = ()  # of a key: the networks that it may be used from; what it makes may not be used elsewhere
     request_id: str | None = None
     address: str | None = None
 
@@ -171,9 +174,9 @@ class Caller:
 
 
 class Authenticator(Protocol):
-    """Identity's side: the caller behind a bearer credential, or a 401 ``Problem``."""
+    """Identity's side: the caller behind a bearer credential that came from ``address``, or a 401 or 403 ``Problem``."""
 
-    async def __call__(self, reader: Reader, credential: str) -> Caller: ...
+    async def __call__(self, reader: Reader, credential: str, address: str | None = None) -> Caller: ...
 
 
 _Dependency = TypeVar("_Dependency", bound=Callable[..., Any])
@@ -234,14 +237,14 @@ async def identify(request: Request) -> Caller:
     if known is not None:
         return known
     authenticate: Authenticator = request.app.state.authenticate
-    credential = credential_of(request)
+    credential, address = credential_of(request), client_address(request)
     reader: Reader | None = getattr(request.state, "reader", None)
     if reader is not None:
-        found = await authenticate(reader, credential)
+        found = await authenticate(reader, credential, address)
     else:
         async with request.app.state.db.read() as own:
-            found = await authenticate(own, credential)
-    found = replace(found, request_id=request_id(request), address=client_address(request))
+            found = await authenticate(own, credential, address)
+    found = replace(found, request_id=request_id(request), address=address)
     request.state.caller = found
     return found
 

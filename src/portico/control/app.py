@@ -110,6 +110,7 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
     state.edge_states = StateReader(state.db, state.tunnels, state.signing_keys)
     state.edge_hub = Hub(settings, state.db, state.edge_states, state.stopping)
     state.identity.keys.on_revoked.append(state.agent_sessions.on_key_revoked)
+    state.identity.keys.on_restricted.append(state.agent_sessions.on_key_restricted)
     state.signing_keys.on_changed.append(_announce_keys)
 
 
@@ -173,6 +174,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await task
         with suppress(Exception):
             await app.state.identity.write_last_used()
+            await app.state.identity.elsewhere.close()
         await app.state.edge_hub.close()
         if app.state.redis is not None:
             await app.state.redis.close()

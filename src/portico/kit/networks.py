@@ -1,9 +1,13 @@
-"""Whom a client address stands for, where clients are counted."""
+"""Client addresses: whom one stands for where clients are counted, and the networks that a list allows."""
 
 from __future__ import annotations
 
 import functools
 import ipaddress
+from collections.abc import Sequence
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_MAPPED_BITS = 96
 
 
 @functools.lru_cache(4096)
@@ -30,6 +34,50 @@ def plain(text: str) -> str:
     except ValueError:
         return text
     return str(found.ipv4_mapped or found) if found.version == 6 else str(found)
+
+
+def canonical(text: str) -> str:
+    """A network (or one address) as it is stored: ``192.0.2.7/24`` is ``192.0.2.0/24``, ``::ffff:192.0.2.0/120`` too.
+
+    Raises ``ValueError``; for a zone (``fe80::1%eth0``) as well, which means nothing on another machine.
+    """
+    text = text.strip()
+    if "%" in text:
+        raise ValueError(f"{text[:64]!r} names a zone")
+    found = ipaddress.ip_network(text, strict=False)
+    if found.version == 6 and found.prefixlen >= _MAPPED_BITS:
+        mapped = found.network_address.ipv4_mapped
+        if mapped is not None:
+            return f"{mapped}/{found.prefixlen - _MAPPED_BITS}"
+    return str(found)
+
+
+@functools.lru_cache(4096)
+def _parsed(texts: tuple[str, ...]) -> tuple[Network, ...]:
+    return tuple(ipaddress.ip_network(text) for text in texts)
+
+
+def allows(allowed: Sequence[str], address: str | None) -> bool:
+    """Whether ``address`` lies in one of the ``canonical`` networks; an empty list allows everybody, a text that is no
+    address (``unknown``) is in none."""
+    if not allowed:
+        return True
+    try:
+        found = ipaddress.ip_address(plain(address or ""))
+    except ValueError:
+        return False
+    return any(found in network for network in _parsed(tuple(allowed)))
+
+
+def covers(outer: Sequence[str], inner: Sequence[str]) -> bool:
+    """Whether ``outer`` allows every address that ``inner`` does; an empty list allows all."""
+    if not outer:
+        return True
+    wide = _parsed(tuple(outer))
+    return bool(inner) and all(
+        any(small.version == big.version and small.subnet_of(big) for big in wide)  # type: ignore[arg-type]
+        for small in _parsed(tuple(inner))
+    )
 
 
 def is_loopback(address: str) -> bool:

@@ -28,8 +28,10 @@ from portico.control.access import (
     client_address,
     require,
 )
+from portico.control.identity.posture import Severity
 from portico.control.identity.service import Client, Identity, SignedIn, normal_email
 from portico.control.requests import JsonRoute, UnitOfWork, shown
+from portico.kit.clock import utcnow
 from portico.kit.pages import Page
 
 auth = APIRouter(prefix="/auth", tags=["auth"], route_class=JsonRoute)
@@ -49,6 +51,7 @@ Anybody = Annotated[Caller, Depends(anonymous)]
 Known = Annotated[Caller, Depends(caller)]
 Leaver = Annotated[Caller, Depends(require(kinds=("person", "agent_key")))]
 Person = Annotated[Caller, Depends(require(kinds=("person",)))]
+KeyReader = Annotated[Caller, Depends(require("keys:own", "keys:read"))]
 Approver = Annotated[Caller, Depends(require("keys:own", "keys:write", kinds=("person",)))]
 
 # Shape alone; whether an address exists is for a mail to find out.
@@ -121,13 +124,31 @@ class ApproveBody(Body):
     approve: bool = True
 
 
+Cidrs = Annotated[
+    list[Annotated[str, StringConstraints(max_length=64)]],
+    Field(max_length=1000, description="Networks and addresses that the key may be used from; none: from anywhere"),
+]
+Scopes = Annotated[list[Annotated[str, StringConstraints(max_length=64)]], Field(max_length=64)]
+
+
 class KeyBody(Body):
     """A new key; `scopes` are for API keys alone and default to everything the caller may do."""
 
     kind: Literal["agent", "api"]
     name: Name
-    scopes: Annotated[list[Annotated[str, StringConstraints(max_length=64)]], Field(max_length=64)] | None = None
+    scopes: Scopes | None = None
     expires_at: Instant | None = None
+    allowed_cidrs: Cidrs | None = None
+
+
+class KeyPatch(Body):
+    """What to change; members left out stay. Scopes can only become fewer and the expiry earlier."""
+
+    # None of them can be null; the factories only say that they may be left out, and what they make is never looked at.
+    name: Name = Field(default_factory=str)
+    scopes: Scopes = Field(default_factory=list)
+    expires_at: Instant = Field(default_factory=utcnow)
+    allowed_cidrs: Cidrs = Field(default_factory=list)
 
 
 class RotateBody(Body):
@@ -213,9 +234,60 @@ class Key(BaseModel):
     name: str
     prefix: str
     scopes: list[str]
+    permissions: list[str]
+    allowed_cidrs: list[str]
     created_at: datetime
     expires_at: datetime | None
     last_used_at: datetime | None = None
+    last_used_address: str | None = None
+
+
+class KeyDetails(Key):
+    """A live key; `allows` says in words what its permissions let it do, if its maker still may."""
+
+    allows: dict[str, str]
+
+
+class Finding(BaseModel):
+    """One thing that is wrong with a key, and what to do."""
+
+    code: Literal[
+        "maker_gone", "broad_scopes", "very_old", "unused", "never_used", "old", "no_expiry", "no_cidrs"
+    ]  # fmt: skip
+    severity: Severity
+    advice: str
+
+
+class KeyFindings(BaseModel):
+    """A key that something is wrong with; `severity` is that of its worst finding."""
+
+    id: str
+    kind: Literal["agent", "api"]
+    name: str
+    prefix: str
+    maker: str | None
+    age_days: int
+    last_used_at: datetime | None
+    expires_at: datetime | None
+    severity: Severity
+    findings: list[Finding]
+
+
+class FindingCounts(BaseModel):
+    """How many findings there are."""
+
+    high: int
+    medium: int
+    low: int
+
+
+class Posture(BaseModel):
+    """The state of the organization's keys; `keys` counts the live ones, `data` has those with findings, the worst first."""
+
+    generated_at: datetime
+    keys: int
+    findings: FindingCounts
+    data: list[KeyFindings]
 
 
 class CreatedKey(Key):
@@ -356,9 +428,7 @@ async def whoami(reader: Reading, service: Service, who: Known) -> Any:
 
 
 @keys.get("", response_model=Page[Key])
-async def list_keys(
-    reader: Reading, service: Service, who: Annotated[Caller, Depends(require("keys:own", "keys:read"))], page: Paging
-) -> Any:
+async def list_keys(reader: Reading, service: Service, who: KeyReader, page: Paging) -> Any:
     """The organization's live keys, newest first; with `keys:own` alone, the caller's own."""
     return await service.keys.listing(reader, who, page)
 
@@ -371,7 +441,34 @@ async def create_key(
     who: Annotated[Caller, Depends(require("keys:own", "keys:write", act="key.create"))],
 ) -> Any:
     """Make an agent key or a scoped API key. Its text is in this answer and nowhere else."""
-    return asdict(await service.keys.create(tx, who, body.kind, body.name, body.scopes, body.expires_at))
+    made = await service.keys.create(tx, who, body.kind, body.name, body.scopes, body.expires_at, body.allowed_cidrs)
+    return asdict(made)
+
+
+@keys.get("/posture", response_model=Posture)
+async def key_posture(reader: Reading, service: Service, who: KeyReader) -> Any:
+    """What is wrong with the organization's keys (age, use, expiry, scopes, networks, makers), and what to do about it; with
+    `keys:own` alone, with the caller's own."""
+    return await service.keys.posture(reader, who)
+
+
+@keys.get("/{key}", response_model=KeyDetails)
+async def get_key(key: str, reader: Reading, service: Service, who: KeyReader) -> Any:
+    """One live key, and in words what it allows; with `keys:own` alone, one of the caller's own."""
+    return await service.keys.get(reader, who, key)
+
+
+@keys.patch("/{key}", response_model=Key)
+async def change_key(
+    key: str,
+    body: KeyPatch,
+    tx: InTx,
+    service: Service,
+    who: Annotated[Caller, Depends(require("keys:own", "keys:write", act="key.update"))],
+) -> Any:
+    """Rename a key, limit it to other networks, take scopes away or bring its expiry forward. Live tunnels that it may not
+    serve any more, or not from where their agent is, end within two seconds."""
+    return await service.keys.change(tx, who, key, body.model_dump(exclude_unset=True))
 
 
 @keys.delete("/{key}", status_code=204)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from portico.control.access import role_permissions
+from portico.control.identity.keys import permissions
 from portico.errors import Problem
+from portico.kit import networks
 from portico.kit.clock import Clock
 from portico.kit.db import Reader, Tx
 
@@ -25,7 +27,8 @@ _REMEMBER_SECONDS = 60.0
 _MAX_REMEMBERED = 10_000
 
 _ACCOUNT = """
-SELECT o.id, o.name, o.plan, u.email, k.revoked_at, m.role, r.permissions AS role_permissions
+SELECT o.id, o.name, o.plan, u.email, k.revoked_at, k.kind, k.scopes, k.allowed_cidrs, m.role,
+       r.permissions AS role_permissions
 FROM api_keys k JOIN organizations o ON o.id = k.organization_id LEFT JOIN users u ON u.id = k.user_id
 LEFT JOIN members m ON m.user_id = k.user_id AND m.organization_id = k.organization_id
 LEFT JOIN roles r ON r.id = m.role AND r.organization_id = k.organization_id
@@ -38,17 +41,20 @@ async def account(reader: Reader, key_id: str) -> Account:
     return _account(await reader.raw.fetchrow(_ACCOUNT, key_id))
 
 
-async def hold_key(tx: Tx, key_id: str, permission: str) -> Account:
-    """The account behind a live key whose maker still may ``permission``; neither changes before the transaction ends.
+async def hold_key(tx: Tx, key_id: str, permission: str, address: str | None) -> Account:
+    """The account behind a live key that may ``permission`` from ``address``; none of it changes before the transaction ends.
 
     Without the lock, a revocation that commits between authentication and the end of this transaction would miss what the
     transaction makes. Changes of roles take the same lock first, and the second statement sees what they did.
-    Raises ``auth.key_invalid``, ``auth.key_revoked``, ``auth.forbidden``.
+    Raises ``auth.key_invalid``, ``auth.key_revoked``, ``auth.forbidden``, ``auth.address_denied``.
     """
     await tx.raw.execute("SELECT 1 FROM api_keys WHERE id = $1 FOR SHARE", key_id)
     row = await tx.raw.fetchrow(_ACCOUNT, key_id)
     found = _account(row)
-    if permission not in role_permissions(row["role"], row["role_permissions"]):
+    allowed = permissions(row["kind"], row["scopes"]) & role_permissions(row["role"], row["role_permissions"])
+    if not networks.allows(row["allowed_cidrs"], address):
+        raise Problem("auth.address_denied")
+    if permission not in allowed:
         raise Problem("auth.forbidden", f"this credential lacks {permission}", permission=permission)
     return found
 

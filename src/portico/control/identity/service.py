@@ -19,6 +19,7 @@ from portico.control.identity import account_store, operators, store, throttle, 
 from portico.control.identity import keys as key_rules
 from portico.control.identity.browsers import Browsers
 from portico.control.identity.device import DeviceFlow
+from portico.control.identity.elsewhere import Elsewhere
 from portico.control.identity.keys import Keys, NewKey
 from portico.control.identity.members import Members
 from portico.control.identity.passwords import Passwords
@@ -39,13 +40,13 @@ __all__ = ["Client", "Identity", "SignedIn", "normal_email"]
 
 @dataclass(slots=True)
 class _LastUsed:
-    """Key uses since they were last written: one statement a minute instead of one a request."""
+    """Key uses since they were last written: one statement a round of housekeeping instead of one a request."""
 
-    at: dict[str, datetime] = field(default_factory=dict)
+    at: dict[str, tuple[datetime, str | None]] = field(default_factory=dict)
 
-    def take(self) -> list[tuple[str, datetime]]:
-        taken, self.at = list(self.at.items()), {}
-        return taken
+    def take(self) -> list[tuple[str, datetime, str | None]]:
+        taken, self.at = self.at, {}
+        return [(key, *use) for key, use in taken.items()]
 
 
 def normal_email(email: str) -> str:
@@ -71,6 +72,7 @@ class Identity:
         self.browsers = Browsers(settings, db, clock)
         self.sign_ins = SignIns(settings, clock, signing_keys, self.browsers)
         self.step_up = StepUp(settings, db, clock, passwords)
+        self.elsewhere = Elsewhere(db, clock)
         self._last_used = _LastUsed()
 
     # --- accounts
@@ -266,10 +268,10 @@ class Identity:
 
     # --- who is calling
 
-    async def authenticate(self, reader: Reader, credential: str) -> Caller:
+    async def authenticate(self, reader: Reader, credential: str, address: str | None = None) -> Caller:
         """The caller behind a bearer credential (``access.Authenticator``); a revoked one is refused at once."""
         if credential.startswith("tnl_"):
-            return await self._key_caller(reader, credential)
+            return await self._key_caller(reader, credential, address)
         keys = await self.signing_keys.key_set(reader)
         now = self.clock.wall()
         claims = tokens.verify(credential, keys, now.timestamp(), self.settings.token_leeway_seconds)
@@ -315,7 +317,7 @@ class Identity:
     def _must_verify(self, row: Any) -> bool:
         return self.settings.require_verified_email and row["email_verified_at"] is None
 
-    async def _key_caller(self, reader: Reader, text: str) -> Caller:
+    async def _key_caller(self, reader: Reader, text: str, address: str | None) -> Caller:
         kind = check_token(text)
         row = await store.key_by_digest(reader, digest(text)) if kind in ("agt", "sk", "opr") else None
         if row is None or key_rules.TOKEN_KIND[row["kind"]] != kind:
@@ -326,7 +328,10 @@ class Identity:
         now = self.clock.wall()
         if row["expires_at"] is not None and row["expires_at"] <= now:
             raise Problem("auth.key_invalid", "the key has expired")
-        self._last_used.at[row["id"]] = now
+        if row["allowed_cidrs"] and not networks.allows(row["allowed_cidrs"], address):
+            self.elsewhere.note(row, address)
+            raise Problem("auth.address_denied")
+        self._last_used.at[row["id"]] = (now, address)
         operator = row["kind"] == "operator"
         allowed = key_rules.permissions(row["kind"], row["scopes"])
         unverified = not operator and self._must_verify(row)
@@ -341,6 +346,7 @@ class Identity:
             unverified=unverified,
             platform_operator=operator,
             expires_at=row["expires_at"],
+            cidrs=tuple(row["allowed_cidrs"]),
         )
 
     async def whoami(self, reader: Reader, caller: Caller) -> dict[str, Any]:

@@ -25,7 +25,7 @@ Row = sa.Row[Any]
 
 # Raw SQL for the two look-ups that every request makes; asyncpg keeps them prepared on each connection.
 _KEY_BY_DIGEST = """
-SELECT k.id, k.kind, k.organization_id, k.user_id, k.scopes, k.expires_at, k.revoked_at, u.disabled_at,
+SELECT k.id, k.kind, k.organization_id, k.user_id, k.scopes, k.expires_at, k.revoked_at, k.allowed_cidrs, u.disabled_at,
        u.email_verified_at, m.role, r.permissions AS role_permissions
 FROM api_keys k LEFT JOIN users u ON u.id = k.user_id
 LEFT JOIN members m ON m.user_id = k.user_id AND m.organization_id = k.organization_id
@@ -179,6 +179,29 @@ async def keys(
     return await reader.fetch_all(query.order_by(api_keys.c.id.desc()).limit(limit))
 
 
+async def live_key(reader: Reader, organization_id: str, key_id: str, now: datetime) -> Row | None:
+    """A live key of the organization."""
+    query = sa.select(api_keys).where(
+        api_keys.c.organization_id == organization_id, api_keys.c.id == key_id, _live(now)
+    )
+    return await reader.fetch_one(query)
+
+
+async def keys_with_makers(reader: Reader, organization_id: str, maker: str | None, now: datetime) -> Sequence[Row]:
+    """Every live key (of one ``maker`` alone where one is given), oldest first, with its maker's standing here."""
+    query = (
+        sa.select(api_keys, users.c.email, users.c.disabled_at, members.c.role)
+        .outerjoin(users, users.c.id == api_keys.c.user_id)
+        .outerjoin(
+            members,
+            sa.and_(members.c.user_id == api_keys.c.user_id, members.c.organization_id == api_keys.c.organization_id),
+        )
+        .where(api_keys.c.organization_id == organization_id, _live(now))
+        .order_by(api_keys.c.id)
+    )
+    return await reader.fetch_all(query if maker is None else query.where(api_keys.c.user_id == maker))
+
+
 async def key(reader: Reader, key_id: str) -> Row | None:
     """One key whatever its state, for its own bearer."""
     return await reader.fetch_one(sa.select(api_keys).where(api_keys.c.id == key_id))
@@ -203,12 +226,13 @@ async def revoke_operator_keys(tx: Tx, now: datetime) -> None:
     await tx.execute(sa.update(api_keys).where(live).values(revoked_at=now))
 
 
-async def touch_keys(tx: Tx, used: Iterable[tuple[str, datetime]]) -> None:
-    """Write when keys were last used; never moves a time back."""
-    sql = """UPDATE api_keys k SET last_used_at = greatest(k.last_used_at, v.at)
-             FROM unnest($1::text[], $2::timestamptz[]) AS v (id, at) WHERE k.id = v.id"""
-    pairs = sorted(used)
-    await tx.raw.execute(sql, [key for key, _ in pairs], [at for _, at in pairs])
+async def touch_keys(tx: Tx, used: Iterable[tuple[str, datetime, str | None]]) -> None:
+    """Write when and from where keys were last used; never moves a time back."""
+    sql = """UPDATE api_keys k SET last_used_at = v.at, last_used_address = v.address
+             FROM unnest($1::text[], $2::timestamptz[], $3::text[]) AS v (id, at, address)
+             WHERE k.id = v.id AND (k.last_used_at IS NULL OR k.last_used_at <= v.at)"""
+    rows = sorted(used, key=lambda row: row[0])
+    await tx.raw.execute(sql, [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
 
 
 # --- sign-in sessions

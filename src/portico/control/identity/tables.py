@@ -134,6 +134,11 @@ api_keys = sa.Table(
     _time("last_used_at"),
     _time("revoked_at"),
     sa.Column("rotated_from", sa.Text),
+    # Networks that it may be used from (kit.networks.canonical); none: from anywhere.
+    sa.Column("allowed_cidrs", ARRAY(sa.Text), nullable=False, server_default="{}"),
+    sa.Column("last_used_address", sa.Text),
+    # Null, or why somebody else than its people ended it: "leaked".
+    sa.Column("revoked_reason", sa.Text),
     sa.CheckConstraint("kind IN ('agent', 'api', 'operator')", name="kind"),
     sa.CheckConstraint("(organization_id IS NULL) = (kind = 'operator')", name="organization"),
 )

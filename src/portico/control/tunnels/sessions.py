@@ -25,6 +25,7 @@ from portico.control.tunnels import policy, store
 from portico.control.tunnels.relays import RelayDirectory
 from portico.control.tunnels.service import Tunnels, kind_of
 from portico.errors import Problem
+from portico.kit import networks
 from portico.kit.clock import Clock
 from portico.kit.db import Reader, Tx
 from portico.kit.ids import digest, new_id
@@ -102,7 +103,7 @@ class Sessions:
         """
         key_id = _key_of(caller)
         edges = await self._directory.edges(tx, agent.region)
-        account = await facts.hold_key(tx, key_id, "agent:connect")
+        account = await facts.hold_key(tx, key_id, "agent:connect", caller.address)
         session = await store.open_session(
             tx,
             new_id("ses"),
@@ -111,6 +112,7 @@ class Sessions:
             agent.agent_id,
             (agent.hostname, agent.version, agent.region),
             self._life,
+            caller.address,
         )
         if session["generation"] == 1:
             about = {"agent_id": agent.agent_id, "hostname": agent.hostname}
@@ -131,7 +133,7 @@ class Sessions:
         key_id = _key_of(caller)
         edges = await self._directory.edges(reader, agent.region)
         life, about = self._life, (agent.hostname, agent.version, agent.region)
-        found = await store.continue_session(reader, key_id, agent.agent_id, life, about)
+        found = await store.continue_session(reader, key_id, agent.agent_id, life, about, caller.address)
         rows = [_parsed(row) for row in found if row["id"] is not None]
         if not found or len(rows) != len(specs) or not all(map(_fits, rows, specs)):
             return None
@@ -143,7 +145,7 @@ class Sessions:
     async def refresh(self, reader: Reader, caller: Caller, session_id: str, agent_id: str) -> dict[str, Any]:
         """New tokens for a live session and its active tunnels. Raises ``session.not_found`` or why the session ended."""
         key_id = _key_of(caller)
-        rows = await store.refresh_session(reader, key_id, agent_id, self._life, session_id)
+        rows = await store.refresh_session(reader, key_id, agent_id, self._life, session_id, caller.address)
         if not rows:
             raise await self._gone(reader, session_id, key_id)
         edges = await self._directory.edges(reader, rows[0]["region"])
@@ -157,7 +159,7 @@ class Sessions:
     async def add(self, tx: Tx, caller: Caller, session_id: str, spec: TunnelSpec) -> dict[str, Any]:
         """One more tunnel in a live session: ``{"grants": [one]}``. Raises as ``open`` does, and ``session.not_found``."""
         key_id = _key_of(caller)
-        await facts.hold_key(tx, key_id, "agent:connect")
+        await facts.hold_key(tx, key_id, "agent:connect", caller.address)
         session = await store.lock_session(tx, session_id, key_id)
         if session is None:
             raise await self._gone(tx, session_id, key_id)
@@ -193,6 +195,14 @@ class Sessions:
         """Identity's callback: the sessions of a revoked key end with it."""
         ended = await store.end_sessions_of_key(tx, key_id, "session.revoked", self._refusal_seconds)
         _announce(tx, ended, "session.revoked")
+
+    async def on_key_restricted(self, tx: Tx, key_id: str, cidrs: Sequence[str]) -> None:
+        """Identity's callback: sessions that were opened or last refreshed outside the key's new networks end."""
+        found = await store.session_addresses(tx, key_id)
+        outside = [row["id"] for row in found if not networks.allows(cidrs, row["address"])]
+        if outside:
+            ended = await store.end_sessions_by_id(tx, outside, "session.revoked", self._refusal_seconds)
+            _announce(tx, ended, "session.revoked")
 
     async def _gone(self, reader: Reader, session_id: str, key_id: str) -> Problem:
         code = await store.session_end_code(reader, session_id, key_id)

@@ -96,6 +96,8 @@ agent_sessions = sa.Table(
     sa.Column("hostname", sa.Text, nullable=False),
     sa.Column("version", sa.Text, nullable=False),
     sa.Column("region", sa.Text),
+    # Of the agent, when it last asked the API for tokens; what the networks of its key are held against.
+    sa.Column("address", sa.Text),
     sa.Column("generation", sa.BigInteger, nullable=False, server_default="1"),
     _time("created_at", default=True),
     _time("updated_at", default=True),
@@ -365,11 +367,11 @@ FOR KEY SHARE OF t
 """
 _OPEN_SESSION = """
 INSERT INTO agent_sessions
-    (id, organization_id, key_id, agent_id, hostname, version, region, expires_at)
-VALUES ($1, $2, $3, $4, $5, $6, $7, now() + make_interval(secs => $8))
+    (id, organization_id, key_id, agent_id, hostname, version, region, expires_at, address)
+VALUES ($1, $2, $3, $4, $5, $6, $7, now() + make_interval(secs => $8), $9)
 ON CONFLICT (key_id, agent_id) WHERE ended_at IS NULL DO UPDATE
 SET generation = agent_sessions.generation + 1, hostname = excluded.hostname, version = excluded.version,
-    region = excluded.region, expires_at = excluded.expires_at, updated_at = now()
+    region = excluded.region, expires_at = excluded.expires_at, address = excluded.address, updated_at = now()
 RETURNING id, generation
 """
 _BIND = """
@@ -398,9 +400,9 @@ LEFT JOIN agent_session_tunnels b ON b.session_id = session.id
 LEFT JOIN tunnels t ON t.id = b.tunnel_id
 ORDER BY b.position
 """
-_REFRESH_SESSION = _RESUME_SESSION.format(more="", which="AND id = $4")
+_REFRESH_SESSION = _RESUME_SESSION.format(more=", address = $5", which="AND id = $4")
 _CONTINUE_SESSION = _RESUME_SESSION.format(
-    more=", generation = generation + 1, hostname = $4, version = $5, region = $6", which=""
+    more=", generation = generation + 1, hostname = $4, version = $5, region = $6, address = $7", which=""
 )
 _END_SESSIONS = """
 UPDATE agent_sessions
@@ -409,6 +411,7 @@ WHERE ended_at IS NULL AND {where}
 RETURNING id, organization_id, ceil(extract(epoch FROM refused_until))::bigint AS until
 """
 _END_BY_KEY = _END_SESSIONS.format(where="key_id = $1")
+_END_BY_ID = _END_SESSIONS.format(where="id = ANY($1)")
 _END_ONE = _END_SESSIONS.format(where="id = $1 AND key_id = $4 AND organization_id = $5")
 
 
@@ -420,9 +423,11 @@ async def open_session(
     agent_id: str,
     facts: tuple[str, str, str | None],
     life_seconds: int,
+    address: str | None,
 ) -> Any:
     """Start the session of (key, agent), or take over the live one: the row ``(id, generation)``."""
-    return await tx.raw.fetchrow(_OPEN_SESSION, session_id, organization, key_id, agent_id, *facts, float(life_seconds))
+    life = float(life_seconds)
+    return await tx.raw.fetchrow(_OPEN_SESSION, session_id, organization, key_id, agent_id, *facts, life, address)
 
 
 async def session_candidates(
@@ -472,19 +477,26 @@ async def session_size(tx: Tx, session_id: str) -> tuple[int, int]:
     return row["size"], row["next"]
 
 
-async def refresh_session(reader: Reader, key_id: str, agent_id: str, life_seconds: int, session_id: str) -> list[Any]:
+async def refresh_session(
+    reader: Reader, key_id: str, agent_id: str, life_seconds: int, session_id: str, address: str | None
+) -> list[Any]:
     """Extend a live session: one row per tunnel (one with null tunnel columns when it has none), empty if not live.
 
     One statement, so outside a transaction it is its own. ``continue_session`` likewise.
     """
-    return list(await reader.raw.fetch(_REFRESH_SESSION, key_id, agent_id, float(life_seconds), session_id))
+    return list(await reader.raw.fetch(_REFRESH_SESSION, key_id, agent_id, float(life_seconds), session_id, address))
 
 
 async def continue_session(
-    reader: Reader, key_id: str, agent_id: str, life_seconds: int, facts: tuple[str, str, str | None]
+    reader: Reader,
+    key_id: str,
+    agent_id: str,
+    life_seconds: int,
+    facts: tuple[str, str, str | None],
+    address: str | None,
 ) -> list[Any]:
     """Extend the instance's live session under its next generation; rows as ``refresh_session``."""
-    return list(await reader.raw.fetch(_CONTINUE_SESSION, key_id, agent_id, float(life_seconds), *facts))
+    return list(await reader.raw.fetch(_CONTINUE_SESSION, key_id, agent_id, float(life_seconds), *facts, address))
 
 
 async def lock_session(tx: Tx, session_id: str, key_id: str) -> Any:
@@ -515,6 +527,17 @@ async def end_session(
 async def end_sessions_of_key(tx: Tx, key_id: str, code: str, grace_seconds: float) -> list[Any]:
     """End every live session of a key; ``(id, organization_id, until)`` of each."""
     return list(await tx.raw.fetch(_END_BY_KEY, key_id, code, float(grace_seconds)))
+
+
+async def session_addresses(tx: Tx, key_id: str) -> list[Any]:
+    """``(id, address)`` of every live session of a key, held until the transaction ends."""
+    query = "SELECT id, address FROM agent_sessions WHERE key_id = $1 AND ended_at IS NULL ORDER BY id FOR UPDATE"
+    return list(await tx.raw.fetch(query, key_id))
+
+
+async def end_sessions_by_id(tx: Tx, ids: list[str], code: str, grace_seconds: float) -> list[Any]:
+    """End these live sessions; ``(id, organization_id, until)`` of each."""
+    return list(await tx.raw.fetch(_END_BY_ID, ids, code, float(grace_seconds)))
 
 
 # -- what relays hold ---------------------------------------------------------------------------------------------------
