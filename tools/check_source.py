@@ -5,6 +5,7 @@ commit      A transaction is committed in kit/db.py and nowhere else: one reques
 environ     Only settings.py reads the environment, so that every setting has a name, a type and a row in the
             reference. Child processes get an environment built for them: the named exceptions do that.
 paths       Committed text names no folder of the machine it was written on.
+migrations  Each follows another one, alone: two with one number would be two histories, and none is applied.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "portico"
+
+MIGRATIONS = SOURCE / "control" / "migrations" / "versions"
 
 COMMIT_HOME = {"kit/db.py"}
 ENVIRON_HOME = {"settings.py"}
@@ -82,8 +85,21 @@ def path_findings() -> Iterator[str]:
                 yield f"{path.relative_to(ROOT)}:{number}: names a folder of one machine: {found[0]}"
 
 
+def migration_findings(folder: Path = MIGRATIONS) -> Iterator[str]:
+    """Steps whose number another one has, or that do not follow the one before them."""
+    before: str | None = None
+    for path in sorted(folder.glob("[0-9]*.py")):
+        said = dict(
+            re.findall(r'^(revision|down_revision) = "?(\w+)"?$', path.read_text(encoding="utf-8"), re.MULTILINE)
+        )
+        number = path.name.partition("_")[0]
+        if said != {"revision": number, "down_revision": before or "None"}:
+            yield f"{path.name}:1: a step is {number} after {before}, this one says {said}"
+        before = number
+
+
 def main() -> int:
-    findings = [*source_findings(), *path_findings()]
+    findings = [*source_findings(), *path_findings(), *migration_findings()]
     print("\n".join(findings))
     return 1 if findings else 0
 

@@ -44,6 +44,19 @@ class TestSourceRules:
         assert check_source.MACHINE_PATHS.search(text) is None
 
 
+def test_two_migrations_with_one_number(tmp_path: Path) -> None:
+    for name, number, before in (
+        ("0001_a", "0001", "None"),
+        ("0002_b", "0002", '"0001"'),
+        ("0002_c", "0002", '"0001"'),
+    ):
+        (tmp_path / f"{name}.py").write_text(f'revision = "{number}"\ndown_revision = {before}\n')
+    (wrong,) = check_source.migration_findings(tmp_path)
+    assert wrong.startswith("0002_c.py:1: a step is 0002 after 0002")
+    (tmp_path / "0002_c.py").unlink()
+    assert not list(check_source.migration_findings(tmp_path))
+
+
 def package(name: str, version: str, *wheels: str, **more: Any) -> dict[str, Any]:
     """A package as uv.lock has it; the hash of each wheel is its number."""
     listed = [{"url": f"https://host/{wheel}", "hash": f"sha256:{version}"} for wheel in wheels]
