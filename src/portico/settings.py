@@ -625,6 +625,15 @@ class ApiSettings:
     key_max_cidrs: int = 64
     # Roles of its own that an organization may have.
     max_roles_per_organization: int = 50
+    # Public keys of a secret scanner with GitHub's partner protocol, whose reports revoke leaked keys, as an address such as
+    # https://api.github.com/meta/public_keys/secret_scanning; empty: only keys of the file below are believed.
+    secret_scanning_keys_url: str = ""
+    # The same document as a file, for installations that cannot fetch it; read at the start.
+    secret_scanning_keys_file: Path | None = None
+    # Seconds that fetched keys are used before they are fetched again; during an outage of that address they are for a day.
+    secret_scanning_keys_seconds: int = 3600
+    # Matches in one report.
+    secret_scanning_max_matches: int = 1000
     # Seconds that a signing key signs before the next takes over.
     signing_key_seconds: int = 2_592_000
     # Seconds that a new key is published before it may sign.

@@ -30,13 +30,16 @@ from portico.control.console import pages as console_pages
 from portico.control.edge import api as edge_api
 from portico.control.edge.hub import Hub
 from portico.control.edge.state import StateReader
-from portico.control.identity import account_api, org_api, signing_keys
+from portico.control.identity import account_api, leak_api, org_api, signing_keys
 from portico.control.identity import api as identity_api
 from portico.control.identity import jobs as identity_jobs
+from portico.control.identity.leaks import Leaks
 from portico.control.identity.passwords import Passwords
+from portico.control.identity.scanner_keys import ScannerKeys
 from portico.control.identity.service import Identity
 from portico.control.tunnels import api as tunnels_api
 from portico.control.tunnels import jobs as tunnels_jobs
+from portico.control.tunnels import relays
 from portico.control.tunnels.relays import RelayDirectory
 from portico.control.tunnels.service import Tunnels
 from portico.control.tunnels.sessions import Sessions
@@ -91,6 +94,7 @@ def _compose(app: FastAPI, settings: ApiSettings, clock: Clock, db: Database | N
     state.identity = Identity(settings, state.db, clock, state.signing_keys, state.passwords)
     state.authenticate = state.identity.authenticate
     state.note_refusal = partial(audit.refused, state.db)
+    state.leaks = Leaks(settings, state.db, clock, state.sealer, state.identity.keys, ScannerKeys(settings, clock))
     _compose_tunnels(state, settings, clock)
 
 
@@ -110,6 +114,7 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
     state.edge_states = StateReader(state.db, state.tunnels, state.signing_keys)
     state.edge_hub = Hub(settings, state.db, state.edge_states, state.stopping)
     state.identity.keys.on_revoked.append(state.agent_sessions.on_key_revoked)
+    state.leaks.ends["rly"] = relays.end_leaked
     state.identity.keys.on_restricted.append(state.agent_sessions.on_key_restricted)
     state.signing_keys.on_changed.append(_announce_keys)
 
@@ -126,6 +131,7 @@ def _route(app: FastAPI) -> None:
         identity_api.sessions,
         account_api.router,
         identity_api.keys,
+        leak_api.router,
         org_api.router,
         audit_api.router,
     ):

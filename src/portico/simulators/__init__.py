@@ -1,4 +1,1 @@
-"""What only the internet provides, on this machine: real protocols on real sockets, and misbehaviour on request.
-
-For tests, drills and demonstrations; no production process starts any of them.
-"""
+"""What only the internet provides, for tests and drills: stateful, signing like the real one, and able to misbehave."""

@@ -21,6 +21,15 @@ SEALER = Sealer(Secret(new_master_key()))
 #: Facts for every topic: a topic that is added needs its own here.
 FACTS: dict[str, dict[str, Any]] = {
     "channel.test": {"organization": "Acme"},
+    "key.leaked": {
+        "name": "laptop",
+        "prefix": "tnl_agt_0123",
+        "kind": "agent",
+        "organization": "Acme",
+        "made_at": "2030-01-01 00:00 UTC",
+        "url": None,
+        "console": "https://api.example.com",
+    },
 }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
+from portico.control.identity.leaks import Match
 from portico.control.tunnels import history, presence, store
 from portico.control.tunnels.presence import Bound
 from portico.errors import Problem
@@ -64,6 +65,16 @@ async def revoke_key(tx: Tx, caller: Caller, key_id: str) -> bool:
     if revoked:
         await audit.record(tx, caller, "relay_key.revoke", key_id)
     return revoked
+
+
+async def end_leaked(tx: Tx, caller: Caller, digest: bytes, match: Match) -> bool:
+    """``leaks.End`` for relay keys; whether there ever was one."""
+    row = await store.relay_key(tx, digest)
+    if row is None:
+        return False
+    if await store.revoke_relay_key(tx, row["id"]):
+        await audit.record(tx, caller, "relay_key.revoke", row["id"], details=match.told)
+    return True
 
 
 async def replace_key(tx: Tx, caller: Caller, relay: str) -> str:
