@@ -575,6 +575,14 @@ class ApiSettings:
     require_verified_email: bool = False
     # Seconds after a platform operator's last proof of who they are in which they may do what is dangerous.
     operator_step_up_seconds: int = 900
+    # Minutes for which an owner can let operators into the organization at most, with one consent.
+    support_access_max_minutes: int = 10_080
+    # Live consents to support access that one organization has at most.
+    support_consents_per_organization: int = 10
+    # Seconds that a token of support access lives at most; never longer than the consent.
+    support_session_seconds: int = 3600
+    # Seconds in which a second operator confirms that a person's second factors are taken away.
+    mfa_reset_seconds: int = 86_400
     # Life of an access token in seconds.
     access_token_seconds: int = 900
     # Seconds that an unused refresh token lives; each use starts it anew.

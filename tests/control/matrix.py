@@ -19,11 +19,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, ROLES, Caller, CallerKind
+from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, ROLES, SUPPORT_PERMISSIONS, Caller, CallerKind
 from portico.control.identity import operators, tables, tokens
 from portico.control.identity.keys import issue
 from portico.control.tunnels import relays
-from portico.kit.ids import new_id
+from portico.kit.ids import digest, new_id, new_token
 from tests.control.conftest import PASSWORD, Account, heartbeat_body
 
 METHODS = ("get", "post", "put", "patch", "delete")
@@ -184,7 +184,8 @@ class World:
     stranger: Account
     relay_key: str
     operator_key: str
-    operator: str  # a person with a grant, who is a viewer of the owner's organization
+    operator: str = ""  # a person with a grant, who is a viewer of the owner's organization
+    support: tuple[str, str] = ("", "")  # tokens of support access: one that is good, and one without consent
     people: dict[str, str] = field(default_factory=dict)  # role -> user id
     _count: int = 0
 
@@ -240,6 +241,10 @@ class World:
             "session_id": self._agent_session,
             "tunnel_id": lambda: self._made("/v1/tunnels", {"name": f"tunnel-{self._count}"}),
             "user": lambda: self.member("viewer"),
+            "tenant": self._tenant,
+            "consent": self._consent,
+            "mfa_reset": self._mfa_reset,
+            "support_session": self._support_session,
         }.get(name) or self._unknown(name)
         assert client is not None
         return await made()
@@ -252,6 +257,49 @@ class World:
         answer = await self.owner.client.post(path, json=body)
         assert answer.status_code == 201, answer.text
         return str(answer.json()["id"])
+
+    async def _tenant(self) -> str:
+        """Another organization, since operators can do harm to it, which lets them in."""
+        tenant = new_id("org")
+        async with self.db.transaction() as tx:
+            await tx.execute(sa.insert(tables.organizations).values(id=tenant, name=f"tenant {self._count}"))
+        await self._consent(tenant)
+        return tenant
+
+    async def _consent(self, organization: str | None = None, *, withdrawn: bool = False) -> str:
+        now = self.app.state.clock.wall()
+        row = {"id": new_id("sac"), "organization_id": organization or self.owner.organization, "scope": "write"}
+        row |= {"given_by": self.owner.user, "expires_at": now + timedelta(hours=1)}
+        row["withdrawn_at"] = now if withdrawn else None
+        async with self.db.transaction() as tx:
+            await tx.execute(sa.insert(tables.support_consents).values(**row))
+        return str(row["id"])
+
+    async def _mfa_reset(self) -> str:
+        path = f"/v1/admin/users/{await self.member('viewer')}/mfa-reset"
+        asked = await call(self.app, "post", path, self.operator_key, {"reason": "lost"})
+        return str(json.loads(asked.body)["id"])
+
+    async def _support_session(self) -> str:
+        return (await self.begin_support(self.operator))[0]
+
+    async def begin_support(self, operator: str, *, withdrawn: bool = False) -> tuple[str, str]:
+        """A session of support access to the owner's organization: its id and its token."""
+        now, session, token = self.app.state.clock.wall(), new_id("sup"), new_token("sup")
+        signed_in = json.loads((await call(self.app, "get", "/v1/whoami", await self._operator(operator), None)).body)
+        row = {"id": session, "consent_id": await self._consent(withdrawn=withdrawn), "operator_id": operator}
+        row |= {
+            "organization_id": self.owner.organization,
+            "sign_in_session": signed_in["session"],
+            "reason": "asked to",
+        }
+        async with self.db.transaction() as tx:
+            statement = sa.insert(tables.support_sessions).values(**row, digest=digest(token))
+            await tx.execute(statement.values(expires_at=now + timedelta(hours=1)))
+        return session, token
+
+    async def _operator(self, operator: str) -> str:
+        return await self.person(self.owner.organization, operator)
 
     async def _sign_in_session(self) -> str:
         token = await self.person(self.owner.organization, self.owner.user)
@@ -283,10 +331,14 @@ async def build_world(app: Any, owner: Account, stranger: Account, relay_key: st
     async with app.state.db.transaction() as tx:
         operator = await issue(tx, app.state.clock.wall(), None, None, "operator", "operator", [])
         _, other = await relays.create_key(tx, Caller("operator", "installation", None), "matrix")
-    world = World(app, owner, stranger, other, operator.key, "")
-    world.operator = await world.member("viewer")
+    world = World(app, owner, stranger, other, operator.key)
+    world.operator, helper = await world.member("viewer"), await world.member("viewer")
     async with app.state.db.transaction() as tx:
-        await operators.grant(tx, operators.INSTALLATION, world.operator, now=app.state.clock.wall())
+        for person in (world.operator, helper):
+            await operators.grant(tx, operators.INSTALLATION, person, now=app.state.clock.wall())
+    _, good = await world.begin_support(helper)
+    _, over = await world.begin_support(helper, withdrawn=True)
+    world.support = good, over
     for role in ROLES:
         world.people[role] = await world.member(role)
     body = heartbeat_body()
@@ -361,6 +413,8 @@ def cells(world: World, operation: Operation) -> list[Cell]:
             operator=True,
             recent=False,
         ),
+        Cell("support access", "support", SUPPORT_PERMISSIONS["write"], fixed(world.support[0])),
+        Cell("support access after its consent", None, none, fixed(world.support[1])),
         Cell("an API key without scopes", "api_key", none, key("api", [])),
         Cell("an API key with all other scopes", "api_key", frozenset(others), key("api", others)),
         Cell("an API key with the scope", "api_key", frozenset(wanted), key("api", wanted)),

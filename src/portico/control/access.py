@@ -91,11 +91,18 @@ def role_permissions(role: str | None, custom: Iterable[str] | None = None) -> f
     return (frozenset(custom) & PERMISSIONS) - OWNERS_ONLY if custom is not None else frozenset()
 
 
-CallerKind = Literal["person", "agent_key", "api_key", "operator", "relay", "anonymous"]
+# What an operator may do inside an organization whose owner let them in: look, or change tunnels, too. No audit log, no keys, no
+# members, no money, and nothing that is added later unless it is added here.
+SUPPORT_PERMISSIONS: Final[Mapping[str, frozenset[str]]] = {
+    "read": ROLES["viewer"],
+    "write": ROLES["viewer"] | {"tunnels:write"},
+}
+
+CallerKind = Literal["person", "agent_key", "api_key", "support", "operator", "relay", "anonymous"]
 
 
-# Who has a credential of an organization.
-MEMBERS: Final[tuple[CallerKind, ...]] = ("person", "agent_key", "api_key")
+# Who has a credential of an organization; ``support`` is an operator whom an owner let in for a while.
+MEMBERS: Final[tuple[CallerKind, ...]] = ("person", "agent_key", "api_key", "support")
 KEYS: Final[tuple[CallerKind, ...]] = ("agent_key", "api_key")
 
 
@@ -142,6 +149,7 @@ class Caller:
     unverified: bool = False  # the person's address must be verified before they may do more than look around
     second_factor: bool = False  # whether an operator has one, used this time or not
     platform_operator: bool = False
+    acting_operator: str | None = None  # the operator (usr_…) whose support session, ``id``, this is
     expires_at: datetime | None = None  # of a key; what it makes does not outlive it
     cidrs: tuple[
         str, ...
@@ -245,6 +253,8 @@ async def identify(request: Request) -> Caller:
         async with request.app.state.db.read() as own:
             found = await authenticate(own, credential, address)
     found = replace(found, request_id=request_id(request), address=address)
+    if found.kind == "support":
+        await request.app.state.note_support(found, request.method, request.url.path)
     request.state.caller = found
     return found
 

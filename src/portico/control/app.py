@@ -22,7 +22,7 @@ from typing import Any
 import sqlalchemy as sa
 from fastapi import APIRouter, FastAPI, Request
 
-from portico.control import changes, http, migrations, openapi, requests
+from portico.control import admin_api, changes, http, migrations, openapi, requests
 from portico.control.access import PUBLIC
 from portico.control.audit import api as audit_api
 from portico.control.audit import service as audit
@@ -30,7 +30,7 @@ from portico.control.console import pages as console_pages
 from portico.control.edge import api as edge_api
 from portico.control.edge.hub import Hub
 from portico.control.edge.state import StateReader
-from portico.control.identity import account_api, leak_api, org_api, signing_keys
+from portico.control.identity import account_api, leak_api, org_api, signing_keys, support_api
 from portico.control.identity import api as identity_api
 from portico.control.identity import jobs as identity_jobs
 from portico.control.identity.leaks import Leaks
@@ -95,6 +95,7 @@ def _compose(app: FastAPI, settings: ApiSettings, clock: Clock, db: Database | N
     state.authenticate = state.identity.authenticate
     state.note_refusal = partial(audit.refused, state.db)
     state.leaks = Leaks(settings, state.db, clock, state.sealer, state.identity.keys, ScannerKeys(settings, clock))
+    state.note_support = partial(audit.request_in_support, state.db)
     _compose_tunnels(state, settings, clock)
 
 
@@ -133,7 +134,9 @@ def _route(app: FastAPI) -> None:
         identity_api.keys,
         leak_api.router,
         org_api.router,
+        support_api.router,
         audit_api.router,
+        *admin_api.routers,
     ):
         app.include_router(router, prefix="/v1")
     app.include_router(identity_api.well_known)

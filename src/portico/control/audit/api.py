@@ -78,34 +78,41 @@ class Checkpoint(BaseModel):
     token: str
 
 
+_ID = r"^[A-Za-z0-9_.:@-]+$"
+
+
 class Checkpoints(Page[Checkpoint]):
     """Checkpoints, newest first, and the public keys that signed them."""
 
     keys: list[dict[str, str]]
 
 
-Auditor = Annotated[Caller, Depends(require("audit:read"))]
-Seq = Annotated[int | None, Query(ge=1, le=2**53 - 1)]
-_ID = r"^[A-Za-z0-9_.:@-]+$"
-
-
-@router.get("", response_model=Page[AuditEvent])
-async def list_audit(
-    reader: Reading,
-    who: Auditor,
-    page: Paging,
+async def filters(
     action: Annotated[str | None, Query(max_length=64, pattern=r"^[a-z_.]+$")] = None,
     actor: Annotated[str | None, Query(max_length=64, pattern=_ID)] = None,
     target: Annotated[str | None, Query(max_length=64, pattern=_ID)] = None,
     outcome: Annotated[Literal["success", "refused"] | None, Query()] = None,
     since: Annotated[Instant | None, Query()] = None,
     until: Annotated[Instant | None, Query()] = None,
-) -> Any:
+) -> dict[str, Any]:
+    """Dependency: which events a list shows; each filter leaves only rows with that value or time."""
+    given = {"action": action, "actor": actor, "target": target, "outcome": outcome, "since": since, "until": until}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+Filters = Annotated[dict[str, Any], Depends(filters)]
+
+#: What an export answers with.
+EXPORTED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/jsonl": {"schema": {"type": "string"}}}}}
+
+Auditor = Annotated[Caller, Depends(require("audit:read"))]
+Seq = Annotated[int | None, Query(ge=1, le=2**53 - 1)]
+
+
+@router.get("", response_model=Page[AuditEvent])
+async def list_audit(reader: Reading, who: Auditor, page: Paging, filters: Filters) -> Any:
     """The organization's audit events, newest first; each filter leaves only rows with that value or time."""
-    filters = {
-        "action": action, "actor": actor, "target": target, "outcome": outcome, "since": since, "until": until,
-    }  # fmt: skip
-    return await service.listing(reader, who, page, **filters)
+    return await service.listing(reader, who.org, page, **filters)
 
 
 @router.get("/verify", response_model=Verification)
@@ -122,13 +129,13 @@ async def verify_audit(
 @router.get("/checkpoints", response_model=Checkpoints)
 async def list_checkpoints(reader: Reading, who: Auditor, page: Paging) -> Any:
     """Signed checkpoints of the organization's chain, newest first. Keep them where this platform cannot write."""
-    return await service.checkpoint_listing(reader, who, page)
+    return await service.checkpoint_listing(reader, who.org, page)
 
 
 @router.get(
     "/export",
     response_class=StreamingResponse,
-    responses={200: {"content": {"application/jsonl": {"schema": {"type": "string"}}}}},
+    responses=EXPORTED,
 )
 async def export_audit(
     request: Request,

@@ -42,15 +42,18 @@ async def record(
     next writer takes the row in, or the worker a few seconds later.
     """
     tenant = organization or caller.organization
+    details = details or {}
+    if caller.acting_operator is not None:
+        details = {**details, "support_session": caller.id}
     row = {
         "id": new_id("aud"),
         "organization_id": None if tenant == INSTALLATION else tenant,
         "actor_kind": caller.kind,
-        "actor_id": caller.id,
+        "actor_id": caller.acting_operator or caller.id,
         "action": action,
         "target": None if target is None else scrub.text(target),
         "outcome": outcome,
-        "details": details or {},
+        "details": details,
         "request_id": caller.request_id,
         "address": caller.address,
     }
@@ -74,10 +77,16 @@ async def refused(
         await record(tx, caller, action, target, "refused", details, organization=organization)
 
 
-async def listing(reader: Reader, caller: Caller, page: pages.PageRequest, **filters: Any) -> dict[str, Any]:
-    """A page of the caller's organization's rows, newest first; ``filters`` as ``store.listing`` has them."""
+async def request_in_support(db: Database, caller: Caller, method: str, path: str) -> None:
+    """Record that an operator whom the organization let in asks for something, before it is answered; reads, too."""
+    async with db.transaction() as tx:
+        await record(tx, caller, "support_access.request", caller.id, details={"method": method, "path": path[:200]})
+
+
+async def listing(reader: Reader, chain: str, page: pages.PageRequest, **filters: Any) -> dict[str, Any]:
+    """A page of the rows of an organization, or of ``INSTALLATION``, newest first; ``filters`` as ``store.listing`` has them."""
     before = page.after[0] if page.after else None
-    rows = await store.listing(reader, caller.org, page.limit + 1, before, filters)
+    rows = await store.listing(reader, chain, page.limit + 1, before, filters)
     document: dict[str, Any] = pages.listing(rows, page.limit, lambda row: (row.id,), _render)
     return document
 
@@ -99,14 +108,14 @@ def _render(row: Any) -> dict[str, Any]:
     }
 
 
-async def checkpoint_listing(reader: Reader, caller: Caller, page: pages.PageRequest) -> dict[str, Any]:
-    """A page of the signed checkpoints of the caller's organization, newest first, with the keys that signed them."""
+async def checkpoint_listing(reader: Reader, chain: str, page: pages.PageRequest) -> dict[str, Any]:
+    """A page of the signed checkpoints of a chain, newest first, with the keys that signed them."""
     before = None
     if page.after:
         if not (page.after[0].isascii() and page.after[0].isdigit() and len(page.after[0]) < 16):
             raise Problem("request.cursor_invalid")
         before = int(page.after[0])
-    rows = await checkpoints.listing(reader, caller.org, page.limit + 1, before)
+    rows = await checkpoints.listing(reader, chain, page.limit + 1, before)
     document: dict[str, Any] = pages.listing(rows, page.limit, lambda row: (str(row.seq),), lambda row: row._asdict())
     raw = await checkpoints.keys(reader, (row.kid for row in rows))
     return {**document, "keys": [jwt.public_jwk(kid, raw[kid]) for kid in sorted(raw)]}

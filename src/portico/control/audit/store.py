@@ -227,11 +227,12 @@ def plain(value: Any) -> Any:
 
 
 async def listing(
-    reader: Reader, organization: str, limit: int, before: str | None, filters: dict[str, Any]
+    reader: Reader, chain: str, limit: int, before: str | None, filters: dict[str, Any]
 ) -> Sequence[sa.Row[Any]]:
-    """Newest first: up to ``limit`` rows of one organization with ids below ``before``; ``filters`` as in the API."""
+    """Newest first: up to ``limit`` rows of one chain with ids below ``before``; ``filters`` as in the API."""
     columns = audit_events.c
-    query = sa.select(audit_events).where(columns.organization_id == organization)
+    tenant = columns.organization_id
+    query = sa.select(audit_events).where(tenant.is_(None) if chain == chains.INSTALLATION else tenant == chain)
     if before is not None:
         query = query.where(columns.id < before)
     for name in ("action", "target", "outcome"):

@@ -313,7 +313,7 @@ class KeyRef(BaseModel):
 class WhoAmI(BaseModel):
     """The bearer of a credential."""
 
-    kind: Literal["person", "agent_key", "api_key", "operator"]
+    kind: Literal["person", "agent_key", "api_key", "support", "operator"]
     user: UserRef | None
     organization: OrganizationFacts | None
     key: KeyRef | None

@@ -10,6 +10,7 @@ installation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -115,6 +116,17 @@ async def keep_one(tx: Tx, user_id: str) -> None:
     )
     if {row.user_id for row in await tx.fetch_all(lasting)} == {user_id}:
         raise Problem("operator.last")
+
+
+async def record(tx: Tx, caller: Caller, act: str, target: str, details: dict[str, Any], *organizations: str) -> None:
+    """Record an operator's act in the log of the installation, and in those of the ``organizations`` that it concerns.
+
+    These see which operator it was, not from where.
+    """
+    await audit.record(tx, caller, act, target, details=details, organization=audit.INSTALLATION)
+    seen = replace(caller, kind="operator", address=None)
+    for organization in organizations:
+        await audit.record(tx, seen, act, target, details=details, organization=organization)
 
 
 async def listing(reader: Reader) -> Sequence[sa.Row[Any]]:

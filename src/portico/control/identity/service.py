@@ -15,7 +15,7 @@ from sqlalchemy import exc as sa_exc
 
 from portico.control.access import UNVERIFIED_PERMISSIONS, Caller, role_permissions
 from portico.control.audit import service as audit
-from portico.control.identity import account_store, operators, store, throttle, tokens
+from portico.control.identity import account_store, operators, store, support, throttle, tokens
 from portico.control.identity import keys as key_rules
 from portico.control.identity.browsers import Browsers
 from portico.control.identity.device import DeviceFlow
@@ -23,10 +23,12 @@ from portico.control.identity.elsewhere import Elsewhere
 from portico.control.identity.keys import Keys, NewKey
 from portico.control.identity.members import Members
 from portico.control.identity.passwords import Passwords
+from portico.control.identity.people import People
 from portico.control.identity.roles import Roles
 from portico.control.identity.sign_in import Client, SignedIn, SignIns
 from portico.control.identity.signing_keys import SigningKeys
 from portico.control.identity.step_up import StepUp
+from portico.control.identity.support import Support
 from portico.control.identity.throttle import Bucket
 from portico.errors import Problem
 from portico.kit import networks, pages
@@ -67,6 +69,8 @@ class Identity:
         self.passwords = passwords
         self.keys = Keys(settings, clock)
         self.members = Members(clock, self.keys)
+        self.people = People(settings, clock, self.keys)
+        self.support = Support(settings, clock)
         self.roles = Roles(settings, clock, self.members)
         self.device = DeviceFlow(settings, db, clock, self.keys)
         self.browsers = Browsers(settings, db, clock)
@@ -319,6 +323,8 @@ class Identity:
 
     async def _key_caller(self, reader: Reader, text: str, address: str | None) -> Caller:
         kind = check_token(text)
+        if kind == "sup":
+            return await support.authenticate(reader, text, self.clock.wall())
         row = await store.key_by_digest(reader, digest(text)) if kind in ("agt", "sk", "opr") else None
         if row is None or key_rules.TOKEN_KIND[row["kind"]] != kind:
             raise Problem("auth.key_invalid")

@@ -68,6 +68,55 @@ operator_grants = sa.Table(
     sa.Index("operator_grants_one_live", "user_id", unique=True, postgresql_where=sa.text("revoked_at IS NULL")),
 )
 
+# That an owner lets operators in, and what operators began under it.
+support_consents = sa.Table(
+    "support_consents",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("scope", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text),
+    sa.Column("given_by", sa.Text, nullable=False),
+    _created(),
+    _time("expires_at", required=True),
+    _time("withdrawn_at"),
+    sa.Column("withdrawn_by", sa.Text),
+    sa.CheckConstraint("scope IN ('read', 'write')", name="scope"),
+    sa.Index("support_consents_organization_id_id_ix", "organization_id", "id"),
+)
+support_sessions = sa.Table(
+    "support_sessions",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column(
+        "consent_id", sa.Text, sa.ForeignKey("support_consents.id", ondelete="CASCADE"), nullable=False, index=True
+    ),
+    sa.Column("organization_id", sa.Text, nullable=False),
+    sa.Column("operator_id", sa.Text, nullable=False),
+    # In which the operator began it, and with which it ends. No foreign key: old sign-in sessions are deleted.
+    sa.Column("sign_in_session", sa.Text, nullable=False),
+    sa.Column("digest", sa.LargeBinary, nullable=False, unique=True),
+    sa.Column("reason", sa.Text, nullable=False),
+    _created(),
+    _time("expires_at", required=True),
+    _time("ended_at"),
+)
+
+# One operator asks that a person's second factors be taken away, another one confirms.
+mfa_resets = sa.Table(
+    "mfa_resets",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("user_id", sa.Text, sa.ForeignKey("users.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("requested_by", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    _created(),
+    _time("expires_at", required=True),
+    sa.Column("confirmed_by", sa.Text),
+    _time("confirmed_at"),
+    _time("withdrawn_at"),
+)
+
 # The roles that an organization made for itself; ``members.role`` is the name of a built-in role, or the id of one of these.
 roles = sa.Table(
     "roles",

@@ -22,7 +22,7 @@ from portico.control.identity.leaks import Match
 from portico.control.tunnels import history, presence, store
 from portico.control.tunnels.presence import Bound
 from portico.errors import Problem
-from portico.kit import ids
+from portico.kit import ids, pages
 from portico.kit.db import HasConnection, Reader, Tx
 from portico.kit.redis import Redis
 from portico.settings import ApiSettings
@@ -229,6 +229,13 @@ class RelayDirectory:
         """Relays whose heartbeat is within the lease, draining ones too: those that can have tunnels bound."""
         await self._live(reader)
         return self._names
+
+    async def listing(self, reader: Reader, page: pages.PageRequest) -> dict[str, Any]:
+        """A page of every relay that was registered, by name, live or not."""
+        after = page.after[0] if page.after else None
+        rows = await store.list_relays(reader, self._settings.relay_lease_seconds, page.limit + 1, after)
+        document: dict[str, Any] = pages.listing(rows, page.limit, lambda row: (row.name,), lambda row: row._asdict())
+        return document
 
     def forget(self) -> None:
         """Read anew at the next question: this process just heard of a relay."""

@@ -60,6 +60,10 @@ class Tunnels:
             raise Problem("tunnel.not_found")
         return (await self._render(reader, caller.org, [row], self._redis))[0]
 
+    async def counts(self, reader: Reader, organizations: Sequence[str]) -> dict[str, int]:
+        """How many tunnels each of these organizations has; those without one are left out."""
+        return await store.count_tunnels(reader, organizations)
+
     async def events(self, reader: Reader, caller: Caller, tunnel_id: str, page: pages.PageRequest) -> dict[str, Any]:
         """A page of what happened to a tunnel, newest first. Raises ``tunnel.not_found``."""
         if await store.tunnel(reader, caller.org, tunnel_id) is None:

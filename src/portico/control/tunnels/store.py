@@ -203,6 +203,23 @@ async def lock_tunnel_count(tx: Tx, organization: str) -> int:
     return int(await tx.raw.fetchval("SELECT count(*) FROM tunnels WHERE organization_id = $1", organization))
 
 
+async def count_tunnels(reader: Reader, organizations: Sequence[str]) -> dict[str, int]:
+    """The number of tunnels of each of the organizations that has one."""
+    wanted = _T.organization_id.in_(organizations)
+    query = sa.select(_T.organization_id, sa.func.count().label("tunnels")).where(wanted).group_by(_T.organization_id)
+    return {row.organization_id: row.tunnels for row in await reader.fetch_all(query)}
+
+
+async def list_relays(reader: Reader, lease: float, limit: int, after: str | None) -> Sequence[sa.Row[Any]]:
+    """Relays by name, with how many tunnels each has bound, and whether its last heartbeat is within the lease."""
+    bound = sa.select(sa.func.count()).where(relay_bindings.c.relay == relays.c.name).scalar_subquery()
+    live = relays.c.seen_at > sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, lease)
+    query = sa.select(relays, bound.label("tunnels"), live.label("live"))
+    if after is not None:
+        query = query.where(relays.c.name > after)
+    return await reader.fetch_all(query.order_by(relays.c.name).limit(limit))
+
+
 async def policy_bytes(tx: Tx, organization: str, but: str | None) -> int:
     """What the policies of the organization's tunnels have together; ``but``: the tunnel that is left out."""
     query = "SELECT coalesce(sum(octet_length(policy::text)), 0) FROM tunnels WHERE organization_id = $1 AND id <> $2"
