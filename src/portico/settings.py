@@ -631,6 +631,10 @@ class ApiSettings:
     max_keys_per_organization: int = 1000
     # Networks that one key may be limited to.
     key_max_cidrs: int = 64
+    # Organizations that one person may own.
+    organizations_per_person: int = 10
+    # Days of grace between asking for an organization's deletion and the deletion, in which it can be taken back.
+    organization_deletion_days: float = 14.0
     # Roles of its own that an organization may have.
     max_roles_per_organization: int = 50
     # Public keys of a secret scanner with GitHub's partner protocol, whose reports revoke leaked keys, as an address such as

@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
 
 from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, ROLES, SUPPORT_PERMISSIONS, Caller, CallerKind
 from portico.control.identity import operators, tables, tokens
@@ -208,7 +209,10 @@ class World:
         return tokens.issue(signer, tokens.AccessClaims(user, session, organization), then, 3600)
 
     async def role(self, role: str) -> str:
-        """An access token of a member of the owner's organization in this role."""
+        """An access token of a member of the owner's organization in this role, who is one again if a call ended that."""
+        async with self.db.transaction() as tx:
+            row = {"organization_id": self.owner.organization, "user_id": self.people[role], "role": role}
+            await tx.execute(pg.insert(tables.members).values(**row).on_conflict_do_nothing())
         return await self.person(self.owner.organization, self.people[role])
 
     async def key(self, account: Account, kind: str, scopes: list[str], state: str = "live") -> str:

@@ -37,9 +37,12 @@ PERMISSION_TABLE: Final[Mapping[str, str]] = {
     "keys:read": "List every key of the organization (never its text).",
     "keys:write": "Make keys, and rotate and revoke every key of the organization.",
     "members:read": "See who belongs to the organization, and in which role.",
-    "members:write": "Give members other roles, and remove them.",
+    "members:write": "Invite people, give members other roles, and remove them.",
+    "organization:delete": "Delete the organization, and take that back within the days of grace.",
+    "organization:export": "Export everything that the organization has, its audit log included.",
     "organization:read": "See the organization's name and plan.",
-    "owners:write": "Make owners, change their role and remove them.",
+    "organization:write": "Change the organization's name.",
+    "owners:write": "Make owners, change their role and remove them, and hand ownership on.",
     "roles:read": "See the roles of the organization and what they allow.",
     "roles:write": "Make, change and delete custom roles.",
     "tunnels:read": "See tunnels and what happened to them.",
@@ -47,8 +50,8 @@ PERMISSION_TABLE: Final[Mapping[str, str]] = {
 }
 PERMISSIONS: Final = frozenset(PERMISSION_TABLE)
 
-# What no custom role can hold: only owners make owners.
-OWNERS_ONLY: Final = frozenset({"owners:write"})
+# What no custom role can hold: only owners make owners, and end what is theirs.
+OWNERS_ONLY: Final = frozenset({"organization:delete", "owners:write"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,9 @@ _SEES: Final = frozenset({"members:read", "organization:read", "roles:read"})
 
 ROLE_TABLE: Final[Mapping[str, Role]] = {
     "owner": Role("Everything. An organization always has one at least.", PERMISSIONS),
-    "admin": Role("Everything but making, changing and removing owners.", PERMISSIONS - OWNERS_ONLY),
+    "admin": Role(
+        "Everything but deleting the organization, and making, changing and removing owners.", PERMISSIONS - OWNERS_ONLY
+    ),
     "developer": Role(
         "Runs tunnels: makes and changes them, and has agent keys and API keys of their own.",
         _SEES | {"agent:connect", "keys:own", "tunnels:read", "tunnels:write"},
@@ -89,6 +94,20 @@ def role_permissions(role: str | None, custom: Iterable[str] | None = None) -> f
     if role is not None and role in ROLES:
         return ROLES[role]
     return (frozenset(custom) & PERMISSIONS) - OWNERS_ONLY if custom is not None else frozenset()
+
+
+# How an organization stands when not well: the operator suspended it, or its owner asked for its deletion.
+Standing = Literal["suspended", "deleting"]
+_READS: Final = frozenset(name for name in PERMISSIONS if name.endswith(":read"))
+_LEFT: Final[Mapping[Standing, frozenset[str]]] = {
+    "suspended": _READS | {"organization:export"},
+    "deleting": _READS | {"organization:delete", "organization:export"},
+}
+
+
+def in_standing(held: frozenset[str], standing: Standing | None) -> frozenset[str]:
+    """What is left of ``held`` in an organization that stands so: looking, and what leads out of it."""
+    return held if standing is None else held & _LEFT[standing]
 
 
 # What an operator may do inside an organization whose owner let them in: look, or change tunnels, too. No audit log, no keys, no
@@ -150,6 +169,7 @@ class Caller:
     second_factor: bool = False  # whether an operator has one, used this time or not
     platform_operator: bool = False
     acting_operator: str | None = None  # the operator (usr_…) whose support session, ``id``, this is
+    standing: Standing | None = None  # of the organization; `permissions` are what it leaves
     expires_at: datetime | None = None  # of a key; what it makes does not outlive it
     cidrs: tuple[
         str, ...
@@ -166,6 +186,8 @@ class Caller:
         if permission not in self.permissions:
             if self.unverified and permission not in UNVERIFIED_PERMISSIONS:
                 raise Problem("auth.email_unverified", permission=permission)
+            if self.standing is not None and permission not in _LEFT[self.standing]:
+                raise Problem(f"organization.{self.standing}")
             raise Problem("auth.forbidden", f"this credential lacks {permission}", permission=permission)
 
     def check_any(self, permissions: Sequence[str]) -> None:
@@ -297,7 +319,8 @@ def require(*permissions: str, kinds: tuple[CallerKind, ...] = MEMBERS, act: str
         request.state.act = act
         if permissions:
             who.check_any(permissions)
-        if who.organization is None or who.kind not in kinds:
+        # A person may belong to no organization, and still has sessions to end and invitations to accept.
+        if (who.organization is None and who.kind != "person") or who.kind not in kinds:
             allowed = " or ".join(kind.replace("_", " ") for kind in kinds)
             raise Problem(
                 "auth.forbidden", f"this is for a {allowed}", permission=permissions[-1] if permissions else None

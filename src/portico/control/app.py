@@ -117,6 +117,7 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
     state.identity.keys.on_revoked.append(state.agent_sessions.on_key_revoked)
     state.leaks.ends["rly"] = relays.end_leaked
     state.identity.keys.on_restricted.append(state.agent_sessions.on_key_restricted)
+    state.identity.organizations.on_standing += [state.agent_sessions.on_standing, state.tunnels.on_standing]
     state.signing_keys.on_changed.append(_announce_keys)
 
 
@@ -133,6 +134,7 @@ def _route(app: FastAPI) -> None:
         account_api.router,
         identity_api.keys,
         leak_api.router,
+        org_api.many,
         org_api.router,
         support_api.router,
         audit_api.router,
@@ -200,8 +202,7 @@ async def _housekeeping(app: FastAPI) -> None:
         try:
             await identity_jobs.housekeeping(app.state.identity)
             await tunnels_jobs.housekeeping(app.state.db, settings)
-            async with app.state.db.transaction() as tx:
-                await requests.expire(tx, app.state.clock.wall(), settings.idempotency_seconds)
+            await requests.expire(app.state.db, app.state.clock.wall(), settings.idempotency_seconds)
         except Exception as err:
             wait = _FIRST_RETRY_SECONDS
             log.warning("housekeeping failed", extra={"f": {"error": f"{type(err).__name__}: {err}"[:200]}})

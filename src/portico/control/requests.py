@@ -31,6 +31,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from portico.control import access
 from portico.errors import Problem
+from portico.kit.batches import delete_in_batches
 from portico.kit.db import Database, Tx, metadata
 from portico.kit.sealing import Sealer
 
@@ -192,16 +193,22 @@ async def once(request: Request, tx: Tx, run: Callable[[], Awaitable[Response]])
     if not _KEY.fullmatch(key):
         raise Problem("idempotency.key_invalid")
     who = await access.identify(request)
+    caller = _actor(who)
     sealer: Sealer = request.app.state.sealer
     plain = fingerprint(request.method, request.url.path, request.url.query, await request.body())
     # Under a key: a body may hold a password, and a bare hash of it would let anybody who reads the row try words.
     mark = bytes.fromhex(sealer.mac("idempotent request", plain.hex()))
     life = timedelta(seconds=request.app.state.settings.idempotency_seconds)
-    if not await _claim(tx, who.id, key, mark, life):
-        return await _replay(tx, who.id, key, (mark, plain), sealer)
+    if not await _claim(tx, caller, key, mark, life):
+        return await _replay(tx, caller, key, (mark, plain), sealer)
     response = await run()
-    await _remember(tx, who.id, key, response, sealer)
+    await _remember(tx, caller, key, response, sealer)
     return response
+
+
+def _actor(who: access.Caller) -> str:
+    """Whose keys these are: a person may act in several organizations, and an answer of one is not repeated in another."""
+    return f"{who.id} {who.organization or ''}" if who.kind == "person" else who.id
 
 
 async def _claim(tx: Tx, caller: str, key: str, mark: bytes, life: timedelta) -> bool:
@@ -249,8 +256,7 @@ async def _remember(tx: Tx, caller: str, key: str, response: Response, sealer: S
     )
 
 
-async def expire(tx: Tx, now: datetime, life_seconds: int) -> int:
-    """Delete remembered answers past their life; returns how many."""
+async def expire(db: Database, now: datetime, life_seconds: int) -> int:
+    """Delete remembered answers past their life, some at a time; returns how many."""
     t = idempotency_keys
-    result = await tx.execute(sa.delete(t).where(t.c.created_at < now - timedelta(seconds=life_seconds)))
-    return int(result.rowcount)
+    return await delete_in_batches(db, t, t.c.created_at < now - timedelta(seconds=life_seconds))

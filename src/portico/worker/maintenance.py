@@ -46,8 +46,7 @@ async def clear_tunnels(context: Context, work: Work) -> None:
 
 async def expire_requests(context: Context, work: Work) -> None:
     """Remembered answers of idempotent requests, past their life."""
-    async with work.done() as tx:
-        await requests.expire(tx, context.clock.wall(), context.control.idempotency_seconds)
+    await requests.expire(context.db, context.clock.wall(), context.control.idempotency_seconds)
 
 
 async def clear_outbox(context: Context, work: Work) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,38 +13,12 @@ import sqlalchemy as sa
 
 from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, ROLES
 from portico.control.app import create_app
-from portico.control.identity.tables import members, sign_in_sessions
+from portico.control.identity.tables import members
 from portico.kit.db import Database
 from portico.settings import ApiSettings
-from tests.control.conftest import PASSWORD, Account
+from tests.control.conftest import Account
+from tests.control.identity.conftest import Join
 from tests.control.test_http import problem
-
-Join = Callable[[str], Awaitable[Account]]
-
-
-@pytest.fixture
-def join(owner: Account, register: Any, db: Database, connect: Any) -> Join:
-    """A person who is a member of ``owner``'s organization, in a role, and signed in there."""
-
-    async def make(role: str) -> Account:
-        made: Account = await register()
-        async with db.transaction() as tx:
-            where = members.c.user_id == made.user
-            await tx.execute(sa.update(members).where(where).values(organization_id=owner.organization, role=role))
-            await tx.execute(sa.delete(sign_in_sessions).where(sign_in_sessions.c.user_id == made.user))
-        answer = await connect().post("/v1/auth/login", json={"email": made.email, "password": PASSWORD})
-        signed_in = answer.json()
-        assert signed_in["organization"]["id"] == owner.organization, signed_in
-        return replace(
-            made,
-            organization=owner.organization,
-            access=signed_in["access_token"],
-            refresh=signed_in["refresh_token"],
-            session=signed_in["session"],
-            client=connect(signed_in["access_token"]),
-        )
-
-    return make
 
 
 async def make_role(account: Account, *permissions: str, name: str = "Support") -> str:
@@ -70,7 +44,9 @@ class TestOrganization:
     async def test_facts(self, owner: Account, join: Join) -> None:
         billing = await join("billing")
         answer = await billing.client.get("/v1/org")
-        assert answer.json() == {"id": owner.organization, "name": "Acme", "plan": "free"}
+        assert answer.json() == {
+            "id": owner.organization, "name": "Acme", "plan": "free", "standing": "active", "delete_after": None,
+        }  # fmt: skip
 
     async def test_members_page_by_page(self, owner: Account, join: Join) -> None:
         people = [owner, await join("viewer"), await join("admin")]
@@ -208,7 +184,7 @@ class TestRemoval:
         assert [t["name"] for t in (await owner.client.get("/v1/tunnels")).json()["data"]] == ["theirs"]
         problem(await owner.client.delete(f"/v1/org/members/{member.user}"), 404, "request.not_found")
         row = (await audited(owner, "member.remove"))[-1]
-        assert row["details"] == {"role": "developer", "keys": 1, "sessions": 1}
+        assert row["details"] == {"role": "developer", "keys": 1, "sessions": 1, "invitations": 0}
 
     async def test_a_key_of_a_person_who_left_is_refused_whatever_its_row_says(
         self, owner: Account, join: Join, connect: Any, db: Database

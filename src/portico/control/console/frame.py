@@ -80,7 +80,7 @@ async def person_of(request: Request, caller: Caller) -> Person:
     identity: Identity = request.app.state.identity
     async with identity.db.read() as reader:
         facts = await identity.whoami(reader, caller)
-    return Person(facts["user"]["email"], facts["organization"]["name"])
+    return Person(facts["user"]["email"], (facts["organization"] or {"name": "none"})["name"])
 
 
 async def page(

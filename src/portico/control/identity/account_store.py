@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from portico.control.identity.account_tables import account_tokens, passkey_challenges
+from portico.control.identity.store import used_last
 from portico.control.identity.tables import device_codes, members, organizations, sign_in_sessions, users
 from portico.kit.db import Reader, Tx
 
@@ -18,14 +19,14 @@ Row = sa.Row[Any]
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Somebody who can sign in, and the organization that a sign-in leads to: the one joined first."""
+    """Somebody who can sign in, and the organization that a sign-in leads to: the one used last, if any."""
 
     id: str
     email: str
     password_hash: str | None
     email_verified_at: datetime | None
-    organization_id: str
-    organization_name: str
+    organization_id: str | None
+    organization_name: str | None
 
 
 async def lock_user(tx: Tx, user_id: str) -> Row | None:
@@ -34,7 +35,7 @@ async def lock_user(tx: Tx, user_id: str) -> Row | None:
 
 
 async def hold_person(tx: Tx, user_id: str) -> Person | None:
-    """The person with the oldest membership, both held; ``None`` for who is disabled or belongs to no organization."""
+    """The person and the membership used last, both held; ``None`` for who is disabled."""
     row = await lock_user(tx, user_id)
     if row is None or row.disabled_at is not None:
         return None
@@ -42,13 +43,12 @@ async def hold_person(tx: Tx, user_id: str) -> Person | None:
         sa.select(organizations.c.id, organizations.c.name)
         .join(members, members.c.organization_id == organizations.c.id)
         .where(members.c.user_id == user_id)
-        .order_by(members.c.created_at, members.c.organization_id)
+        .order_by(*used_last())
         .limit(1)
     )
     home = await tx.fetch_one(query.with_for_update(read=True, of=members))
-    if home is None:
-        return None
-    return Person(row.id, row.email, row.password_hash, row.email_verified_at, home.id, home.name)
+    found = (home.id, home.name) if home is not None else (None, None)
+    return Person(row.id, row.email, row.password_hash, row.email_verified_at, *found)
 
 
 async def user(reader: Reader, user_id: str) -> Row | None:

@@ -99,6 +99,12 @@ class LoginBody(Body):
     password: Password
 
 
+class SwitchBody(Body):
+    """Another organization of the person's."""
+
+    organization: Annotated[str, StringConstraints(min_length=1, max_length=64)]
+
+
 class RefreshBody(Body):
     """One unused refresh token."""
 
@@ -175,10 +181,20 @@ class Tokens(BaseModel):
     """A signed-in session."""
 
     user: UserRef
-    organization: OrganizationRef
+    organization: Annotated[OrganizationRef | None, Field(description="None for a person who belongs to none")]
     session: str
     access_token: str
     refresh_token: str
+    token_type: Literal["Bearer"] = "Bearer"  # noqa: S105 - the scheme, not a secret
+    expires_in: int
+
+
+class Switched(BaseModel):
+    """An access token for another organization. The refresh token of the session stays as it is."""
+
+    organization: OrganizationRef
+    session: str
+    access_token: str
     token_type: Literal["Bearer"] = "Bearer"  # noqa: S105 - the scheme, not a secret
     expires_in: int
 
@@ -347,7 +363,9 @@ def _client(request: Request) -> Client:
 def _tokens(signed_in: SignedIn) -> dict[str, Any]:
     return {
         "user": {"id": signed_in.user_id, "email": signed_in.email},
-        "organization": {"id": signed_in.organization_id, "name": signed_in.organization_name},
+        "organization": {"id": signed_in.organization_id, "name": signed_in.organization_name}
+        if signed_in.organization_id is not None
+        else None,
         "session": signed_in.session_id,
         "access_token": signed_in.access_token,
         "refresh_token": signed_in.refresh_token,
@@ -399,6 +417,12 @@ async def logout(tx: InTx, service: Service, who: Leaver) -> Response:
     """End the credential of this request: the sign-in session, or the agent key of this machine."""
     await service.logout(tx, who)
     return Response(status_code=204)
+
+
+@sessions.post("/auth/switch", response_model=Switched)
+async def switch(body: SwitchBody, tx: InTx, service: Service, who: Person) -> Any:
+    """Go on in another organization that the person belongs to, with the same session."""
+    return await service.switch(tx, who, body.organization)
 
 
 @sessions.get("/auth/sessions", response_model=Page[Session])

@@ -13,7 +13,7 @@ from typing import Any
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.identity import store
+from portico.control.identity import roster, store
 from portico.errors import Problem
 from portico.kit.clock import Clock
 from portico.kit.db import Database, Reader, Tx
@@ -73,5 +73,6 @@ class Browsers:
         """Turn the caller's session to another organization of theirs. Raises ``request.not_found``."""
         if not await store.turn_session(tx, caller.session_id or "", organization, self._clock.wall()):
             raise Problem("request.not_found", "you are no member of such an organization")
+        await roster.used(tx, organization, caller.user_id or "", self._clock.wall())
         facts = {"session": caller.session_id, "before": caller.organization}
         await audit.record(tx, caller, "session.switch", caller.user_id, details=facts, organization=organization)

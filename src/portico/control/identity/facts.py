@@ -7,6 +7,7 @@ from typing import Any
 
 from portico.control.access import role_permissions
 from portico.control.identity.keys import permissions
+from portico.control.identity.org_standing import check_standing, standing_of
 from portico.errors import Problem
 from portico.kit import networks
 from portico.kit.clock import Clock
@@ -27,8 +28,8 @@ _REMEMBER_SECONDS = 60.0
 _MAX_REMEMBERED = 10_000
 
 _ACCOUNT = """
-SELECT o.id, o.name, o.plan, u.email, k.revoked_at, k.kind, k.scopes, k.allowed_cidrs, m.role,
-       r.permissions AS role_permissions
+SELECT o.id, o.name, o.plan, o.suspended_at, o.delete_after, u.email, k.revoked_at, k.kind, k.scopes, k.allowed_cidrs,
+       m.role, r.permissions AS role_permissions
 FROM api_keys k JOIN organizations o ON o.id = k.organization_id LEFT JOIN users u ON u.id = k.user_id
 LEFT JOIN members m ON m.user_id = k.user_id AND m.organization_id = k.organization_id
 LEFT JOIN roles r ON r.id = m.role AND r.organization_id = k.organization_id
@@ -46,11 +47,12 @@ async def hold_key(tx: Tx, key_id: str, permission: str, address: str | None) ->
 
     Without the lock, a revocation that commits between authentication and the end of this transaction would miss what the
     transaction makes. Changes of roles take the same lock first, and the second statement sees what they did.
-    Raises ``auth.key_invalid``, ``auth.key_revoked``, ``auth.forbidden``, ``auth.address_denied``.
+    Raises ``auth.key_invalid``, ``auth.key_revoked``, ``auth.forbidden``, ``auth.address_denied``, and as ``check_standing``.
     """
     await tx.raw.execute("SELECT 1 FROM api_keys WHERE id = $1 FOR SHARE", key_id)
     row = await tx.raw.fetchrow(_ACCOUNT, key_id)
     found = _account(row)
+    check_standing(standing_of(row))
     allowed = permissions(row["kind"], row["scopes"]) & role_permissions(row["role"], row["role_permissions"])
     if not networks.allows(row["allowed_cidrs"], address):
         raise Problem("auth.address_denied")

@@ -16,8 +16,9 @@ from typing import Any
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.identity import roster, store
+from portico.control.identity import invitation_store, roster, store
 from portico.control.identity.keys import Keys
+from portico.control.identity.org_standing import check_standing, standing
 from portico.errors import Problem
 from portico.kit import pages
 from portico.kit.clock import Clock
@@ -49,7 +50,7 @@ class Members:
             raise Problem("request.not_found", "there is no such role")
         not_above(held, before.permissions | wanted.permissions)
         if wanted.id != before.id:
-            await self._not_the_last_owner(tx, caller, before, wanted)
+            await self._not_the_last_owner(tx, row, wanted)
             keys = await roster.lock_keys_of(tx, caller.org, [user_id])
             await roster.set_role(tx, caller.org, user_id, wanted.id)
             await self.end_lost(tx, keys, before.permissions, wanted.permissions)
@@ -60,21 +61,52 @@ class Members:
     async def remove(self, tx: Tx, caller: Caller, user_id: str) -> None:
         """Take a member out, with keys and sessions. Raises ``request.not_found``, ``auth.forbidden``, ``member.last_owner``."""
         held = await self.hold(tx, caller, "members:write")
-        before = roster.role_in(await self._member(tx, caller, user_id))
-        not_above(held, before.permissions)
-        await self._not_the_last_owner(tx, caller, before, None)
+        row = await self._member(tx, caller, user_id)
+        not_above(held, roster.role_in(row).permissions)
+        await self._out(tx, caller, row, "member.remove", "removed from the organization")
+
+    async def leave(self, tx: Tx, caller: Caller) -> None:
+        """Take the caller out, as ``remove`` does. Raises ``member.last_owner``, ``request.not_found``."""
+        await store.lock_organization(tx, caller.org)
+        row = await self._member(tx, caller, caller.user_id or "")
+        await self._out(tx, caller, row, "member.leave", "left the organization")
+
+    async def _out(self, tx: Tx, caller: Caller, row: Any, act: str, reason: str) -> None:
+        user_id = row.user_id
+        await self._not_the_last_owner(tx, row, None)
         keys = await roster.lock_keys_of(tx, caller.org, [user_id])
         await roster.remove(tx, caller.org, user_id)
         await self._keys.end_all_of(tx, keys)
-        ended = await store.end_sessions(
-            tx, user_id, None, "removed from the organization", self._clock.wall(), organization=caller.org
-        )
-        facts = {"role": before.name, "keys": len(keys), "sessions": len(ended)}
-        await audit.record(tx, caller, "member.remove", user_id, details=facts)
+        now = self._clock.wall()
+        ended = await store.end_sessions(tx, user_id, None, reason, now, organization=caller.org)
+        revoked = await invitation_store.revoke_of(tx, caller.org, user_id, now)
+        facts = {"role": roster.role_in(row).name, "keys": len(keys), "sessions": len(ended), "invitations": revoked}
+        await audit.record(tx, caller, act, user_id, details=facts)
+
+    async def transfer(self, tx: Tx, caller: Caller, user_id: str, role_id: str) -> dict[str, Any]:
+        """Make a member an owner in the caller's place, who is given another role, in one step; the new owner.
+
+        Raises ``request.not_found``, ``auth.forbidden``, ``member.unable``.
+        """
+        await self.hold(tx, caller, "owners:write")
+        new, old = await self._member(tx, caller, user_id), await self._member(tx, caller, caller.user_id or "")
+        given = await roster.role(tx, caller.org, role_id)
+        if given is None or given.id == "owner":
+            raise Problem("request.not_found", "there is no such role to keep")
+        if new.disabled_at is not None or new.user_id == old.user_id:
+            raise Problem("member.unable")
+        keys = await roster.lock_keys_of(tx, caller.org, [old.user_id])
+        await roster.set_role(tx, caller.org, new.user_id, "owner")
+        await roster.set_role(tx, caller.org, old.user_id, given.id)
+        await self.end_lost(tx, keys, roster.role_in(old).permissions, given.permissions)
+        facts = {"owner": new.user_id, "before": old.user_id, "role": given.name}
+        await audit.record(tx, caller, "organization.transfer", caller.org, details=facts)
+        return _render(await self._member(tx, caller, user_id))
 
     async def hold(self, tx: Tx, caller: Caller, permission: str) -> frozenset[str]:
         """What the caller may do now, while roles and members stay as they are until the transaction ends."""
         await store.lock_organization(tx, caller.org)
+        check_standing(await standing(tx, caller.org))
         now = await roster.role_of(tx, caller.org, caller.user_id or "")
         held = caller.permissions & now.permissions if now is not None else frozenset[str]()
         if permission not in held:
@@ -95,17 +127,16 @@ class Members:
         return row
 
     @staticmethod
-    async def _not_the_last_owner(
-        tx: Tx, caller: Caller, before: roster.HeldRole, wanted: roster.HeldRole | None
-    ) -> None:
-        ends = before.id == "owner" and (wanted is None or wanted.id != "owner")
-        if ends and await roster.count_able_owners(tx, caller.org) <= 1:
+    async def _not_the_last_owner(tx: Tx, row: Any, wanted: roster.HeldRole | None) -> None:
+        """One owner who can sign in stays. To lose one who cannot changes nothing about that."""
+        ends = row.role == "owner" and row.disabled_at is None and (wanted is None or wanted.id != "owner")
+        if ends and await roster.count_able_owners(tx, row.organization_id) <= 1:
             raise Problem("member.last_owner")
 
 
 def not_above(held: frozenset[str], touched: frozenset[str]) -> None:
     """Raises ``auth.forbidden`` when a role that may do more than the caller would be given, taken or changed."""
-    if beyond := sorted(touched - held):
+    if beyond := sorted(touched - held, key=lambda name: (name != "owners:write", name)):
         raise Problem("auth.forbidden", f"this credential lacks {beyond[0]} itself", permission=beyond[0])
 
 

@@ -1,20 +1,23 @@
-"""Routes of the caller's organization: /org, /org/members, /org/roles."""
+"""Routes of organizations: /organizations are those of a person, /org/… is the caller's one, its members and its roles."""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Response
 from pydantic import BaseModel, Field, StringConstraints
 
-from portico.control.access import Caller, InTx, Paging, Reading, require
-from portico.control.identity.api import Body, Name, OrganizationFacts, Service, UserRef
+from portico.control.access import Caller, InTx, Paging, Reading, require, require_recent
+from portico.control.identity.api import Body, Name, OrganizationFacts, Person, Service, UserRef
 from portico.control.requests import UnitOfWork
 from portico.kit.pages import Page
 
 router = APIRouter(prefix="/org", tags=["organization"], route_class=UnitOfWork)
 
+many = APIRouter(prefix="/organizations", tags=["organization"], route_class=UnitOfWork)
+
+Leaving = Annotated[Caller, Depends(require(kinds=("person",), act="member.leave"))]
 Id = Annotated[str, Path(max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 RoleId = Annotated[
     str,
@@ -25,6 +28,34 @@ Permissions = Annotated[
     list[Annotated[str, StringConstraints(max_length=64)]],
     Field(max_length=64, description="Of docs/reference/roles.md"),
 ]
+
+
+class OrganizationBody(Body):
+    """An organization's name."""
+
+    name: Name
+
+
+class TransferBody(Body):
+    """Who becomes an owner in the caller's place, and what the caller becomes."""
+
+    user: Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    role: RoleId = "admin"
+
+
+class Organization(OrganizationFacts):
+    """An organization and how it stands. From `delete_after` on it is deleted for good."""
+
+    standing: Literal["active", "suspended", "deleting"]
+    delete_after: datetime | None
+
+
+class OwnOrganization(Organization):
+    """An organization of the caller's. `current` is the one of this request's credential."""
+
+    role: str
+    role_name: str
+    current: bool
 
 
 class MemberPatch(Body):
@@ -66,12 +97,77 @@ class Role(BaseModel):
     permissions: list[str]
 
 
-@router.get("", response_model=OrganizationFacts)
+@many.get("", response_model=Page[OwnOrganization])
+async def list_organizations(reader: Reading, service: Service, who: Person, page: Paging) -> Any:
+    """The organizations that the person belongs to, with the role there."""
+    return await service.organizations.listing(reader, who, page)
+
+
+@many.post("", status_code=201, response_model=OwnOrganization)
+async def create_organization(body: OrganizationBody, tx: InTx, service: Service, who: Person) -> Any:
+    """Make another organization, which the person owns. `POST /v1/auth/switch` goes there."""
+    return await service.organizations.create(tx, who, body.name)
+
+
+@router.get("", response_model=Organization)
 async def get_organization(
     reader: Reading, service: Service, who: Annotated[Caller, Depends(require("organization:read"))]
 ) -> Any:
     """The caller's organization."""
-    return (await service.whoami(reader, who))["organization"]
+    return await service.organizations.facts(reader, who)
+
+
+@router.patch("", response_model=Organization)
+async def rename_organization(
+    body: OrganizationBody,
+    tx: InTx,
+    service: Service,
+    who: Annotated[Caller, Depends(require("organization:write", act="organization.change"))],
+) -> Any:
+    """Give the organization another name."""
+    return await service.organizations.rename(tx, who, body.name)
+
+
+@router.post("/transfer", response_model=Member)
+async def transfer(
+    body: TransferBody,
+    tx: InTx,
+    service: Service,
+    who: Annotated[Caller, Depends(require_recent("owners:write", act="organization.transfer"))],
+) -> Any:
+    """Make another member an owner in the caller's place, who is left with another role, in one step."""
+    return await service.members.transfer(tx, who, body.user, body.role)
+
+
+@router.post("/deletion", status_code=202, response_model=Organization)
+async def request_deletion(
+    body: OrganizationBody,
+    tx: InTx,
+    service: Service,
+    who: Annotated[Caller, Depends(require_recent("organization:delete", act="organization.delete_request"))],
+) -> Any:
+    """Delete the organization: `name` is its name, as a confirmation. Its tunnels stop at once, nobody can make or change
+    anything in it, and at `delete_after` it is deleted for good."""
+    return await service.organizations.request_deletion(tx, who, body.name)
+
+
+@router.delete("/deletion", response_model=Organization)
+async def cancel_deletion(
+    tx: InTx,
+    service: Service,
+    who: Annotated[
+        Caller, Depends(require("organization:delete", kinds=("person",), act="organization.delete_cancel"))
+    ],
+) -> Any:
+    """Take the deletion back, before `delete_after`. Agents have to connect again."""
+    return await service.organizations.cancel_deletion(tx, who)
+
+
+@router.delete("/members/me", status_code=204)
+async def leave(tx: InTx, service: Service, who: Leaving) -> Response:
+    """Leave the organization: the caller's sessions and keys in it end. Its last owner stays."""
+    await service.members.leave(tx, who)
+    return Response(status_code=204)
 
 
 @router.get("/members", response_model=Page[Member])

@@ -8,9 +8,10 @@ from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert
 
 from portico.control.access import PERMISSIONS, ROLES, role_permissions
-from portico.control.identity.tables import api_keys, members, roles, users
+from portico.control.identity.tables import api_keys, members, organizations, roles, users
 from portico.kit.db import Reader, Tx
 
 Row = sa.Row[Any]
@@ -77,6 +78,7 @@ def _members() -> sa.Select[Any]:
             members.c.role,
             members.c.created_at,
             users.c.email,
+            users.c.disabled_at,
             roles.c.name.label("role_name"),
             roles.c.permissions,
         )
@@ -138,6 +140,55 @@ async def remove(tx: Tx, organization_id: str, user_id: str) -> None:
     """Take a person out of the organization."""
     where = sa.and_(members.c.organization_id == organization_id, members.c.user_id == user_id)
     await tx.execute(sa.delete(members).where(where))
+
+
+async def add(tx: Tx, organization_id: str, user_id: str, role_id: str) -> bool:
+    """Make a person a member; false when they are one already."""
+    row = {"organization_id": organization_id, "user_id": user_id, "role": role_id}
+    added = insert(members).values(**row).on_conflict_do_nothing().returning(members.c.user_id)
+    return (await tx.execute(added)).first() is not None
+
+
+async def used(tx: Tx, organization_id: str, user_id: str, now: datetime) -> None:
+    """Note that the person signed in to the organization, or switched to it."""
+    where = sa.and_(members.c.organization_id == organization_id, members.c.user_id == user_id)
+    await tx.execute(sa.update(members).where(where).values(last_used_at=now))
+
+
+async def memberships(reader: Reader, user_id: str, limit: int, after: str | None) -> Sequence[Row]:
+    """The organizations that a person belongs to, the oldest first, with the role there."""
+    query = (
+        sa.select(
+            organizations,
+            members.c.role,
+            roles.c.name.label("role_name"),
+            roles.c.permissions,
+        )
+        .join(members, members.c.organization_id == organizations.c.id)
+        .outerjoin(roles, sa.and_(roles.c.id == members.c.role, roles.c.organization_id == members.c.organization_id))
+        .where(members.c.user_id == user_id)
+    )
+    if after is not None:
+        query = query.where(organizations.c.id > after)
+    return await reader.fetch_all(query.order_by(organizations.c.id).limit(limit))
+
+
+async def count_owned(tx: Tx, user_id: str) -> int:
+    """How many organizations the person owns; until the transaction ends no other is made in their name."""
+    await tx.execute(sa.select(users.c.id).where(users.c.id == user_id).with_for_update(key_share=True))
+    query = sa.select(sa.func.count()).where(members.c.user_id == user_id, members.c.role == "owner")
+    return int(await tx.scalar(query))
+
+
+async def lock_keys_of_organization(tx: Tx, organization_id: str) -> list[str]:
+    """Every unrevoked key of the organization, held until the transaction ends: no session begins with one meanwhile."""
+    query = (
+        sa.select(api_keys.c.id)
+        .where(api_keys.c.organization_id == organization_id, api_keys.c.revoked_at.is_(None))
+        .order_by(api_keys.c.id)
+        .with_for_update()
+    )
+    return [row.id for row in await tx.fetch_all(query)]
 
 
 async def lock_keys_of(tx: Tx, organization_id: str, user_ids: Sequence[str]) -> list[str]:

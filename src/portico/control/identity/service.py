@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import exc as sa_exc
 
-from portico.control.access import UNVERIFIED_PERMISSIONS, Caller, role_permissions
+from portico.control.access import UNVERIFIED_PERMISSIONS, Caller, in_standing, role_permissions
 from portico.control.audit import service as audit
 from portico.control.identity import account_store, operators, store, support, throttle, tokens
 from portico.control.identity import keys as key_rules
@@ -22,6 +22,8 @@ from portico.control.identity.device import DeviceFlow
 from portico.control.identity.elsewhere import Elsewhere
 from portico.control.identity.keys import Keys, NewKey
 from portico.control.identity.members import Members
+from portico.control.identity.org_standing import standing_of
+from portico.control.identity.organizations import Organizations
 from portico.control.identity.passwords import Passwords
 from portico.control.identity.people import People
 from portico.control.identity.roles import Roles
@@ -72,6 +74,7 @@ class Identity:
         self.people = People(settings, clock, self.keys)
         self.support = Support(settings, clock)
         self.roles = Roles(settings, clock, self.members)
+        self.organizations = Organizations(settings, clock)
         self.device = DeviceFlow(settings, db, clock, self.keys)
         self.browsers = Browsers(settings, db, clock)
         self.sign_ins = SignIns(settings, clock, signing_keys, self.browsers)
@@ -136,7 +139,7 @@ class Identity:
         buckets = self._sign_in_buckets(email, caller.address, known=row is not None and row.known_address)
         await throttle.count(self.db, buckets)
         fits, better = await self.passwords.verify(password, row.password_hash if row else None)
-        if row is None or not fits or row.disabled_at is not None or row.organization_id is None:
+        if row is None or not fits or row.disabled_at is not None:
             # The same write for a known and an unknown account; the address itself is not kept for unknown ones.
             await audit.refused(
                 self.db,
@@ -214,10 +217,27 @@ class Identity:
             self.settings.access_token_seconds,
         )
 
-    async def _names(self, reader: Reader, user_id: str, organization_id: str) -> tuple[str, str]:
-        person, organization = await store.user(reader, user_id), await store.organization(reader, organization_id)
-        assert person is not None and organization is not None  # foreign keys
-        return person.email, organization.name
+    async def _names(self, reader: Reader, user_id: str, organization_id: str | None) -> tuple[str, str | None]:
+        person = await store.user(reader, user_id)
+        assert person is not None  # foreign key
+        organization = await store.organization(reader, organization_id) if organization_id is not None else None
+        return person.email, organization.name if organization is not None else None
+
+    async def switch(self, tx: Tx, caller: Caller, organization: str) -> dict[str, Any]:
+        """An access token of the caller's session for another organization of the person's. Raises ``request.not_found``.
+
+        The session's refresh token stays good, and goes on in that organization.
+        """
+        _person(caller)
+        row = await self.organizations.switch(tx, caller, organization)
+        now = self.clock.wall()
+        token = await self.sign_ins.access_token(tx, caller.user_id or "", caller.session_id or "", organization, now)
+        return {
+            "organization": {"id": row.id, "name": row.name},
+            "session": caller.session_id,
+            "access_token": token,
+            "expires_in": self.settings.access_token_seconds,
+        }
 
     async def logout(self, tx: Tx, caller: Caller) -> None:
         """End the credential that was presented: a person's session, or the agent key of one machine."""
@@ -268,7 +288,7 @@ class Identity:
         made, organization_id, user_id = await self.device.poll(caller, device_code)
         async with self.db.read() as reader:
             email, organization = await self._names(reader, user_id, organization_id)
-        return made, {"id": user_id, "email": email}, {"id": organization_id, "name": organization}
+        return made, {"id": user_id, "email": email}, {"id": organization_id, "name": organization or ""}
 
     # --- who is calling
 
@@ -279,9 +299,10 @@ class Identity:
         keys = await self.signing_keys.key_set(reader)
         now = self.clock.wall()
         claims = tokens.verify(credential, keys, now.timestamp(), self.settings.token_leeway_seconds)
-        row = self._live(await store.session_by_id(reader, claims.session), now)
-        if (row["user_id"], row["organization_id"]) != (claims.user, claims.organization):
+        row = await store.session_by_id(reader, claims.session, claims.organization)
+        if row is not None and row["user_id"] != claims.user:
             raise Problem("auth.token_invalid")
+        row = self._live(row, now)
         return self._person_of(row, now)
 
     async def browser(self, secret: str) -> Caller:
@@ -295,7 +316,7 @@ class Identity:
     @staticmethod
     def _live(row: Any | None, now: datetime) -> Any:
         """The row of a session, if it and its person stand; raises ``auth.session_ended``."""
-        if row is None or row["ended_at"] is not None or row["disabled_at"] is not None or row["role"] is None:
+        if row is None or row["ended_at"] is not None or row["disabled_at"] is not None or row["outside"]:
             raise Problem("auth.session_ended")
         if row["expires_at"] <= now:
             raise Problem("auth.session_ended", "the sign-in session has reached its end")
@@ -304,11 +325,13 @@ class Identity:
     def _person_of(self, row: Any, now: datetime) -> Caller:
         """The caller behind a live session."""
         unverified = self._must_verify(row)
+        standing = standing_of(row)
         return Caller(
             "person",
             row["user_id"],
             row["organization_id"],
-            _held(row, unverified=unverified),
+            in_standing(_held(row, unverified=unverified), standing),
+            standing=standing,
             user_id=row["user_id"],
             session_id=row["id"],
             authenticated_at=row["authenticated_at"],
@@ -343,11 +366,13 @@ class Identity:
         unverified = not operator and self._must_verify(row)
         if not operator:  # a key may never do more than its maker may now
             allowed &= _held(row, unverified=unverified)
+        standing = standing_of(row)
         return Caller(
             "operator" if operator else "agent_key" if row["kind"] == "agent" else "api_key",
             row["id"],
             row["organization_id"],
-            allowed,
+            in_standing(allowed, standing),
+            standing=standing,
             user_id=row["user_id"],
             unverified=unverified,
             platform_operator=operator,

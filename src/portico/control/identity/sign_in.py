@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.identity import account_store, store, tokens
+from portico.control.identity import account_store, roster, store, tokens
 from portico.control.identity.account_store import Person
 from portico.control.identity.browsers import Browsers
 from portico.control.identity.signing_keys import SigningKeys
@@ -25,12 +25,12 @@ from portico.settings import ApiSettings
 
 @dataclass(frozen=True, slots=True)
 class SignedIn:
-    """What a successful sign-in gives."""
+    """What a successful sign-in gives. Without an organization: for a person who belongs to none."""
 
     user_id: str
     email: str
-    organization_id: str
-    organization_name: str
+    organization_id: str | None
+    organization_name: str | None
     session_id: str
     access_token: str  # empty for a session that lives in a cookie
     refresh_token: str | None
@@ -56,7 +56,7 @@ class SignIns:
         self._browsers = browsers
 
     async def hold(self, tx: Tx, user_id: str) -> Person | None:
-        """The person, as they are until the transaction ends; ``None`` for who is disabled or in no organization."""
+        """The person, as they are until the transaction ends; ``None`` for who is disabled."""
         return await account_store.hold_person(tx, user_id)
 
     async def open(
@@ -92,6 +92,8 @@ class SignIns:
             "cookie_digest": kept,
         }
         await store.insert_session(tx, row)
+        if person.organization_id is not None:
+            await roster.used(tx, person.organization_id, person.id, now)
         refresh = None if cookie else await self.refresh_token(tx, session, now, expires)
         if caller is not None:
             facts = {"session": session, "methods": list(methods)}
@@ -109,7 +111,9 @@ class SignIns:
             secret,
         )
 
-    async def access_token(self, reader: Reader, user: str, session: str, organization: str, now: datetime) -> str:
+    async def access_token(
+        self, reader: Reader, user: str, session: str, organization: str | None, now: datetime
+    ) -> str:
         """A new access token of a session."""
         signer = await self._signing_keys.current_signer(reader)
         claims = tokens.AccessClaims(user, session, organization)

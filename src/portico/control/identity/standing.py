@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from portico.control.access import Caller
 from portico.control.identity import roster, store
+from portico.control.identity.org_standing import check_standing, standing
 from portico.control.identity.tables import api_keys, sign_in_sessions, users
 from portico.errors import Problem
 from portico.kit.db import Tx
@@ -21,10 +22,11 @@ from portico.kit.db import Tx
 async def hold(tx: Tx, caller: Caller, permissions: Sequence[str]) -> frozenset[str]:
     """What the caller may do, and goes on to until the transaction ends.
 
-    Raises ``auth.session_ended`` or ``auth.key_revoked`` for a credential that is none any more, and ``auth.forbidden`` for one
-    that holds none of ``permissions``. Locks the organization, then the person, then the credential.
+    Raises ``auth.session_ended`` or ``auth.key_revoked`` for a credential that is none any more, ``auth.forbidden`` for one that
+    holds none of ``permissions``, and as ``check_standing``. Locks the organization, then the person, then the credential.
     """
     await store.lock_organization(tx, caller.org)
+    check_standing(await standing(tx, caller.org))
     if not await _stands(tx, caller):
         raise Problem("auth.session_ended" if caller.kind == "person" else "auth.key_revoked")
     role = await roster.role_of(tx, caller.org, caller.user_id or "")

@@ -26,15 +26,17 @@ Row = sa.Row[Any]
 # Raw SQL for the two look-ups that every request makes; asyncpg keeps them prepared on each connection.
 _KEY_BY_DIGEST = """
 SELECT k.id, k.kind, k.organization_id, k.user_id, k.scopes, k.expires_at, k.revoked_at, k.allowed_cidrs, u.disabled_at,
-       u.email_verified_at, m.role, r.permissions AS role_permissions
+       u.email_verified_at, m.role, r.permissions AS role_permissions, o.suspended_at, o.delete_after
 FROM api_keys k LEFT JOIN users u ON u.id = k.user_id
+LEFT JOIN organizations o ON o.id = k.organization_id
 LEFT JOIN members m ON m.user_id = k.user_id AND m.organization_id = k.organization_id
 LEFT JOIN roles r ON r.id = m.role AND r.organization_id = k.organization_id
 WHERE k.digest = $1
 """
 _SESSION = """
-SELECT s.id, s.created_at, s.last_used_at, s.user_id, s.organization_id, s.ended_at, s.expires_at, s.authenticated_at,
+SELECT s.id, s.created_at, s.last_used_at, s.user_id, o.id AS organization_id, s.ended_at, s.expires_at, s.authenticated_at,
        s.methods, u.disabled_at, u.email_verified_at, m.role, r.permissions AS role_permissions,
+       o.suspended_at, o.delete_after, {organization} IS NOT NULL AND m.role IS NULL AS outside,
        g.id AS operator_grant, g.expires_at AS operator_until, g.id IS NOT NULL AND (
            EXISTS (SELECT FROM passkeys p WHERE p.user_id = s.user_id)
            OR EXISTS (SELECT FROM totp_keys t WHERE t.user_id = s.user_id AND t.confirmed_at IS NOT NULL)
@@ -42,11 +44,12 @@ SELECT s.id, s.created_at, s.last_used_at, s.user_id, s.organization_id, s.ended
 FROM sign_in_sessions s
 JOIN users u ON u.id = s.user_id
 LEFT JOIN operator_grants g ON g.user_id = s.user_id AND g.revoked_at IS NULL
-LEFT JOIN members m ON m.user_id = s.user_id AND m.organization_id = s.organization_id
-LEFT JOIN roles r ON r.id = m.role AND r.organization_id = s.organization_id
+LEFT JOIN organizations o ON o.id = {organization}
+LEFT JOIN members m ON m.user_id = s.user_id AND m.organization_id = o.id
+LEFT JOIN roles r ON r.id = m.role AND r.organization_id = o.id
 """
-_SESSION_BY_ID = _SESSION + "WHERE s.id = $1"
-_SESSION_BY_COOKIE = _SESSION + "WHERE s.cookie_digest = $1"
+_SESSION_BY_ID = _SESSION.format(organization="$2::text") + "WHERE s.id = $1"
+_SESSION_BY_COOKIE = _SESSION.format(organization="s.organization_id") + "WHERE s.cookie_digest = $1"
 
 
 async def key_by_digest(reader: Reader, digest: bytes) -> asyncpg.Record | None:
@@ -54,9 +57,9 @@ async def key_by_digest(reader: Reader, digest: bytes) -> asyncpg.Record | None:
     return await reader.raw.fetchrow(_KEY_BY_DIGEST, digest)
 
 
-async def session_by_id(reader: Reader, session: str) -> asyncpg.Record | None:
-    """The sign-in session with its person's standing and role, live or not."""
-    return await reader.raw.fetchrow(_SESSION_BY_ID, session)
+async def session_by_id(reader: Reader, session: str, organization: str | None) -> asyncpg.Record | None:
+    """The sign-in session with its person's standing, live or not, and the role that the person has in ``organization``."""
+    return await reader.raw.fetchrow(_SESSION_BY_ID, session, organization)
 
 
 async def session_by_cookie(reader: Reader, digest: bytes) -> asyncpg.Record | None:
@@ -70,13 +73,17 @@ async def session_by_cookie(reader: Reader, digest: bytes) -> asyncpg.Record | N
 async def insert_account(tx: Tx, user: dict[str, Any], organization: dict[str, Any], role: str) -> None:
     """A person, an organization and the membership that joins them."""
     await tx.execute(sa.insert(users).values(**user))
-    await tx.execute(sa.insert(organizations).values(**organization))
-    membership = {"organization_id": organization["id"], "user_id": user["id"], "role": role}
-    await tx.execute(sa.insert(members).values(**membership))
+    await insert_organization(tx, organization["id"], organization["name"], user["id"], role)
+
+
+async def insert_organization(tx: Tx, organization_id: str, name: str, user_id: str, role: str) -> None:
+    """An organization with its first member."""
+    await tx.execute(sa.insert(organizations).values(id=organization_id, name=name))
+    await tx.execute(sa.insert(members).values(organization_id=organization_id, user_id=user_id, role=role))
 
 
 async def user_by_email(reader: Reader, email: str, address: str | None) -> Row | None:
-    """The person with this e-mail address, with the oldest membership; ``known_address``: signed in from there before."""
+    """The person with this e-mail address, with the organization used last; ``known_address``: signed in from there before."""
     earlier = sign_in_sessions.c
     known = sa.exists().where(earlier.user_id == users.c.id, earlier.address == address)
     query = (
@@ -93,10 +100,16 @@ async def user_by_email(reader: Reader, email: str, address: str | None) -> Row 
         .outerjoin(members, members.c.user_id == users.c.id)
         .outerjoin(organizations, organizations.c.id == members.c.organization_id)
         .where(users.c.email == email)
-        .order_by(members.c.created_at, members.c.organization_id)
+        .order_by(*used_last())
         .limit(1)
     )
     return await reader.fetch_one(query)
+
+
+def used_last() -> list[sa.ColumnElement[Any]]:
+    """The order of a person's organizations in which a sign-in chooses: those in good standing first, by last use."""
+    ill = sa.or_(organizations.c.suspended_at.is_not(None), organizations.c.delete_after.is_not(None))
+    return [ill, members.c.last_used_at.desc().nulls_last(), members.c.created_at, members.c.organization_id]
 
 
 async def user(reader: Reader, user_id: str) -> Row | None:

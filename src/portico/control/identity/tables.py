@@ -7,6 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from portico.kit import queue
 from portico.kit.db import metadata
 
 
@@ -26,6 +27,10 @@ organizations = sa.Table(
     sa.Column("plan", sa.Text, nullable=False, server_default="free"),
     _created(),
     _time("suspended_at"),
+    # Set while its deletion is under way: asked for, and to be carried out from then on.
+    _time("deletion_requested_at"),
+    _time("delete_after"),
+    sa.Index("organizations_delete_after_ix", "delete_after", postgresql_where=sa.text("delete_after IS NOT NULL")),
 )
 
 users = sa.Table(
@@ -51,6 +56,8 @@ members = sa.Table(
     sa.Column("user_id", sa.Text, sa.ForeignKey("users.id", ondelete="CASCADE"), primary_key=True, index=True),
     sa.Column("role", sa.Text, nullable=False),
     _created(),
+    # When the person last signed in to it or switched to it: the next sign-in begins there.
+    _time("last_used_at"),
 )
 
 # Platform operators: one live grant a person, given on the machine of the installation and nowhere else. Rows stay.
@@ -130,15 +137,59 @@ roles = sa.Table(
     sa.Index("roles_organization_id_name_ix", "organization_id", sa.text("lower(name)"), unique=True),
 )
 
+# An invitation to one address. It stands while it is neither accepted nor revoked, and until it expires.
+invitations = sa.Table(
+    "invitations",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("email", sa.Text, nullable=False),
+    sa.Column("role", sa.Text, nullable=False),
+    # Who invites, and must still be able to when it is accepted.
+    sa.Column("invited_by", sa.Text, sa.ForeignKey("users.id", ondelete="CASCADE"), nullable=False, index=True),
+    # Of the token in the newest mail.
+    sa.Column("digest", sa.LargeBinary, nullable=False, unique=True),
+    sa.Column("sends", sa.Integer, nullable=False, server_default="1"),
+    _created(),
+    _time("sent_at", required=True),
+    _time("expires_at", required=True),
+    _time("accepted_at"),
+    sa.Column("accepted_by", sa.Text, sa.ForeignKey("users.id", ondelete="SET NULL"), index=True),
+    _time("revoked_at"),
+    sa.Index(
+        "invitations_one_open", "organization_id", "email", unique=True,
+        postgresql_where=sa.text("accepted_at IS NULL AND revoked_at IS NULL"),
+    ),
+    sa.Index("invitations_organization_id_id_ix", "organization_id", "id"),
+    sa.Index("invitations_expires_at_ix", "expires_at"),
+)  # fmt: skip
+
+# An export of everything an organization has; the row is the job that makes it.
+organization_exports = sa.Table(
+    "organization_exports",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("requested_by", sa.Text, nullable=False),
+    _created(),
+    # Of the finished file; null before.
+    sa.Column("file", sa.Text),
+    sa.Column("bytes", sa.BigInteger),
+    sa.Column("sha256", sa.LargeBinary),
+    _time("expires_at"),
+    *queue.columns(),
+    *queue.rules("organization_exports"),
+    sa.Index("organization_exports_organization_id_id_ix", "organization_id", "id"),
+)
+
 # A sign-in session is the family of its refresh tokens: it ends as one.
 sign_in_sessions = sa.Table(
     "sign_in_sessions",
     metadata,
     sa.Column("id", sa.Text, primary_key=True),
     sa.Column("user_id", sa.Text, sa.ForeignKey("users.id", ondelete="CASCADE"), nullable=False, index=True),
-    sa.Column(
-        "organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), nullable=False, index=True
-    ),
+    # The one that its next access token is for; null for a person who belongs to none.
+    sa.Column("organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), index=True),
     sa.Column("user_agent", sa.Text),
     sa.Column("address", sa.Text),
     # When the person last proved who they are, and by what, in order: pwd, otp, recovery, passkey.

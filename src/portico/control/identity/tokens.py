@@ -23,7 +23,7 @@ class AccessClaims:
 
     user: str
     session: str
-    organization: str
+    organization: str | None  # none: a person who belongs to none
 
 
 def issue(signer: jwt.SigningKey, claims: AccessClaims, now: float, life_seconds: int) -> str:
@@ -57,7 +57,7 @@ def verify(token: str, keys: jwt.KeySet, now: float, leeway: float) -> AccessCla
         raise Problem("auth.token_invalid", "the token is from the future")
     if end <= now - leeway:
         raise Problem("auth.token_expired")
-    return AccessClaims(_text(claims, "sub"), _text(claims, "sid"), _text(claims, "org"))
+    return AccessClaims(_text(claims, "sub"), _text(claims, "sid"), _organization(claims))
 
 
 def _time(claims: dict[str, Any], name: str) -> float:
@@ -65,6 +65,10 @@ def _time(claims: dict[str, Any], name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Problem("auth.token_invalid", f"the token has no {name}")
     return value
+
+
+def _organization(claims: dict[str, Any]) -> str | None:
+    return None if claims.get("org", "") is None else _text(claims, "org")
 
 
 def _text(claims: dict[str, Any], name: str) -> str:

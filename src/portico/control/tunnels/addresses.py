@@ -7,6 +7,9 @@ from urllib.parse import urlsplit
 
 from portico.settings import ApiSettings
 
+#: What relays are told of a tunnel that is held: visitors learn of a suspension, and of a deletion no more than of a stop.
+_STATES = {"suspended": "suspended", "deleting": "stopped"}
+
 
 class Columns(Protocol):
     """A row of ``tunnels`` by column name: a mapping of SQLAlchemy's, or a record of asyncpg's."""
@@ -54,7 +57,7 @@ class Addresses:
             "organization": row["organization_id"],
             "protocol": row["protocol"],
             "hosts": self.hosts(row),
-            "state": row["state"],
+            "state": _STATES.get(row["held"], row["state"]),
             "generation": row["generation"],
             "policy": row["policy"],
             "policy_hash": row["policy_hash"],

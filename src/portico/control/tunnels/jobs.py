@@ -14,9 +14,9 @@ async def housekeeping(db: Database, settings: ApiSettings) -> None:
         await history.relays_fell_silent(tx, settings.relay_lease_seconds)
     async with db.transaction() as tx:
         await store.free_orphaned_ports(tx)
-        await store.clear(
-            tx, grace_seconds=settings.grant_outage_grace_seconds, history_seconds=settings.tunnel_history_seconds
-        )
+    await store.clear(
+        db, grace_seconds=settings.grant_outage_grace_seconds, history_seconds=settings.tunnel_history_seconds
+    )
     async with db.transaction() as tx:
         await changes.trim(
             tx, keep_seconds=settings.edge_changes_keep_seconds, keep_rows=settings.edge_changes_keep_rows

@@ -19,8 +19,9 @@ from typing import Any
 from sqlalchemy.exc import IntegrityError
 
 from portico.control import changes
-from portico.control.access import Caller
+from portico.control.access import Caller, Standing
 from portico.control.audit import service as audit
+from portico.control.identity.org_standing import check_standing, standing
 from portico.control.tunnels import names, policy, presence, store
 from portico.control.tunnels.addresses import Addresses
 from portico.control.tunnels.ports import Ports
@@ -33,6 +34,8 @@ from portico.kit.redis import Redis
 from portico.settings import ApiSettings
 
 _RANDOM_ATTEMPTS = 8
+# What the state of a tunnel is shown as while its organization does not stand well.
+_HELD = {"suspended": "suspended", "deleting": "stopped"}
 
 
 class Tunnels:
@@ -76,7 +79,7 @@ class Tunnels:
         self, reader: Reader, organization: str, rows: Sequence[Any], redis: Redis | None = None
     ) -> list[dict[str, Any]]:
         """``redis`` is given by reads alone: inside a transaction nobody waits for another server."""
-        active = [row.id for row in rows if row.state == "active"]
+        active = [row.id for row in rows if row.state == "active" and row.held is None]
         places = await presence.places(
             reader,
             redis,
@@ -90,6 +93,7 @@ class Tunnels:
 
     def _document(self, row: Any, place: presence.Place | None, machines: dict[str, str]) -> dict[str, Any]:
         state = row.state if row.state != "active" else "online" if place else "offline"
+        state = _HELD.get(row.held, state)
         agent = None
         if place is not None:
             agent = {"hostname": machines.get(place.session, ""), "relay": place.relay}
@@ -164,7 +168,10 @@ class Tunnels:
         if subdomain is not None:
             names.check_subdomain(subdomain)
         limit = self._settings.tunnels_per_organization
-        if await store.lock_tunnel_count(tx, caller.org) >= limit:
+        count = await store.lock_tunnel_count(tx, caller.org)
+        # Asked under the lock, which a change of the standing takes too.
+        check_standing(await standing(tx, caller.org))
+        if count >= limit:
             # A name that exists is the truer answer: the agent is about to use that tunnel.
             if name is not None and await store.tunnel_by_name(tx, caller.org, name) is not None:
                 return None
@@ -296,6 +303,12 @@ class Tunnels:
             raise Problem(
                 "tunnel.port_invalid", f"{kind_of(protocol)} tunnel has a subdomain and no port", hint="Leave it out."
             )
+
+    async def on_standing(self, tx: Tx, organization: str, standing: Standing | None) -> None:
+        """Identity's callback: an organization that does not stand well has no live tunnel, and makes none."""
+        await store.lock_tunnel_count(tx, organization)
+        rows = await store.hold_tunnels(tx, organization, standing)
+        changes.append(tx, *(changes.tunnel(self.addresses.edge_row(row._mapping)) for row in rows))
 
     # -- what relays hold
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from portico.control import changes
-from portico.control.access import Caller
+from portico.control.access import Caller, Standing
 from portico.control.audit import service as audit
 from portico.control.identity import facts
 from portico.control.identity.facts import Account
@@ -35,6 +35,8 @@ from portico.wire import grants
 
 # Relays accept a token this much past its expiry for the sake of clocks; a refusal must last longer.
 _LEEWAY_SECONDS: Final = 2 * grants.DEFAULT_LEEWAY_SECONDS
+# Ends of sessions that their agents are told of by name.
+_TOLD: Final = ("session.revoked", "organization.suspended", "organization.deleting")
 _INSERT_ATTEMPTS: Final = 3
 _MAX_RECENT: Final = 50_000
 
@@ -204,9 +206,16 @@ class Sessions:
             ended = await store.end_sessions_by_id(tx, outside, "session.revoked", self._refusal_seconds)
             _announce(tx, ended, "session.revoked")
 
+    async def on_standing(self, tx: Tx, organization: str, standing: Standing | None) -> None:
+        """Identity's callback: the sessions of an organization that does not stand well end."""
+        if standing is not None:
+            code = f"organization.{standing}"
+            ended = await store.end_sessions_of_organization(tx, organization, code, self._refusal_seconds)
+            _announce(tx, ended, code)
+
     async def _gone(self, reader: Reader, session_id: str, key_id: str) -> Problem:
         code = await store.session_end_code(reader, session_id, key_id)
-        return Problem(code if code == "session.revoked" else "session.not_found")
+        return Problem(code if code in _TOLD else "session.not_found")
 
     # -- which tunnels the specs mean
 

@@ -13,7 +13,8 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
-from portico.kit.db import HasConnection, Reader, Tx, metadata
+from portico.kit.batches import delete_in_batches
+from portico.kit.db import Database, HasConnection, Reader, Tx, metadata
 from portico.kit.ids import new_id
 
 
@@ -61,6 +62,8 @@ tunnels = sa.Table(
     # Rises with every change that must fence grants issued before it (stop, new host).
     sa.Column("generation", sa.BigInteger, nullable=False, server_default="1"),
     sa.Column("state", sa.Text, nullable=False, server_default="active"),
+    # How its organization stands, when not well: relays hold such a tunnel as one that may not serve, whatever its state.
+    sa.Column("held", sa.Text),
     # Null, or what an unnamed tunnel is found again by: a digest of agent key, machine and target.
     sa.Column("origin", sa.Text),
     # Public port of a TCP tunnel.
@@ -70,6 +73,7 @@ tunnels = sa.Table(
     sa.UniqueConstraint("organization_id", "name"),
     sa.CheckConstraint("protocol IN ('http', 'tcp', 'tls')", name="protocol"),
     sa.CheckConstraint("state IN ('active', 'stopped', 'suspended')", name="state"),
+    sa.CheckConstraint("held IN ('suspended', 'deleting')", name="held"),
     sa.Index("tunnels_organization_id_id_ix", "organization_id", "id"),
     sa.Index("tunnels_origin_ix", "origin", postgresql_where=sa.text("origin IS NOT NULL")),
 )
@@ -259,6 +263,13 @@ async def update_tunnel(tx: Tx, organization: str, tunnel_id: str, values: dict[
     return (await tx.execute(statement.values(**values, updated_at=sa.func.now()).returning(tunnels))).first()
 
 
+async def hold_tunnels(tx: Tx, organization: str, held: str | None) -> Sequence[sa.Row[Any]]:
+    """Hold the tunnels of the organization, or let them go; the rows that changed. Grants from before are fenced."""
+    where = sa.and_(_T.organization_id == organization, _T.held.is_distinct_from(held))
+    change = sa.update(tunnels).where(where).values(held=held, generation=_T.generation + 1)
+    return (await tx.execute(change.returning(tunnels))).all()
+
+
 async def delete_tunnel(tx: Tx, organization: str, tunnel_id: str) -> None:
     await tx.execute(sa.delete(tunnels).where(_T.organization_id == organization, _T.id == tunnel_id))
 
@@ -429,6 +440,7 @@ RETURNING id, organization_id, ceil(extract(epoch FROM refused_until))::bigint A
 """
 _END_BY_KEY = _END_SESSIONS.format(where="key_id = $1")
 _END_BY_ID = _END_SESSIONS.format(where="id = ANY($1)")
+_END_BY_ORGANIZATION = _END_SESSIONS.format(where="organization_id = $1")
 _END_ONE = _END_SESSIONS.format(where="id = $1 AND key_id = $4 AND organization_id = $5")
 
 
@@ -557,10 +569,15 @@ async def end_sessions_by_id(tx: Tx, ids: list[str], code: str, grace_seconds: f
     return list(await tx.raw.fetch(_END_BY_ID, ids, code, float(grace_seconds)))
 
 
+async def end_sessions_of_organization(tx: Tx, organization: str, code: str, grace_seconds: float) -> list[Any]:
+    """End every live session of an organization; ``(id, organization_id, until)`` of each."""
+    return list(await tx.raw.fetch(_END_BY_ORGANIZATION, organization, code, float(grace_seconds)))
+
+
 # -- what relays hold ---------------------------------------------------------------------------------------------------
 
 _EDGE_TUNNELS = """
-SELECT id, organization_id, protocol, subdomain, port, state, generation, policy::text, policy_hash, policy_version
+SELECT id, organization_id, protocol, subdomain, port, state, held, generation, policy::text, policy_hash, policy_version
 FROM tunnels
 """
 _EDGE_ENDED = """
@@ -739,20 +756,27 @@ async def add_organization_usage(tx: Tx, columns: list[list[Any]]) -> None:
 
 # -- clearing -----------------------------------------------------------------------------------------------------------
 
-_CLEAR = (
-    # A session whose last token and its grace are over can never come back: its agent starts a new one.
-    "DELETE FROM agent_sessions WHERE coalesce(refused_until, expires_at + make_interval(secs => $1)) < now()",
-    "DELETE FROM relays WHERE seen_at < now() - make_interval(secs => $1)",
-    "DELETE FROM edge_usage_batches WHERE received_at < now() - make_interval(secs => $2)",
-    "DELETE FROM tunnel_events WHERE at < now() - make_interval(secs => $2)",
-)
 
+async def clear(db: Database, *, grace_seconds: float, history_seconds: float) -> int:
+    """Delete what is over, some at a time; returns how many rows."""
 
-async def clear(tx: Tx, *, grace_seconds: float, history_seconds: float) -> int:
-    """Delete what is over; returns how many rows."""
+    def ago(seconds: float) -> sa.ColumnElement[Any]:
+        return sa.func.now() - _seconds(seconds)
+
+    sessions, batches = agent_sessions.c, edge_usage_batches.c
+    over = (
+        # A session whose last token and its grace are over can never come back: its agent starts a new one.
+        (agent_sessions, sa.func.coalesce(sessions.refused_until, sessions.expires_at + _seconds(grace_seconds))),
+        (relays, relays.c.seen_at + _seconds(grace_seconds)),
+    )
+    old = ((edge_usage_batches, batches.received_at), (tunnel_events, tunnel_events.c.at))
     gone = 0
-    for statement in _CLEAR:
-        seconds = grace_seconds if "$1" in statement else history_seconds
-        status: str = await tx.raw.execute(statement.replace("$2", "$1"), float(seconds))
-        gone += int(status.rpartition(" ")[2])
+    for table, until in over:
+        gone += await delete_in_batches(db, table, until < sa.func.now())
+    for table, at in old:
+        gone += await delete_in_batches(db, table, at < ago(history_seconds))
     return gone
+
+
+def _seconds(seconds: float) -> sa.ColumnElement[Any]:
+    return sa.func.make_interval(0, 0, 0, 0, 0, 0, float(seconds))
