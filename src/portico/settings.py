@@ -890,9 +890,16 @@ class WorkerSettings:
     # == What it does
     # Folder that mail is written to while there is no smtp_url, for development; none: such mail is dead.
     outbox_dir: Path | None = None
-    # Seconds that a delivered message is remembered, and its idempotency key with it.
+    # Pauses in seconds after the first, the second… failed attempt at a message of the outbox; up to a tenth is added. After one
+    # attempt more than there are pauses it is dead. These are those of Standard Webhooks: 75 hours and a half in all.
+    delivery_retry_seconds: tuple[float, ...] = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
+    # Messages that one process delivers at once, of each way out (mail, webhooks, Slack); at most half are one organization's.
+    delivery_concurrency: int = 16
+    # Messages that one process delivers to one receiver at once.
+    destination_concurrency: int = 4
+    # Seconds that a message is remembered that was delivered or is dead, and its idempotency key with it.
     outbox_keep_seconds: float = 2_592_000.0
-    # Seconds between two removals of messages that were delivered long ago.
+    # Seconds between two removals of such messages.
     clear_outbox_seconds: float = 3600.0
     # Seconds between two removals of ended sessions, old history and old rows of the edge change table.
     clear_tunnels_seconds: float = 60.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import stat
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 
 from portico.kit import outbox, queue
-from portico.kit.db import Database
-from portico.kit.outbox import Draft, FileDriver, Message, Outcome
+from portico.kit.db import Database, Tx
+from portico.kit.outbox import Draft, FileDriver, Message, Outcome, messages
 from portico.kit.queue import Hopeless, Limits, Retry, Work
 from portico.kit.sealing import Sealer, new_master_key
+from portico.kit.sweep import sweep
 from portico.settings import Secret
 
 SEALER = Sealer(Secret(new_master_key()))
@@ -65,9 +67,8 @@ async def test_a_message_becomes_a_file_and_is_forgotten(db: Database, tmp_path:
     found = await row(db, made)
     assert (found["queue_state"], found["sealed_body"], found["receipt"]) == ("done", None, path.name)
     assert await append(db, draft("file")) is None, "its key is known as long as it is kept"
-    async with db.transaction() as tx:
-        assert await outbox.clear(tx, 3600) == 0
-        assert await outbox.clear(tx, -1) == 1
+    assert await outbox.clear(db, 3600) == 0
+    assert await outbox.clear(db, -1) == 1
 
 
 async def test_a_delivery_that_was_not_recorded_is_made_again_under_its_key(db: Database, tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ class Says:
 @pytest.mark.parametrize(
     ("outcome", "error"),
     [
-        (Outcome("refused", "no such user"), Hopeless),
+        (Outcome("refused", "no such user", status=550), Hopeless),
         (Outcome("retry", "busy", 7), Retry),
         (Outcome("retry", "busy"), Retry),
     ],
@@ -110,7 +111,59 @@ async def test_what_a_receiver_says_is_done(db: Database, outcome: Outcome, erro
     assert outcome.detail in str(raised.value) and receiver.got[0].key == f"{driver}:verify:1"
     if outcome.after_seconds:
         assert isinstance(raised.value, Retry) and raised.value.seconds == 7
-    assert (await row(db, made))["sealed_body"] is not None
+    found = await row(db, made)
+    assert found["sealed_body"] is not None and found["status"] == outcome.status and found["attempted_at"] is not None
+
+
+async def test_a_receiver_may_ask_for_more_time_than_the_ladder_has_and_not_for_less(db: Database) -> None:
+    limits = Limits(ladder=(5.0,))
+    for driver, asked, expected in (("patient", 60.0, 60.0), ("hasty", 1.0, 5.0)):
+        await append(db, draft(driver))
+        (work,), _ = await queue.claim(db, outbox.kind(driver), limits, 1)
+        with pytest.raises(Retry) as raised:
+            await outbox.deliver(work, Says(Outcome("retry", "busy", asked)), SEALER)
+        assert expected <= raised.value.seconds <= expected * 1.1
+
+
+async def test_a_body_that_is_kept_can_be_sent_again(db: Database, tmp_path: Path) -> None:
+    made = await append(db, dataclasses.replace(draft("kept"), keep_body=True))
+    for _ in range(2):
+        await outbox.deliver(await take(db, "kept"), FileDriver(tmp_path), SEALER)
+        assert (await row(db, made))["queue_state"] == "done"
+        async with db.transaction() as tx:
+            await tx.raw.execute(
+                "UPDATE outbox_messages SET queue_state = 'pending', available_at = now() WHERE id = $1", made
+            )
+    async with db.transaction() as tx:
+        await tx.raw.execute("UPDATE outbox_messages SET sealed_body = NULL WHERE id = $1", made)
+    with pytest.raises(Hopeless, match="not kept"):
+        await outbox.deliver(await take(db, "kept"), FileDriver(tmp_path), SEALER)
+
+
+async def test_dead_messages_are_forgotten_too_many_at_a_time(db: Database) -> None:
+    for number in range(25):
+        await append(db, draft("dying", f"k{number}"))
+    async with db.transaction() as tx:
+        await tx.raw.execute(
+            "UPDATE outbox_messages SET queue_state = 'dead', finished_at = now() - interval '1 day' WHERE driver = 'dying'"
+        )
+    before = messages.c.driver == "dying"
+    assert await sweep(db, messages, before & (messages.c.idempotency_key == "dying:k1"), 10) == 1
+    assert await sweep(db, messages, before, 10) == 24
+
+
+async def test_what_records_an_answer_shares_its_transaction(db: Database) -> None:
+    await append(db, draft("hooked"))
+    seen: list[Outcome] = []
+
+    async def fail(tx: Tx, message: Message, outcome: Outcome) -> None:
+        seen.append(outcome)
+        raise ZeroDivisionError
+
+    work = await take(db, "hooked")
+    with pytest.raises(ZeroDivisionError):
+        await outbox.deliver(work, Says(Outcome("delivered", "ok", status=200)), SEALER, fail)
+    assert seen and (await row(db, work.id))["queue_state"] == "pending", "not recorded: it will be sent again"
 
 
 async def test_files_need_a_folder() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from portico.control.access import Caller
+from portico.control.audit import service as audit
 from portico.kit import queue
 from portico.kit.db import Database
 from portico.kit.queue import Kind, LeaseLost, Limits, Work
@@ -188,24 +190,111 @@ async def test_a_clock_that_was_set_back_holds_nothing_up(db: Database, kind: Ki
         work = await take(db, kind)
         if held == "failed":
             await queue.fail(work, "x", 1, dead=False)
-    assert await queue.mend(db, kind, LIMITS) == 0
-    shift = "UPDATE queue_jobs SET queued_at = queued_at + $2, available_at = available_at + $2 WHERE kind = $1"
+    assert await queue.mend(db, kind) == 0
+    before = await row(db, kind)
+    shift = (
+        "UPDATE queue_jobs SET queued_at = queued_at + $2, available_at = available_at + $2, moved_at = moved_at + $2"
+        " WHERE kind = $1"
+    )
     await sql(db, shift, kind.name, timedelta(minutes=10))
-    assert await queue.mend(db, kind, LIMITS) == 1
-    assert (await queue.claim(db, kind, LIMITS, 1, suspect=held == "leased"))[0]
+    assert await queue.mend(db, kind) == 1
+    after = await row(db, kind)
+    assert after["available_at"] - after["moved_at"] == before["available_at"] - before["moved_at"], (
+        "as long as was meant"
+    )
+    assert after["available_at"] - before["available_at"] < timedelta(minutes=1)
+    assert await queue.mend(db, kind) == 0
+
+
+async def test_another_lease_setting_is_no_clock_that_was_set_back(db: Database, kind: Kind) -> None:
+    """Beside a process with a shorter lease, and shorter pauses, another's job stays its own."""
+    await take(db, kind, limits=Limits(lease_seconds=3600))
+    assert await queue.mend(db, kind) == 0
+    assert await queue.claim(db, kind, LIMITS, 1, suspect=True) == ([], [])
 
 
 async def test_a_time_that_was_asked_for_is_kept(db: Database, kind: Kind) -> None:
     await sql(db, "UPDATE queue_jobs SET available_at = now() + interval '1 day' WHERE kind = $1", kind.name)
-    assert await queue.mend(db, kind, LIMITS) == 0
+    assert await queue.mend(db, kind) == 0
     async with db.read() as reader:
         assert (await queue.count(reader, kind)).later == 1
+
+
+async def ends_well(db: Database, work: Work) -> None:
+    async with work.done():
+        pass
+
+
+async def ends_with_others(db: Database, work: Work) -> None:
+    assert await queue.finish(db, work.kind, [work]) == {work.id}
+
+
+async def dies(db: Database, work: Work) -> None:
+    assert await queue.fail(work, "x", 60, dead=True)
+
+
+@pytest.mark.parametrize("end", [ends_well, ends_with_others, dies])
+async def test_what_is_asked_for_while_it_is_at_work_is_done_once_more(
+    db: Database, kind: Kind, end: Callable[[Database, Work], Awaitable[None]]
+) -> None:
+    work = await take(db, kind)
+    await put(db, kind, "one", "one")
+    assert await queue.claim(db, kind, LIMITS, 1) == ([], []), "not beside itself"
+    await end(db, work)
+    again = await take(db, kind)
+    assert (again.id, again.attempt) == (work.id, 1)
+    await end(db, again)
+    assert await queue.claim(db, kind, LIMITS, 1) == ([], []), "once"
+    assert (await row(db, kind))["queue_state"] == ("dead" if end is dies else "done")
+
+
+async def test_what_will_run_anyway_is_not_run_twice_for_being_asked_for(db: Database, kind: Kind) -> None:
+    await put(db, kind, "one")  # it waits
+    work = await take(db, kind)
+    await put(db, kind, "one")
+    assert await queue.fail(work, "x", 0, dead=False)
+    work = await take(db, kind)
+    assert work.attempt == 2, "the next attempt is the one that was asked for"
+    await put(db, kind, "one")
+    await queue.give_back(db, kind, [work])
+    await ends_well(db, await take(db, kind))
+    assert await queue.claim(db, kind, LIMITS, 1) == ([], [])
+
+
+async def test_a_request_and_a_worker_take_their_locks_in_one_order(db: Database, kind: Kind) -> None:
+    """Both record an act in one chain and touch one job: neither waits for the other while it is waited for."""
+    work = await take(db, kind)
+    who = Caller("operator", "installation", None, platform_operator=True)
+    enqueued = asyncio.Event()
+
+    async def request() -> None:
+        async with db.transaction() as tx:
+            await audit.record(tx, who, "test.act", "one")
+            await queue.enqueue(tx, kind, "one")  # the job's row is locked from here on
+            enqueued.set()
+            await asyncio.sleep(0.3)  # the worker is at its last statements by now
+
+    async def job() -> None:
+        await enqueued.wait()
+        async with work.done() as tx:
+            await audit.record(tx, who, "test.act", "two")
+
+    async with asyncio.timeout(10):
+        await asyncio.gather(request(), job())
+    assert (await take(db, kind)).attempt == 1
 
 
 def test_pauses_double_to_a_bound_and_are_spread() -> None:
     for attempt, bound in ((1, 1), (2, 2), (3, 4), (4, 8), (9, 8), (4000, 8)):
         drawn = [LIMITS.pause(attempt) for _ in range(200)]
         assert 0 <= min(drawn) < bound / 4 and bound / 2 < max(drawn) <= bound
+
+
+def test_a_ladder_has_its_rungs_and_a_little_more() -> None:
+    limits = Limits(ladder=(5, 300, 1800))
+    for attempt, rung in ((1, 5), (2, 300), (3, 1800), (9, 1800)):
+        drawn = [limits.pause(attempt) for _ in range(100)]
+        assert rung <= min(drawn) < max(drawn) <= rung * 1.1 <= limits.longest
 
 
 def test_what_tells_kinds_apart_is_a_word() -> None:

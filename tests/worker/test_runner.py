@@ -20,7 +20,7 @@ from portico.kit.clock import SystemClock
 from portico.kit.db import Database, PoolLimits
 from portico.kit.metrics import Exporter
 from portico.kit.queue import Counts, Hopeless, Kind, Retry, Work
-from portico.kit.queue_runner import KindRunner, Pace, Schedules, Served
+from portico.kit.queue_runner import KindRunner, Pace, Schedules, Served, Wakes
 from portico.kit.sealing import Sealer
 from portico.settings import ApiSettings, Secret, WorkerSettings
 from portico.worker import metrics as worker_metrics
@@ -290,3 +290,58 @@ async def test_maintenance_and_notifications_do_their_work(context: Context) -> 
                 )
 
         await until(swept)
+
+
+@pytest.mark.parametrize("part", ["_survey", "_keep_leases", "_record_ends"])
+async def test_a_worker_ends_when_a_part_of_it_does(
+    context: Context, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """A process whose leases nobody renews, or whose ends nobody records, does harm while it looks well."""
+
+    async def broken(self: KindRunner) -> None:
+        await asyncio.sleep(0.1)
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(KindRunner, part, broken)
+
+    async def nothing(work: Work) -> None:
+        pass
+
+    async with asyncio.timeout(10):
+        with pytest.raises(RuntimeError, match=f"{part}|broken") as ended:
+            await module.run(context, [doing("watched", nothing)], asyncio.Event())
+    assert isinstance(ended.value.__cause__, ZeroDivisionError)
+
+
+async def test_a_worker_ends_when_nobody_listens_any_more(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(self: object) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    async def nothing(work: Work) -> None:
+        pass
+
+    monkeypatch.setattr(Wakes, "run", broken)
+    async with asyncio.timeout(10):
+        with pytest.raises(ZeroDivisionError):
+            await module.run(context, [doing("deaf", nothing)], asyncio.Event())
+
+
+async def test_what_is_asked_for_at_work_runs_once_more_and_at_once(context: Context) -> None:
+    runs: list[float] = []
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def act(work: Work) -> None:
+        runs.append(time.monotonic())
+        began.set()
+        await go_on.wait()
+
+    slow = dataclasses.replace(context, settings=dataclasses.replace(context.settings, tick_seconds=30))
+    job = doing("asked", act)
+    async with running(slow, job):
+        await ask(slow, job, "a")
+        await began.wait()
+        await ask(slow, job, "a", "a")
+        go_on.set()
+        await until(lambda: len(runs) == 2)
+        await until(lambda: empty(slow, job.kind))
+    assert len(runs) == 2

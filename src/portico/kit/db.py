@@ -40,6 +40,9 @@ T = TypeVar("T")
 # Transactions that are open around the code that runs; a task inherits them from the one that made it.
 _around: ContextVar[int] = ContextVar("transactions", default=0)
 
+# The order of the last statements of a transaction; see ``Tx.before_commit``.
+JOBS, CHAINS, CHANGES = range(3)
+
 # What asyncpg raises, and what SQLAlchemy's adapter makes of it where no statement of SQLAlchemy's is around it (BEGIN).
 _DRIVER = (
     asyncpg.PostgresError,
@@ -139,8 +142,7 @@ class Tx(Reader):
     def __init__(self, connection: AsyncConnection, raw: asyncpg.Connection) -> None:
         super().__init__(connection, raw)
         self._callbacks: list[Callable[[], Awaitable[None] | None]] = []
-        self._first_steps: list[Callable[[], Awaitable[None]]] = []
-        self._last_steps: list[Callable[[], Awaitable[None]]] = []
+        self._last_steps: dict[int, list[Callable[[], Awaitable[None]]]] = {JOBS: [], CHAINS: [], CHANGES: []}
         self.state: dict[object, Any] = {}  # what a last step gathers, by an object of the module that owns it
 
     async def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
@@ -157,18 +159,19 @@ class Tx(Reader):
         async with self._connection.begin_nested():
             yield
 
-    def before_commit(self, step: Callable[[], Awaitable[None]], *, first: bool = False) -> None:
-        """Run ``step`` inside the transaction as its last statements; if it raises, everything rolls back.
+    def before_commit(self, step: Callable[[], Awaitable[None]], *, order: int = CHANGES) -> None:
+        """Run ``step`` inside the transaction as one of its last statements; if it raises, everything rolls back.
 
         For what must hold a contended lock as briefly as possible. Such locks have one order, whichever was asked for
-        first: the heads of audit chains (``first``), then the append to the edge change table, which everybody shares.
+        first: the row of a job at work (``JOBS``), the heads of audit chains (``CHAINS``), then the append to the edge change
+        table (``CHANGES``), which everybody shares.
         """
-        (self._first_steps if first else self._last_steps).append(step)
+        self._last_steps[order].append(step)
 
     async def run_last_steps(self) -> None:
         """Run what ``before_commit`` gathered, in order."""
-        for steps in (self._first_steps, self._last_steps):
-            for step in steps:
+        for order in (JOBS, CHAINS, CHANGES):
+            for step in self._last_steps[order]:
                 await step()
 
     def after_commit(self, callback: Callable[[], Awaitable[None] | None]) -> None:

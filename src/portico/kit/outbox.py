@@ -8,7 +8,10 @@ Of one idempotency key there is one message, whoever appends it and however ofte
 at least once: a worker can die between the receiver's answer and its record. So every attempt carries the message's key, for the
 receiver to know it again. Order is not promised.
 
-A body can hold a link that signs somebody in: it is sealed under the master key, and deleted when the message was delivered.
+A body can hold a link that signs somebody in: it is sealed under the master key, and deleted when the message was delivered
+(unless ``keep_body`` says that it may be wanted again), at the latest with the message, dead ones too.
+
+Organizations take turns, and so do the destinations of one: nobody's many messages delay another's one.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
@@ -27,11 +30,13 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from portico.kit import queue
-from portico.kit.db import Tx, metadata
+from portico.kit.db import Database, Tx, metadata
 from portico.kit.ids import new_id
 from portico.kit.queue import Hopeless, Kind, Retry, Work
 from portico.kit.sealing import Sealer
+from portico.kit.sweep import sweep
 
+NO_LANE: Final = "-"
 _PURPOSE: Final = "outbox message"
 #: Characters of a key; bytes of a body before it is sealed.
 KEY_CHARS: Final = 255
@@ -50,16 +55,28 @@ messages = sa.Table(
     sa.Column("sealed_body", sa.LargeBinary),
     # What the receiver called it.
     sa.Column("receipt", sa.Text),
+    # Whose turn it is delivered in: ORGANIZATION/DESTINATION, or ``-`` for nobody's. Compared byte by byte, as Python does.
+    sa.Column("lane", sa.Text(collation="C"), nullable=False, server_default=NO_LANE),
+    # Whether the body stays when it was delivered, so that it can be sent again.
+    sa.Column("keep_body", sa.Boolean, nullable=False, server_default=sa.false()),
+    # What the receiver answered last (an HTTP status, an SMTP code), and when it was tried last.
+    sa.Column("status", sa.Integer),
+    sa.Column("attempted_at", sa.DateTime(timezone=True)),
     *queue.columns(),
     *queue.rules("outbox_messages", "driver"),
+    queue.turns("outbox_messages", "lane", "driver"),
+    sa.Index("outbox_messages_lane_id_ix", "lane", "id"),
     sa.Index(None, "organization_id", "id"),
-    sa.Index("outbox_messages_finished_at_ix", "finished_at", postgresql_where=sa.text("queue_state = 'done'")),
+    sa.Index("outbox_messages_finished_at_ix", "finished_at", postgresql_where=sa.text("queue_state <> 'pending'")),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A message to be. ``topic`` says what it is about (``noun.verb``), ``body`` is the driver's to lay out."""
+    """A message to be. ``topic`` says what it is about (``noun.verb``), ``body`` is the driver's to lay out.
+
+    ``destination`` tells an organization's receivers apart, where one of them may be slow; ``keep_body``: see the table.
+    """
 
     driver: str
     key: str
@@ -67,6 +84,8 @@ class Draft:
     topic: str
     body: Mapping[str, Any]
     organization: str | None = None
+    destination: str | None = None
+    keep_body: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +104,13 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What came of an attempt: ``delivered``, with what the receiver called it in ``detail``; ``retry``, perhaps not before
-    ``after_seconds``; ``refused``: no attempt will help. ``detail`` is shown to people and holds no secret."""
+    ``after_seconds``; ``refused``: no attempt will help. ``detail`` is shown to people and holds no secret. ``status`` is the
+    number in the receiver's answer, if there was one."""
 
     result: Literal["delivered", "retry", "refused"]
     detail: str = ""
     after_seconds: float | None = None
+    status: int | None = None
 
 
 class Driver(Protocol):
@@ -100,7 +121,12 @@ class Driver(Protocol):
 
 def kind(driver: str) -> Kind:
     """The queue of one driver's messages: a receiver that is away holds up no other driver's."""
-    return Kind(f"outbox.{driver}", messages, {"driver": driver})
+    return Kind(f"outbox.{driver}", messages, {"driver": driver}, lane="lane")
+
+
+def lane(organization: str | None, destination: str | None = None) -> str:
+    """The lane of messages of ``organization`` to ``destination``."""
+    return (organization or NO_LANE) + (f"/{destination}" if destination else "")
 
 
 async def append(tx: Tx, sealer: Sealer, draft: Draft) -> str | None:
@@ -117,6 +143,8 @@ async def append(tx: Tx, sealer: Sealer, draft: Draft) -> str | None:
         "recipient": draft.recipient,
         "topic": draft.topic,
         "sealed_body": sealer.seal(_PURPOSE, made, body),
+        "lane": lane(draft.organization, draft.destination),
+        "keep_body": draft.keep_body,
     }
     statement = insert(messages).values(row).on_conflict_do_nothing(index_elements=["idempotency_key"])
     if (await tx.execute(statement.returning(messages.c.id))).first() is None:
@@ -125,9 +153,17 @@ async def append(tx: Tx, sealer: Sealer, draft: Draft) -> str | None:
     return made
 
 
-async def deliver(work: Work, driver: Driver, sealer: Sealer) -> None:
-    """The handler: call the driver, record its answer. The intent was recorded by the claim, which counted the attempt."""
+Record = Callable[[Tx, Message, Outcome], Awaitable[None]]
+
+
+async def deliver(work: Work, driver: Driver, sealer: Sealer, record: Record | None = None) -> None:
+    """The handler: call the driver, record its answer. The intent was recorded by the claim, which counted the attempt.
+
+    ``record`` writes what else follows from the answer, in the same transaction.
+    """
     row = work.row
+    if row["sealed_body"] is None:
+        raise Hopeless("its text is not kept any more")
     message = Message(
         id=row["id"],
         key=row["idempotency_key"],
@@ -139,21 +175,26 @@ async def deliver(work: Work, driver: Driver, sealer: Sealer) -> None:
     )
     async with work.call():
         outcome = await driver.deliver(message)
+    delivered = outcome.result == "delivered"
+    async with work.done() if delivered else work.step() as tx:
+        values: dict[str, Any] = {"status": outcome.status, "attempted_at": sa.func.clock_timestamp()}
+        if delivered:
+            values["receipt"] = outcome.detail or None
+            values["sealed_body"] = sa.case((messages.c.keep_body, messages.c.sealed_body))
+        await tx.execute(sa.update(messages).where(messages.c.id == message.id).values(values))
+        if record is not None:
+            await record(tx, message, outcome)
     if outcome.result == "refused":
         raise Hopeless(outcome.detail)
-    if outcome.result != "delivered":
-        pause = work.limits.pause(work.attempt) if outcome.after_seconds is None else outcome.after_seconds
-        raise Retry(pause, outcome.detail)
-    async with work.done() as tx:
-        change = sa.update(messages).where(messages.c.id == message.id)
-        await tx.execute(change.values(receipt=outcome.detail or None, sealed_body=None))
+    if not delivered:
+        pause = work.limits.pause(work.attempt)
+        raise Retry(max(pause, outcome.after_seconds or 0.0), outcome.detail)
 
 
-async def clear(tx: Tx, keep_seconds: float) -> int:
-    """Delete messages that were delivered longer ago than this; returns how many. Dead ones stay until they are replayed."""
+async def clear(db: Database, keep_seconds: float) -> int:
+    """Delete messages that were delivered, or died, longer ago than this; returns how many. Their keys go with them."""
     old = sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, keep_seconds)
-    where = (messages.c.queue_state == "done") & (messages.c.finished_at < old)
-    return int((await tx.execute(sa.delete(messages).where(where))).rowcount)
+    return await sweep(db, messages, (messages.c.queue_state != "pending") & (messages.c.finished_at < old))
 
 
 # -- development's driver ------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from portico.kit import queue
 from portico.kit.db import Database
 from portico.kit.metrics import Histogram
 from portico.kit.queue import Counts, Hopeless, Kind, LeaseLost, Limits, Retry, Work
+from portico.kit.queue_turns import Turns
 
 log = logging.getLogger("portico.queue")
 
@@ -97,6 +98,7 @@ class KindRunner:
         self._running: dict[uuid.UUID, asyncio.Task[None]] = {}
         self._ended: list[tuple[Work, asyncio.Future[bool]]] = []  # handlers are through, the end is not recorded
         self._recording = 0  # of those running
+        self._turns = Turns(self.kind.lane, self.limits) if self.kind.lane is not None else None
         self._outage = Outage()
         self._company: asyncio.TimerHandle | None = None  # when a suspect gets it
         self._alone = self._cut = False
@@ -114,13 +116,22 @@ class KindRunner:
         self._look.set()
 
     async def run(self, shutdown_seconds: float) -> None:
-        """Work until it is time to stop; then let jobs end for so long, and give the others back."""
-        helpers = [asyncio.create_task(part()) for part in (self._record_ends, self._keep_leases, self._survey)]
+        """Work until it is time to stop; then let jobs end for so long, and give the others back.
+
+        Raises when one of the parts beside has ended: without it jobs would be done twice, or hang; another process goes on.
+        """
+        helpers = [
+            asyncio.create_task(part(), name=part.__name__)
+            for part in (self._record_ends, self._keep_leases, self._survey)
+        ]
         stop = asyncio.create_task(self._stopping.wait())
         try:
             while not self._stopping.is_set():
                 await self._fill()
-                await self._pause(self._moved if self._full else self._look, stop)
+                await self._pause(self._moved if self._full else self._look, stop, *helpers)
+                for helper in helpers:
+                    if helper.done():
+                        raise RuntimeError(f"{self.kind.name}: {helper.get_name()} ended") from helper.exception()
             await self._leave(shutdown_seconds)
         finally:
             stop.cancel()
@@ -150,7 +161,7 @@ class KindRunner:
             if self._full:
                 return
             free = 1 if self._suspects else self._room - len(self._held)
-            found, dead = await queue.claim(self._db, self.kind, self.limits, free, suspect=self._suspects)
+            found, dead = await self._claim(free)
         except FAILURES as err:
             self._warn("queue cannot be read", err)
             await self._outage.wait(self._stopping)
@@ -174,6 +185,15 @@ class KindRunner:
         if len(found) + len(dead) >= free:
             self._look.set()  # there may be more
 
+    async def _claim(self, free: int) -> tuple[list[Work], list[Any]]:
+        if self._turns is None or self._suspects:
+            return await queue.claim(self._db, self.kind, self.limits, free, suspect=self._suspects)
+        count, turn = self._turns.next(self._held.values(), free)
+        found, dead = await queue.claim(self._db, self.kind, self.limits, count, turn=turn)
+        if self._turns.taken(found, count - len(dead)):
+            self._look.set()
+        return found, dead
+
     async def _look_for_suspects(self) -> None:
         """Jobs that may have ended a process are taken one at a time, when nothing else is in hand: what a process has in hand
         when it ends has lost an attempt."""
@@ -186,9 +206,9 @@ class KindRunner:
         self._alone = False
         self._moved.set()
 
-    async def _pause(self, event: asyncio.Event, stop: asyncio.Task[Any]) -> None:
+    async def _pause(self, event: asyncio.Event, *ends: asyncio.Task[Any]) -> None:
         waiter = asyncio.create_task(event.wait())
-        await asyncio.wait((waiter, stop), timeout=self._pace.poll_seconds, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((waiter, *ends), timeout=self._pace.poll_seconds, return_when=asyncio.FIRST_COMPLETED)
         waiter.cancel()
 
     def _start(self) -> None:
@@ -257,7 +277,7 @@ class KindRunner:
         dead = isinstance(err, Hopeless) or work.attempt >= self.limits.max_attempts
         pause = self.limits.pause(work.attempt)
         if isinstance(err, Retry):
-            pause = min(max(0.0, err.seconds), self.limits.backoff_max_seconds)
+            pause = min(max(0.0, err.seconds), self.limits.longest)
         text = str(err) if isinstance(err, (Retry, Hopeless)) else f"{type(err).__name__}: {err}"
         fields = self._about(work) | {"error": text[:300]}
         # A handler's lost connection leaves open whether its last commit happened: the token decides, here.
@@ -327,7 +347,7 @@ class KindRunner:
         """Count the queue, and put right what a clock that was set back has done to it."""
         while True:
             try:
-                if mended := await queue.mend(self._db, self.kind, self.limits):
+                if mended := await queue.mend(self._db, self.kind):
                     log.warning(
                         "PostgreSQL's clock was set back", extra={"f": {"kind": self.kind.name, "jobs": mended}}
                     )

@@ -50,9 +50,8 @@ async def expire_requests(context: Context, work: Work) -> None:
 
 
 async def clear_outbox(context: Context, work: Work) -> None:
-    """Messages that were sent long ago. Their keys go with them."""
-    async with work.done() as tx:
-        await outbox.clear(tx, context.settings.outbox_keep_seconds)
+    """Messages that were sent, or died, long ago. Their keys go with them."""
+    await outbox.clear(context.db, context.settings.outbox_keep_seconds)
 
 
 async def chain_audit(context: Context, work: Work) -> None:

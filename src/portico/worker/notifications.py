@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from portico.control.notifications import mail, smtp
 from portico.kit import outbox
 from portico.kit.queue import Work
@@ -14,7 +16,15 @@ MAIL = outbox.kind(mail.DRIVER)
 
 def jobs(settings: WorkerSettings) -> list[Job]:
     """One job kind for each driver."""
-    return [Job(MAIL, deliver_mail)]
+    ladder = settings.delivery_retry_seconds
+    limits: dict[str, Any] = {
+        "ladder": ladder,
+        "max_attempts": len(ladder) + 1,
+        "concurrency": settings.delivery_concurrency,
+        "lane_places": settings.destination_concurrency,
+        "group_places": max(1, settings.delivery_concurrency // 2),
+    }
+    return [Job(MAIL, deliver_mail, limits=limits)]
 
 
 async def deliver_mail(context: Context, work: Work) -> None:

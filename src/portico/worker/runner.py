@@ -79,17 +79,21 @@ async def run(
         worker_metrics.DECLARED, lambda: worker_metrics.read(runners), lambda: not stopping.is_set(),
         settings, metrics_socket,
     )  # fmt: skip
-    wakes = asyncio.create_task(Wakes(runners, db, "portico worker wakes").run())
+    wakes = asyncio.create_task(Wakes(runners, db, "portico worker wakes").run(), name="wakes")
     tasks = [asyncio.create_task(runner.run(settings.shutdown_seconds), name=runner.kind.name) for runner in runners]
     tasks.append(asyncio.create_task(Schedules(every, db, stopping, pace).run(), name="schedules"))
     notify.ready(settings.notify_fd)
     log.info("worker ready", extra={"f": {"kinds": ",".join(runner.kind.name for runner in runners)}})
     try:
         # A part that ends before its time is a fault: it ends the process, and whoever keeps it starts another.
-        await asyncio.wait([*tasks, stop := asyncio.create_task(stopping.wait())], return_when=asyncio.FIRST_EXCEPTION)
+        stop = asyncio.create_task(stopping.wait())
+        wakes.add_done_callback(lambda _: stopping.set())
+        await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_EXCEPTION)
         stop.cancel()
         stopping.set()
         await asyncio.gather(*tasks)
+        if wakes.done():
+            wakes.result()
     finally:
         wakes.cancel()
         for task in tasks:

@@ -101,7 +101,7 @@ async def test_a_mail_arrives_in_both_forms() -> None:
     async with listening(receiver) as port:
         for _ in range(2):
             outcome = await driver(settings(port)).deliver(message())
-            assert outcome == Outcome("delivered", "2.0.0 queued as 4711")
+            assert outcome == Outcome("delivered", "2.0.0 queued as 4711", status=250)
     first, second = (email.message_from_bytes(raw, policy=policy.default) for raw in receiver.got)
     assert first["Message-ID"] == second["Message-ID"] == smtp.message_id("test:1", "portico.test")
     assert (first["From"], first["To"]) == ("Portico <no-reply@portico.test>", "a@example.com")
@@ -159,7 +159,7 @@ async def test_what_a_server_says_is_done(changed: dict[str, str], result: str) 
     setattr(receiver, part, answer)
     async with listening(receiver) as port:
         outcome = await driver(settings(port)).deliver(message())
-    assert outcome.result == result and answer[:3] in outcome.detail
+    assert outcome.result == result and answer[:3] in outcome.detail and outcome.status == int(answer[:3])
 
 
 async def test_a_server_that_hangs_or_is_away_is_tried_again() -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from portico.control.audit import chain as chains
 from portico.kit import scrub
 from portico.kit.canonical import MAX_INTEGER
-from portico.kit.db import Database, HasConnection, Reader, Tx, metadata
+from portico.kit.db import CHAINS, Database, HasConnection, Reader, Tx, metadata
 
 audit_events = sa.Table(
     "audit_events",
@@ -131,7 +131,7 @@ def append(tx: Tx, row: dict[str, Any]) -> None:
     buffer: list[dict[str, Any]] | None = tx.state.get(_BUFFER)
     if buffer is None:
         buffer = tx.state[_BUFFER] = []
-        tx.before_commit(lambda: _flush(tx), first=True)
+        tx.before_commit(lambda: _flush(tx), order=CHAINS)
     buffer.append(row)
 
 

@@ -120,7 +120,7 @@ class SmtpDriver:
         except TimeoutError:
             return Outcome("retry", f"{self._server.host} took longer than {self._server.timeout_seconds:g} s")
         except (aiosmtplib.SMTPException, OSError, ssl.SSLError) as err:
-            return Outcome("retry", _said(err))
+            return Outcome("retry", _said(err), status=getattr(err, "code", None))
 
     def _compose(self, message: Message) -> EmailMessage:
         """What is sent: text and HTML, in seven bits. Header values with line breaks are refused by the policy."""
@@ -153,7 +153,7 @@ class SmtpDriver:
                 return _answered(err.code, err.message)
             except aiosmtplib.SMTPNotSupported as err:  # an address in other letters than ASCII, and no SMTPUTF8
                 return Outcome("refused", _said(err))
-            return Outcome("delivered", mail.one_line(answer, _ANSWER_CHARS))
+            return Outcome("delivered", mail.one_line(answer, _ANSWER_CHARS), status=250)
         finally:
             client.close()
 
@@ -165,7 +165,7 @@ def message_id(key: str, domain: str) -> str:
 
 def _answered(code: int, text: str) -> Outcome:
     said = mail.one_line(f"{code} {text}", _ANSWER_CHARS)
-    return Outcome("refused" if 500 <= code < 600 else "retry", said)
+    return Outcome("refused" if 500 <= code < 600 else "retry", said, status=code)
 
 
 def _said(err: BaseException) -> str:
