@@ -17,9 +17,14 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import cast
+
+import uvloop
 
 #: Connections that are opened at once, and a pause after each lot: a flood, not a test of the backlog.
 LOT, PAUSE = 50, 0.02
+#: What an endless target writes at a time.
+MUCH = bytes(65_536)
 
 
 @dataclass
@@ -165,6 +170,65 @@ async def small_windows(flood: Flood) -> None:
         flood.done += 1
 
 
+class Endless(asyncio.Protocol):
+    """A target whose answer never ends, as fast as it is taken."""
+
+    paused = asked = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.asked:
+            self.asked = True
+            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n")
+            self.more()
+
+    def more(self) -> None:
+        if not self.paused and not self.transport.is_closing():
+            self.transport.write(MUCH)
+            asyncio.get_running_loop().call_soon(self.more)
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        self.more()
+
+
+class Taker(asyncio.BufferedProtocol):
+    """A visitor who takes all that comes, at once."""
+
+    buffer = memoryview(bytearray(262_144))
+
+    def __init__(self, flood: Flood) -> None:
+        self.flood = flood
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).write(b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n" % self.flood.host)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.flood.done += nbytes
+
+
+async def downloads(flood: Flood, target: int) -> None:
+    """200 at once, of a target of their own at the port ``target``; counts bytes from when they stand."""
+    loop = asyncio.get_running_loop()
+    await loop.create_server(Endless, "127.0.0.1", target, backlog=1024)
+    for _ in range(200):
+        await loop.create_connection(lambda: Taker(flood), "127.0.0.1", flood.http_port)
+    while flood.done < 200 * len(MUCH):
+        await asyncio.sleep(0.05)
+    flood.stands()
+    flood.done = 0
+    while not flood.over:
+        await asyncio.sleep(0.05)
+
+
 async def passwords(flood: Flood) -> None:
     async def one() -> None:
         guess = base64.b64encode(b"alice:%d" % flood.done)
@@ -187,12 +251,15 @@ KINDS: dict[str, Callable[[Flood], Awaitable[None]]] = {
 
 
 def main() -> None:
-    kind, http_port, https_port, host, seconds = sys.argv[1:]
+    kind, http_port, https_port, host, seconds, *target = sys.argv[1:]
     os.nice(19)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 8192), hard))
     flood = Flood(int(http_port), int(https_port), host.encode(), float(seconds))
-    asyncio.run(KINDS[kind](flood))  # type: ignore[arg-type]
+    if kind == "downloads":
+        uvloop.run(downloads(flood, int(target[0])))
+    else:
+        asyncio.run(KINDS[kind](flood))  # type: ignore[arg-type]
     print(flood.done, flush=True)
     os._exit(0)  # thousands of connections need no orderly end
 

@@ -27,6 +27,7 @@ from tests.differential.echo import ThreadedServer
 from tests.differential.exact import Connection, Way
 from tests.differential.places import Tunnels
 from tests.floods.flood import KINDS
+from tests.ports import free_port
 from tests.system.memory import MemoryWatch, resident
 from tests.system.platform import Account, Up, port_span
 
@@ -38,6 +39,8 @@ MEMORY_MIB = 64.0
 LAG_SECONDS = 0.1
 RATE_SHARE = 0.7
 TRIES = 3
+#: Of bulk before a small answer on the same session: what the kernel holds, and some turns of each loop.
+AHEAD_MIB = 8.0
 #: Short enough for a flood of a few seconds to meet them.
 LIMITS = {"head_timeout_seconds": 2, "body_timeout_seconds": 2, "write_timeout_seconds": 2, "close_timeout_seconds": 2}
 REPOSITORY = Path(__file__).parents[2]
@@ -49,6 +52,8 @@ class Stand:
 
     up: Up
     target: int
+    #: Where the target of the tunnel ``bulk`` is to listen.
+    bulk: int
 
     @property
     def relay(self) -> int:
@@ -93,8 +98,10 @@ def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
         stack.callback(target.stop)
         address = f"127.0.0.1:{target.port}"
         locked = address + "\n    basic_auth: ['alice:a-long-password']"
-        stack.callback(Tunnels(account, folder, {"clean": address, "flooded": address, "locked": locked}).end)
-        yield Stand(up, target.port)
+        bulk = free_port()
+        tunnels = {"clean": address, "flooded": address, "locked": locked, "bulk": f"127.0.0.1:{bulk}"}
+        stack.callback(Tunnels(account, folder, tunnels).end)
+        yield Stand(up, target.port, bulk)
 
 
 async def rates(ways: tuple[Way, Way], host: str, seconds: float) -> tuple[float, float]:
@@ -165,3 +172,39 @@ async def test_a_flood(stand: Stand, kind: str) -> None:
     assert measured.lag <= 0.01, measured
     assert measured.share >= RATE_SHARE, measured
     assert measured.done > 0, measured
+
+
+async def bulk_ahead(stand: Stand) -> float:
+    """MiB that 200 downloads are given on the one session for each small answer, which a visitor asks for one by one.
+
+    Neither the machine's speed nor what else runs on it is in this, but what stands before an answer in the agent, on the
+    connection and in the relay.
+    """
+    argv = [sys.executable, "-m", "tests.floods.flood", "downloads", str(stand.up.http_port), str(stand.up.https_port)]
+    argv += [f"bulk.localhost:{stand.up.http_port}", str(SECONDS), str(stand.bulk)]
+    request = f"GET / HTTP/1.1\r\nHost: clean.localhost:{stand.up.http_port}\r\nAccept: */*\r\n\r\n".encode()
+    process = await asyncio.create_subprocess_exec(*argv, cwd=REPOSITORY, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        assert await asyncio.wait_for(process.stdout.readline(), 30) == b"stands\n"
+        said, answers = asyncio.create_task(process.stdout.readline()), 0
+        async with Way("http", stand.up.http_port).connect() as visitor:
+            while not said.done():
+                await visitor.send(request)
+                assert (await visitor.answer()).status == 200
+                answers += 1
+        return int(await said) / answers / 2**20
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def test_a_small_answer_beside_200_downloads(stand: Stand) -> None:
+    """It was behind 64 KiB and more of each of them, 11 MiB in all."""
+    for _ in range(TRIES):
+        ahead = await bulk_ahead(stand)
+        print("bulk ahead of an answer, MiB:", ahead)
+        if ahead <= AHEAD_MIB:
+            break
+    assert ahead <= AHEAD_MIB

@@ -9,7 +9,7 @@ import pytest
 
 from portico.wire import frames as f
 from portico.wire.frames import WireError
-from portico.wire.session import HEADROOM, LARGE, PROVEN, Session, Stream
+from portico.wire.session import FIRST, HEADROOM, KEPT, LARGE, PROVEN, QUANTUM, Session, Stream
 from tests.wire.recorder import Recorder, parse
 from tests.wire.vectors import AGENT_HELLO, session_in
 
@@ -264,7 +264,7 @@ class TestFlowControl:
         assert stream.sendable() == 0
         with pytest.raises(ValueError, match="credit"):
             stream.send_data(b"x")
-        session.send_credit = 10
+        session.send_credit = KEPT + 10
         session.receive(f.frame(f.CREDIT, 1, f.U32.pack(100)))
         assert stream.sendable() == 10
         session.pause()
@@ -282,6 +282,8 @@ class TestFlowControl:
     def test_a_congested_carrier_holds_everybody_and_wakes_them_in_order(self) -> None:
         session, events = session_in("greeted", "relay")
         streams = [session.open_request(1, POST, 0, events.sink(ident)) for ident in (1, 2, 3)]
+        for stream in streams:
+            stream.send_data(bytes(FIRST))
         session.pause()
         for stream in (streams[2], streams[0], streams[1]):
             stream.wait()
@@ -300,6 +302,60 @@ class TestFlowControl:
         second.wait()
         session.receive(f.frame(f.CREDIT, 0, f.U32.pack(1000)))
         assert events.events == [("credit", 2)]
+
+    def test_bulk_takes_turns_and_first_bytes_wait_for_none(self) -> None:
+        """A turn of the loop has room for four of them; who had its turn is the last of those that wait."""
+        session, events = session_in("greeted", "relay")
+        streams = [session.open_request(1, POST, 0, events.sink(ident)) for ident in range(1, 8)]
+        for stream in streams[:6]:
+            stream.send_data(bytes(f.STREAM_WINDOW))
+            session.receive(f.frame(f.CREDIT, stream.id, f.U32.pack(f.STREAM_WINDOW)))
+        turns: list[list[int]] = []
+        assert [stream.sendable() for stream in streams] == [0] * 6 + [f.STREAM_WINDOW]
+        for stream in streams[:6]:
+            stream.wait()
+        assert events.events == []
+        for _ in range(4):
+            session.take()
+            session.next_turn()
+            turns.append([ident for _, ident in events.events])
+            events.events.clear()
+            for ident in turns[-1]:
+                streams[ident - 1].send_data(bytes(QUANTUM))
+                session.receive(f.frame(f.CREDIT, ident, f.U32.pack(QUANTUM)))
+                assert streams[ident - 1].sendable() == 0
+                streams[ident - 1].wait()
+        assert turns == [[1, 2, 3, 4], [5, 6, 1, 2], [3, 4, 5, 6], [1, 2, 3, 4]]
+        assert streams[6].sendable() == f.STREAM_WINDOW
+
+    def test_first_bytes_go_into_a_congested_connection_and_few_of_them(self) -> None:
+        session, events = session_in("greeted", "relay")
+        session.pause()
+        count = 0
+        while (stream := session.open_request(1, POST, 0, events.sink(count))).sendable():
+            stream.send_data(bytes(FIRST))
+            assert stream.sendable() == 0
+            count += 1
+        assert count == KEPT // FIRST
+        stream.wait()
+        session.resume()
+        assert events.events == [("credit", count)]
+
+    def test_a_stream_that_waits_for_its_turn_and_ends_leaves_it_to_others(self) -> None:
+        session, events = session_in("greeted", "relay")
+        woken: list[None] = []
+        streams = [session.open_request(1, POST, 0, events.sink(ident)) for ident in (1, 2)]
+        session.wake = lambda: woken.append(None)
+        for stream in streams:
+            stream.send_data(bytes(FIRST))
+        session.turn = 0
+        for stream in streams:
+            stream.wait()
+        assert woken, "nobody would give them a turn"
+        streams[0].reset(f.CANCELLED)
+        session.next_turn()
+        assert events.events == [("credit", 2)]
+        assert not session.waiting
 
     def test_credit_comes_back_in_halves_of_the_window(self) -> None:
         session, events = session_in("request", "agent", growth=0)

@@ -115,12 +115,16 @@ class Side(Recorder):
     relay: bool
     ears: dict[int, Ear] = field(default_factory=dict)
     link: list[bytes] = field(default_factory=list)
+    woken: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
         self.session = Session(
-            self, relay=self.relay, max_streams=MAX_STREAMS, max_window=MAX_WINDOW, growth=GROWTH
-        )  # fmt: skip
+            self, relay=self.relay, wake=self.wake, max_streams=MAX_STREAMS, max_window=MAX_WINDOW, growth=GROWTH
+        )
+
+    def wake(self) -> None:
+        self.woken = True
 
     def accept(self, stream: Stream) -> Ear:
         assert stream.id not in self.ears
@@ -146,6 +150,7 @@ class Side(Recorder):
 
     def flush(self, join: int) -> None:
         """Move what is queued to the link, at most `join` frames a message, as the carrier would."""
+        self.woken = False
         frames = wire_bytes(self.session.take(), HEADROOM)
         message = b""
         for number, part in enumerate(frames):
@@ -155,6 +160,7 @@ class Side(Recorder):
             message += part
         if message:
             self.link.append(message)
+        self.session.next_turn()
 
     def under_way(self) -> list[tuple[str, int, int, bytes]]:
         """Frames that the other side has not seen."""
@@ -169,8 +175,12 @@ class TwoSessions(RuleBasedStateMachine):
         self.relay = Side(relay=True)
         self.agent = Side(relay=False)
         # A session window small enough to run out.
-        self.returning = mock.patch.object(session_module, "_SESSION_RETURN", SESSION_WINDOW // 4)
-        self.returning.start()
+        self.smaller = [
+            mock.patch.object(session_module, "_SESSION_RETURN", SESSION_WINDOW // 4),
+            mock.patch.object(session_module, "KEPT", SESSION_WINDOW // 8),
+        ]
+        for one in self.smaller:
+            one.start()
         for side in (self.relay, self.agent):
             side.session.send_credit = side.session.recv_credit = SESSION_WINDOW
         self.relay.session.receive(AGENT_HELLO)
@@ -373,21 +383,33 @@ class TwoSessions(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Let the link run dry with eager readers: then all that was sent has arrived, and nobody waits for credit."""
+        try:
+            self._run_dry()
+            self._all_is_well()
+        finally:
+            for one in self.smaller:
+                one.stop()
+
+    def _run_dry(self) -> None:
         sides = (self.relay, self.agent)
         for side in sides:
             side.session.resume()
         for _ in range(200):
             for relay in (True, False):
-                self.flush(relay, 10)
+                if self.side(relay)[0].woken:  # as a carrier does: nobody else gives streams their turn
+                    self.flush(relay, 10)
                 self.deliver(relay, 10_000)
             for side in sides:
                 for ear in side.ears.values():
                     self.eat(ear, 10**9)
-            if not any(side.link or side.session.out for side in sides):
+            if not any(side.link or side.session.out or side.woken for side in sides):
                 break
         else:
             pytest.fail("the sessions never fall silent")
-        self.returning.stop()
+        for side in sides:
+            side.session.next_turn()
+
+    def _all_is_well(self) -> None:
         for side, other in ((self.relay, self.agent), (self.agent, self.relay)):
             for ident, ear in side.ears.items():
                 far = other.ears.get(ident)

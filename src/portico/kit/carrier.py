@@ -45,6 +45,9 @@ class Peer(Protocol):
         """Take one message; ``False`` ends the connection after what is queued was sent."""
 
     def take(self) -> list[bytes | bytearray]: ...
+    def next_turn(self) -> None:
+        """What was taken is with the transport."""
+
     def ping(self, payload: bytes) -> None: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
@@ -166,6 +169,7 @@ class Carrier(WSListener):
             size += len(part)
         if size:
             self._send(_JOIN.join(small))
+        self.session.next_turn()
 
     def _send(self, message: bytearray) -> None:
         assert self.transport is not None

@@ -8,11 +8,16 @@
 DATA frame as a ``bytearray`` with :data:`HEADROOM` unused bytes before it, so that a WebSocket header can be put in place
 without another copy. ``wake`` is called when ``out`` turns from empty to not empty.
 
+Streams share the connection fairly: the first bytes of each (most answers have no more) go ahead of bulk, and of that there is
+:data:`TURN` in a turn of the loop, by streams that take turns. So a small answer waits for a fraction of a megabyte, whatever
+else is being downloaded.
+
 The hot path (REQUEST, RESPONSE, DATA, END, CREDIT) calls the sink directly and makes no event objects.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -33,6 +38,12 @@ _SESSION_RETURN = f.SESSION_WINDOW // 4
 #: A reader that took this many bytes is fast in itself: kernel buffers, which make every reader look fast at first, are
 #: smaller. Until then a stream leaves half of the growth budget alone, so that many slow readers cannot use it up.
 PROVEN = 8_388_608
+#: Bytes of a stream that go ahead of bulk.
+FIRST = 16_384
+#: Bytes of bulk that one turn of the loop takes up, and what a stream may send of it that had to wait.
+TURN, QUANTUM = 262_144, 65_536
+#: Bytes of the session's credit that bulk leaves to first bytes, and of these, what goes into a connection that is congested.
+KEPT = 1_048_576
 
 
 class Sink(Protocol):
@@ -128,6 +139,9 @@ class Stream:
     recv_ended = False
     stalled = False
     tcp = False
+    waits = False
+    sent = 0
+    quantum = 0  # what is left of it
     send_credit = f.STREAM_WINDOW
     recv_credit = f.STREAM_WINDOW
     window = f.STREAM_WINDOW
@@ -140,16 +154,25 @@ class Stream:
         self.sink = sink
 
     def sendable(self) -> int:
-        """How many bytes of DATA may be sent now; 0 while the carrier is congested."""
+        """How many bytes of DATA may be sent now; 0 while the carrier is congested, or others have their turn."""
         session = self.session
-        if session.congested:
+        room = session.send_credit
+        if self.sent < FIRST:
+            if session.congested and session.spare <= 0:
+                return 0
+        elif session.congested or (session.turn <= 0 and self.quantum <= 0):
             return 0
+        else:
+            room -= KEPT
         credit = self.send_credit
-        return credit if credit < session.send_credit else session.send_credit
+        return credit if credit < room else room if room > 0 else 0
 
     def wait(self) -> None:
         """Ask for one :meth:`Sink.on_credit` when more can be sent."""
-        self.session.waiting[self.id] = self
+        if not self.waits:
+            self.waits = True
+            if self.send_credit > 0:
+                self.session.queue(self)
 
     def send_response(self, status: int, head: Sequence[bytes], end: bool) -> bytes:
         """RESPONSE, and its payload; raises ``ValueError`` when the head does not fit into a frame or is not a valid one."""
@@ -177,6 +200,13 @@ class Stream:
             raise ValueError("DATA after the end or above the credit")
         self.send_credit -= size
         session.send_credit -= size
+        self.sent += size
+        if self.quantum > 0:
+            self.quantum -= size
+        else:
+            session.turn -= size
+        if session.congested:
+            session.spare -= size
         if size < LARGE:
             session.put(f.HEADER.pack(f.DATA, f.F_END if end else 0, self.id, size) + data)
         else:
@@ -266,7 +296,7 @@ class Stream:
         session.growth += self.window - f.STREAM_WINDOW
         self.window = f.STREAM_WINDOW
         session.streams.pop(self.id, None)
-        session.waiting.pop(self.id, None)
+        self.waits = False
         self.sink = IGNORE
 
 
@@ -291,7 +321,11 @@ class Session:
         self.growth = growth
         self.reserve = growth // 2
         self.streams: dict[int, Stream | Lazy] = {}
-        self.waiting: dict[int, Stream] = {}
+        #: Streams that wait and have credit of their own: those with first bytes to send, and bulk.
+        self.urgent: deque[Stream] = deque()
+        self.waiting: deque[Stream] = deque()
+        self.turn = TURN
+        self.spare = 0
         self.out: list[bytes | bytearray] = []
         self.congested = False
         self.closed = False
@@ -423,20 +457,55 @@ class Session:
 
     # ── the carrier's side ────────────────────────────────────────────────────────────────────────────────────────
     def pause(self) -> None:
-        """The carrier's write buffer is full: :meth:`Stream.sendable` is 0 until :meth:`resume`."""
+        """The carrier's write buffer is full: there is room for first bytes alone, and for few, until :meth:`resume`."""
         self.congested = True
+        self.spare = KEPT
 
     def resume(self) -> None:
         self.congested = False
         self._wake_waiting()
 
+    def next_turn(self) -> None:
+        """What was put was taken, and a turn of the loop is over."""
+        self.turn = TURN
+        if self.waiting or self.urgent:
+            self._wake_waiting()
+
+    def queue(self, stream: Stream) -> None:
+        """A stream waits that has credit: it has its turn after those that wait already."""
+        if stream.sent < FIRST:
+            self.urgent.append(stream)
+        else:
+            self.waiting.append(stream)
+        if not self.congested:
+            self.wake()  # there must be a next turn
+
     def _wake_waiting(self) -> None:
-        """Tell waiting streams, in the order in which they began to wait, while there is credit."""
-        for stream in list(self.waiting.values()):
-            if self.congested or self.send_credit <= 0:
+        """Tell waiting streams, in the order in which they began to wait, while there is room."""
+        for _ in range(len(self.urgent)):
+            if self.send_credit <= 0 or (self.congested and self.spare <= 0):
                 return
-            if stream.send_credit > 0 and self.waiting.pop(stream.id, None) is not None:
-                stream.sink.on_credit()
+            stream = self.urgent.popleft()
+            if stream.sent < FIRST:
+                self._go_on(stream)
+            else:
+                self.waiting.append(stream)
+        waiting = self.waiting
+        while waiting and not self.congested and self.send_credit > KEPT:
+            if self.turn <= 0:
+                self.wake()
+                return
+            stream = waiting.popleft()
+            if stream.waits:
+                self.turn -= QUANTUM
+                stream.quantum = QUANTUM
+                self._go_on(stream)
+
+    def _go_on(self, stream: Stream) -> None:
+        """One that is over by now, or used its credit meanwhile, does not."""
+        if stream.waits and stream.send_credit > 0:
+            stream.waits = False
+            stream.sink.on_credit()
 
     def close(self, detail: str = "connection lost") -> None:
         """The connection ended: every stream is reset (``internal``) towards its own owner. Idempotent."""
@@ -658,12 +727,13 @@ class Session:
         stream = self._stream(ident)
         if stream is None:
             return
+        had = stream.send_credit
         stream.send_credit += increment
         if stream.send_credit > f.MAX_CREDIT:
             raise WireError("stream credit over the limit", "wire.flow_control")
-        if ident in self.waiting and not self.congested and self.send_credit > 0:
-            del self.waiting[ident]
-            stream.sink.on_credit()
+        if stream.waits and had <= 0:
+            self.queue(stream)
+            self._wake_waiting()
 
     def _on_ping(self, kind: int, ident: int, payload: bytes) -> None:
         if ident or len(payload) != 8:
