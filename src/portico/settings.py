@@ -709,6 +709,12 @@ class ApiSettings:
     policy_bytes_per_organization: int = 1_048_576
     # Seconds after a deletion in which its port goes to no other organization: who still connects must not reach a stranger.
     tcp_port_quarantine_seconds: int = 600
+    # Seconds after a tunnel lost its subdomain, or an organization its reservation, in which no other organization gets the name.
+    name_cooldown_seconds: int = 604_800
+    # Names that an organization may keep without a tunnel.
+    reserved_names_per_organization: int = 100
+    # More words that names may not be, and exceptions, in the form of reserved_names.toml; read at the start.
+    reserved_names_file: Path | None = None
     # Seconds that events of a tunnel, and the numbers of counted usage batches, are kept.
     tunnel_history_seconds: int = 2_592_000
 

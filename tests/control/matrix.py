@@ -241,6 +241,7 @@ class World:
         made: Callable[[], Awaitable[str]] = {
             "key": lambda: self._made("/v1/api-keys", {"kind": "api", "name": "x", "scopes": []}),
             "role": lambda: self._made("/v1/org/roles", {"name": f"role {self._count}", "permissions": []}),
+            "reserved_name": self._reserved_name,
             "session": self._sign_in_session,
             "session_id": self._agent_session,
             "tunnel_id": lambda: self._made("/v1/tunnels", {"name": f"tunnel-{self._count}"}),
@@ -304,6 +305,12 @@ class World:
 
     async def _operator(self, operator: str) -> str:
         return await self.person(self.owner.organization, operator)
+
+    async def _reserved_name(self) -> str:
+        name = f"kept-{self._count}"
+        answer = await self.owner.client.post("/v1/reserved-names", json={"name": name})
+        assert answer.status_code == 201, answer.text
+        return name
 
     async def _sign_in_session(self) -> str:
         token = await self.person(self.owner.organization, self.owner.user)

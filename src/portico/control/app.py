@@ -58,6 +58,7 @@ _FIRST_RETRY_SECONDS = 1.0
 
 _TUNNELS = (
     tunnels_api.hot, edge_api.router, tunnels_api.agent, tunnels_api.tunnels, tunnels_api.policies, tunnels_api.events,
+    tunnels_api.reserved,
 )  # fmt: skip
 
 health = APIRouter(tags=["health"])

@@ -32,6 +32,7 @@ from portico.errors import Problem
 from portico.kit.db import Reader, Tx
 from portico.kit.pages import Page
 
+reserved = APIRouter(prefix="/reserved-names", tags=["tunnels"], route_class=UnitOfWork)
 tunnels = APIRouter(prefix="/tunnels", tags=["tunnels"], route_class=UnitOfWork)
 agent = APIRouter(prefix="/agent/sessions", tags=["tunnels"], route_class=UnitOfWork)
 policies = APIRouter(prefix="/tunnels", tags=["tunnels"], route_class=JsonRoute)
@@ -303,6 +304,43 @@ async def stop_tunnel(tx: InTx, who: Writes, tunnels: Service, tunnel_id: Id) ->
 async def list_events(reader: Reading, who: Reads, tunnels: Service, tunnel_id: Id, page: Paging) -> Any:
     """What happened to a tunnel, newest first."""
     return await tunnels.events(reader, who, tunnel_id, page)
+
+
+# -- reserved names ----------------------------------------------------------------------------------------------------
+
+
+class NameBody(Body):
+    """A name to keep."""
+
+    name: Label
+
+
+class ReservedName(BaseModel):
+    """A name that the organization keeps; `tunnel` is the one that has it now."""
+
+    name: str
+    url: str
+    tunnel: str | None
+    reserved_at: datetime
+
+
+@reserved.get("", response_model=Page[ReservedName])
+async def list_reserved_names(reader: Reading, who: Reads, tunnels: Service, page: Paging) -> Any:
+    """The names that the organization keeps, with or without a tunnel."""
+    return await tunnels.reservations.listing(reader, who, page)
+
+
+@reserved.post("", response_model=ReservedName, status_code=201)
+async def reserve_name(tx: InTx, who: Writes, tunnels: Service, body: NameBody) -> Any:
+    """Keep a name: no other organization can take it, whatever happens to the tunnel that has it."""
+    return await tunnels.reservations.reserve(tx, who, body.name)
+
+
+@reserved.delete("/{reserved_name}", status_code=204)
+async def release_name(tx: InTx, who: Writes, tunnels: Service, reserved_name: Label) -> Response:
+    """Keep a name no longer. A tunnel that has it goes on; without one, others can have it when it has cooled down."""
+    await tunnels.reservations.release(tx, who, reserved_name)
+    return Response(status_code=204)
 
 
 # -- agent sessions -----------------------------------------------------------------------------------------------------

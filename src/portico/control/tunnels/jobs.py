@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from portico.control import changes
-from portico.control.tunnels import history, store
+from portico.control.tunnels import claim_store, history, store
 from portico.kit.db import Database
 from portico.settings import ApiSettings
 
@@ -12,6 +12,8 @@ async def housekeeping(db: Database, settings: ApiSettings) -> None:
     """One round. Safe to run in several processes at once: every step is an idempotent delete."""
     async with db.transaction() as tx:
         await history.relays_fell_silent(tx, settings.relay_lease_seconds)
+    async with db.transaction() as tx:
+        await claim_store.clear(tx, settings.name_cooldown_seconds)
     async with db.transaction() as tx:
         await store.free_orphaned_ports(tx)
     await store.clear(

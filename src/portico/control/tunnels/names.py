@@ -1,4 +1,4 @@
-"""What a tunnel and its public host may be called, and names for those who do not care."""
+"""What a tunnel may be called, and names for those who do not care. What its public host may be: ``name_rules.py``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Final
 from portico.errors import Problem
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
-_SUBDOMAIN = re.compile(r"[a-z0-9](?:[a-z0-9-]{1,61}[a-z0-9])?")
 _SUFFIX_ALPHABET: Final = "abcdefghjkmnpqrstuvwxyz23456789"  # nothing that is misread aloud or in print
 _SUFFIX_CHARS: Final = 4
 _MAX_CHARS: Final = 63  # one DNS label
@@ -18,18 +17,6 @@ _MAX_CHARS: Final = 63  # one DNS label
 def _words(text: str) -> list[str]:
     return text.split()
 
-
-# Names that mail, DNS or browsers give a meaning of their own, and those that a visitor takes for the platform itself.
-RESERVED: Final = frozenset(
-    _words("""
-    abuse account accounts acme admin administrator api app apps assets auth autoconfig autodiscover billing blog broadcasthost
-    cdn certs checkout connect console control dashboard demo dev dns docs download edge email ftp gateway health help
-    hostmaster id imap internal invoice isatap legal local localhost login logout mail master media metrics mta-sts mx
-    no-reply noreply ns ns1 ns2 ns3 ns4 oauth oidc operator origin pay payments pop pop3 portal portico postmaster proxy public
-    register relay root saml scim secure security server signin signup smtp sso ssl static status support sysadmin system
-    test tls tunnel tunnels usenet uucp webhooks webmail webmaster wpad www www1 www2
-    """)
-)
 
 _ADJECTIVES: Final = tuple(
     _words("""
@@ -59,23 +46,6 @@ def check_name(name: str) -> str:
             hint="Use 1 to 63 lower-case letters, digits and inner hyphens.",
         )
     return name
-
-
-def check_subdomain(subdomain: str) -> str:
-    """``subdomain`` if it may be public, else ``tunnel.name_invalid`` or ``tunnel.name_reserved``.
-
-    ``xn--`` is refused: it shows as other letters than were typed, which is how names are imitated.
-    """
-    if not _SUBDOMAIN.fullmatch(subdomain) or subdomain.startswith("xn--"):
-        raise Problem("tunnel.name_invalid", f"{subdomain[:80]!r} cannot be a subdomain")
-    if subdomain in RESERVED:
-        raise Problem("tunnel.name_reserved", f"the subdomain {subdomain} is reserved")
-    return subdomain
-
-
-def usable(name: str) -> bool:
-    """Whether a tunnel's name can also be its subdomain."""
-    return bool(_SUBDOMAIN.fullmatch(name)) and not name.startswith("xn--") and name not in RESERVED
 
 
 def _suffix() -> str:

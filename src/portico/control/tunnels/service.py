@@ -8,7 +8,8 @@
 
 An HTTP or TLS tunnel has a subdomain, a TCP tunnel a port (:mod:`~portico.control.tunnels.ports`); both are kept until it is
 deleted. Names and subdomains are unique by constraints, never by looking first: of any number of simultaneous creations of one
-subdomain, one succeeds. Every write appends its audit row, its event and its edge change in the caller's transaction.
+subdomain, one succeeds. Between organizations its claim decides (:mod:`~portico.control.tunnels.claim_store`). Every write
+appends its audit row, its event and its edge change in the caller's transaction.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from portico.control import changes
 from portico.control.access import Caller, Standing
 from portico.control.audit import service as audit
 from portico.control.identity.org_standing import check_standing, standing
-from portico.control.tunnels import names, policy, presence, store
+from portico.control.tunnels import claim_store, names, policy, presence, store
 from portico.control.tunnels.addresses import Addresses
+from portico.control.tunnels.name_rules import NameRules
 from portico.control.tunnels.ports import Ports
 from portico.control.tunnels.relays import RelayDirectory
+from portico.control.tunnels.reservations import Reservations
 from portico.errors import Problem
 from portico.kit import pages
 from portico.kit.db import Reader, Tx, is_unique_violation
@@ -38,6 +41,10 @@ _RANDOM_ATTEMPTS = 8
 _HELD = {"suspended": "suspended", "deleting": "stopped"}
 
 
+class _NotFree(Exception):
+    """Ends the savepoint of an attempt."""
+
+
 class Tunnels:
     """The verbs on tunnels of one organization."""
 
@@ -46,6 +53,8 @@ class Tunnels:
         self._directory = directory
         self._redis = redis
         self.addresses = Addresses(settings)
+        self.rules = NameRules.load(settings)
+        self.reservations = Reservations(settings, self.rules, self.addresses)
         self.ports = Ports(settings)
 
     # -- reading
@@ -166,7 +175,7 @@ class Tunnels:
         if name is not None:
             names.check_name(name)
         if subdomain is not None:
-            names.check_subdomain(subdomain)
+            self.rules.check(subdomain)
         limit = self._settings.tunnels_per_organization
         count = await store.lock_tunnel_count(tx, caller.org)
         # Asked under the lock, which a change of the standing takes too.
@@ -177,8 +186,8 @@ class Tunnels:
                 return None
             raise Problem("tunnel.limit_reached", f"your organization has {limit} tunnels already", limit=limit)
         await self._check_policy_room(tx, caller.org, None, settled)
-        for chosen, public in _candidates(name, subdomain) if protocol != "tcp" else _names(name):
-            row = await store.insert_tunnel(
+        for chosen, public in self._candidates(name, subdomain) if protocol != "tcp" else _names(name):
+            row = await self._insert(
                 tx,
                 {
                     "id": new_id("tun"),
@@ -201,6 +210,21 @@ class Tunnels:
             if name is not None and await store.tunnel_by_name(tx, caller.org, name) is not None:
                 return None
         raise Problem("tunnel.subdomain_taken", f"the subdomain {subdomain or name} is taken")
+
+    async def _insert(self, tx: Tx, row: dict[str, Any]) -> Any:
+        """The new row; ``None``, and no claim of its subdomain, when that or its name is taken."""
+        if row["subdomain"] is None:
+            return await store.insert_tunnel(tx, row)
+        cooldown = self._settings.name_cooldown_seconds
+        try:
+            async with tx.savepoint():
+                if await claim_store.claim(tx, row["organization_id"], row["subdomain"], cooldown):
+                    made = await store.insert_tunnel(tx, row)
+                    if made is not None:
+                        return made
+                raise _NotFree
+        except _NotFree:
+            return None
 
     async def _created(self, tx: Tx, caller: Caller, row: Any) -> None:
         facts = _identity(row)
@@ -228,7 +252,7 @@ class Tunnels:
 
     async def apply(self, tx: Tx, caller: Caller, row: Any, wanted: dict[str, Any]) -> Any:
         """Make the tunnel ``row`` what ``wanted`` says; the new row, or ``None`` when it is so already."""
-        values = _differences(row, wanted)
+        values = self._differences(row, wanted)
         if not values:
             return None
         if values.keys() & {"name", "subdomain", "port", "policy"}:
@@ -245,6 +269,7 @@ class Tunnels:
             values["policy_version"] = store.tunnels.c.policy_version + 1
         try:
             async with tx.savepoint():
+                await self._move_claim(tx, caller, row, values)
                 changed = await store.update_tunnel(tx, caller.org, row["id"], values)
         except IntegrityError as err:
             raise _taken(err, values) from err
@@ -261,6 +286,15 @@ class Tunnels:
         if values.keys() & {"generation", "policy_version"}:
             changes.append(tx, changes.tunnel(self.addresses.edge_row(changed._mapping)))
         return changed
+
+    async def _move_claim(self, tx: Tx, caller: Caller, row: Any, values: dict[str, Any]) -> None:
+        """From the tunnel's subdomain to its next. Raises ``tunnel.subdomain_taken``."""
+        if "subdomain" in values:
+            public, cooldown = values["subdomain"], self._settings.name_cooldown_seconds
+            if not await claim_store.claim(tx, caller.org, public, cooldown):
+                raise Problem("tunnel.subdomain_taken", f"the subdomain {public} is taken")
+            if row["subdomain"] is not None:
+                await claim_store.free(tx, caller.org, row["subdomain"])
 
     async def _check_policy_room(
         self, tx: Tx, organization: str, tunnel_id: str | None, document: dict[str, Any]
@@ -279,11 +313,15 @@ class Tunnels:
         return (await self._render(tx, caller.org, [row]))[0]
 
     async def delete(self, tx: Tx, caller: Caller, tunnel_id: str) -> None:
-        """Delete the tunnel and free its name, subdomain and port; its live session is told within 2 s."""
+        """Delete the tunnel and free its name, subdomain and port; its live session is told within 2 s.
+
+        Subdomain and port go to no other organization before they have cooled down."""
         row = await self._lock(tx, caller, tunnel_id)
         await store.delete_tunnel(tx, caller.org, tunnel_id)
         if row.port is not None:
             await store.free_port(tx, row.port)
+        if row.subdomain is not None:
+            await claim_store.free(tx, caller.org, row.subdomain)
         await audit.record(tx, caller, "tunnel.delete", tunnel_id, details=_identity(row))
         changes.append(tx, changes.tunnel_removed(tunnel_id, "tunnel.deleted"))
 
@@ -309,6 +347,37 @@ class Tunnels:
         await store.lock_tunnel_count(tx, organization)
         rows = await store.hold_tunnels(tx, organization, standing)
         changes.append(tx, *(changes.tunnel(self.addresses.edge_row(row._mapping)) for row in rows))
+
+    def _candidates(self, name: str | None, subdomain: str | None) -> Iterator[tuple[str, str]]:
+        """(name, subdomain) to try in turn; what the caller named is never changed."""
+        if name is not None and subdomain is not None:
+            yield name, subdomain
+            return
+        if subdomain is not None:
+            yield subdomain, subdomain
+            yield names.with_suffix(subdomain), subdomain  # another of our tunnels has this as its name
+            return
+        if name is not None and self.rules.usable(name):
+            yield name, name
+        for _ in range(_RANDOM_ATTEMPTS):
+            free = names.with_suffix(name) if name is not None else names.random_name()
+            if not self.rules.usable(free):  # a suffix does not make every name a harmless one
+                free = names.random_name()
+            yield name or free, free
+
+    def _differences(self, row: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+        """The columns to write, checked; empty when the tunnel is as wanted."""
+        plain = ("name", "subdomain", "port", "target", "state")
+        values: dict[str, Any] = {key: wanted[key] for key in plain if key in wanted and wanted[key] != row[key]}
+        if "name" in values:
+            names.check_name(values["name"])
+        if "subdomain" in values:
+            self.rules.check(values["subdomain"])
+        if wanted.get("policy") is not None:
+            settled, policy_hash = wanted["policy"].settle(row["protocol"], row["policy"])
+            if policy_hash != row["policy_hash"]:
+                values |= {"policy": settled, "policy_hash": policy_hash}
+        return values
 
     # -- what relays hold
 
@@ -342,37 +411,6 @@ def _names(name: str | None) -> Iterator[tuple[str, None]]:
         return
     for _ in range(_RANDOM_ATTEMPTS):
         yield names.random_name(), None
-
-
-def _candidates(name: str | None, subdomain: str | None) -> Iterator[tuple[str, str]]:
-    """(name, subdomain) to try in turn; what the caller named is never changed."""
-    if name is not None and subdomain is not None:
-        yield name, subdomain
-        return
-    if subdomain is not None:
-        yield subdomain, subdomain
-        yield names.with_suffix(subdomain), subdomain  # another of our tunnels has this as its name
-        return
-    if name is not None and names.usable(name):
-        yield name, name
-    for _ in range(_RANDOM_ATTEMPTS):
-        free = names.with_suffix(name) if name is not None else names.random_name()
-        yield name or free, free
-
-
-def _differences(row: Any, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The columns to write, checked; empty when the tunnel is as wanted."""
-    plain = ("name", "subdomain", "port", "target", "state")
-    values: dict[str, Any] = {key: wanted[key] for key in plain if key in wanted and wanted[key] != row[key]}
-    if "name" in values:
-        names.check_name(values["name"])
-    if "subdomain" in values:
-        names.check_subdomain(values["subdomain"])
-    if wanted.get("policy") is not None:
-        settled, policy_hash = wanted["policy"].settle(row["protocol"], row["policy"])
-        if policy_hash != row["policy_hash"]:
-            values |= {"policy": settled, "policy_hash": policy_hash}
-    return values
 
 
 def _taken(err: IntegrityError, values: dict[str, Any]) -> Exception:
