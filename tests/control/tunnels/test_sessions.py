@@ -129,6 +129,25 @@ class TestOpen:
         assert len({g["session"] for g in got}) == 1
         assert len({g["grants"][0]["tunnel"] for g in got}) == 1
 
+    async def test_sessions_that_change_one_tunnel_and_make_another_never_deadlock(
+        self, agent: httpx.AsyncClient
+    ) -> None:
+        """In pairs, the new one before the shared one in the alphabet and behind it; the shared ones by name or subdomain."""
+        await opened(agent, *({**SPEC, "name": f"shared-{n}", "subdomain": f"deadlock-{n}"} for n in (1, 2)))
+
+        async def instance(number: int, first: str, second: str) -> None:
+            specs = [
+                {**SPEC, "name": f"{first}-new-{number}"},
+                {"protocol": "http", "name": "shared-1", "target": f"http://127.0.0.1:{9000 + number}"},
+                {"protocol": "http", "subdomain": "deadlock-2", "target": f"http://127.0.0.1:{9000 + number}"},
+                {**SPEC, "name": f"{second}-new-{number}", "subdomain": f"{second}-deadlock-{number}"},
+            ]
+            got = await opened(agent, *specs[:: 1 if number % 2 else -1], agent_id=f"agt-deadlock-{number}")
+            assert len(got["grants"]) == 4
+
+        letters = [("a", "z"), ("z", "a"), ("a", "b"), ("y", "z")]
+        await asyncio.gather(*(instance(number, *letters[number % 4]) for number in range(20)))
+
     async def test_an_unnamed_tunnel_keeps_its_name(self, agent: httpx.AsyncClient) -> None:
         first = await opened(agent, SPEC, SPEC, {**SPEC, "target": "http://127.0.0.1:9000"})
         names = [g["name"] for g in first["grants"]]

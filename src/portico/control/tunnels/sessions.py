@@ -222,10 +222,46 @@ class Sessions:
     async def _resolve(
         self, tx: Tx, caller: Caller, session_id: str, hostname: str, specs: Sequence[TunnelSpec]
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """One tunnel per spec, in order, an existing one made to fit or a new one; and what else the session has."""
+        """One tunnel per spec, in order, an existing one made to fit or a new one; and what else the session has.
+
+        Two sessions wait for each other and never deadlock, since all take their locks in one order: whoever makes or changes
+        tunnels the set of the organization's, then the rows to change, then new names, each kind in an order of its own.
+        Whoever finds all of them as they should be locks none.
+        """
         for spec in specs:
             self._tunnels.check_shape(spec.protocol, spec.subdomain, spec.remote_port)
         origins = _origins(_key_of(caller), hostname, specs)
+        order = sorted(range(len(specs)), key=lambda i: (specs[i].subdomain or specs[i].name or "", i))
+        choice = await self._candidates(tx, caller, session_id, specs, origins)
+        chosen = {index: choice.take(specs[index], origins[index]) for index in order}
+        if not all(row is not None and _suits(row, specs[index]) for index, row in chosen.items()):
+            await store.lock_set(tx, caller.org)
+            if changed := [row["id"] for i, row in chosen.items() if row is not None and not _suits(row, specs[i])]:
+                await store.lock_rows(tx, caller.org, changed)
+            # What was seen before may have been about to change.
+            choice = await self._candidates(tx, caller, session_id, specs, origins)
+            chosen = {index: choice.take(specs[index], origins[index]) for index in order}
+        rows: dict[int, dict[str, Any]] = {}
+        for index in order:
+            row = chosen[index] or await self._make(tx, caller, specs[index], origins[index])
+            rows[index] = await self._fit(tx, caller, row, specs[index])
+        ordered = [rows[index] for index in range(len(specs))]
+        name, times = Counter(row["name"] for row in ordered).most_common(1)[0] if ordered else ("", 0)
+        if times > 1:
+            raise Problem("tunnel.name_taken", f"the session names the tunnel {name} twice")
+        used = {row["id"] for row in ordered}
+        return ordered, [
+            row["id"] for row in choice.by_id.values() if row["position"] is not None and row["id"] not in used
+        ]
+
+    async def _candidates(
+        self,
+        tx: Tx,
+        caller: Caller,
+        session_id: str,
+        specs: Sequence[TunnelSpec],
+        origins: Sequence[str | None],
+    ) -> _Choice:
         found = await store.session_candidates(
             tx,
             caller.org,
@@ -239,21 +275,7 @@ class Sessions:
         if any(origins):
             taken = [row["id"] for row in choice.by_id.values() if row["origin"] and row["position"] is None]
             choice.busy = await store.busy_tunnels(tx, taken, session_id, self._settings.relay_lease_seconds)
-        rows: dict[int, dict[str, Any]] = {}
-        # New subdomains are taken in one order by everybody, so that two sessions wait for each other and never deadlock.
-        for index in sorted(range(len(specs)), key=lambda i: (specs[i].subdomain or specs[i].name or "", i)):
-            row = choice.take(specs[index], origins[index])
-            if row is None:
-                row = await self._make(tx, caller, specs[index], origins[index])
-            rows[index] = await self._fit(tx, caller, row, specs[index])
-        ordered = [rows[index] for index in range(len(specs))]
-        name, times = Counter(row["name"] for row in ordered).most_common(1)[0] if ordered else ("", 0)
-        if times > 1:
-            raise Problem("tunnel.name_taken", f"the session names the tunnel {name} twice")
-        used = {row["id"] for row in ordered}
-        return ordered, [
-            row["id"] for row in choice.by_id.values() if row["position"] is not None and row["id"] not in used
-        ]
+        return choice
 
     async def _make(self, tx: Tx, caller: Caller, spec: TunnelSpec, origin: str | None) -> dict[str, Any]:
         caller.check("tunnels:write")
@@ -442,9 +464,13 @@ def _origins(key_id: str, hostname: str, specs: Sequence[TunnelSpec]) -> list[st
 
 def _fits(row: dict[str, Any], spec: TunnelSpec) -> bool:
     """Whether a bound tunnel is what the spec in its place asks for, by name and in everything that the spec says."""
+    return row["name"] == spec.name and _suits(row, spec)
+
+
+def _suits(row: dict[str, Any], spec: TunnelSpec) -> bool:
+    """Whether there is nothing to change about a tunnel that the spec means."""
     return (
-        row["name"] == spec.name
-        and row["state"] == "active"
+        row["state"] == "active"
         and row["protocol"] == spec.protocol
         and spec.subdomain in (None, row["subdomain"])
         and spec.remote_port in (None, row["port"])

@@ -201,9 +201,23 @@ organization_usage = sa.Table(
 _T = tunnels.c
 
 
+async def lock_set(tx: Tx, organization: str) -> None:
+    """Until the transaction ends nobody else adds a tunnel to the organization, or changes some by a session."""
+    await tx.raw.execute("SELECT pg_advisory_xact_lock(hashtextextended('tunnels of ' || $1, 0))", organization)
+
+
+async def lock_rows(tx: Tx, organization: str, tunnel_ids: list[str]) -> None:
+    """Hold some tunnels against other writers until the transaction ends."""
+    await tx.raw.execute(
+        "SELECT FROM tunnels WHERE organization_id = $1 AND id = ANY($2) ORDER BY id FOR UPDATE",
+        organization,
+        tunnel_ids,
+    )
+
+
 async def lock_tunnel_count(tx: Tx, organization: str) -> int:
     """The number of tunnels of the organization; until the transaction ends nobody else may add one."""
-    await tx.raw.execute("SELECT pg_advisory_xact_lock(hashtextextended('tunnels of ' || $1, 0))", organization)
+    await lock_set(tx, organization)
     return int(await tx.raw.fetchval("SELECT count(*) FROM tunnels WHERE organization_id = $1", organization))
 
 
@@ -391,7 +405,6 @@ WHERE t.organization_id = $1
   AND (t.name = ANY($3) OR t.subdomain = ANY($4) OR t.origin = ANY($5) OR t.port = ANY($6)
        OR t.id IN (SELECT tunnel_id FROM agent_session_tunnels WHERE session_id = $2))
 ORDER BY t.id
-FOR KEY SHARE OF t
 """
 _OPEN_SESSION = """
 INSERT INTO agent_sessions
@@ -402,15 +415,19 @@ SET generation = agent_sessions.generation + 1, hostname = excluded.hostname, ve
     region = excluded.region, expires_at = excluded.expires_at, address = excluded.address, updated_at = now()
 RETURNING id, generation
 """
+# A tunnel that was deleted a moment ago is left out, as it would be had it been deleted a moment later.
 _BIND = """
-WITH bound AS (
-    INSERT INTO agent_session_tunnels (session_id, tunnel_id, position)
-    SELECT $1, tunnel_id, position FROM unnest($2::text[], $3::int[]) AS wanted (tunnel_id, position)
+WITH wanted AS (
+    SELECT t.id, w.position
+    FROM unnest($2::text[], $3::int[]) AS w (tunnel_id, position) JOIN tunnels t ON t.id = w.tunnel_id
+    ORDER BY t.id FOR KEY SHARE OF t
+), bound AS (
+    INSERT INTO agent_session_tunnels (session_id, tunnel_id, position) SELECT $1, id, position FROM wanted
     ON CONFLICT (session_id, tunnel_id) DO UPDATE SET position = excluded.position
 )
 INSERT INTO tunnel_events (id, tunnel_id, kind, details)
-SELECT id, tunnel_id, 'session', jsonb_build_object('session', $1::text)
-FROM unnest($4::text[], $5::text[]) AS events (id, tunnel_id)
+SELECT e.id, e.tunnel_id, 'session', jsonb_build_object('session', $1::text)
+FROM unnest($4::text[], $5::text[]) AS e (id, tunnel_id) JOIN wanted ON wanted.id = e.tunnel_id
 """
 # No lock on the key is needed to go on with a session: its revocation ends the row, before this statement or after it.
 _RESUME_SESSION = """
