@@ -631,6 +631,16 @@ class ApiSettings:
     max_keys_per_organization: int = 1000
     # Networks that one key may be limited to.
     key_max_cidrs: int = 64
+    # Days that an invitation to an organization is good.
+    invitation_days: float = 7.0
+    # Invitations that an organization may have open at once.
+    max_open_invitations_per_organization: int = 200
+    # Invitations that an organization may mail in an hour.
+    invitations_per_organization: int = 100
+    # Invitations that an organization may mail to one address in a day; all organizations together, four times as many.
+    invitation_mails_per_address: int = 5
+    # Days that invitations are kept after they were accepted, revoked or expired.
+    invitation_keep_days: float = 90.0
     # Organizations that one person may own.
     organizations_per_person: int = 10
     # Days of grace between asking for an organization's deletion and the deletion, in which it can be taken back.

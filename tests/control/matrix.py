@@ -188,6 +188,7 @@ class World:
     operator: str = ""  # a person with a grant, who is a viewer of the owner's organization
     support: tuple[str, str] = ("", "")  # tokens of support access: one that is good, and one without consent
     people: dict[str, str] = field(default_factory=dict)  # role -> user id
+    joined: dict[str, str] = field(default_factory=dict)  # user id -> role, of those whom `member` made
     _count: int = 0
 
     @property
@@ -195,7 +196,10 @@ class World:
         return self.app.state.db
 
     async def person(self, organization: str, user: str, *, expired: bool = False, stale: bool = False) -> str:
-        """An access token of a fresh sign-in session; ``stale``: its person proved long ago who they are."""
+        """An access token of a fresh sign-in session; ``stale``: its person proved long ago who they are.
+
+        Whom a call took out of the owner's organization is in it again.
+        """
         now = self.app.state.clock.wall()
         session = new_id("ses")
         row = {"id": session, "user_id": user, "organization_id": organization, "last_used_at": now}
@@ -203,16 +207,16 @@ class World:
             seconds=2 * self.app.state.settings.operator_step_up_seconds if stale else 0
         )
         async with self.db.transaction() as tx:
+            if user in self.joined:
+                again = {"organization_id": self.owner.organization, "user_id": user, "role": self.joined[user]}
+                await tx.execute(pg.insert(tables.members).values(**again).on_conflict_do_nothing())
             await tx.execute(sa.insert(tables.sign_in_sessions).values(**row, expires_at=now + timedelta(hours=1)))
             signer = await self.app.state.signing_keys.current_signer(tx)
         then = now.timestamp() - (7200 if expired else 0)
         return tokens.issue(signer, tokens.AccessClaims(user, session, organization), then, 3600)
 
     async def role(self, role: str) -> str:
-        """An access token of a member of the owner's organization in this role, who is one again if a call ended that."""
-        async with self.db.transaction() as tx:
-            row = {"organization_id": self.owner.organization, "user_id": self.people[role], "role": role}
-            await tx.execute(pg.insert(tables.members).values(**row).on_conflict_do_nothing())
+        """An access token of a member of the owner's organization in this role."""
         return await self.person(self.owner.organization, self.people[role])
 
     async def key(self, account: Account, kind: str, scopes: list[str], state: str = "live") -> str:
@@ -232,6 +236,7 @@ class World:
             await tx.execute(sa.insert(tables.users).values(id=user, email=f"{user}@example.com"))
             row = {"organization_id": self.owner.organization, "user_id": user, "role": role}
             await tx.execute(sa.insert(tables.members).values(**row))
+        self.joined[user] = role
         return user
 
     async def object(self, name: str) -> str:
@@ -239,6 +244,9 @@ class World:
         self._count += 1
         client = self.owner.client
         made: Callable[[], Awaitable[str]] = {
+            "invitation": lambda: self._made(
+                "/v1/org/invitations", {"email": f"{new_id('inv')}@example.com", "role": "viewer"}
+            ),
             "key": lambda: self._made("/v1/api-keys", {"kind": "api", "name": "x", "scopes": []}),
             "role": lambda: self._made("/v1/org/roles", {"name": f"role {self._count}", "permissions": []}),
             "reserved_name": self._reserved_name,

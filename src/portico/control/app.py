@@ -30,7 +30,7 @@ from portico.control.console import pages as console_pages
 from portico.control.edge import api as edge_api
 from portico.control.edge.hub import Hub
 from portico.control.edge.state import StateReader
-from portico.control.identity import account_api, leak_api, org_api, signing_keys, support_api
+from portico.control.identity import account_api, invitation_api, leak_api, org_api, signing_keys, support_api
 from portico.control.identity import api as identity_api
 from portico.control.identity import jobs as identity_jobs
 from portico.control.identity.leaks import Leaks
@@ -135,7 +135,10 @@ def _route(app: FastAPI) -> None:
         account_api.router,
         identity_api.keys,
         leak_api.router,
+        invitation_api.invited,
+        invitation_api.accepting,
         org_api.many,
+        invitation_api.router,
         org_api.router,
         support_api.router,
         audit_api.router,

@@ -21,7 +21,7 @@ _BODY_LENGTH = 30
 _CHECK_LENGTH = 6
 
 # Token kinds. A kind is part of every issued token: never rename one.
-TOKEN_KINDS = frozenset({"agt", "sk", "rly", "opr", "rt", "dc", "bs", "sup"})
+TOKEN_KINDS = frozenset({"agt", "sk", "rly", "opr", "rt", "dc", "bs", "sup", "inv"})
 
 
 def uuid7() -> uuid.UUID:

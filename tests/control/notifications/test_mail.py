@@ -21,6 +21,13 @@ SEALER = Sealer(Secret(new_master_key()))
 #: Facts for every topic: a topic that is added needs its own here.
 FACTS: dict[str, dict[str, Any]] = {
     "channel.test": {"organization": "Acme"},
+    "organization.invitation": {
+        "organization": "Acme",
+        "role": "developer",
+        "inviter": "owner@example.com",
+        "link": "https://api.example.com/invitation?token=tnl_inv_0",
+        "until": "2030-01-01 00:00 UTC",
+    },
     "key.leaked": {
         "name": "laptop",
         "prefix": "tnl_agt_0123",

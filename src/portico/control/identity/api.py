@@ -355,12 +355,12 @@ class Jwks(BaseModel):
     keys: list[Jwk]
 
 
-def _client(request: Request) -> Client:
+def client_of(request: Request) -> Client:
     agent = "".join(c for c in request.headers.get("user-agent", "") if c.isprintable())
     return Client(client_address(request), agent)
 
 
-def _tokens(signed_in: SignedIn) -> dict[str, Any]:
+def tokens_of(signed_in: SignedIn) -> dict[str, Any]:
     return {
         "user": {"id": signed_in.user_id, "email": signed_in.email},
         "organization": {"id": signed_in.organization_id, "name": signed_in.organization_name}
@@ -376,19 +376,19 @@ def _tokens(signed_in: SignedIn) -> dict[str, Any]:
 @auth.post("/register", status_code=201, response_model=Tokens)
 async def register(request: Request, body: RegisterBody, service: Service, who: Anybody) -> Any:
     """Make an account and the organization that it owns, and sign in."""
-    return _tokens(await service.register(who, body.email, body.password, body.organization, _client(request)))
+    return tokens_of(await service.register(who, body.email, body.password, body.organization, client_of(request)))
 
 
 @auth.post("/login", response_model=Tokens)
 async def login(request: Request, body: LoginBody, service: Service, who: Anybody) -> Any:
     """Sign in by password. An unknown address and a wrong password answer alike."""
-    return _tokens(await service.login(who, body.email, body.password, _client(request)))
+    return tokens_of(await service.login(who, body.email, body.password, client_of(request)))
 
 
 @auth.post("/refresh", response_model=Tokens)
 async def refresh(body: RefreshBody, service: Service, who: Anybody) -> Any:
     """Trade an unused refresh token for new tokens. A token that comes back a second time ends its session."""
-    return _tokens(await service.refresh(who, body.refresh_token))
+    return tokens_of(await service.refresh(who, body.refresh_token))
 
 
 @auth.post("/device", status_code=201, response_model=DeviceStarted)

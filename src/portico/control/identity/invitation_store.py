@@ -60,9 +60,13 @@ async def accept(tx: Tx, invitation_id: str, digest: bytes, user_id: str, now: d
     return (await tx.execute(change.returning(t.id))).first() is not None
 
 
-async def sent_again(tx: Tx, invitation_id: str, digest: bytes, now: datetime, expires_at: datetime) -> int:
+async def sent_again(
+    tx: Tx, invitation_id: str, digest: bytes, inviter: str, now: datetime, expires_at: datetime
+) -> int:
     """Note a new mail, with another token, to an invitation that the caller's lock keeps; returns how many there were."""
-    values = {"digest": digest, "sends": t.sends + 1, "sent_at": now, "expires_at": expires_at}
+    values = {
+        "digest": digest, "invited_by": inviter, "sends": t.sends + 1, "sent_at": now, "expires_at": expires_at,
+    }  # fmt: skip
     change = sa.update(invitations).where(t.id == invitation_id).values(**values)
     row = (await tx.execute(change.returning(t.sends))).one()
     return int(row.sends)

@@ -12,7 +12,7 @@ from sqlalchemy import exc as sa_exc
 
 from portico.control.access import OWNERS_ONLY, PERMISSIONS, ROLE_TABLE, ROLES, Caller
 from portico.control.audit import service as audit
-from portico.control.identity import roster
+from portico.control.identity import invitation_store, roster
 from portico.control.identity.members import Members, not_above
 from portico.errors import Problem
 from portico.kit.clock import Clock
@@ -76,8 +76,10 @@ class Roles:
         not_above(held, role.permissions)
         if count := await roster.count_holders(tx, caller.org, role.id):
             raise Problem("role.in_use", f"{count} of the members have this role", members=count)
+        revoked = await invitation_store.revoke_to_role(tx, caller.org, role.id, self._clock.wall())
         await roster.delete_role(tx, role.id)
-        await audit.record(tx, caller, "role.delete", role.id, details={"name": role.name})
+        facts = {"name": role.name, "invitations": revoked}
+        await audit.record(tx, caller, "role.delete", role.id, details=facts)
 
     @staticmethod
     async def _own(tx: Tx, caller: Caller, role_id: str) -> roster.HeldRole:

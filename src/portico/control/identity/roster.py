@@ -149,6 +149,12 @@ async def add(tx: Tx, organization_id: str, user_id: str, role_id: str) -> bool:
     return (await tx.execute(added)).first() is not None
 
 
+async def has_address(reader: Reader, organization_id: str, email: str) -> bool:
+    """Whether the account with this address is a member."""
+    query = sa.select(sa.func.count()).select_from(members).join(users, users.c.id == members.c.user_id)
+    return bool(await reader.scalar(query.where(members.c.organization_id == organization_id, users.c.email == email)))
+
+
 async def used(tx: Tx, organization_id: str, user_id: str, now: datetime) -> None:
     """Note that the person signed in to the organization, or switched to it."""
     where = sa.and_(members.c.organization_id == organization_id, members.c.user_id == user_id)

@@ -20,6 +20,7 @@ from portico.control.identity import keys as key_rules
 from portico.control.identity.browsers import Browsers
 from portico.control.identity.device import DeviceFlow
 from portico.control.identity.elsewhere import Elsewhere
+from portico.control.identity.invitations import Invitations
 from portico.control.identity.keys import Keys, NewKey
 from portico.control.identity.members import Members
 from portico.control.identity.org_standing import standing_of
@@ -78,6 +79,7 @@ class Identity:
         self.device = DeviceFlow(settings, db, clock, self.keys)
         self.browsers = Browsers(settings, db, clock)
         self.sign_ins = SignIns(settings, clock, signing_keys, self.browsers)
+        self.invitations = Invitations(settings, db, clock, passwords, self.sign_ins)
         self.step_up = StepUp(settings, db, clock, passwords)
         self.elsewhere = Elsewhere(db, clock)
         self._last_used = _LastUsed()

@@ -72,8 +72,13 @@ async def session_by_cookie(reader: Reader, digest: bytes) -> asyncpg.Record | N
 
 async def insert_account(tx: Tx, user: dict[str, Any], organization: dict[str, Any], role: str) -> None:
     """A person, an organization and the membership that joins them."""
-    await tx.execute(sa.insert(users).values(**user))
+    await insert_user(tx, user)
     await insert_organization(tx, organization["id"], organization["name"], user["id"], role)
+
+
+async def insert_user(tx: Tx, user: dict[str, Any]) -> None:
+    """A person."""
+    await tx.execute(sa.insert(users).values(**user))
 
 
 async def insert_organization(tx: Tx, organization_id: str, name: str, user_id: str, role: str) -> None:

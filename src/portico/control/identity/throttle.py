@@ -38,6 +38,12 @@ class Bucket:
 async def count(db: Database, buckets: Sequence[Bucket]) -> None:
     """Count one attempt in every bucket; raises ``auth.throttled``, and counts in none, when one of them is full."""
     async with db.transaction() as tx:
+        await count_within(tx, buckets)
+
+
+async def count_within(tx: Tx, buckets: Sequence[Bucket]) -> None:
+    """The same in a transaction that is open: what it is counted for happens with the count, or neither does."""
+    if buckets:
         # In order of digest, so that two attempts that share buckets cannot deadlock.
         full = [wait for b in sorted(buckets, key=lambda b: b.digest) if (wait := await _count(tx, b)) is not None]
         if full:  # rolls back
