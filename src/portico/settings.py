@@ -925,6 +925,11 @@ class WorkerSettings:
     chain_audit_seconds: float = 5.0
     # Seconds between two signed checkpoints of the audit chains that have grown.
     checkpoint_audit_seconds: float = 3600.0
+    # Folder that signed checkpoints of the audit chains are written to as well, one file each, never written again: better
+    # one where this platform cannot change files (a mount that only takes new ones). Empty: none.
+    checkpoint_folder: Path | None = None
+    # Seconds between two looks for checkpoints that are not in that folder yet.
+    store_checkpoints_seconds: float = 60.0
     # Seconds between two removals of audit rows past their retention.
     trim_audit_seconds: float = 3600.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -49,10 +50,13 @@ class Files:
         self.export, self.kept = folder / "export.jsonl", folder / "checkpoints.json"
 
     def verify(self, rows: list[chain.Entry], signed: dict[str, Any] | None = None) -> None:
+        self.write(rows, signed)
+        audit.verify(self.export, [self.kept] if signed is not None else None, as_json=True)
+
+    def write(self, rows: list[chain.Entry], signed: dict[str, Any] | None) -> None:
         self.export.write_text("".join(json.dumps(row) + "\n" for row in rows))
         if signed is not None:
             self.kept.write_text(json.dumps(signed))
-        audit.verify(self.export, [self.kept] if signed is not None else None, as_json=True)
 
 
 @pytest.fixture
@@ -87,6 +91,57 @@ def test_what_was_changed_is_broken(files: Files) -> None:
         with pytest.raises(Problem, match=kind) as refused:
             files.verify(changed, kept)
         assert refused.value.code == "audit.broken"
+
+
+def test_only_pinned_keys_are_believed(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who hashes everything anew can sign it anew, with a key of their own beside it; not with the one that was kept."""
+    rows = entries(5)
+    pin = tmp_path / "keys.json"
+    pin.write_text(json.dumps({"keys": [KEY.public_jwk()]}))
+    files.write(rows, checkpoint(4, rows[3]["hash"]))
+    audit.verify(files.export, [files.kept], pin, as_json=True)
+    assert json.loads(capsys.readouterr().out)["checkpoints"] == 1
+    theirs = jwt.SigningKey.generate()
+    forged = checkpoint(4, rows[3]["hash"], theirs)
+    files.write(rows, {**forged, "keys": [theirs.public_jwk()]})
+    audit.verify(files.export, [files.kept], as_json=True)  # without pin it is believed
+    with pytest.raises(Problem, match="by a key of --keys") as refused:
+        audit.verify(files.export, [files.kept], pin, as_json=True)
+    assert refused.value.code == "audit.broken"
+    for text in ("{", "[]", '{"keys": [{"kty": "RSA"}]}'):
+        pin.write_text(text)
+        with pytest.raises(Problem, match="--keys"):
+            audit.verify(files.export, [files.kept], pin, as_json=True)
+
+
+def test_a_log_that_begins_later_stands_on_what_retention_signed(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = entries(5)
+    linked = [{**row, "prev": before["hash"]} for before, row in itertools.pairwise(rows)][1:]  # 3, 4, 5
+    anchor = KEY.sign(checkpoint_tokens.ANCHOR_TYP, {"chain": "org_1", "seq": 2, "hash": rows[1]["hash"], "at": 1})
+    kept = {**checkpoint(4, rows[3]["hash"]), "anchor": {"seq": 2, "kid": KEY.kid, "token": anchor}}
+    files.verify(linked, kept)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["valid"], found["from"], found["checked"], found["anchored"]) == (True, 3, 3, True)
+    other = KEY.sign(checkpoint_tokens.ANCHOR_TYP, {"chain": "org_1", "seq": 2, "hash": rows[2]["hash"], "at": 1})
+    with pytest.raises(Problem, match="number 2: anchor"):
+        files.verify(linked, {**kept, "anchor": {"seq": 2, "kid": KEY.kid, "token": other}})
+    # A checkpoint is no statement of retention.
+    (row,) = kept["data"]
+    with pytest.raises(Problem, match="does not verify"):
+        files.verify(linked, {**kept, "anchor": {"seq": 4, "kid": KEY.kid, "token": row["token"]}})
+
+
+def test_a_folder_of_checkpoints(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = entries(5)
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    for seq in (2, 4):
+        (folder / f"{seq}.json").write_text(json.dumps(checkpoint(seq, rows[seq - 1]["hash"])))
+    files.write(rows, None)
+    audit.verify(files.export, [folder], as_json=True)
+    assert json.loads(capsys.readouterr().out)["checkpoints"] == 2
 
 
 def test_files_that_cannot_be_used_are_named(files: Files, tmp_path: Path) -> None:

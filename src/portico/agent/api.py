@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,6 +17,8 @@ from portico.kit.lean import httpx
 from portico.settings import AgentSettings, Secret
 
 VERSION = "0.1.0"
+#: Of one line of an answer that is read line by line.
+MAX_LINE_BYTES = 1024 * 1024
 #: What to do about a certificate that this machine does not trust.
 UNTRUSTED = (
     "For a private CA give its certificate by PORTICO_CA_FILE or ca_file; else somebody on the way may pose as the API."
@@ -143,6 +146,25 @@ class Api:
         if response.is_success:
             return self._document(response)
         raise self._refusal(response)
+
+    async def lines(self, path: str) -> AsyncIterator[bytes]:
+        """The answer of a GET line by line, whatever its length; raises as :meth:`call` does."""
+        try:
+            async with self._http.stream("GET", path) as response:
+                if not response.is_success:
+                    await response.aread()
+                    raise self._refusal(response)
+                rest = b""
+                async for chunk in response.aiter_bytes():
+                    *whole, rest = (rest + chunk).split(b"\n")
+                    for line in whole:
+                        yield line
+                    if len(rest) > MAX_LINE_BYTES:
+                        raise Problem("api.unexpected", f"{self.server} sent a line that does not end")
+                if rest:
+                    yield rest
+        except httpx.HTTPError as err:
+            raise Problem("api.unreachable", f"the API at {self.server} broke off ({_reason(err)})") from None
 
     def _document(self, response: httpx.Response) -> dict[str, Any]:
         if response.status_code == 204 or not response.content:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from portico.control import requests
-from portico.control.audit import checkpoints
+from portico.control.audit import checkpoint_files, checkpoints
 from portico.control.audit import service as audit
 from portico.control.identity.signing_keys import SigningKeys
 from portico.control.tunnels import jobs as tunnel_jobs
@@ -20,6 +20,7 @@ EXPIRE_REQUESTS = queue.plain("requests.expire")
 CLEAR_OUTBOX = queue.plain("outbox.clear")
 CHAIN_AUDIT = queue.plain("audit.chain")
 CHECKPOINT_AUDIT = queue.plain("audit.checkpoint")
+STORE_CHECKPOINTS = queue.plain("audit.store")
 TRIM_AUDIT = queue.plain("audit.trim")
 
 # Chains that one transaction signs.
@@ -35,6 +36,7 @@ def jobs(settings: WorkerSettings) -> list[Job]:
         Job(CLEAR_OUTBOX, clear_outbox, settings.clear_outbox_seconds),
         Job(CHAIN_AUDIT, chain_audit, settings.chain_audit_seconds),
         Job(CHECKPOINT_AUDIT, checkpoint_audit, settings.checkpoint_audit_seconds),
+        Job(STORE_CHECKPOINTS, store_checkpoints, settings.store_checkpoints_seconds),
         Job(TRIM_AUDIT, trim_audit, settings.trim_audit_seconds),
     ]
 
@@ -62,7 +64,7 @@ async def chain_audit(context: Context, work: Work) -> None:
 async def checkpoint_audit(context: Context, work: Work) -> None:
     """Sign where each audit chain that has grown now ends; before that, take in rows that have no number."""
     await audit.catch_up(context.db)
-    keys = SigningKeys(context.control, Sealer(context.control.master_key), context.clock)
+    keys = _keys(context)
     count = _CHECKPOINTS
     while count == _CHECKPOINTS:
         async with context.db.transaction() as tx:
@@ -72,4 +74,15 @@ async def checkpoint_audit(context: Context, work: Work) -> None:
 async def trim_audit(context: Context, work: Work) -> None:
     """Audit rows past their retention."""
     if days := context.control.audit_retention_days:
-        await audit.trim(context.db, context.clock.wall() - timedelta(days=days))
+        now = context.clock.wall()
+        await audit.trim(context.db, now - timedelta(days=days), _keys(context).current_signer, now)
+
+
+async def store_checkpoints(context: Context, work: Work) -> None:
+    """Write new checkpoints into the folder outside of the database, if there is one."""
+    if (folder := context.settings.checkpoint_folder) is not None:
+        await checkpoint_files.store(context.db, folder, context.clock.wall())
+
+
+def _keys(context: Context) -> SigningKeys:
+    return SigningKeys(context.control, Sealer(context.control.master_key), context.clock)

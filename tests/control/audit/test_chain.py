@@ -18,7 +18,8 @@ import pytest
 
 from portico.control import changes, migrations
 from portico.control.access import Caller
-from portico.control.audit import chain, checkpoints, service, store
+from portico.control.audit import chain, checkpoint_files, checkpoints, export, service, store
+from portico.errors import Problem
 from portico.kit import ids, jwt
 from portico.kit.db import Database, PoolLimits
 from portico.kit.ids import new_id
@@ -423,12 +424,156 @@ async def test_retention_keeps_the_anchor(db: Database, name: str) -> None:
     await asyncio.sleep(0.002)  # times are cut to milliseconds
     await write(db, name, 3)
     await sign(db)
-    assert await service.trim(db, edge) >= 6
+    assert await service.trim(db, edge, signer, datetime.now(UTC)) >= 6
     found = await verified(db, name)
     assert (found["valid"], found["from"], found["checked"]) == (True, 7, 3)
-    assert await service.trim(db, edge) == 0
+    assert await service.trim(db, edge, signer, datetime.now(UTC)) == 0
     await tamper(db, f"DELETE FROM audit_events WHERE chain = '{name}' AND seq = 7")
     assert await fault(db, name) == (7, "missing")
+
+
+async def trimmed(db: Database, name: str) -> None:
+    """A chain of 8 rows, of which retention deleted 5."""
+    await write(db, name, 5)
+    await asyncio.sleep(0.002)
+    edge = datetime.now(UTC)
+    await asyncio.sleep(0.002)
+    await write(db, name, 3)
+    await service.trim(db, edge, signer, datetime.now(UTC))
+
+
+async def exported(db: Database, name: str, first: int = 1, batch: int = 2) -> list[chain.Entry]:
+    text = b"".join([part async for part in export.lines(db, name, first, "jsonl", batch)])
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE audit_chains SET anchor_token = NULL WHERE chain = '{name}'",
+        "UPDATE audit_chains SET anchor_token = 'a.b.c' WHERE chain = '{name}'",
+        # Rows deleted as if by retention: the chain fits, and nobody signed for it.
+        "UPDATE audit_chains c SET anchor_seq = 6, anchor_hash = e.hash FROM audit_events e"
+        " WHERE c.chain = '{name}' AND e.chain = c.chain AND e.seq = 6;"
+        "DELETE FROM audit_events WHERE chain = '{name}' AND seq = 6",
+    ],
+)
+async def test_deletion_that_retention_did_not_sign_is_found(db: Database, name: str, statement: str) -> None:
+    await trimmed(db, name)
+    assert (await verified(db, name))["valid"]
+    await tamper(db, *statement.format(name=name).split(";"))
+    found = await fault(db, name)
+    assert found is not None and found[1] == "anchor"
+
+
+async def test_the_statement_of_another_chain_does_not_count(db: Database, name: str) -> None:
+    other = new_id("org")
+    await trimmed(db, name)
+    await trimmed(db, other)
+    theirs = f"(SELECT anchor_token FROM audit_chains WHERE chain = '{other}')"
+    await tamper(db, f"UPDATE audit_chains SET anchor_token = {theirs} WHERE chain = '{name}'")
+    found = await fault(db, name)
+    assert found is not None and found[1] == "anchor"
+
+
+async def test_exports_say_what_each_row_stands_on(db: Database, name: str) -> None:
+    await write(db, name, 5)
+    rows = await exported(db, name)
+    assert [row["prev"] for row in rows] == ["00" * 32, *(row["hash"] for row in rows[:-1])]
+    piece = await exported(db, name, first=3)
+    assert piece == rows[2:]
+    walk, unread = chain.begin(piece[0])
+    assert unread  # so the first row of a piece is checked, too
+    piece[0]["action"] = "thing.other"
+    walk.feed(piece)
+    assert walk.fault is not None and walk.fault.seq == 3
+    rows[3]["prev"] = "11" * 32
+    whole = chain.Walk(name, 0, chain.ZERO)
+    whole.feed(rows)
+    assert whole.fault is not None and (whole.fault.seq, whole.fault.kind) == (4, "hash")
+    await trimmed(db, after := new_id("org"))
+    kept = await exported(db, after)
+    assert kept[0]["seq"] == 6
+    async with db.read() as reader:
+        anchored = await checkpoints.anchor(reader, after)
+    assert kept[0]["prev"] == anchored.anchor_hash.hex()
+
+
+async def test_an_event_of_the_open_framework_has_what_its_class_requires(db: Database, name: str) -> None:
+    """API Activity (6003) of OCSF 1.4: required attributes, and one of those by which an endpoint or a user is known."""
+    async with db.transaction() as tx:
+        await service.record(tx, someone(name), "organization.suspend", "org_1", details={"reason": "x"})
+        await service.record(tx, someone(name, None), "key.create", None, "refused")
+    text = b"".join([part async for part in export.lines(db, name, 1, "ocsf", 10)])
+    done, refused = [json.loads(line) for line in text.splitlines()]
+    required = {
+        "activity_id", "actor", "api", "category_uid", "class_uid", "metadata", "severity_id", "src_endpoint", "time",
+        "type_uid",
+    }  # fmt: skip
+    for event in (done, refused):
+        assert required <= event.keys()
+        assert event["type_uid"] == event["class_uid"] * 100 + event["activity_id"]
+        assert {"version", "product"} <= event["metadata"].keys() and event["metadata"]["product"]["vendor_name"]
+        assert event["src_endpoint"].keys() & {"ip", "uid", "name", "hostname", "svc_name"}
+        assert event["actor"]["user"].keys() & {"uid", "name", "account"} and event["api"]["operation"]
+        assert abs(event["time"] / 1000 - datetime.now(UTC).timestamp()) < 60
+    assert (done["activity_id"], done["status_id"], done["resources"]) == (3, 1, [{"uid": "org_1"}])
+    assert (refused["activity_id"], refused["status_id"], refused["severity_id"]) == (1, 2, 3)
+
+
+# -- copies outside
+
+
+async def test_checkpoints_are_written_outside_once(db: Database, name: str, tmp_path: Path) -> None:
+    await write(db, name)
+    await sign(db)
+    now = datetime.now(UTC)
+    assert await checkpoint_files.store(db, tmp_path, now) >= 1
+    (file,) = (tmp_path / name).iterdir()
+    document = json.loads(file.read_bytes())
+    claims = checkpoints.read(document["data"][0]["token"], jwt.KeySet.from_jwks({"keys": document["keys"]}))
+    assert (claims["chain"], claims["seq"], file.name) == (name, 5, "000000000005.json")
+    assert await checkpoint_files.store(db, tmp_path, now) == 0
+    await write(db, name, 1)
+    await sign(db)
+    assert await checkpoint_files.store(db, tmp_path, now) == 1
+    assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["000000000005.json", "000000000006.json"]
+
+
+async def test_a_checkpoint_whose_file_says_something_else_is_not_overwritten(
+    db: Database, name: str, tmp_path: Path
+) -> None:
+    other = new_id("org")
+    await write(db, name)
+    await sign(db)
+    now = datetime.now(UTC)
+    await checkpoint_files.store(db, tmp_path, now)
+    (file,) = (tmp_path / name).iterdir()
+    kept = file.read_bytes()
+    # Signed anew by whoever has the database and the keys, after a change; and one that is in order.
+    async with db.transaction() as tx:
+        await tx.raw.execute("UPDATE audit_checkpoints SET token = 'x', stored_at = NULL WHERE chain = $1", name)
+    await write(db, other)
+    await sign(db)
+    with pytest.raises(Problem, match="another checkpoint") as broken:
+        await checkpoint_files.store(db, tmp_path, now)
+    assert broken.value.code == "audit.broken"
+    assert file.read_bytes() == kept
+    assert (tmp_path / other / "000000000005.json").exists()  # the rest goes on
+    async with db.transaction() as tx:
+        await tx.raw.execute("UPDATE audit_checkpoints SET stored_at = now()")
+
+
+async def test_a_checkpoint_that_cannot_be_written_is_written_later(db: Database, name: str, tmp_path: Path) -> None:
+    await write(db, name)
+    await sign(db)
+    blocked = tmp_path / "folder"
+    blocked.write_text("a file in the way")
+    with pytest.raises(OSError, match="folder"):
+        await checkpoint_files.store(db, blocked, datetime.now(UTC))
+    blocked.unlink()
+    assert await checkpoint_files.store(db, blocked, datetime.now(UTC)) >= 1
+    assert (blocked / name / "000000000005.json").exists()
 
 
 # -- the API

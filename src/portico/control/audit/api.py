@@ -52,7 +52,9 @@ class Fault(BaseModel):
     """The first thing that is wrong with the chain."""
 
     seq: int
-    kind: Literal["missing", "hash", "personal", "chain", "head", "truncated", "checkpoint", "signature", "unreadable"]
+    kind: Literal[
+        "missing", "hash", "personal", "chain", "head", "truncated", "checkpoint", "signature", "anchor", "unreadable"
+    ]
     detail: str
 
 
@@ -81,9 +83,18 @@ class Checkpoint(BaseModel):
 _ID = r"^[A-Za-z0-9_.:@-]+$"
 
 
-class Checkpoints(Page[Checkpoint]):
-    """Checkpoints, newest first, and the public keys that signed them."""
+class Anchor(BaseModel):
+    """A signed statement that retention deleted the rows up to a number."""
 
+    seq: int
+    kid: str
+    token: str
+
+
+class Checkpoints(Page[Checkpoint]):
+    """Checkpoints, newest first, the anchor if rows were deleted, and the public keys that signed them."""
+
+    anchor: Anchor | None
     keys: list[dict[str, str]]
 
 

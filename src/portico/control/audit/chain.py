@@ -80,6 +80,8 @@ def check(entry: Mapping[str, Any], chain: str, seq: int, previous: bytes) -> Fa
             return Fault(seq, "missing", f"number {seq} is missing, {found} follows")
         if entry["chain"] != chain:
             return Fault(seq, "chain", "the row belongs to another chain")
+        if entry.get("prev", previous.hex()) != previous.hex():
+            return Fault(seq, "hash", "prev is not the hash of the row before")
         if link(previous, record_of(entry)).hex() != entry["hash"]:
             return Fault(seq, "hash", "the record or its predecessor is not what was hashed")
         return _check_personal(entry, seq)
@@ -132,12 +134,15 @@ class Walk:
 def begin(entry: Mapping[str, Any]) -> tuple[Walk, bool]:
     """A walk for an export whose first entry is ``entry``, and whether that entry is still to be fed to it.
 
-    An export that begins later than number 1 (retention, or a piece) stands on the hash of its first entry.
+    An export that begins later than number 1 (retention, or a piece) stands on the ``prev`` of its first entry; one without
+    ``prev``, from before exports had it, on that entry's own hash.
     """
     seq, chain, hash_ = entry.get("seq"), entry.get("chain"), entry.get("hash")
     if not (isinstance(seq, int) and isinstance(chain, str) and isinstance(hash_, str)) or seq <= 1:
         return Walk(str(chain), 0, ZERO), True
     try:
+        if isinstance(before := entry.get("prev"), str):
+            return Walk(chain, seq - 1, bytes.fromhex(before)), True
         return Walk(chain, seq, bytes.fromhex(hash_)), False
     except ValueError:
         return Walk(chain, seq - 1, ZERO, Fault(seq, "unreadable", "the hash is not hex")), False

@@ -9,11 +9,13 @@ from portico.control.audit.chain import Fault
 from portico.kit import jwt
 
 TYP: Final = "portico-audit+jwt"
+#: Of the statement that retention deleted the rows up to a number: the same claims.
+ANCHOR_TYP: Final = "portico-audit-anchor+jwt"
 
 
-def read(token: str, known: jwt.KeySet) -> dict[str, Any]:
-    """The claims of a checkpoint. Raises ``jwt.InvalidToken``."""
-    claims = jwt.verify(token, known, typ=TYP)
+def read(token: str, known: jwt.KeySet, typ: str = TYP) -> dict[str, Any]:
+    """The claims of a checkpoint, or of an anchor. Raises ``jwt.InvalidToken``."""
+    claims = jwt.verify(token, known, typ=typ)
     if not (isinstance(claims.get("chain"), str) and isinstance(claims.get("seq"), int)):
         raise jwt.InvalidToken("a checkpoint without chain or seq")
     if not isinstance(claims.get("hash"), str):

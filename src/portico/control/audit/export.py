@@ -17,8 +17,11 @@ Format = Literal["jsonl", "ocsf"]
 OCSF: Final = "1.4.0"
 # activity_id of API Activity: Create, Read, Update, Delete, Other.
 _ACTIVITIES: Final = {
-    "create": 1, "register": 1, "open": 1, "login": 99, "update": 3, "rotate": 3, "approve": 3, "deny": 3, "refresh": 3,
-    "delete": 4, "revoke": 4, "end": 4, "end_all": 4, "erase": 4,
+    "create": 1, "register": 1, "open": 1, "grant": 1, "begin": 1, "consent": 1, "invite": 1, "add": 1,
+    "read": 2, "export": 2, "request": 2,
+    "update": 3, "change": 3, "rotate": 3, "approve": 3, "deny": 3, "refresh": 3, "start": 3, "stop": 3, "suspend": 3,
+    "resume": 3, "enable": 3, "disable": 3, "confirm": 3, "switch": 3, "verify": 3, "accept": 3, "replayed": 3,
+    "delete": 4, "revoke": 4, "end": 4, "end_all": 4, "erase": 4, "remove": 4, "withdraw": 4, "mfa_reset": 4,
 }  # fmt: skip
 
 
@@ -27,13 +30,27 @@ async def lines(db: Database, chain: str, first: int, form: Format, batch: int) 
     last: int | None = None
     while last is None or first <= last:
         async with db.read() as reader:
-            head, entries = await store.stretch(reader, chain, first, batch)
+            # One row more in front: the hash that the first one stands on.
+            head, entries = await store.stretch(reader, chain, first - 1, batch + 1)
+        before = head["anchor_hash"].hex() if head is not None and first <= head["anchor_seq"] + 1 else None
+        if entries and entries[0]["seq"] < first:
+            before = entries.pop(0)["hash"]
         if not entries:
             return
         last = head["head_seq"] if last is None else last
-        found = [entry if form == "jsonl" else ocsf(entry) for entry in entries if entry["seq"] <= last]
+        entries = [entry for entry in _linked(entries, before) if entry["seq"] <= last]
+        found = [entry if form == "jsonl" else ocsf(entry) for entry in entries]
         yield b"".join(json.dumps(one, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for one in found)
         first = entries[-1]["seq"] + 1
+
+
+def _linked(entries: list[chains.Entry], before: str | None) -> list[chains.Entry]:
+    """The entries, each with the hash of the one before it as ``prev``; the first without, where that is not known."""
+    linked = []
+    for entry in entries:
+        linked.append(entry if before is None else {**entry, "prev": before})
+        before = entry["hash"]
+    return linked
 
 
 def ocsf(entry: chains.Entry) -> dict[str, Any]:

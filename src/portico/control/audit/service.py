@@ -117,7 +117,12 @@ async def checkpoint_listing(reader: Reader, chain: str, page: pages.PageRequest
         before = int(page.after[0])
     rows = await checkpoints.listing(reader, chain, page.limit + 1, before)
     document: dict[str, Any] = pages.listing(rows, page.limit, lambda row: (str(row.seq),), lambda row: row._asdict())
-    raw = await checkpoints.keys(reader, (row.kid for row in rows))
+    kept = await checkpoints.anchor(reader, chain)
+    signed_by = [row.kid for row in rows] + ([kept.anchor_kid] if kept is not None and kept.anchor_kid else [])
+    raw = await checkpoints.keys(reader, signed_by)
+    document["anchor"] = None
+    if kept is not None and kept.anchor_token is not None:
+        document["anchor"] = {"seq": kept.anchor_seq, "kid": kept.anchor_kid, "token": kept.anchor_token}
     return {**document, "keys": [jwt.public_jwk(kid, raw[kid]) for kid in sorted(raw)]}
 
 
@@ -139,6 +144,8 @@ async def verify(reader: Reader, chain: str, first: int | None, limit: int) -> d
     complete = len(entries) < limit or walk.seq >= head["head_seq"]
     if complete:
         walk.end_at(head["head_seq"], head["head_hash"].hex())
+    if walk.fault is None and begun == head["anchor_seq"]:
+        walk.fault = await checkpoints.anchor_fault(reader, chain)
     if walk.fault is None:
         hashes = {entry["seq"]: entry["hash"] for entry in entries}
         walk.fault = checkpoints.compare(chain, signed, hashes, head["head_seq"])
@@ -219,13 +226,18 @@ async def catch_up(db: Database) -> int:
     return total
 
 
-async def trim(db: Database, before: datetime) -> int:
-    """Delete the oldest rows of each chain, all from before ``before``, some at a time; returns how many."""
+async def trim(db: Database, before: datetime, signer: checkpoints.Signer, now: datetime) -> int:
+    """Delete the oldest rows of each chain, all from before ``before``, some at a time; returns how many.
+
+    What is left stands on a signed statement of where retention ended.
+    """
     total = 0
     for chain in await store.older(db, before):
         count = _BATCH
         while count == _BATCH:
             async with db.transaction() as tx:
-                count = await store.trim(tx, chain, before, _BATCH)
+                count, seq, hash_ = await store.trim(tx, chain, before, _BATCH)
+                if count:
+                    await checkpoints.sign_anchor(tx, signer, chain, seq, hash_, now)
             total += count
     return total

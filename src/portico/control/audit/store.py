@@ -60,6 +60,9 @@ audit_chains = sa.Table(
     # Of the newest row that retention deleted; 0: none.
     sa.Column("anchor_seq", sa.BigInteger, nullable=False),
     sa.Column("anchor_hash", sa.LargeBinary, nullable=False),
+    # The signed statement that it was retention, and the key that signed.
+    sa.Column("anchor_token", sa.Text),
+    sa.Column("anchor_kid", sa.Text),
 )
 audit_checkpoints = sa.Table(
     "audit_checkpoints",
@@ -69,6 +72,9 @@ audit_checkpoints = sa.Table(
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
     sa.Column("kid", sa.Text, nullable=False),
     sa.Column("token", sa.Text, nullable=False),
+    # When it was written where this platform keeps copies outside the database.
+    sa.Column("stored_at", sa.DateTime(timezone=True)),
+    sa.Index("audit_checkpoints_unstored_ix", "created_at", postgresql_where=sa.text("stored_at IS NULL")),
 )
 # The public halves of the keys that signed checkpoints: kept when the key itself is long gone.
 audit_checkpoint_keys = sa.Table(
@@ -315,7 +321,7 @@ WHERE c.chain = $1 AND e.chain = $1 AND e.seq = (
         SELECT seq, at FROM audit_events WHERE chain = $1 AND seq > c.anchor_seq ORDER BY seq LIMIT $3
     ) oldest WHERE at < $2
 )
-RETURNING c.anchor_seq
+RETURNING c.anchor_seq, c.anchor_hash
 """
 _OLDER = """
 SELECT c.chain FROM audit_chains c JOIN audit_events e ON e.chain = c.chain AND e.seq = c.anchor_seq + 1
@@ -334,11 +340,13 @@ async def older(db: Database, before: datetime) -> list[str]:
         return [row["chain"] for row in await reader.raw.fetch(_OLDER, before)]
 
 
-async def trim(tx: Tx, chain: str, before: datetime, limit: int) -> int:
-    """Delete up to ``limit`` of the oldest rows, all from before ``before``; the anchor keeps the last one's hash."""
+async def trim(tx: Tx, chain: str, before: datetime, limit: int) -> tuple[int, int, bytes]:
+    """Delete up to ``limit`` of the oldest rows, all from before ``before``: how many, and the anchor, which keeps number
+    and hash of the last one."""
     await _lock(tx, chain)
-    anchor = await tx.raw.fetchval(_ANCHOR, chain, before, limit)
+    anchor = await tx.raw.fetchrow(_ANCHOR, chain, before, limit)
     if anchor is None:
-        return 0
-    status: str = await tx.raw.execute("DELETE FROM audit_events WHERE chain = $1 AND seq <= $2", chain, anchor)
-    return int(status.rpartition(" ")[2])
+        return 0, 0, chains.ZERO
+    seq = anchor["anchor_seq"]
+    status: str = await tx.raw.execute("DELETE FROM audit_events WHERE chain = $1 AND seq <= $2", chain, seq)
+    return int(status.rpartition(" ")[2]), seq, anchor["anchor_hash"]
