@@ -8,6 +8,7 @@ portico-yml.md   every key of portico.yml, from the table that checks it
 metrics.md  every metric of every process, from their declarations
 cli.md      every command with its arguments and options, from the application itself
 policy.md   every key of a tunnel's policy, from contracts/policy.schema.json
+plans.md    every plan with its limits and features, from the tables of control/identity/plans.py
 roles.md    every permission and built-in role, from the table of control/access.py, with the routes that ask for them
 exit-codes.md   every exit code and the error codes behind it, from the table of cli/output.py
 """
@@ -36,6 +37,7 @@ from portico.cli import main as cli
 from portico.cli import output
 from portico.control import access
 from portico.control import metrics as api_metrics
+from portico.control.identity import plans
 from portico.kit import metrics as common_metrics
 from portico.relay import metrics as relay_metrics
 from portico.relay import pages
@@ -570,6 +572,60 @@ A role of the organization's own holds any of the permissions but `owners:write`
 """
 
 
+_PLANS_INTRO = """# Plans
+
+What an organization may have is its plan: limits and features. `portico usage` and `GET /v1/org/plan` show your own, with what is
+used of it. Where each limit binds, and what happens to what is over it: [quotas](../explanation/quotas.md).
+
+- A new organization is on the plan that the setting `default_plan` names. It is `unlimited`, so that nobody who runs Portico for
+  a team has to think about plans: only the ceilings in the [settings](limits.md) hold then (`tunnels_per_organization`,
+  `max_keys_per_organization`, `tunnel_concurrency` and so on). They hold below every plan. A service for strangers sets
+  `default_plan = "free"`.
+- A plan has versions, and a version never changes. An organization keeps the one that it is on until somebody moves it.
+- Operators make plans and versions (`PUT /v1/admin/plans/{plan}`), and move an organization
+  (`PUT /v1/admin/organizations/{organization}/plan`), with overrides for it alone that may end by themselves:
+
+        curl -X PUT -H "Authorization: Bearer $OPERATOR_KEY" -H 'Content-Type: application/json' \\
+          -d '{"plan": "pro", "reason": "trial",
+               "overrides": [{"name": "tunnels", "value": 80, "expires_at": "2030-01-31T00:00:00Z"}]}' \\
+          https://api.example.com/v1/admin/organizations/org_0123/plan
+
+  `value` null is no limit; a feature and `hard_cap` are 1 or 0. In force at once, for live tunnels within two seconds; audited in
+  the organization's log (`organization.plan`).
+"""
+
+
+def plans_page() -> str:
+    """Every plan's newest version, limit by limit and feature by feature."""
+    newest = {plan.id: plan for plan in plans.PLAN_TABLE}
+    found = sorted(newest.values(), key=lambda plan: plan.position)
+    head = "".join(f" {plan.id} |" for plan in found)
+    rule = "|---|" + "---|" * (len(found) + 1)
+    lines = [NOTICE, _PLANS_INTRO.rstrip(), "", "## Limits", "", f"| limit |{head} what |", rule]
+    for name, limit in plans.LIMIT_TABLE.items():
+        lines.append(
+            f"| `{name}` |" + "".join(f" {_amount(name, p.limits[name])} |" for p in found) + f" {cell(limit.about)} |"
+        )
+    lines.append(
+        "| `hard_cap` |"
+        + "".join(f" {'yes' if plan.hard_cap else ''} |" for plan in found)
+        + " Whether traffic stops at the limits of the month; else it goes on, and is told of. |"
+    )
+    lines += ["", "## Features", "", f"| feature |{head} what |", rule]
+    for name, about in plans.FEATURE_TABLE.items():
+        lines.append(
+            f"| `{name}` |" + "".join(f" {'✓' if name in p.features else ''} |" for p in found) + f" {about} |"
+        )
+    versions = ", ".join(f"{plan.id} {plan.version}" for plan in found)
+    return "\n".join([*lines, "", f"These are the versions {versions}."]) + "\n"
+
+
+def _amount(name: str, most: int | None) -> str:
+    if most is None:
+        return "–"
+    return f"{most // plans.GIB} GiB" if name == "bytes_per_month" else f"{most:,}"
+
+
 def roles_page() -> str:
     """Every permission, and which built-in role and key holds it."""
     lines = [NOTICE, _ROLES_INTRO.rstrip(), "", "## Built-in roles", "", "| role | for whom |", "|---|---|"]
@@ -609,6 +665,7 @@ def main(arguments: list[str]) -> int:
         OUT / "exit-codes.md": exit_codes_page(),
         OUT / "metrics.md": metrics_page(),
         OUT / "policy.md": policy_page(),
+        OUT / "plans.md": plans_page(),
         OUT / "roles.md": roles_page(),
     }
     if arguments == ["--write"]:

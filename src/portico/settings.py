@@ -627,7 +627,9 @@ class ApiSettings:
     device_code_guesses: int = 10
     # Device codes that one address may have open in one window.
     device_codes_per_address: int = 60
-    # Keys that an organization may have at once.
+    # Plan of a new organization, of those that GET /v1/admin/plans has; `unlimited` leaves the ceilings of these settings alone.
+    default_plan: str = "unlimited"
+    # Keys that an organization may have at once, whatever its plan.
     max_keys_per_organization: int = 1000
     # Networks that one key may be limited to.
     key_max_cidrs: int = 64
@@ -645,7 +647,7 @@ class ApiSettings:
     organizations_per_person: int = 10
     # Days of grace between asking for an organization's deletion and the deletion, in which it can be taken back.
     organization_deletion_days: float = 14.0
-    # Roles of its own that an organization may have.
+    # Roles of its own that an organization may have, whatever its plan.
     max_roles_per_organization: int = 50
     # Public keys of a secret scanner with GitHub's partner protocol, whose reports revoke leaked keys, as an address such as
     # https://api.github.com/meta/public_keys/secret_scanning; empty: only keys of the file below are believed.
@@ -697,17 +699,17 @@ class ApiSettings:
     grant_life_seconds: int = 900
     # Seconds that relays may go on with expired grants while they cannot reach the control plane.
     grant_outage_grace_seconds: int = 86_400
-    # Tunnels that an organization may have.
+    # Tunnels that an organization may have, whatever its plan.
     tunnels_per_organization: int = 1000
     # Tunnels that one agent session may name.
     session_max_tunnels: int = 1000
-    # Requests in flight that one tunnel may have; its policy can lower it.
+    # Requests in flight that one tunnel may have; plan and policy can lower it.
     tunnel_concurrency: int = 100
-    # Connections that one TCP or TLS tunnel may have open; its policy can lower it (`concurrency`).
+    # Connections that one TCP or TLS tunnel may have open; its policy can lower it (`concurrency`), and its plan.
     tunnel_connections: int = 1000
-    # Requests a second that all tunnels of an organization may have together, across relays; 0: no limit.
+    # Requests a second that all tunnels of an organization may have together, across relays, whatever its plan; 0: no limit.
     organization_requests_per_second: int = 0
-    # Requests that they may have at once beyond that rate; 0: those of two seconds.
+    # Requests that they may have at once beyond that rate; 0, or the rate is the plan's: those of two seconds.
     organization_requests_burst: int = 0
     # Visitors' passwords that one request may set anew; each costs some milliseconds of a core.
     visitor_passwords_per_request: int = 100
@@ -721,7 +723,7 @@ class ApiSettings:
     tcp_port_quarantine_seconds: int = 600
     # Seconds after a tunnel lost its subdomain, or an organization its reservation, in which no other organization gets the name.
     name_cooldown_seconds: int = 604_800
-    # Names that an organization may keep without a tunnel.
+    # Names that an organization may keep without a tunnel, whatever its plan.
     reserved_names_per_organization: int = 100
     # More words that names may not be, and exceptions, in the form of reserved_names.toml; read at the start.
     reserved_names_file: Path | None = None

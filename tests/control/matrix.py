@@ -37,6 +37,7 @@ EXAMPLES: dict[str, Any] = {
     "kind": "api",
     "password": PASSWORD,
     "permissions": ["tunnels:read"],
+    "plan": "unlimited",
     "public_url": heartbeat_body()["public_url"],
     "relay": "relay-1",
     "role": "viewer",
@@ -247,6 +248,8 @@ class World:
             "invitation": lambda: self._made(
                 "/v1/org/invitations", {"email": f"{new_id('inv')}@example.com", "role": "viewer"}
             ),
+            "organization": lambda: self._text(self.owner.organization),
+            "plan": lambda: self._text("enterprise"),
             "key": lambda: self._made("/v1/api-keys", {"kind": "api", "name": "x", "scopes": []}),
             "role": lambda: self._made("/v1/org/roles", {"name": f"role {self._count}", "permissions": []}),
             "reserved_name": self._reserved_name,
@@ -265,6 +268,10 @@ class World:
     @staticmethod
     def _unknown(name: str) -> Any:
         raise AssertionError(f"paths name a new kind of object {{{name}}}: add it to World.object of {__name__}")
+
+    @staticmethod
+    async def _text(text: str) -> str:
+        return text
 
     async def _made(self, path: str, body: dict[str, Any]) -> str:
         answer = await self.owner.client.post(path, json=body)

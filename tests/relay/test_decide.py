@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 from portico.errors import catalogue
 from portico.relay import decide
 from portico.relay.door import Door
+from portico.relay.snapshot import Organization
 
 HOST = b"web.localhost"
 DOORS = {
@@ -53,6 +55,7 @@ class Tunnel:
     raw: bool = False
     rates: object | None = None
     line: Any = None
+    barred: Any = None
     policy: Policy = field(default_factory=Policy)
 
     @property
@@ -97,6 +100,10 @@ def offline(facts: Facts) -> None:
 
 def suspended(facts: Facts) -> None:
     facts.tunnel, facts.standing = None, "suspended"
+
+
+def used_up(facts: Facts) -> None:
+    facts.tunnel.barred = Organization("org_1", 1, {}, "edge.quota_exceeded", time.time() + 60)
 
 
 def misdirected(facts: Facts) -> None:
@@ -158,6 +165,7 @@ FAULTS = [
     Fault("tls_mode", "edge.tls_mode_mismatch", misdirected, *HEADS),
     Fault("tls_mode", "edge.https_redirect", redirected, "http"),
     Fault("standing", "edge.account_suspended", suspended),
+    Fault("standing", "edge.quota_exceeded", used_up),
     Fault("credentials", "edge.auth_required", uncertified, *HEADS),
     Fault("credentials", "edge.auth_required", password("missing"), *HEADS),
     Fault("credentials", "edge.auth_invalid", password("invalid"), *HEADS),
@@ -173,11 +181,12 @@ FAULTS = [
 def cases() -> list[Any]:
     """Every pair of faults of different steps on every kind of connection that can have both.
 
-    A tunnel that is not there has no policy to be at fault, and a suspended one is not there: those pairs cannot be made.
+    A tunnel that is not there has nothing to be at fault, and a suspended one is not there: those pairs cannot be made.
     """
+    absent = (unassigned, offline, suspended)
     made = []
     for kind, (first, second) in itertools.product(DOORS, itertools.combinations(FAULTS, 2)):
-        without_tunnel = {first.step, second.step} & {"host", "standing"}
+        without_tunnel = first.make in absent or second.make in absent
         if first.step != second.step and kind in first.kinds and kind in second.kinds and not without_tunnel:
             made.append(pytest.param(kind, first, second, id=f"{kind}-{first}-{second}"))
     return made
@@ -206,7 +215,7 @@ def test_the_earlier_question_decides(kind: str, first: Fault, second: Fault) ->
 def test_all_pairs_of_steps_are_in_the_table() -> None:
     """But for those that a missing tunnel leaves out: they have nothing else to be wrong."""
     shown = {(case.values[1].step, case.values[2].step) for case in cases()}
-    names = [step.name for step in decide.STEPS if step.name not in ("host", "standing")]
+    names = [step.name for step in decide.STEPS if step.name != "host"]
     assert shown == set(itertools.combinations(names, 2))
     assert {fault.step for fault in FAULTS} == {step.name for step in decide.STEPS}
 
@@ -276,8 +285,15 @@ def test_the_limit_is_a_number_of_requests(inflight: int, passes: bool) -> None:
 
 def test_what_cannot_refuse_is_left_out_of_a_chain() -> None:
     open_tunnel, ruled = Tunnel(), Tunnel(policy=Policy(users=("alice",), addresses=Rules(True)))
-    assert len(open_tunnel.chain.checks) == len(decide.STEPS) - 2
+    used_up(Facts(ruled))
+    assert len(open_tunnel.chain.checks) == len(decide.STEPS) - 3
     assert ruled.chain.checks == tuple(step.check for step in decide.STEPS)
+
+
+def test_what_is_used_up_ends_with_its_time() -> None:
+    facts = facts_of("http")
+    facts.tunnel.barred = Organization("org_1", 1, {}, "edge.quota_exceeded", time.time() - 1)
+    assert decide.decide(facts) is None
 
 
 @pytest.mark.parametrize("raw", [False, True])

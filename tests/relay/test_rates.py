@@ -216,7 +216,7 @@ def test_of_a_tunnel_here_and_of_a_peers(rates: Rates, clock: Clock) -> None:
     """The owner counts tunnel and organization; where the visitor came in, clients are counted."""
     ruled = SimpleNamespace(tunnel_rate=rate(), client_rate=rate(1, 1, 1))
     grant = SimpleNamespace(tun="tun_a", org="org_a", limits={"org_requests": 5, "concurrency": 9})
-    here = rates.of(cast(Any, SimpleNamespace(policy=ruled, grant=grant)))
+    here = rates.of(cast(Any, SimpleNamespace(policy=ruled, grant=grant, limits=lambda: grant.limits)))
     there = rates.of(cast(Any, SimpleNamespace(policy=ruled, tunnel="tun_b", organization="org_a")))
     assert here is not None and here.tunnel is not None and here.organization is not None and here.clients is not None
     assert there is not None and there.tunnel is None and there.organization is None and there.clients is not None
@@ -228,7 +228,7 @@ def test_a_tunnel_that_is_live_here_and_on_a_peer_keeps_all_its_rates(rates: Rat
     """What a peer announces of it, while it moves or to get around a limit, takes no rate off; clients are one and the same."""
     ruled = SimpleNamespace(tunnel_rate=rate(1, 100.0, 2), client_rate=rate(1, 100.0, 3))
     grant = SimpleNamespace(tun="tun_b", org="org_a", limits={"org_requests": 9})
-    here = rates.of(cast(Any, SimpleNamespace(policy=ruled, grant=grant)))
+    here = rates.of(cast(Any, SimpleNamespace(policy=ruled, grant=grant, limits=lambda: grant.limits)))
     there = rates.of(cast(Any, SimpleNamespace(policy=ruled, tunnel="tun_b", organization="org_a")))
     assert here is not None and there is not None and here.tunnel is not None and here.organization is not None
     assert (there.tunnel, there.organization) == (None, None)

@@ -31,7 +31,7 @@ from portico.wire.counts import Counts
 log = logging.getLogger("portico.agent")
 
 #: The platform's last words on a tunnel.
-TUNNEL_OVER = frozenset(("tunnel.stopped", "tunnel.deleted", "tunnel.suspended", "tunnel.not_found"))
+TUNNEL_OVER = frozenset(("tunnel.stopped", "tunnel.deleted", "tunnel.suspended", "tunnel.frozen", "tunnel.not_found"))
 #: What a new grant heals.
 GRANT_OLD = frozenset(("tunnel.grant_expired", "tunnel.grant_stale", "tunnel.grant_invalid"))
 #: What a new session token heals.
@@ -51,7 +51,7 @@ def credential_refused(problem: Problem) -> bool:
 
 def tunnel_refused(problem: Problem) -> bool:
     """Whether the API refused what one tunnel asks for, which says nothing about the others."""
-    return problem.code.startswith("tunnel.") or problem.code == "request.invalid"
+    return problem.code.startswith(("tunnel.", "quota.")) or problem.code == "request.invalid"
 
 
 @dataclass(slots=True, eq=False)

@@ -47,6 +47,7 @@ PERMISSION_TABLE: Final[Mapping[str, str]] = {
     "roles:write": "Make, change and delete custom roles.",
     "tunnels:read": "See tunnels and what happened to them.",
     "tunnels:write": "Make, change, stop and delete tunnels, with their names, addresses and policies.",
+    "usage:read": "See how much traffic the organization and its tunnels had, against the limits of the month.",
 }
 PERMISSIONS: Final = frozenset(PERMISSION_TABLE)
 
@@ -71,19 +72,23 @@ ROLE_TABLE: Final[Mapping[str, Role]] = {
     ),
     "developer": Role(
         "Runs tunnels: makes and changes them, and has agent keys and API keys of their own.",
-        _SEES | {"agent:connect", "keys:own", "tunnels:read", "tunnels:write"},
+        _SEES | {"agent:connect", "keys:own", "tunnels:read", "tunnels:write", "usage:read"},
     ),
-    "viewer": Role("Looks at tunnels and what happened to them; changes nothing.", _SEES | {"tunnels:read"}),
+    "viewer": Role(
+        "Looks at tunnels and what happened to them; changes nothing.", _SEES | {"tunnels:read", "usage:read"}
+    ),
     "billing": Role(
-        "Looks after what the organization pays: its name and plan, no tunnel and no person.",
-        frozenset({"organization:read"}),
+        "Looks after what the organization pays: its name, plan and usage, no tunnel and no person.",
+        frozenset({"organization:read", "usage:read"}),
     ),
     "auditor": Role("Reads the audit log and who may do what; no tunnels, no keys.", _SEES | {"audit:read"}),
 }
 ROLES: Final[Mapping[str, frozenset[str]]] = {name: role.permissions for name, role in ROLE_TABLE.items()}
 
 # What an agent key may do: serve tunnels and manage them from the command line; never mint keys or read the audit log.
-AGENT_KEY_PERMISSIONS: Final = frozenset({"agent:connect", "organization:read", "tunnels:read", "tunnels:write"})
+AGENT_KEY_PERMISSIONS: Final = frozenset(
+    {"agent:connect", "organization:read", "tunnels:read", "tunnels:write", "usage:read"}
+)
 
 # What is left of any role while the person's e-mail address must be verified and is not (setting require_verified_email).
 UNVERIFIED_PERMISSIONS: Final = frozenset({"members:read", "organization:read", "roles:read", "tunnels:read"})

@@ -4,8 +4,8 @@
 
 Everything that lives as long as the process hangs on ``app.state``: ``settings``, ``db``, ``clock``, ``sealer``,
 ``signing_keys``, ``identity``, ``authenticate``, ``note_refusal``, ``relays``, ``tunnels``, ``visitor_passwords``,
-``agent_sessions``, ``edge_states``, ``edge_hub``, ``redis`` (None without one), ``trusted_proxies`` and ``stopping`` (an
-event set at the first SIGTERM; streams watch it and end themselves).
+``agent_sessions``, ``standing``, ``edge_states``, ``edge_hub``, ``redis`` (None without one), ``trusted_proxies`` and
+``stopping`` (an event set at the first SIGTERM; streams watch it and end themselves).
 """
 
 from __future__ import annotations
@@ -30,7 +30,16 @@ from portico.control.console import pages as console_pages
 from portico.control.edge import api as edge_api
 from portico.control.edge.hub import Hub
 from portico.control.edge.state import StateReader
-from portico.control.identity import account_api, invitation_api, leak_api, org_api, signing_keys, support_api
+from portico.control.identity import (
+    account_api,
+    invitation_api,
+    leak_api,
+    org_api,
+    plan_api,
+    plans,
+    signing_keys,
+    support_api,
+)
 from portico.control.identity import api as identity_api
 from portico.control.identity import jobs as identity_jobs
 from portico.control.identity.leaks import Leaks
@@ -39,10 +48,12 @@ from portico.control.identity.scanner_keys import ScannerKeys
 from portico.control.identity.service import Identity
 from portico.control.tunnels import api as tunnels_api
 from portico.control.tunnels import jobs as tunnels_jobs
-from portico.control.tunnels import relays
+from portico.control.tunnels import quotas as tunnel_quotas
+from portico.control.tunnels import relays, usage_api
 from portico.control.tunnels.relays import RelayDirectory
 from portico.control.tunnels.service import Tunnels
 from portico.control.tunnels.sessions import Sessions
+from portico.control.tunnels.standing import Standing
 from portico.control.tunnels.visitors import VisitorPasswords
 from portico.errors import Problem
 from portico.kit.clock import Clock, SystemClock
@@ -110,9 +121,10 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
             pause_seconds=settings.redis_pause_seconds,
         )
     state.relays = RelayDirectory(settings)
-    state.tunnels = Tunnels(settings, state.relays, state.redis)
+    quotas = state.identity.quotas
+    state.tunnels = Tunnels(settings, state.relays, state.redis, quotas)
     state.visitor_passwords = VisitorPasswords(settings, state.sealer)
-    state.agent_sessions = Sessions(settings, state.tunnels, state.relays, state.signing_keys, clock)
+    state.agent_sessions = Sessions(settings, state.tunnels, state.relays, state.signing_keys, clock, quotas)
     state.edge_states = StateReader(state.db, state.tunnels, state.signing_keys)
     state.edge_hub = Hub(settings, state.db, state.edge_states, state.stopping)
     state.identity.keys.on_revoked.append(state.agent_sessions.on_key_revoked)
@@ -120,6 +132,10 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
     state.identity.keys.on_restricted.append(state.agent_sessions.on_key_restricted)
     state.identity.organizations.on_standing += [state.agent_sessions.on_standing, state.tunnels.on_standing]
     state.signing_keys.on_changed.append(_announce_keys)
+    quotas.kinds.update(tunnel_quotas.kinds(settings))
+    state.standing = Standing(settings, clock, quotas)
+    quotas.on_changed.append(state.tunnels.frozen.settle)
+    quotas.on_changed.append(state.standing.moved)
 
 
 async def _announce_keys(tx: Tx, jwks: Sequence[dict[str, str]]) -> None:
@@ -141,6 +157,8 @@ def _route(app: FastAPI) -> None:
         invitation_api.router,
         org_api.router,
         support_api.router,
+        plan_api.router,
+        usage_api.router,
         audit_api.router,
         *admin_api.routers,
     ):
@@ -170,6 +188,7 @@ def _pool(settings: ApiSettings) -> PoolLimits:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Start housekeeping, and close what the app made. A database that is away delays readiness, not the start."""
+    await _check_default_plan(app)
     task = asyncio.create_task(_housekeeping(app))
     try:
         try:
@@ -199,6 +218,19 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await app.state.db.close()
 
 
+async def _check_default_plan(app: FastAPI) -> None:
+    """Raises ``config.invalid`` when new organizations would be on a plan that there is not; a database that is away, or not
+    migrated yet, is no reason."""
+    name = app.state.settings.default_plan
+    known: list[str] = []
+    with suppress(Problem, sa.exc.ProgrammingError):
+        async with app.state.db.read() as reader:
+            known = [plan.id for plan in await plans.current(reader)]
+    if known and name not in known:
+        detail = f"setting default_plan: there is no plan {name}, only {', '.join(known)}"
+        raise Problem("config.invalid", detail, key="default_plan")
+
+
 async def _housekeeping(app: FastAPI) -> None:
     settings: ApiSettings = app.state.settings
     while True:
@@ -207,6 +239,7 @@ async def _housekeeping(app: FastAPI) -> None:
             await identity_jobs.housekeeping(app.state.identity)
             await tunnels_jobs.housekeeping(app.state.db, settings)
             await requests.expire(app.state.db, app.state.clock.wall(), settings.idempotency_seconds)
+            await app.state.standing.round(app.state.db)
         except Exception as err:
             wait = _FIRST_RETRY_SECONDS
             log.warning("housekeeping failed", extra={"f": {"error": f"{type(err).__name__}: {err}"[:200]}})

@@ -79,6 +79,11 @@ def session_ended(session: str, code: str, until: int) -> Change:
     return {"kind": "session_ended", "session": session, "code": code, "until": until}
 
 
+def organization(row: Mapping[str, Any]) -> Change:
+    """What holds for an organization's tunnels changed; ``row`` is all of it."""
+    return {"kind": "organization", "organization": dict(row)}
+
+
 def keys(jwks: Sequence[Mapping[str, Any]]) -> Change:
     """The whole set of public keys that tokens may be signed with."""
     return {"kind": "keys", "keys": [dict(key) for key in jwks]}

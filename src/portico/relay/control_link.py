@@ -256,7 +256,7 @@ class ControlLink:
 
     @asynccontextmanager
     async def _open_stream(self) -> AsyncIterator[httpx.Response]:
-        version = None if self._resync else self._snapshot.version
+        version = None if self._resync or not self._snapshot.complete else self._snapshot.version
         limits = self._settings
         request = self._http.build_request(
             "GET",

@@ -4,7 +4,8 @@
     |---|-------------|-----------------------------------------------|-----------------------------------------------------|
     | 1 | host        | is the host mapped to an active tunnel?       | 404 edge.host_unassigned, edge.tunnel_offline       |
     | 2 | tls_mode    | is the connection's TLS mode valid for it?    | 421 edge.tls_mode_mismatch, 308 edge.https_redirect |
-    |   | standing    | may its owner serve?                          | 403 edge.account_suspended                          |
+    |   | standing    | may its owner serve?                          | 403 edge.account_suspended,                         |
+    |   |             |                                               | 429 edge.quota_exceeded                             |
     | 3 | credentials | are the visitor's credentials there and good? | 401 edge.auth_required, edge.auth_invalid,          |
     |   |             |                                               | 429 edge.auth_throttled                             |
     | 4 | address     | is the client's address allowed?              | 403 edge.ip_denied                                  |
@@ -25,6 +26,7 @@ is the same for all requests of one connection to one host under one policy need
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Final, Literal, NamedTuple, Protocol
 
@@ -64,11 +66,21 @@ class Policy(Protocol):
     def addresses(self) -> Addresses | None: ...
 
 
+class Barred(Protocol):
+    """Why the tunnels of an organization may not serve (``snapshot.Organization``), for as long as ``refuses(unix seconds)``."""
+
+    @property
+    def code(self) -> str | None: ...
+    def refuses(self, now: float) -> bool: ...
+
+
 class Governed(Protocol):
-    """What has a policy."""
+    """What has a policy. ``barred``: what its organization's standing says against it."""
 
     @property
     def policy(self) -> Policy: ...
+    @property
+    def barred(self) -> Barred | None: ...
 
 
 class Line(Protocol):
@@ -174,8 +186,13 @@ def tls_mode(facts: Facts) -> str | None:
 
 
 def standing_good(facts: Facts) -> str | None:
-    """The owner's account may be suspended."""
-    return "edge.account_suspended" if facts.tunnel is None and facts.standing == "suspended" else None
+    """The owner's account may be suspended, or have used up what its plan has for the month: that ends with the month, also
+    while the control plane is out of reach."""
+    tunnel = facts.tunnel
+    if tunnel is None:
+        return "edge.account_suspended" if facts.standing == "suspended" else None
+    barred = tunnel.barred
+    return barred.code if barred is not None and barred.refuses(time.time()) else None
 
 
 def credentials_valid(facts: Facts) -> str | None:
@@ -239,6 +256,10 @@ def _guarded(tunnel: Governed) -> bool:
     return tunnel.policy.users is not None or tunnel.policy.client_ca is not None
 
 
+def _barred(tunnel: Governed) -> bool:
+    return tunnel.barred is not None
+
+
 def _ruled(tunnel: Governed) -> bool:
     return tunnel.policy.addresses is not None
 
@@ -246,7 +267,7 @@ def _ruled(tunnel: Governed) -> bool:
 STEPS: tuple[Step, ...] = (
     Step("host", host_assigned, _always, "connection", "closed"),
     Step("tls_mode", tls_mode, _always, "connection", "closed"),
-    Step("standing", standing_good, _always, "connection", "open"),
+    Step("standing", standing_good, _barred, "request", "open"),
     Step("credentials", credentials_valid, _guarded, "request", "closed"),
     Step("address", address_allowed, _ruled, "connection", "closed"),
     Step("room", has_room, _always, "request", "closed"),

@@ -11,6 +11,7 @@ import logging
 import math
 import socket
 import ssl
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -57,6 +58,10 @@ _REASONS = {
 
 #: Fields of an answer of ours.
 Headers = Sequence[tuple[bytes, bytes]]
+
+
+#: The longest wait until a month's turn.
+_MONTH_SECONDS = 31 * 86_400.0
 
 
 class Guest(Protocol):
@@ -268,6 +273,8 @@ class PublicServer:
         if code == "edge.https_redirect":
             port = self.settings.public_https_port or self.settings.https_port
             return (pages.location(exchange.host, port, exchange.target),)
+        if code == "edge.quota_exceeded" and tunnel.barred is not None:
+            return (pages.retry_after(min(tunnel.barred.until - time.time(), _MONTH_SECONDS)),)
         if code == "edge.rate_limited":
             return (pages.retry_after(exchange.wait()),)
         if code == "edge.auth_throttled":

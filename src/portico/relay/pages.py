@@ -89,6 +89,11 @@ _ADVICE = {
         "Wait a moment, then reload.",
         "The tunnel has as many requests in flight as its policy or plan allows. Look for slow responses in the local app.",
     ),
+    "edge.quota_exceeded": Advice(
+        "this address has had all the traffic that its owner’s plan allows in a month.",
+        "Come back when the next month begins (UTC), or tell the owner.",
+        "`portico usage` shows how much was used of what. Traffic goes on at once when the plan is changed.",
+    ),
     "edge.tls_mode_mismatch": Advice(
         "this connection is not the right one for this address.",
         "Open the address with `https://` in a new tab. If that does not help, tell the owner.",

@@ -29,6 +29,7 @@ from portico.relay.control_link import Backoff
 from portico.relay.meter import Counters
 from portico.relay.policy import Governed, PolicyInvalid
 from portico.relay.sessions import Agents, LiveTunnel, new_session
+from portico.relay.snapshot import Change
 from portico.relay.telling import Told, heard
 from portico.settings import RelaySettings
 from portico.wire import frames as f
@@ -137,6 +138,7 @@ class Inbound(_Quiet):
             fields = {"tunnel": announced["tunnel"], "why": str(err)}
             log.error("a peer's tunnel has a policy that this relay cannot read", extra={"f": fields})
             return
+        remote.bar(self.peers.agents.snapshot.organization(remote.organization))
         remote.settle(self.peers.rates_of(remote))
         self.tunnels[bind] = remote
         self.peers.add(remote)
@@ -448,6 +450,7 @@ class Peers:
         agents.on_governed.append(self._bound)
         agents.on_dropped.append(self._dropped)
         agents.on_ended.append(self._ended)
+        agents.snapshot.on_change(self._on_change)
 
     def accept(self) -> Inbound:
         """A peer passed the key check; it is one of ``inbound`` once its WebSocket is open."""
@@ -474,6 +477,16 @@ class Peers:
                 self.agents.expect((host,))
         if remote.line is not None:
             remote.line.dissolve()
+
+    def _on_change(self, change: Change) -> None:
+        """The standing of an organization changed: visitors of its tunnels on peers are decided on here."""
+        if change.kind != "organization":
+            return
+        row = self.agents.snapshot.organization(change.id)
+        for remote in [remote for places in self._places.values() for remote in places]:
+            if remote.organization == change.id:
+                remote.bar(row)
+                remote.settle(self.rates_of(remote))
 
     def hops(self) -> int:
         """Requests of peers under way."""

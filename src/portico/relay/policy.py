@@ -24,6 +24,7 @@ from portico.wire.policy import HeaderRules, PolicyInvalid
 
 if TYPE_CHECKING:
     from portico.relay.rates import TunnelRates
+    from portico.relay.snapshot import Organization
 
 __all__ = ["OPEN", "AddressSet", "Compiled", "Governed", "PolicyInvalid", "compiled"]
 
@@ -169,6 +170,7 @@ class Governed:
 
     __slots__ = (
         "allowance",
+        "barred",
         "chain",
         "concurrency",
         "document",
@@ -188,6 +190,7 @@ class Governed:
         self.policy_version = -1
         self.document: Mapping[str, Any] = {}
         self.allowance = 0  # requests in flight by the plan
+        self.barred: Organization | None = None
         self.concurrency = 0
         self.inflight = 0
         self.rates: TunnelRates | None = None
@@ -203,6 +206,10 @@ class Governed:
         self.document = document
         self.policy_version = version
         return True
+
+    def bar(self, organization: Organization | None) -> None:
+        """Note what the standing of its organization says; :meth:`settle` is called after it."""
+        self.barred = organization if organization is not None and organization.code is not None else None
 
     def settle(self, rates: TunnelRates | None) -> None:
         """Make what follows from policy and grant; called after either has changed."""

@@ -244,7 +244,8 @@ class Rates:
             # Clients alone, in an object of its own: the tunnel may be live here, too, while it moves.
             home = self._with_clients(cast(Any, tunnel).tunnel, client) if client is not None else None
             return TunnelRates(home) if home is not None else None
-        return self.make(grant.tun, tunnel.policy.tunnel_rate, client, grant.org, grant.limits)
+        limits = cast(Any, tunnel).limits()
+        return self.make(grant.tun, tunnel.policy.tunnel_rate, client, grant.org, limits)
 
     def make(
         self,

@@ -24,7 +24,7 @@ from portico.kit.carrier import Carrier
 from portico.relay.control_link import ControlLink
 from portico.relay.meter import Counters, Meter
 from portico.relay.policy import Governed, PolicyInvalid
-from portico.relay.snapshot import Change, Snapshot, TunnelRow
+from portico.relay.snapshot import Change, Organization, Snapshot, TunnelRow
 from portico.relay.telling import Told
 from portico.settings import RelaySettings
 from portico.wire import frames as f
@@ -47,7 +47,9 @@ MAX_DEPARTURES, REASON_CHARS = 20_000, 120
 class LiveTunnel(Governed):
     """A tunnel bound on a connection of this relay."""
 
-    __slots__ = ("bind", "bind_bytes", "connection", "counters", "grant", "hosts", "returning", "session", "told")
+    __slots__ = (
+        "bind", "bind_bytes", "connection", "counters", "grant", "hosts", "organization_row", "returning", "session", "told",
+    )  # fmt: skip
 
     def __init__(self, connection: AgentConnection, bind: int, grant: GrantClaims, counters: Counters) -> None:
         super().__init__(raw=grant.proto != "http", passthrough=grant.proto == "tls")
@@ -58,13 +60,20 @@ class LiveTunnel(Governed):
         self.counters = counters
         self.hosts: tuple[bytes, ...] = ()
         self.grant = grant
+        self.organization_row: Organization | None = None
         self.told = Told(counters)
         self.returning = False  # it went without a word, or to come again at once
 
-    def adopt(self, grant: GrantClaims, default_concurrency: int) -> None:
+    def adopt(self, grant: GrantClaims, organization: Organization | None, default_concurrency: int) -> None:
         self.grant = grant
         self.hosts = tuple(host.host.encode() for host in grant.hosts)
-        self.allowance = grant.limits.get("concurrency") or default_concurrency
+        self.entitle(organization, default_concurrency)
+
+    def entitle(self, organization: Organization | None, default_concurrency: int) -> None:
+        """Take what holds for its organization; :meth:`settle` is called after it."""
+        self.organization_row = organization
+        self.allowance = self.limits().get("concurrency") or default_concurrency
+        self.bar(organization)
 
     @property
     def organization(self) -> str:
@@ -77,8 +86,13 @@ class LiveTunnel(Governed):
         return self.grant.tun
 
     def limits(self) -> Mapping[str, int]:
-        """The limits of the plan, as the grant has them."""
-        return self.grant.limits
+        """The limits of the plan: of the grant, or of the organization's row where that is newer."""
+        row = self.organization_row
+        if row is None or row.version <= self.grant.limits.get("version", 0):
+            return self.grant.limits
+        if self.grant.proto == "http":
+            return row.limits
+        return {**row.limits, "concurrency": row.limits.get("connections", 0)}
 
     @property
     def reachable(self) -> bool:
@@ -419,7 +433,7 @@ class Agents:
             self.by_tunnel[grant.tun] = connection.binds[bind] = live
             self.poke()
         self._unmap(live)
-        live.adopt(grant, self.settings.default_concurrency)
+        live.adopt(grant, self.snapshot.organization(grant.org), self.settings.default_concurrency)
         live.settle(self.rates_of(live))
         for host in live.hosts:
             self.by_host[host] = live
@@ -557,6 +571,9 @@ class Agents:
             for connection in [c for c in self.connections if c.claims.sid == change.id]:
                 connection.end(change.code, "the platform ended this session")
             return
+        if change.kind == "organization":
+            self._entitle(change.id)
+            return
         live = self.by_tunnel.get(change.id)
         if live is None:
             return
@@ -583,6 +600,20 @@ class Agents:
         log.info("tunnel policy changed", extra={"f": {"tunnel": row.id, "version": row.policy_version}})
         for callback in self.on_governed:
             callback(live)
+
+    def _entitle(self, organization: str) -> None:
+        """The plan of an organization changed, or its standing: in force for what comes from now on. Where traffic is refused,
+        connections without an end of their own end."""
+        row = self.snapshot.organization(organization)
+        refused = row is not None and row.refuses(self._wall())
+        for live in [live for live in self.by_tunnel.values() if live.grant.org == organization]:
+            live.entitle(row, self.settings.default_concurrency)
+            live.settle(self.rates_of(live))
+            for told in self.on_governed:
+                told(live)
+            if refused and row is not None and row.code is not None:
+                for callback in self.on_ended:
+                    callback(live, row.code)
 
     def _end(self, live: LiveTunnel, code: str, detail: str) -> None:
         live.connection.unbind(live, code, detail)
@@ -645,4 +676,4 @@ def _say_unread(live: LiveTunnel, version: int, why: PolicyInvalid) -> None:
     log.error("a tunnel's policy cannot be read; the one before it stays", extra={"f": fields})
 
 
-_STATE_CODES = {"stopped": "tunnel.stopped", "suspended": "edge.account_suspended"}
+_STATE_CODES = {"stopped": "tunnel.stopped", "suspended": "edge.account_suspended", "frozen": "tunnel.frozen"}

@@ -34,11 +34,12 @@ MAX_HOSTS = 1024  # of one tunnel
 MAX_NUMBER = 2**53 - 1  # what JSON carries exactly everywhere; also beyond any time in seconds
 ENDED_FALLBACK = "session.revoked"  # for a code that this relay's catalogue does not know yet
 REMOVED_FALLBACK = "tunnel.deleted"
+REFUSED_FALLBACK = "edge.account_suspended"
 JWK_MEMBERS = ("kid", "kty", "crv", "x", "alg", "use")  # all that is kept of a key
 CHUNK_ROWS = 500  # checked between two turns of the loop: some milliseconds
 PRUNE_MARGIN_SECONDS = 300.0  # an ended session is kept this much longer: the clocks of relay and API may differ
 
-Kind = Literal["tunnel", "tunnel_removed", "session_ended", "keys"]
+Kind = Literal["tunnel", "tunnel_removed", "session_ended", "keys", "organization"]
 
 
 class SnapshotInvalid(ValueError):
@@ -82,8 +83,26 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
+class Organization:
+    """What holds for all tunnels of an organization whose plan has changed since grants began to carry its limits: ``limits`` as
+    in grants (with ``connections``, for tunnels that are not HTTP), in force instead of those of an older ``version``; and the
+    ``code`` with which traffic is refused until ``until`` (unix seconds), both absent when it is not."""
+
+    id: str
+    version: int
+    limits: Mapping[str, int]
+    code: str | None = None
+    until: float = math.inf
+
+    def refuses(self, now: float) -> bool:
+        """Whether traffic is refused at ``now`` (unix seconds)."""
+        return self.code is not None and now < self.until
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
-    """What listeners get: ``id`` of tunnel or session, the ``row`` of a tunnel that exists, the ``code`` of an end."""
+    """What listeners get: ``id`` of tunnel, session or organization, the ``row`` of a tunnel that exists, the ``code`` of an
+    end."""
 
     kind: Kind
     id: str = ""
@@ -172,6 +191,29 @@ def _tunnels(values: list[Any]) -> list[TunnelRow]:
         raise SnapshotInvalid("nested too deeply") from None
 
 
+def _organization(value: Any) -> Organization:
+    row = _object(value, "an organization")
+    limits = _object(row.get("limits", {}), "limits of an organization")
+    refuse = row.get("refuse")
+    if refuse is not None:
+        refuse = _object(refuse, "the refusal of an organization")
+    return Organization(
+        id=_text(row.get("id"), "id of an organization"),
+        version=_whole(row.get("version"), "version of an organization"),
+        limits={_text(name, "a limit"): _whole(limit, "a limit") for name, limit in limits.items()},
+        code=_known(_text(refuse.get("code"), "code of a refusal"), REFUSED_FALLBACK) if refuse is not None else None,
+        until=_number(refuse["until"], "until") if refuse is not None and "until" in refuse else math.inf,
+    )
+
+
+def _told(row: Organization) -> dict[str, Any]:
+    """The row as the stream has it, for the copy on disk."""
+    found: dict[str, Any] = {"id": row.id, "version": row.version, "limits": dict(row.limits)}
+    if row.code is not None:
+        found["refuse"] = {"code": row.code} | ({"until": row.until} if math.isfinite(row.until) else {})
+    return found
+
+
 def _known(code: str, fallback: str) -> str:
     """A control plane newer than this relay may name codes that this one cannot render."""
     return code if code in catalogue() else fallback
@@ -200,6 +242,9 @@ class FrozenState:
     jwks: tuple[dict[str, Any], ...]
     tunnels: Mapping[str, TunnelRow]
     ended: Mapping[str, Ended]
+    organizations: Mapping[str, Organization] = field(default_factory=dict)
+    #: Whether the control plane told of organizations at all: an earlier one, or a copy of an earlier relay's, does not.
+    complete: bool = False
 
     def digest(self, at: float = 0.0) -> str:
         """The hash of the interface (``edge-stream.schema.json``); ``at`` leaves out what ended before that time.
@@ -216,9 +261,13 @@ class FrozenState:
         """The state as one snapshot message, for the copy on disk."""
         ended = [{"session": e.session, "code": e.code, "until": e.until} for e in self.ended.values()]
         rows = b",".join(row.canonical for row in self.tunnels.values())
-        return b'{"state":{"ended":%b,"keys":%b,"tunnels":[%b]},"type":"snapshot","version":%d}' % (
+        more = b""
+        if self.complete:
+            more = b'"organizations":%b,' % canonical([_told(row) for row in self.organizations.values()])
+        return b'{"state":{"ended":%b,"keys":%b,%b"tunnels":[%b]},"type":"snapshot","version":%d}' % (
             canonical(ended),
             canonical(list(self.jwks)),
+            more,
             rows,
             self.version,
         )
@@ -234,6 +283,9 @@ class Snapshot:
         self._tunnels: dict[str, TunnelRow] = {}
         self._hosts: dict[str, TunnelRow] = {}
         self._ended: dict[str, Ended] = {}
+        self._organizations: dict[str, Organization] = {}
+        #: Whether the state that is held tells of organizations; one that does not is asked for anew as a whole.
+        self.complete = False
         self._wall = wall
         self._listeners: list[Listener] = []
         self._applied: list[Callable[[], None]] = []
@@ -244,6 +296,10 @@ class Snapshot:
 
     def tunnel(self, id: str) -> TunnelRow | None:
         return self._tunnels.get(id)
+
+    def organization(self, id: str) -> Organization | None:
+        """What holds for an organization, where that is not what its grants say."""
+        return self._organizations.get(id)
 
     def ended(self, session: str) -> Ended | None:
         """Why ``session`` may not connect, or ``None``."""
@@ -307,7 +363,14 @@ class Snapshot:
         """The state for a thread to work on; ``None`` before there is one."""
         if self.version is None:
             return None
-        return FrozenState(self.version, tuple(self._jwks), dict(self._tunnels), dict(self._ended))
+        return FrozenState(
+            self.version,
+            tuple(self._jwks),
+            dict(self._tunnels),
+            dict(self._ended),
+            dict(self._organizations),
+            self.complete,
+        )
 
     def digest(self, at: float = 0.0) -> str | None:
         frozen = self.frozen()
@@ -319,7 +382,13 @@ class Snapshot:
         rows = {row.id: row for row in _tunnels(_list(state.get("tunnels"), "tunnels"))}
         ended = {row.session: row for row in map(_ended, _list(state.get("ended"), "ended"))}
         jwks, keys = _keys(state.get("keys"))
+        told = _list(state.get("organizations", []), "organizations")
+        organizations = {row.id: row for row in map(_organization, told)}
         changes = self._difference(rows, ended, jwks)
+        before, self._organizations = self._organizations, organizations
+        self.complete = "organizations" in state
+        differ = [id for id in before.keys() | organizations.keys() if before.get(id) != organizations.get(id)]
+        changes += [Change("organization", id) for id in differ]
         self._tunnels, self._ended = rows, ended
         self._hosts = {host: row for row in rows.values() for host in row.hosts}
         self._jwks, self.keys = jwks, keys
@@ -359,6 +428,9 @@ class Snapshot:
             case "keys":
                 jwks, keys = _keys(change.get("keys"))
                 return lambda: self._rekey(jwks, keys)
+            case "organization":
+                organization = _organization(change.get("organization"))
+                return lambda: self._entitle(organization)
             case str():
                 log.warning("edge change of an unknown kind is left out", extra={"f": {"kind": kind[:64]}})
                 return None
@@ -391,6 +463,10 @@ class Snapshot:
     def _rekey(self, jwks: list[dict[str, Any]], keys: KeySet) -> Change:
         self._jwks, self.keys = jwks, keys
         return Change("keys")
+
+    def _entitle(self, row: Organization) -> Change:
+        self._organizations[row.id] = row
+        return Change("organization", row.id)
 
     def _announce(self, changes: list[Change]) -> None:
         """A listener that fails may not keep a revocation from the others."""

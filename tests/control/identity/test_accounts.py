@@ -44,7 +44,7 @@ class TestRegister:
         me = (await owner.client.get("/v1/whoami")).json()
         assert me["kind"] == "person"
         assert me["user"] == {"id": owner.user, "email": owner.email}
-        assert me["organization"] == {"id": owner.organization, "name": "Acme", "plan": "free"}
+        assert me["organization"] == {"id": owner.organization, "name": "Acme", "plan": "unlimited"}
         assert "keys:write" in me["permissions"]
         assert me["platform_operator"] is False
         assert ("user.register", "success") in await _actions(owner)

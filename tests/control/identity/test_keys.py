@@ -11,7 +11,7 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from portico.control.access import PERMISSIONS
+from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS
 from portico.control.app import create_app
 from portico.control.identity import jobs
 from portico.control.identity.tables import api_keys
@@ -36,7 +36,7 @@ class TestCreate:
         assert me["kind"] == "agent_key"
         assert me["key"] == {"id": made["id"], "name": "laptop", "prefix": made["prefix"]}
         assert me["user"]["id"] == owner.user
-        assert me["permissions"] == ["agent:connect", "organization:read", "tunnels:read", "tunnels:write"]
+        assert me["permissions"] == sorted(AGENT_KEY_PERMISSIONS)
         async with db.read() as reader:
             row = await reader.fetch_one(sa.select(api_keys).where(api_keys.c.id == made["id"]))
         assert row is not None

@@ -45,7 +45,7 @@ class TestOrganization:
         billing = await join("billing")
         answer = await billing.client.get("/v1/org")
         assert answer.json() == {
-            "id": owner.organization, "name": "Acme", "plan": "free", "standing": "active", "delete_after": None,
+            "id": owner.organization, "name": "Acme", "plan": "unlimited", "standing": "active", "delete_after": None,
         }  # fmt: skip
 
     async def test_members_page_by_page(self, owner: Account, join: Join) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from portico.control.identity.plans import Entitlements
 from portico.control.tunnels import policy
 from portico.control.tunnels.policy import Wanted
 from portico.errors import Problem
@@ -102,14 +103,25 @@ class TestSettle:
         assert caught.value.extra["path"] == "" and "8192" in caught.value.detail
 
 
+def entitled(**limits: int | None) -> Entitlements:
+    return Entitlements("org_1", "mine", 1, "Mine", False, limits, frozenset(), 0)
+
+
 class TestLimits:
     def test_are_the_plans(self) -> None:
         settings = ApiSettings(database_url=Secret("postgresql://x"), master_key=Secret("x"))
-        assert policy.limits(settings, "http") == {"concurrency": 100}
-        assert policy.limits(settings, "tcp") == policy.limits(settings, "tls") == {"concurrency": 1000}
+        held = entitled(concurrency=None, connections=5000)
+        assert policy.limits(settings, "http", held) == {"concurrency": 100}
+        assert policy.limits(settings, "tcp", held) == policy.limits(settings, "tls", held) == {"concurrency": 1000}
+        held = entitled(concurrency=9, connections=8, requests_per_second=7)
+        rates = {"org_requests": 7, "org_burst": 14}
+        assert policy.limits(settings, "http", held) == {"concurrency": 9, **rates}
+        assert policy.limits(settings, "tcp", held) == {"concurrency": 8, **rates}
 
     def test_of_an_organization(self) -> None:
         settings = ApiSettings(
             database_url=Secret("postgresql://x"), master_key=Secret("x"), organization_requests_per_second=50
         )
-        assert policy.limits(settings, "http") == {"concurrency": 100, "org_requests": 50, "org_burst": 100}
+        rates = {"org_requests": 50, "org_burst": 100}
+        assert policy.limits(settings, "http", entitled()) == {"concurrency": 100, **rates}
+        assert policy.limits(settings, "http", entitled(requests_per_second=500)) == {"concurrency": 100, **rates}

@@ -76,7 +76,7 @@ class TestOpen:
         assert row["url"] == grant.url == "http://shop-open.localhost:7080"
         assert got["edges"] == ["ws://127.0.0.1:7081/relay-1"]
         assert got["account"] == {
-            "organization": {"id": owner.organization, "name": "Acme"}, "plan": "free", "user": owner.email,
+            "organization": {"id": owner.organization, "name": "Acme"}, "plan": "unlimited", "user": owner.email,
         }  # fmt: skip
         assert got["refresh_after"] == 600 and got["expires_at"].endswith("Z")
 

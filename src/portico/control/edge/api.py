@@ -187,7 +187,9 @@ async def report_usage(request: Request, db: Db, key: Key, body: UsageBody) -> A
     batches = [usage.Batch(b.seq, _moment(b.since, now), [_row(row) for row in b.rows]) for b in body.batches]
     async with db.transaction() as tx:
         relays.check_name(key, body.relay)
-        return {"acknowledged": await usage.count(tx, body.relay, body.boot, batches, now)}
+        users = await usage.count(tx, body.relay, body.boot, batches, now)
+    await request.app.state.standing.look(db, users)
+    return {"acknowledged": max(batch.seq for batch in batches)}
 
 
 def _moment(value: datetime | float, now: datetime) -> datetime:

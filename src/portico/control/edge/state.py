@@ -12,10 +12,11 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from portico.control import changes
+from portico.control.identity import plans
 from portico.control.identity.signing_keys import SigningKeys
 from portico.control.tunnels.service import Tunnels
 from portico.control.tunnels.sessions import ended_sessions
@@ -33,6 +34,7 @@ class EdgeState:
     keys: list[dict[str, str]]
     tunnels: list[dict[str, Any]]
     ended: list[dict[str, Any]]
+    organizations: list[dict[str, Any]] = field(default_factory=list)
 
     async def digest(self) -> str:
         """The hash of ``contracts/edge-stream.schema.json``: SHA-256 of the canonical JSON of what is compared."""
@@ -49,13 +51,14 @@ class EdgeState:
     async def line(self) -> bytes:
         """The ``snapshot`` line of the stream."""
         parts = [
-            b'{"type":"snapshot","version":%d,"time":%b,"hash":"%b","state":{"keys":%b,"ended":%b,"tunnels":['
+            b'{"type":"snapshot","version":%d,"time":%b,"hash":"%b","state":{"keys":%b,"ended":%b,"organizations":%b,"tunnels":['
             % (
                 self.version,
                 _canonical(self.time),
                 (await self.digest()).encode(),
                 _canonical(self.keys),
                 _canonical(self.ended),
+                _canonical(self.organizations),
             )
         ]
         parts.extend([part async for part in _joined(_canonical(row) for row in self.tunnels)])
@@ -101,6 +104,7 @@ class StateReader:
                 keys=await self._keys.published(reader),
                 tunnels=await self._tunnels.edge_rows(reader),
                 ended=await ended_sessions(reader, now),
+                organizations=await plans.told(reader),
             )
 
     async def line(self) -> tuple[int, bytes]:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from portico.control.access import role_permissions
+from portico.control.identity import plans
 from portico.control.identity.keys import permissions
 from portico.control.identity.org_standing import check_standing, standing_of
+from portico.control.identity.plans import Entitlements
 from portico.errors import Problem
 from portico.kit import networks
 from portico.kit.clock import Clock
@@ -20,21 +22,26 @@ class Account:
 
     organization: str
     organization_name: str
-    plan: str
     email: str | None
+    entitlements: Entitlements
+
+    @property
+    def plan(self) -> str:
+        """The id of its plan."""
+        return self.entitlements.plan
 
 
 _REMEMBER_SECONDS = 60.0
 _MAX_REMEMBERED = 10_000
 
-_ACCOUNT = """
-SELECT o.id, o.name, o.plan, o.suspended_at, o.delete_after, u.email, k.revoked_at, k.kind, k.scopes, k.allowed_cidrs,
-       m.role, r.permissions AS role_permissions
-FROM api_keys k JOIN organizations o ON o.id = k.organization_id LEFT JOIN users u ON u.id = k.user_id
+_ACCOUNT = f"""
+SELECT o.id, o.name, o.suspended_at, o.delete_after, u.email, k.revoked_at, k.kind, k.scopes, k.allowed_cidrs, m.role,
+       r.permissions AS role_permissions, {plans.COLUMNS}
+FROM api_keys k JOIN organizations o ON o.id = k.organization_id {plans.JOIN} LEFT JOIN users u ON u.id = k.user_id
 LEFT JOIN members m ON m.user_id = k.user_id AND m.organization_id = k.organization_id
 LEFT JOIN roles r ON r.id = m.role AND r.organization_id = k.organization_id
 WHERE k.id = $1
-"""
+"""  # noqa: S608 - our own names
 
 
 async def account(reader: Reader, key_id: str) -> Account:
@@ -66,7 +73,7 @@ def _account(row: Any) -> Account:
         raise Problem("auth.key_invalid")
     if row["revoked_at"] is not None:
         raise Problem("auth.key_revoked")
-    return Account(row["id"], row["name"], row["plan"], row["email"])
+    return Account(row["id"], row["name"], row["email"], plans.entitlements_in(row))
 
 
 class Accounts:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSION_TABLE, PERMISSIONS, Caller
 from portico.control.audit import service as audit
 from portico.control.identity import posture, standing, store
+from portico.control.identity.quotas import Quotas
 from portico.errors import Problem
 from portico.kit import networks, pages
 from portico.kit.clock import Clock
@@ -60,9 +61,10 @@ def permissions(kind: str, scopes: list[str]) -> frozenset[str]:
 class Keys:
     """The verbs on keys of one organization."""
 
-    def __init__(self, settings: ApiSettings, clock: Clock) -> None:
+    def __init__(self, settings: ApiSettings, clock: Clock, quotas: Quotas) -> None:
         self._settings = settings
         self._clock = clock
+        self._quotas = quotas
         self.on_revoked: list[KeyRevoked] = []
         self.on_restricted: list[KeyRestricted] = []
 
@@ -81,7 +83,7 @@ class Keys:
         """Make a key in the caller's organization; ``cidrs`` None: usable from where the caller is.
 
         Raises ``auth.scope_invalid``, ``auth.forbidden``, ``auth.expiry_invalid``, ``key.cidr_invalid``,
-        ``key.limit_reached``.
+        ``key.limit_reached``, ``quota.exceeded``.
         """
         caller = await self._hold(tx, caller)
         chosen = self._scopes(caller, kind, scopes)
@@ -91,7 +93,7 @@ class Keys:
         if expires_at is not None and expires_at <= now:
             raise Problem("auth.expiry_invalid")
         allowed = list(caller.cidrs) if cidrs is None else self._cidrs(caller, cidrs)
-        await self._room(tx, caller, now)
+        await self._quotas.claim(tx, caller.org, "api_keys")
         made = await issue(tx, now, caller.org, caller.user_id, kind, name, chosen, expires_at, cidrs=allowed)
         facts = {"kind": kind, "name": name, "scopes": chosen, "prefix": made.prefix, **(details or {})}
         if allowed:
@@ -109,12 +111,6 @@ class Keys:
         # The credential is a key, and may have been narrowed since the request began.
         held &= permissions(row.kind, row.scopes)
         return replace(caller, permissions=held, cidrs=tuple(row.allowed_cidrs), expires_at=row.expires_at)
-
-    async def _room(self, tx: Tx, caller: Caller, now: datetime) -> None:
-        """Raises ``key.limit_reached``. The organization is held."""
-        if await store.count_keys(tx, caller.org, now) >= self._settings.max_keys_per_organization:
-            limit = self._settings.max_keys_per_organization
-            raise Problem("key.limit_reached", f"an organization has at most {limit} keys", limit=limit)
 
     def _scopes(self, caller: Caller, kind: KeyKind, scopes: list[str] | None) -> list[str]:
         if kind == "agent":
@@ -240,12 +236,12 @@ class Keys:
     async def rotate(self, tx: Tx, caller: Caller, key_id: str, overlap_seconds: int = 0) -> NewKey:
         """A new key with the rights and expiry of ``key_id``, which ends now, or after ``overlap_seconds``.
 
-        Raises ``request.not_found``, ``auth.forbidden``, and with an overlap ``key.limit_reached``.
+        Raises ``request.not_found``, ``auth.forbidden``, and with an overlap what a claim raises.
         """
         now = self._clock.wall()
         caller = await self._hold(tx, caller)
         if overlap_seconds:
-            await self._room(tx, caller, now)
+            await self._quotas.claim(tx, caller.org, "api_keys")
         row = await self._lock(tx, caller, key_id)
         self._not_above(caller, permissions(row.kind, row.scopes))
         self._not_after(caller, row.expires_at)

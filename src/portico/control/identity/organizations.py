@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from portico.control.access import Caller, Standing
 from portico.control.audit import service as audit
-from portico.control.identity import roster, store
+from portico.control.identity import plans, roster, store
 from portico.control.identity.org_standing import check_standing, standing, standing_of
 from portico.control.identity.tables import organizations, sign_in_sessions
 from portico.errors import Problem
@@ -59,7 +59,8 @@ class Organizations:
         if await roster.count_owned(tx, user_id) >= limit:
             raise Problem("organization.limit_reached", f"a person owns at most {limit} organizations", limit=limit)
         organization = new_id("org")
-        await store.insert_organization(tx, organization, name, user_id, "owner")
+        plan = plans.starting(self._settings.default_plan)
+        await store.insert_organization(tx, organization, name, user_id, "owner", plan)
         about = {"name": name, "owner": user_id}
         await audit.record(tx, caller, "organization.create", organization, details=about, organization=organization)
         row = await store.organization(tx, organization)

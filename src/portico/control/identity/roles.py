@@ -14,18 +14,18 @@ from portico.control.access import OWNERS_ONLY, PERMISSIONS, ROLE_TABLE, ROLES, 
 from portico.control.audit import service as audit
 from portico.control.identity import invitation_store, roster
 from portico.control.identity.members import Members, not_above
+from portico.control.identity.quotas import Quotas
 from portico.errors import Problem
 from portico.kit.clock import Clock
 from portico.kit.db import Reader, Tx, is_unique_violation
 from portico.kit.ids import new_id
-from portico.settings import ApiSettings
 
 
 class Roles:
     """The verbs on roles."""
 
-    def __init__(self, settings: ApiSettings, clock: Clock, members: Members) -> None:
-        self._settings = settings
+    def __init__(self, quotas: Quotas, clock: Clock, members: Members) -> None:
+        self._quotas = quotas
         self._clock = clock
         self._members = members
 
@@ -39,12 +39,12 @@ class Roles:
         return {"data": [*built_in, *made], "next_cursor": None}
 
     async def create(self, tx: Tx, caller: Caller, name: str, permissions: list[str]) -> dict[str, Any]:
-        """Make a role. Raises ``role.permission_invalid``, ``auth.forbidden``, ``role.name_taken``, ``role.limit_reached``."""
+        """Make a role. Raises ``role.permission_invalid``, ``auth.forbidden``, ``role.name_taken``, ``role.limit_reached``,
+        ``quota.exceeded``, ``quota.feature_missing``."""
         held = await self._members.hold(tx, caller, "roles:write")
         granted = _granted(held, permissions)
-        limit = self._settings.max_roles_per_organization
-        if len(await roster.own_roles(tx, caller.org)) >= limit:
-            raise Problem("role.limit_reached", f"an organization has at most {limit} roles of its own", limit=limit)
+        await self._quotas.require(tx, caller.org, "custom_roles")
+        await self._quotas.claim(tx, caller.org, "roles")
         role_id = new_id("rol")
         await self._write(tx, name, roster.insert_role(tx, role_id, caller.org, name, granted, self._clock.wall()))
         await audit.record(tx, caller, "role.create", role_id, details={"name": name, "permissions": granted})

@@ -50,6 +50,11 @@ async def own_roles(reader: Reader, organization_id: str) -> Sequence[Row]:
     )
 
 
+async def count_roles(reader: Reader, organization_id: str) -> int:
+    """How many roles the organization made."""
+    return int(await reader.scalar(sa.select(sa.func.count()).where(roles.c.organization_id == organization_id)))
+
+
 async def insert_role(tx: Tx, role_id: str, organization_id: str, name: str, granted: list[str], now: datetime) -> None:
     """Add a role."""
     row = {"id": role_id, "organization_id": organization_id, "name": name, "permissions": granted}
@@ -68,6 +73,11 @@ async def delete_role(tx: Tx, role_id: str) -> None:
 
 
 # --- members
+
+
+async def count_members(reader: Reader, organization_id: str) -> int:
+    """How many people the organization has."""
+    return int(await reader.scalar(sa.select(sa.func.count()).where(members.c.organization_id == organization_id)))
 
 
 def _members() -> sa.Select[Any]:

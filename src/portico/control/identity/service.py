@@ -15,7 +15,7 @@ from sqlalchemy import exc as sa_exc
 
 from portico.control.access import UNVERIFIED_PERMISSIONS, Caller, in_standing, role_permissions
 from portico.control.audit import service as audit
-from portico.control.identity import account_store, operators, store, support, throttle, tokens
+from portico.control.identity import account_store, operators, plans, store, support, throttle, tokens
 from portico.control.identity import keys as key_rules
 from portico.control.identity.browsers import Browsers
 from portico.control.identity.device import DeviceFlow
@@ -27,6 +27,8 @@ from portico.control.identity.org_standing import standing_of
 from portico.control.identity.organizations import Organizations
 from portico.control.identity.passwords import Passwords
 from portico.control.identity.people import People
+from portico.control.identity.plan_service import Plans
+from portico.control.identity.quotas import Quotas
 from portico.control.identity.roles import Roles
 from portico.control.identity.sign_in import Client, SignedIn, SignIns
 from portico.control.identity.signing_keys import SigningKeys
@@ -70,11 +72,13 @@ class Identity:
         self.clock = clock
         self.signing_keys = signing_keys
         self.passwords = passwords
-        self.keys = Keys(settings, clock)
+        self.quotas = Quotas(settings, clock)
+        self.plans = Plans(self.quotas)
+        self.keys = Keys(settings, clock, self.quotas)
         self.members = Members(clock, self.keys)
         self.people = People(settings, clock, self.keys)
         self.support = Support(settings, clock)
-        self.roles = Roles(settings, clock, self.members)
+        self.roles = Roles(self.quotas, clock, self.members)
         self.organizations = Organizations(settings, clock)
         self.device = DeviceFlow(settings, db, clock, self.keys)
         self.browsers = Browsers(settings, db, clock)
@@ -119,7 +123,8 @@ class Identity:
         user_id, organization_id = new_id("usr"), new_id("org")
         user: dict[str, Any] = {"id": user_id, "email": email, "password_hash": password_hash}
         user["email_verified_at"] = self.clock.wall() if verified else None
-        await store.insert_account(tx, user, {"id": organization_id, "name": organization}, "owner")
+        plan = plans.starting(self.settings.default_plan)
+        await store.insert_account(tx, user, {"id": organization_id, "name": organization, **plan}, "owner")
         facts = {"email": email}
         await audit.record(tx, caller, "user.register", user_id, details=facts, organization=organization_id)
         facts = {"name": organization, "owner": user_id}

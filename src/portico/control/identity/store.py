@@ -73,7 +73,8 @@ async def session_by_cookie(reader: Reader, digest: bytes) -> asyncpg.Record | N
 async def insert_account(tx: Tx, user: dict[str, Any], organization: dict[str, Any], role: str) -> None:
     """A person, an organization and the membership that joins them."""
     await insert_user(tx, user)
-    await insert_organization(tx, organization["id"], organization["name"], user["id"], role)
+    plan = {name: value for name, value in organization.items() if name.startswith("plan")}
+    await insert_organization(tx, organization["id"], organization["name"], user["id"], role, plan)
 
 
 async def insert_user(tx: Tx, user: dict[str, Any]) -> None:
@@ -81,9 +82,11 @@ async def insert_user(tx: Tx, user: dict[str, Any]) -> None:
     await tx.execute(sa.insert(users).values(**user))
 
 
-async def insert_organization(tx: Tx, organization_id: str, name: str, user_id: str, role: str) -> None:
-    """An organization with its first member."""
-    await tx.execute(sa.insert(organizations).values(id=organization_id, name=name))
+async def insert_organization(
+    tx: Tx, organization_id: str, name: str, user_id: str, role: str, plan: dict[str, Any]
+) -> None:
+    """An organization with its first member, on the plan of ``plans.starting``."""
+    await tx.execute(sa.insert(organizations).values(id=organization_id, name=name, **plan))
     await tx.execute(sa.insert(members).values(organization_id=organization_id, user_id=user_id, role=role))
 
 

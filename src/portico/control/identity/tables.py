@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from portico.kit import queue
 from portico.kit.db import metadata
@@ -19,18 +19,52 @@ def _created() -> sa.Column[Any]:
     return sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now())
 
 
+# Every version of every plan; a row is never changed.
+plans = sa.Table(
+    "plans",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("position", sa.Integer, nullable=False),
+    sa.Column("listed", sa.Boolean, nullable=False),
+    sa.Column("hard_cap", sa.Boolean, nullable=False),
+    sa.Column("limits", JSONB, nullable=False),
+    sa.Column("features", ARRAY(sa.Text), nullable=False),
+    _created(),
+)
+
 organizations = sa.Table(
     "organizations",
     metadata,
     sa.Column("id", sa.Text, primary_key=True),
     sa.Column("name", sa.Text, nullable=False),
-    sa.Column("plan", sa.Text, nullable=False, server_default="free"),
+    # The version of a plan that it keeps until somebody moves it; a new one is on the installation's default_plan.
+    sa.Column("plan", sa.Text, nullable=False, server_default="unlimited"),
+    sa.Column("plan_version", sa.Integer, nullable=False, server_default="1"),
+    # What relays were told of it, and how often that changed (tunnels/standing.py).
+    sa.Column("edge_version", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("edge_state", JSONB),
     _created(),
     _time("suspended_at"),
     # Set while its deletion is under way: asked for, and to be carried out from then on.
     _time("deletion_requested_at"),
     _time("delete_after"),
     sa.Index("organizations_delete_after_ix", "delete_after", postgresql_where=sa.text("delete_after IS NOT NULL")),
+    sa.ForeignKeyConstraint(["plan", "plan_version"], ["plans.id", "plans.version"], name="organizations_plan_fkey"),
+    sa.Index("organizations_edge_version_ix", "edge_version", postgresql_where=sa.text("edge_version > 0")),
+)
+
+# What an organization has differently from its plan: a limit (null: none), a feature or the hard cap (0 or 1).
+plan_overrides = sa.Table(
+    "plan_overrides",
+    metadata,
+    sa.Column("organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("value", sa.BigInteger),
+    _time("expires_at"),
+    _created(),
+    sa.Index("plan_overrides_expires_at_ix", "expires_at", postgresql_where=sa.text("expires_at IS NOT NULL")),
 )
 
 users = sa.Table(

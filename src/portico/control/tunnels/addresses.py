@@ -57,7 +57,7 @@ class Addresses:
             "organization": row["organization_id"],
             "protocol": row["protocol"],
             "hosts": self.hosts(row),
-            "state": _STATES.get(row["held"], row["state"]),
+            "state": _STATES.get(row["held"], row["state"] if row["frozen"] is None else "frozen"),
             "generation": row["generation"],
             "policy": row["policy"],
             "policy_hash": row["policy_hash"],

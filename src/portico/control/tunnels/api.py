@@ -138,6 +138,9 @@ class Tunnel(BaseModel):
     remote_port: int | None
     url: str
     state: Literal["offline", "online", "stopped", "suspended"]
+    frozen: Annotated[
+        str | None, Field(description="The limit or feature of the plan for want of which it is suspended")
+    ]
     target: str | None
     policy: dict[str, Any]
     policy_version: int

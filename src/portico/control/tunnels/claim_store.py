@@ -80,11 +80,15 @@ async def free(tx: Tx, organization: str, subdomain: str) -> None:
     await tx.raw.execute(_FREE, subdomain, organization)
 
 
-async def lock_reservations(tx: Tx, organization: str) -> int:
-    """How many names the organization reserves; until the transaction ends nobody else may add one."""
+async def lock_reservations(tx: Tx, organization: str) -> None:
+    """Until the transaction ends nobody else reserves a name for the organization."""
     await tx.raw.execute("SELECT pg_advisory_xact_lock(hashtextextended('reserved names of ' || $1, 0))", organization)
+
+
+async def count_reserved(reader: Reader, organization: str) -> int:
+    """How many names the organization reserves."""
     query = "SELECT count(*) FROM subdomain_claims WHERE organization_id = $1 AND reserved_at IS NOT NULL"
-    return int(await tx.raw.fetchval(query, organization))
+    return int(await reader.raw.fetchval(query, organization))
 
 
 async def is_reserved(tx: Tx, organization: str, subdomain: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from cryptography import x509
 
+from portico.control.identity.plans import Entitlements
 from portico.errors import Problem
 from portico.kit import marked
 from portico.kit.marked import Marks
@@ -80,13 +81,42 @@ class Wanted:
 NONE: Final = Wanted({})
 
 
-def limits(settings: ApiSettings, protocol: str) -> dict[str, int]:
-    """The limits that a grant carries: the plan's. A policy lowers them at the relay, where it can change at once."""
-    most = settings.tunnel_concurrency if protocol == "http" else settings.tunnel_connections
-    found = {"concurrency": most}
-    if settings.organization_requests_per_second:
-        found["org_requests"] = settings.organization_requests_per_second
-        found["org_burst"] = settings.organization_requests_burst or 2 * settings.organization_requests_per_second
+def organization_limits(settings: ApiSettings, held: Entitlements) -> dict[str, int]:
+    """What relays enforce for an organization: its plan's limits, or the installation's ceilings where those are lower."""
+    found = {
+        "concurrency": _least(settings.tunnel_concurrency, held.limit("concurrency")),
+        "connections": _least(settings.tunnel_connections, held.limit("connections")),
+    }
+    ceiling, plan = settings.organization_requests_per_second, held.limit("requests_per_second")
+    if ceiling and (plan is None or ceiling <= plan):
+        found["org_requests"] = ceiling
+        found["org_burst"] = settings.organization_requests_burst or 2 * ceiling
+    elif plan is not None:
+        found["org_requests"], found["org_burst"] = max(plan, 1), max(2 * plan, 1)
+    return found
+
+
+def limits(settings: ApiSettings, protocol: str, held: Entitlements) -> dict[str, int]:
+    """The limits that a grant carries. A policy lowers them at the relay, where it can change at once; so does a change of the
+    plan, of which ``version`` says whether the grant knows it."""
+    found = organization_limits(settings, held)
+    connections = found.pop("connections")
+    if protocol != "http":
+        found["concurrency"] = connections
+    return found | {"version": held.revision} if held.revision else found
+
+
+def _least(ceiling: int, plan: int | None) -> int:
+    return ceiling if plan is None else max(1, min(ceiling, plan))
+
+
+def needs(protocol: str, document: Mapping[str, Any]) -> list[str]:
+    """The features of a plan that a tunnel with this policy needs."""
+    found = [protocol] if protocol != "http" else []
+    if "client_certificates" in document:
+        found.append("mtls")
+    if "addresses" in document:
+        found.append("ip_rules")
     return found
 
 
@@ -139,6 +169,11 @@ def refusal(faults: Sequence[Fault], marks: Marks) -> Problem:
     what = f"policy.{first.path}: {first.message}" if first.path else first.message
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return Problem("tunnel.policy_invalid", what + more, path=first.path, errors=errors)
+
+
+def weighs(document: Mapping[str, Any]) -> bool:
+    """Whether a policy may count among those that have a limit together; one that is sent has users without their digests."""
+    return 2 * size(document) > SMALL_BYTES
 
 
 def size(document: Mapping[str, Any]) -> int:

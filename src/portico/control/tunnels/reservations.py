@@ -10,6 +10,7 @@ from typing import Any
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
+from portico.control.identity.quotas import Quotas
 from portico.control.tunnels import claim_store as store
 from portico.control.tunnels.addresses import Addresses
 from portico.control.tunnels.name_rules import NameRules
@@ -22,8 +23,9 @@ from portico.settings import ApiSettings
 class Reservations:
     """The verbs on reserved names. One per process."""
 
-    def __init__(self, settings: ApiSettings, rules: NameRules, addresses: Addresses) -> None:
+    def __init__(self, settings: ApiSettings, rules: NameRules, addresses: Addresses, quotas: Quotas) -> None:
         self._settings = settings
+        self._quotas = quotas
         self._rules = rules
         self._addresses = addresses
 
@@ -36,15 +38,14 @@ class Reservations:
     async def reserve(self, tx: Tx, caller: Caller, name: str) -> dict[str, Any]:
         """Keep a name that nobody else has. Reserving it twice is no error.
 
-        Raises ``tunnel.name_invalid``, ``tunnel.name_reserved``, ``tunnel.subdomain_taken``, ``name.limit_reached``.
+        Raises ``tunnel.name_invalid``, ``tunnel.name_reserved``, ``tunnel.subdomain_taken``, ``name.limit_reached``,
+        ``quota.exceeded``.
         """
         self._rules.check(name)
-        known = await store.lock_reservations(tx, caller.org)
+        await store.lock_reservations(tx, caller.org)
         if await store.is_reserved(tx, caller.org, name):
             return self._render(await store.reserve(tx, caller.org, name))
-        limit = self._settings.reserved_names_per_organization
-        if known >= limit:
-            raise Problem("name.limit_reached", f"your organization reserves {limit} names already", limit=limit)
+        await self._quotas.claim(tx, caller.org, "reserved_names")
         claimed = await store.claim(tx, caller.org, name, self._settings.name_cooldown_seconds)
         row = await store.reserve(tx, caller.org, name) if claimed else None
         if row is None:

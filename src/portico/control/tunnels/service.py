@@ -2,7 +2,7 @@
 
     state        offline | online   an active tunnel, by whether a relay has it bound
                  stopped            by its owner; naming it in a new agent session makes it active again
-                 suspended          by the operator
+                 suspended          by the operator, or frozen: the plan has no room for it (frozen.py)
     generation   rises with every change that must fence grants issued before it: stop, start, new host or port
     policy_version   rises with every change of the policy, which relays take over without ending anything
 
@@ -22,9 +22,13 @@ from sqlalchemy.exc import IntegrityError
 from portico.control import changes
 from portico.control.access import Caller, Standing
 from portico.control.audit import service as audit
+from portico.control.identity import plans
 from portico.control.identity.org_standing import check_standing, standing
+from portico.control.identity.plans import Entitlements
+from portico.control.identity.quotas import Quotas
 from portico.control.tunnels import claim_store, names, policy, presence, store
 from portico.control.tunnels.addresses import Addresses
+from portico.control.tunnels.frozen import Frozen
 from portico.control.tunnels.name_rules import NameRules
 from portico.control.tunnels.ports import Ports
 from portico.control.tunnels.relays import RelayDirectory
@@ -48,14 +52,16 @@ class _NotFree(Exception):
 class Tunnels:
     """The verbs on tunnels of one organization."""
 
-    def __init__(self, settings: ApiSettings, directory: RelayDirectory, redis: Redis | None) -> None:
+    def __init__(self, settings: ApiSettings, directory: RelayDirectory, redis: Redis | None, quotas: Quotas) -> None:
         self._settings = settings
+        self._quotas = quotas
         self._directory = directory
         self._redis = redis
         self.addresses = Addresses(settings)
         self.rules = NameRules.load(settings)
-        self.reservations = Reservations(settings, self.rules, self.addresses)
+        self.reservations = Reservations(settings, self.rules, self.addresses, quotas)
         self.ports = Ports(settings)
+        self.frozen = Frozen(settings, self.addresses)
 
     # -- reading
 
@@ -88,7 +94,7 @@ class Tunnels:
         self, reader: Reader, organization: str, rows: Sequence[Any], redis: Redis | None = None
     ) -> list[dict[str, Any]]:
         """``redis`` is given by reads alone: inside a transaction nobody waits for another server."""
-        active = [row.id for row in rows if row.state == "active" and row.held is None]
+        active = [row.id for row in rows if row.state == "active" and row.held is None and row.frozen is None]
         places = await presence.places(
             reader,
             redis,
@@ -102,7 +108,7 @@ class Tunnels:
 
     def _document(self, row: Any, place: presence.Place | None, machines: dict[str, str]) -> dict[str, Any]:
         state = row.state if row.state != "active" else "online" if place else "offline"
-        state = _HELD.get(row.held, state)
+        state = _HELD.get(row.held, state if row.frozen is None else "suspended")
         agent = None
         if place is not None:
             agent = {"hostname": machines.get(place.session, ""), "relay": place.relay}
@@ -115,6 +121,7 @@ class Tunnels:
             "url": self.addresses.url(row._mapping),
             "state": state,
             "target": row.target,
+            "frozen": row.frozen,
             "policy": policy.shown(row.policy),
             "policy_version": row.policy_version,
             "agent": agent,
@@ -176,15 +183,17 @@ class Tunnels:
             names.check_name(name)
         if subdomain is not None:
             self.rules.check(subdomain)
-        limit = self._settings.tunnels_per_organization
-        count = await store.lock_tunnel_count(tx, caller.org)
-        # Asked under the lock, which a change of the standing takes too.
-        check_standing(await standing(tx, caller.org))
-        if count >= limit:
+        if policy.weighs(settled):
+            await store.lock_policies(tx, caller.org)
+        try:
+            held = await self._quotas.claim(tx, caller.org, "tunnels")
+        except Problem:
             # A name that exists is the truer answer: the agent is about to use that tunnel.
             if name is not None and await store.tunnel_by_name(tx, caller.org, name) is not None:
                 return None
-            raise Problem("tunnel.limit_reached", f"your organization has {limit} tunnels already", limit=limit)
+            raise
+        check_standing(await standing(tx, caller.org))  # asked under the lock, which a change of the standing takes too
+        await self._check_features(tx, held, protocol, settled)
         await self._check_policy_room(tx, caller.org, None, settled)
         for chosen, public in self._candidates(name, subdomain) if protocol != "tcp" else _names(name):
             row = await self._insert(
@@ -240,6 +249,8 @@ class Tunnels:
         Raises as ``create`` does, ``tunnel.not_found``, and ``tunnel.policy_conflict`` when the policy is not of the
         ``policy_version`` that the caller saw.
         """
+        if wanted.get("policy") is not None and policy.weighs(wanted["policy"].document):
+            await store.lock_policies(tx, caller.org)
         row = await self._lock(tx, caller, tunnel_id)
         if policy_version not in (None, row.policy_version):
             now = row.policy_version
@@ -265,6 +276,8 @@ class Tunnels:
         if values.keys() & {"subdomain", "port", "state"}:
             values["generation"] = store.tunnels.c.generation + 1
         if "policy" in values:
+            held = await plans.entitlements(tx, caller.org)
+            await self._check_features(tx, held, row["protocol"], values["policy"])
             await self._check_policy_room(tx, caller.org, row["id"], values["policy"])
             values["policy_version"] = store.tunnels.c.policy_version + 1
         try:
@@ -296,10 +309,16 @@ class Tunnels:
             if row["subdomain"] is not None:
                 await claim_store.free(tx, caller.org, row["subdomain"])
 
+    async def _check_features(self, tx: Tx, held: Entitlements, protocol: str, document: dict[str, Any]) -> None:
+        for feature in policy.needs(protocol, document):
+            await self._quotas.check_feature(tx, held, feature)
+
     async def _check_policy_room(
         self, tx: Tx, organization: str, tunnel_id: str | None, document: dict[str, Any]
     ) -> None:
-        """Every relay holds every policy: one organization may not fill them. Small ones are bounded by their number."""
+        """Every relay holds every policy: one organization may not fill them. Small ones are bounded by their number.
+
+        The caller holds ``lock_policies`` when the document weighs something."""
         size, most = policy.size(document), self._settings.policy_bytes_per_organization
         if size > policy.SMALL_BYTES and size + await store.policy_bytes(tx, organization, tunnel_id) > most:
             what = f"the policies of your organization's tunnels would have more than {most} bytes together"
@@ -316,6 +335,7 @@ class Tunnels:
         """Delete the tunnel and free its name, subdomain and port; its live session is told within 2 s.
 
         Subdomain and port go to no other organization before they have cooled down."""
+        await store.lock_set(tx, caller.org)
         row = await self._lock(tx, caller, tunnel_id)
         await store.delete_tunnel(tx, caller.org, tunnel_id)
         if row.port is not None:
@@ -324,6 +344,7 @@ class Tunnels:
             await claim_store.free(tx, caller.org, row.subdomain)
         await audit.record(tx, caller, "tunnel.delete", tunnel_id, details=_identity(row))
         changes.append(tx, changes.tunnel_removed(tunnel_id, "tunnel.deleted"))
+        await self.frozen.settle(tx, caller.org)  # there may be room for one that was frozen
 
     async def _lock(self, tx: Tx, caller: Caller, tunnel_id: str) -> Any:
         row = await store.lock_tunnel(tx, caller.org, tunnel_id)
@@ -344,7 +365,7 @@ class Tunnels:
 
     async def on_standing(self, tx: Tx, organization: str, standing: Standing | None) -> None:
         """Identity's callback: an organization that does not stand well has no live tunnel, and makes none."""
-        await store.lock_tunnel_count(tx, organization)
+        await store.lock_set(tx, organization)
         rows = await store.hold_tunnels(tx, organization, standing)
         changes.append(tx, *(changes.tunnel(self.addresses.edge_row(row._mapping)) for row in rows))
 

@@ -18,10 +18,12 @@ from typing import Any, Final
 from portico.control import changes
 from portico.control.access import Caller, Standing
 from portico.control.audit import service as audit
-from portico.control.identity import facts
+from portico.control.identity import facts, plans
 from portico.control.identity.facts import Account
+from portico.control.identity.plans import Entitlements
+from portico.control.identity.quotas import Quotas
 from portico.control.identity.signing_keys import SigningKeys
-from portico.control.tunnels import policy, store
+from portico.control.tunnels import frozen, policy, store
 from portico.control.tunnels.relays import RelayDirectory
 from portico.control.tunnels.service import Tunnels, kind_of
 from portico.errors import Problem
@@ -73,7 +75,9 @@ class Sessions:
         directory: RelayDirectory,
         keys: SigningKeys,
         clock: Clock,
+        quotas: Quotas,
     ) -> None:
+        self._quotas = quotas
         self._settings = settings
         self._tunnels = tunnels
         self._directory = directory
@@ -106,6 +110,8 @@ class Sessions:
         key_id = _key_of(caller)
         edges = await self._directory.edges(tx, agent.region)
         account = await facts.hold_key(tx, key_id, "agent:connect", caller.address)
+        if account.entitlements.limit("tunnels_online") is not None:
+            await store.lock_set(tx, caller.org)
         session = await store.open_session(
             tx,
             new_id("ses"),
@@ -120,7 +126,8 @@ class Sessions:
             about = {"agent_id": agent.agent_id, "hostname": agent.hostname}
             # A fleet that starts comes by the hundred a second.
             await audit.record(tx, caller, "agent_session.open", session["id"], details=about, numbered=False)
-        rows, others = await self._resolve(tx, caller, session["id"], agent.hostname, specs)
+        rows, others = await self._resolve(tx, caller, session["id"], agent.hostname, specs, account.entitlements)
+        await self._room_online(tx, account.entitlements, session["id"], len(rows))
         await self._bind_exactly(tx, session["id"], rows, others)
         signer = await self._keys.current_signer(tx)
         return self._answer(signer, key_id, caller, agent, session, rows, account, edges)
@@ -154,14 +161,16 @@ class Sessions:
         account = await self._accounts.of(reader, key_id)
         session = {"id": session_id, "generation": rows[0]["session_generation"]}
         agent = AgentFacts(agent_id, "", "", rows[0]["region"])
-        active = [_parsed(row) for row in rows if row["state"] == "active"]
+        active = [_parsed(row) for row in rows if row["state"] == "active" and row["frozen"] is None]
         signer = await self._keys.current_signer(reader)
         return self._answer(signer, key_id, caller, agent, session, active, account, edges)
 
     async def add(self, tx: Tx, caller: Caller, session_id: str, spec: TunnelSpec) -> dict[str, Any]:
         """One more tunnel in a live session: ``{"grants": [one]}``. Raises as ``open`` does, and ``session.not_found``."""
         key_id = _key_of(caller)
-        await facts.hold_key(tx, key_id, "agent:connect", caller.address)
+        account = await facts.hold_key(tx, key_id, "agent:connect", caller.address)
+        if account.entitlements.limit("tunnels_online") is not None:
+            await store.lock_set(tx, caller.org)
         session = await store.lock_session(tx, session_id, key_id)
         if session is None:
             raise await self._gone(tx, session_id, key_id)
@@ -169,13 +178,14 @@ class Sessions:
         if size >= self._settings.session_max_tunnels:
             limit = self._settings.session_max_tunnels
             raise Problem("tunnel.limit_reached", f"a session has at most {limit} tunnels", limit=limit)
-        (row,), _ = await self._resolve(tx, caller, session_id, session["hostname"], [spec])
+        (row,), _ = await self._resolve(tx, caller, session_id, session["hostname"], [spec], account.entitlements)
         if row["position"] is None:
+            await self._room_online(tx, account.entitlements, session_id, size + 1)
             await store.bind(tx, session_id, {row["id"]: position}, [row["id"]])
         now = int(self._clock.wall().timestamp())
         signer = await self._keys.current_signer(tx)
         life = _within_key(caller, now, self._settings.grant_life_seconds)
-        return {"grants": [self._grant(signer, session_id, caller.org, row, now, life)]}
+        return {"grants": [self._grant(signer, session_id, account.entitlements, row, now, life)]}
 
     async def remove(self, tx: Tx, caller: Caller, session_id: str, tunnel_id: str) -> None:
         """Take a tunnel out of a live session: the next refresh has no grant for it. Twice is no error."""
@@ -220,7 +230,13 @@ class Sessions:
     # -- which tunnels the specs mean
 
     async def _resolve(
-        self, tx: Tx, caller: Caller, session_id: str, hostname: str, specs: Sequence[TunnelSpec]
+        self,
+        tx: Tx,
+        caller: Caller,
+        session_id: str,
+        hostname: str,
+        specs: Sequence[TunnelSpec],
+        held: Entitlements,
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """One tunnel per spec, in order, an existing one made to fit or a new one; and what else the session has.
 
@@ -230,6 +246,8 @@ class Sessions:
         """
         for spec in specs:
             self._tunnels.check_shape(spec.protocol, spec.subdomain, spec.remote_port)
+        if any(spec.policy is not None and policy.weighs(spec.policy.document) for spec in specs):
+            await store.lock_policies(tx, caller.org)
         origins = _origins(_key_of(caller), hostname, specs)
         order = sorted(range(len(specs)), key=lambda i: (specs[i].subdomain or specs[i].name or "", i))
         choice = await self._candidates(tx, caller, session_id, specs, origins)
@@ -244,7 +262,7 @@ class Sessions:
         rows: dict[int, dict[str, Any]] = {}
         for index in order:
             row = chosen[index] or await self._make(tx, caller, specs[index], origins[index])
-            rows[index] = await self._fit(tx, caller, row, specs[index])
+            rows[index] = await self._fit(tx, caller, row, specs[index], held)
         ordered = [rows[index] for index in range(len(specs))]
         name, times = Counter(row["name"] for row in ordered).most_common(1)[0] if ordered else ("", 0)
         if times > 1:
@@ -297,12 +315,28 @@ class Sessions:
                 return {**row._mapping, "position": None}
         raise Problem("tunnel.name_taken", f"the tunnel {spec.name} comes and goes; try again")
 
-    async def _fit(self, tx: Tx, caller: Caller, row: dict[str, Any], spec: TunnelSpec) -> dict[str, Any]:
+    async def _room_online(self, tx: Tx, held: Entitlements, session_id: str, wanted: int) -> None:
+        """Raises ``quota.exceeded`` when the session's tunnels would be more on line than the plan allows, with those of others.
+
+        The caller holds ``lock_set`` where there is a limit; what the plan says is asked again under it."""
+        if held.limit("tunnels_online") is None:
+            return
+        held = await plans.entitlements(tx, held.organization)
+        allowed = held.limit("tunnels_online")
+        used = len(await store.online_tunnels(tx, held.organization, session_id, self._settings.relay_lease_seconds))
+        if allowed is not None and used + wanted > allowed:
+            raise await self._quotas.exceeded(tx, held, "tunnels_online", used, allowed, wanted)
+
+    async def _fit(
+        self, tx: Tx, caller: Caller, row: dict[str, Any], spec: TunnelSpec, held: Entitlements
+    ) -> dict[str, Any]:
         """Start a stopped tunnel, and give it the subdomain or port, target and policy that its agent declares."""
         if row["protocol"] != spec.protocol:
             raise Problem("tunnel.protocol_mismatch", f"the tunnel {row['name']} is {kind_of(row['protocol'])} tunnel")
         if row["state"] == "suspended":
             raise Problem("tunnel.suspended", f"the tunnel {row['name']} is suspended")
+        if row["frozen"] is not None:
+            raise frozen.refusal(row, held)
         wanted: dict[str, Any] = {"state": "active"}
         if spec.subdomain is not None:
             wanted["subdomain"] = spec.subdomain
@@ -364,23 +398,23 @@ class Sessions:
             "refresh_after": max(1, min(token_life, grant_life) * 2 // 3),
             "edges": edges,
             "account": who,
-            "grants": [self._grant(signer, session["id"], caller.org, row, now, grant_life) for row in rows],
+            "grants": [self._grant(signer, session["id"], account.entitlements, row, now, grant_life) for row in rows],
         }
 
     def _grant(
-        self, signer: SigningKey, session_id: str, organization: str, row: dict[str, Any], now: int, life: int
+        self, signer: SigningKey, session_id: str, held: Entitlements, row: dict[str, Any], now: int, life: int
     ) -> dict[str, Any]:
         addresses = self._tunnels.addresses
         url = addresses.url(row)
         claims = grants.grant_claims(
             session=session_id,
-            organization=organization,
+            organization=held.organization,
             tunnel=row["id"],
             name=row["name"],
             protocol=row["protocol"],
             hosts=addresses.grant_hosts(row),
             port=row["port"],
-            limits=policy.limits(self._settings, row["protocol"]),
+            limits=policy.limits(self._settings, row["protocol"], held),
             generation=row["generation"],
             policy_hash=row["policy_hash"],
             policy=row["policy"],
@@ -441,7 +475,10 @@ class _Choice:
         free = [
             row
             for row in self.by_id.values()
-            if row["origin"] == origin and row["state"] != "suspended" and row["id"] not in self._used | self.busy
+            if row["origin"] == origin
+            and row["state"] != "suspended"
+            and row["frozen"] is None
+            and row["id"] not in self._used | self.busy
         ]
         return min(free, key=lambda row: (row["position"] is None, row["id"]), default=None)
 
@@ -471,6 +508,7 @@ def _suits(row: dict[str, Any], spec: TunnelSpec) -> bool:
     """Whether there is nothing to change about a tunnel that the spec means."""
     return (
         row["state"] == "active"
+        and row["frozen"] is None
         and row["protocol"] == spec.protocol
         and spec.subdomain in (None, row["subdomain"])
         and spec.remote_port in (None, row["port"])

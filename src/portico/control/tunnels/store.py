@@ -7,7 +7,7 @@ JSON passes through raw statements as text, so that it does not matter which cod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -68,6 +68,8 @@ tunnels = sa.Table(
     sa.Column("origin", sa.Text),
     # Public port of a TCP tunnel.
     sa.Column("port", sa.Integer, sa.ForeignKey("tcp_ports.port"), unique=True),
+    # Null, or the limit or feature of the plan for want of which it is off line (frozen.py).
+    sa.Column("frozen", sa.Text),
     _time("created_at", default=True),
     _time("updated_at", default=True),
     sa.UniqueConstraint("organization_id", "name"),
@@ -196,13 +198,34 @@ organization_usage = sa.Table(
     *_counts(),
 )
 
+# The same per calendar month (UTC): what the quotas of a month are compared with.
+organization_months = sa.Table(
+    "organization_months",
+    metadata,
+    sa.Column("organization_id", sa.Text, primary_key=True),
+    sa.Column("month", sa.Date, primary_key=True),
+    *_counts(),
+)
+
+# Which shares of which quota an organization was told of, once each a month.
+usage_notices = sa.Table(
+    "usage_notices",
+    metadata,
+    sa.Column("organization_id", sa.Text, primary_key=True),
+    sa.Column("month", sa.Date, primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("percent", sa.Integer, primary_key=True),
+    _time("created_at", default=True),
+)
+
 # -- tunnels ------------------------------------------------------------------------------------------------------------
 
 _T = tunnels.c
 
 
 async def lock_set(tx: Tx, organization: str) -> None:
-    """Until the transaction ends nobody else adds a tunnel to the organization, or changes some by a session."""
+    """Until the transaction ends nobody else adds a tunnel to the organization, changes some by a session, takes one on line
+    under a limit, or freezes some. Taken before the row of any tunnel is, or never: who holds it waits for rows."""
     await tx.raw.execute("SELECT pg_advisory_xact_lock(hashtextextended('tunnels of ' || $1, 0))", organization)
 
 
@@ -215,10 +238,56 @@ async def lock_rows(tx: Tx, organization: str, tunnel_ids: list[str]) -> None:
     )
 
 
-async def lock_tunnel_count(tx: Tx, organization: str) -> int:
-    """The number of tunnels of the organization; until the transaction ends nobody else may add one."""
-    await lock_set(tx, organization)
-    return int(await tx.raw.fetchval("SELECT count(*) FROM tunnels WHERE organization_id = $1", organization))
+async def lock_policies(tx: Tx, organization: str) -> None:
+    """Until the transaction ends nobody else gives a tunnel of the organization a policy of note. Taken before ``lock_set``
+    and before the row of any tunnel."""
+    await tx.raw.execute("SELECT pg_advisory_xact_lock(hashtextextended('policies of ' || $1, 0))", organization)
+
+
+async def number_of_tunnels(reader: Reader, organization: str) -> int:
+    """How many tunnels the organization has."""
+    return int(await reader.raw.fetchval("SELECT count(*) FROM tunnels WHERE organization_id = $1", organization))
+
+
+# On line, or named by a live session so recently that it may be about to come.
+_ONLINE = """
+SELECT n.tunnel_id, min(n.session_id) AS session_id
+FROM agent_sessions s JOIN agent_session_tunnels n ON n.session_id = s.id
+WHERE s.organization_id = $1 AND s.id <> $2 AND s.ended_at IS NULL AND s.expires_at > now()
+  AND (s.updated_at > now() - make_interval(secs => $3) OR EXISTS (
+      SELECT 1 FROM relay_bindings b JOIN relays r ON r.name = b.relay
+      WHERE b.tunnel_id = n.tunnel_id AND b.session_id = s.id AND r.seen_at > now() - make_interval(secs => $3)))
+GROUP BY n.tunnel_id ORDER BY n.tunnel_id
+"""
+
+
+async def online_tunnels(reader: Reader, organization: str, but_session: str, lease_seconds: float) -> list[str]:
+    """The tunnels of the organization that are on line or about to be, the oldest first; not those of one session."""
+    rows = await reader.raw.fetch(_ONLINE, organization, but_session, float(lease_seconds))
+    return [row["tunnel_id"] for row in rows]
+
+
+async def take_offline(tx: Tx, organization: str, tunnel_ids: list[str]) -> Sequence[sa.Row[Any]]:
+    """Take tunnels out of every session and fence the grants that are out; their rows."""
+    query = "DELETE FROM agent_session_tunnels WHERE tunnel_id = ANY($1)"
+    await tx.raw.execute(query, tunnel_ids)
+    where = sa.and_(_T.organization_id == organization, _T.id.in_(tunnel_ids))
+    return (
+        await tx.execute(sa.update(tunnels).where(where).values(generation=_T.generation + 1).returning(tunnels))
+    ).all()
+
+
+async def plan_facts(tx: Tx, organization: str) -> Sequence[sa.Row[Any]]:
+    """What decides which tunnels the organization's plan has room for, the oldest first."""
+    columns = (_T.id, _T.protocol, _T.policy, _T.frozen)
+    return await tx.fetch_all(sa.select(*columns).where(_T.organization_id == organization).order_by(_T.id))
+
+
+async def freeze(tx: Tx, organization: str, tunnel_id: str, reason: str | None) -> sa.Row[Any]:
+    """Freeze a tunnel, or thaw it; its row. Grants that are out are fenced."""
+    where = sa.and_(_T.organization_id == organization, _T.id == tunnel_id)
+    values = {"frozen": reason, "generation": _T.generation + 1}
+    return (await tx.execute(sa.update(tunnels).where(where).values(**values).returning(tunnels))).one()
 
 
 async def count_tunnels(reader: Reader, organizations: Sequence[str]) -> dict[str, int]:
@@ -399,7 +468,7 @@ async def known_tunnels(reader: Reader, organization: str, tunnel_ids: list[str]
 # FOR KEY SHARE: none of them can be deleted before the session that names it is committed.
 _CANDIDATES = """
 SELECT t.id, t.organization_id, t.name, t.protocol, t.subdomain, t.target, t.policy::text, t.policy_hash,
-       t.policy_version, t.generation, t.state, t.origin, t.port, b.position
+       t.policy_version, t.generation, t.state, t.frozen, t.origin, t.port, b.position
 FROM tunnels t LEFT JOIN agent_session_tunnels b ON b.session_id = $2 AND b.tunnel_id = t.id
 WHERE t.organization_id = $1
   AND (t.name = ANY($3) OR t.subdomain = ANY($4) OR t.origin = ANY($5) OR t.port = ANY($6)
@@ -438,8 +507,8 @@ WITH session AS (
     RETURNING id, generation, region
 )
 SELECT session.id AS session, session.generation AS session_generation, session.region, t.id, t.name, t.protocol,
-       t.subdomain, t.target, t.policy::text, t.policy_hash, t.policy_version, t.generation, t.state, t.origin, t.port,
-       b.position
+       t.subdomain, t.target, t.policy::text, t.policy_hash, t.policy_version, t.generation, t.state, t.frozen, t.origin,
+       t.port, b.position
 FROM session
 LEFT JOIN agent_session_tunnels b ON b.session_id = session.id
 LEFT JOIN tunnels t ON t.id = b.tunnel_id
@@ -594,7 +663,8 @@ async def end_sessions_of_organization(tx: Tx, organization: str, code: str, gra
 # -- what relays hold ---------------------------------------------------------------------------------------------------
 
 _EDGE_TUNNELS = """
-SELECT id, organization_id, protocol, subdomain, port, state, held, generation, policy::text, policy_hash, policy_version
+SELECT id, organization_id, protocol, subdomain, port, state, held, frozen, generation, policy::text, policy_hash,
+       policy_version
 FROM tunnels
 """
 _EDGE_ENDED = """
@@ -761,6 +831,71 @@ async def tunnel_owners(reader: Reader, tunnel_ids: list[str]) -> dict[str, str]
         tunnel_ids,
     )
     return {row["id"]: row["organization_id"] for row in rows}
+
+
+_ADD_MONTHS = f"""
+INSERT INTO organization_months (organization_id, month, requests, connections, bytes_in, bytes_out, errors)
+SELECT * FROM unnest($1::text[], $2::date[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[])
+ON CONFLICT (organization_id, month) DO UPDATE SET {_added("organization_months")}
+"""  # noqa: S608 - our own names
+_ADD_NOTICES = """
+INSERT INTO usage_notices (organization_id, month, name, percent) SELECT $1, $2, $3, unnest($4::int[])
+ON CONFLICT DO NOTHING RETURNING percent
+"""
+_SUMS = ", ".join(f"least(sum({name}), {MAX_TOTAL})::bigint AS {name}" for name in _COUNTS)
+# The periods are whole days or months of UTC, and so are the hours that they are made of.
+_USAGE = f"""
+SELECT date_trunc($2, hour, 'UTC') AS period, {_SUMS} FROM {{table}}
+WHERE organization_id = $1 AND hour >= $3 AND hour < $4{{more}} GROUP BY 1 ORDER BY 1
+"""  # noqa: S608 - our own names
+_ORGANIZATION_USAGE = _USAGE.format(table="organization_usage", more="")
+_TUNNEL_USAGE = _USAGE.format(table="tunnel_usage", more=" AND tunnel_id = $5")
+
+
+async def add_month_usage(tx: Tx, columns: list[list[Any]]) -> None:
+    await tx.raw.execute(_ADD_MONTHS, *columns)
+
+
+async def month(reader: Reader, organization: str, month: date) -> Any:
+    """The organization's totals of a month; ``None`` before the first."""
+    query = "SELECT * FROM organization_months WHERE organization_id = $1 AND month = $2"
+    return await reader.raw.fetchrow(query, organization, month)
+
+
+async def months(reader: Reader, organizations: list[str], month: date) -> dict[str, Any]:
+    """The same of several organizations."""
+    query = "SELECT * FROM organization_months WHERE organization_id = ANY($1) AND month = $2"
+    return {row["organization_id"]: row for row in await reader.raw.fetch(query, organizations, month)}
+
+
+async def add_notices(tx: Tx, organization: str, month: date, name: str, percents: list[int]) -> list[int]:
+    """Those of ``percents`` that were not noted before."""
+    rows = await tx.raw.fetch(_ADD_NOTICES, organization, month, name, percents)
+    return [row["percent"] for row in rows]
+
+
+async def notices(reader: Reader, organizations: list[str], month: date) -> set[tuple[str, str, int]]:
+    """Organization, limit and percent of every notice of a month."""
+    query = "SELECT organization_id, name, percent FROM usage_notices WHERE organization_id = ANY($1) AND month = $2"
+    return {tuple(row) for row in await reader.raw.fetch(query, organizations, month)}
+
+
+async def usage(
+    reader: Reader, organization: str, tunnel_id: str | None, by: str, since: datetime, until: datetime
+) -> list[Any]:
+    """Totals per ``day`` or ``month`` (UTC), of the organization or of one of its tunnels: ``(period, counts…)``."""
+    if tunnel_id is None:
+        return list(await reader.raw.fetch(_ORGANIZATION_USAGE, organization, by, since, until))
+    return list(await reader.raw.fetch(_TUNNEL_USAGE, organization, by, since, until, tunnel_id))
+
+
+async def had_tunnel(reader: Reader, organization: str, tunnel_id: str) -> bool:
+    """Whether the organization has this tunnel, or had it when it was used."""
+    query = """
+        SELECT EXISTS (SELECT 1 FROM tunnels WHERE id = $1 AND organization_id = $2)
+            OR EXISTS (SELECT 1 FROM tunnel_usage WHERE tunnel_id = $1 AND organization_id = $2)
+    """
+    return bool(await reader.raw.fetchval(query, tunnel_id, organization))
 
 
 async def add_tunnel_usage(tx: Tx, columns: list[list[Any]]) -> None:

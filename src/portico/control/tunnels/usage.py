@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 from portico.control.identity import facts
 from portico.control.tunnels import store
+from portico.control.tunnels.standing import month_of
 from portico.kit.db import Tx
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,8 @@ def _add(left: Counts, right: Counts) -> Counts:
     )
 
 
-async def count(tx: Tx, relay: str, boot: str, batches: Sequence[Batch], now: datetime) -> int:
-    """Count the batches that were not counted before; returns the highest number that is durable with this commit.
+async def count(tx: Tx, relay: str, boot: str, batches: Sequence[Batch], now: datetime) -> set[str]:
+    """Count the batches that were not counted before; returns the organizations that used something this month.
 
     Rows of a tunnel that never existed count for their organization if that exists, and are dropped with a log line if not.
     """
@@ -84,7 +85,7 @@ async def count(tx: Tx, relay: str, boot: str, batches: Sequence[Batch], now: da
     await _write(tx, tunnels, organizations)
     if dropped:
         log.warning("usage of nobody dropped", extra={"f": {"relay": relay, "boot": boot, "rows": dropped}})
-    return max(batch.seq for batch in batches)
+    return {organization for organization, hour in organizations if month_of(hour) == month_of(now)}
 
 
 def _once(batches: Iterable[Batch]) -> list[Batch]:
@@ -102,6 +103,11 @@ async def _write(
     if tunnels:
         await store.add_tunnel_usage(tx, _columns([(*key, *tunnels[key]) for key in sorted(tunnels)]))
     if organizations:
+        months: dict[tuple[str, date], Counts] = {}
+        for (organization, hour), counts in organizations.items():
+            key = (organization, month_of(hour))
+            months[key] = _add(months.get(key, _ZERO), counts)
+        await store.add_month_usage(tx, _columns([(*key, *months[key]) for key in sorted(months)]))
         await store.add_organization_usage(tx, _columns([(*key, *organizations[key]) for key in sorted(organizations)]))
 
 
