@@ -766,6 +766,22 @@ class ApiSettings:
     # Seconds that Redis is left alone after a failure.
     redis_pause_seconds: float = 1.0
 
+    # == Rates of the API: requests in one minute, in each class of route; 0: no limit
+    # Sign-in and other routes without a credential, from one network (an address, or a /64 of IPv6).
+    rate_auth_per_minute: int = 1200
+    # Reads by one person or key.
+    rate_read_per_minute: int = 3000
+    # Writes by one person or key.
+    rate_write_per_minute: int = 1200
+    # Exports by one person or key.
+    rate_export_per_minute: int = 60
+    # Agent sessions opened, refreshed and changed with one key; a whole fleet may share it. Counted by each process alone.
+    rate_agent_per_minute: int = 60_000
+    # Requests of the console's pages from one network.
+    rate_page_per_minute: int = 1200
+    # Requests from one network whose credential does not prove good. Those on their way count until they do.
+    rate_unknown_per_minute: int = 3000
+
     # == Requests
     # Bytes of a request head: address, names and values; a token has at most 4 kB.
     request_head_max_bytes: int = 32_768

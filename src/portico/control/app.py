@@ -46,6 +46,7 @@ from portico.control.identity.leaks import Leaks
 from portico.control.identity.passwords import Passwords
 from portico.control.identity.scanner_keys import ScannerKeys
 from portico.control.identity.service import Identity
+from portico.control.limits import Limits
 from portico.control.tunnels import api as tunnels_api
 from portico.control.tunnels import jobs as tunnels_jobs
 from portico.control.tunnels import quotas as tunnel_quotas
@@ -120,6 +121,7 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
             timeout_seconds=settings.redis_timeout_seconds,
             pause_seconds=settings.redis_pause_seconds,
         )
+    state.limits = Limits(settings, state.redis, clock.monotonic)
     state.relays = RelayDirectory(settings)
     quotas = state.identity.quotas
     state.tunnels = Tunnels(settings, state.relays, state.redis, quotas)

@@ -24,6 +24,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from portico.control.console import frame
+from portico.control.limits import Limits, Ticket
 from portico.control.metrics import Tally
 from portico.errors import Problem
 from portico.kit.ids import new_id
@@ -84,6 +85,8 @@ class Exchange:
         began = time.perf_counter()
         scope.setdefault("state", {})["request_id"] = request_id
         started = False
+        limits: Limits = scope["app"].state.limits
+        ticket: Ticket | None = None
 
         async def send_with_headers(message: Message) -> None:
             nonlocal started
@@ -91,10 +94,13 @@ class Exchange:
                 started = True
                 tally.answered(message["status"], time.perf_counter() - began)
                 self._finish(message, request_id)
+                if ticket is not None:
+                    _tell(limits, ticket, scope, headers, message)
             await send(message)
 
         try:
             limit = self._limit(scope, headers)
+            ticket = await limits.admit(scope, headers)
             await self.app(scope, self._bounded(receive, limit), send_with_headers)
         except Problem as problem:
             if started:
@@ -159,6 +165,15 @@ class Exchange:
             return message
 
         return bounded
+
+
+def _tell(limits: Limits, ticket: Ticket, scope: Scope, headers: Headers, message: Message) -> None:
+    """Add what the answer says of the limit that its request was counted by."""
+    if message["status"] == 401:
+        limits.forget(headers)
+    found = MutableHeaders(scope=message)
+    for name, value in limits.answered(ticket, scope, message["status"]).items():
+        found[name] = value
 
 
 def _stopping() -> Problem:
