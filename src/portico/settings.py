@@ -583,6 +583,28 @@ class ApiSettings:
     support_session_seconds: int = 3600
     # Seconds in which a second operator confirms that a person's second factors are taken away.
     mfa_reset_seconds: int = 86_400
+    # What this installation is called in authenticator apps and passkey prompts.
+    service_name: str = "Portico"
+    # Life of the link in a mail that verifies an address.
+    email_verification_seconds: int = 259_200
+    # Life of the link in a mail that sets a new password.
+    password_reset_seconds: int = 3600
+    # Mails of one kind (verification, reset, change of address) that one account or address gets in one window.
+    account_mails_per_window: int = 5
+    # Seconds of that window.
+    account_mail_window_seconds: int = 3600
+    # Forgotten passwords that one network may ask about in one window of sign-ins.
+    resets_per_address: int = 30
+    # Seconds between the password and the second step of a sign-in.
+    second_step_seconds: int = 300
+    # Wrong codes of one person's authenticator app from one network, in one window of sign-ins.
+    code_failures_per_pair: int = 5
+    # Wrong codes of one person's authenticator app in a day, from all networks that are new to the account, and from each other.
+    code_failures_per_day: int = 30
+    # Seconds for an authenticator to answer.
+    passkey_challenge_seconds: int = 300
+    # Passkeys that a person may have.
+    passkeys_per_person: int = 20
     # Life of an access token in seconds.
     access_token_seconds: int = 900
     # Seconds that an unused refresh token lives; each use starts it anew.

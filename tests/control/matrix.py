@@ -22,6 +22,7 @@ from sqlalchemy.dialects import postgresql as pg
 
 from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, ROLES, SUPPORT_PERMISSIONS, Caller, CallerKind
 from portico.control.identity import operators, tables, tokens
+from portico.control.identity.account_tables import passkeys
 from portico.control.identity.keys import issue
 from portico.control.tunnels import relays
 from portico.kit.ids import digest, new_id, new_token
@@ -251,6 +252,7 @@ class World:
             "organization": lambda: self._text(self.owner.organization),
             "plan": lambda: self._text("enterprise"),
             "key": lambda: self._made("/v1/api-keys", {"kind": "api", "name": "x", "scopes": []}),
+            "passkey": self._passkey,
             "role": lambda: self._made("/v1/org/roles", {"name": f"role {self._count}", "permissions": []}),
             "reserved_name": self._reserved_name,
             "session": self._sign_in_session,
@@ -326,6 +328,13 @@ class World:
         answer = await self.owner.client.post("/v1/reserved-names", json={"name": name})
         assert answer.status_code == 201, answer.text
         return name
+
+    async def _passkey(self) -> str:
+        made = new_id("psk")
+        row = {"id": made, "user_id": self.owner.user, "name": "x", "credential_id": made.encode(), "public_key": b""}
+        async with self.db.transaction() as tx:
+            await tx.execute(sa.insert(passkeys).values(**row, sign_count=0, aaguid="", backed_up=False))
+        return made
 
     async def _sign_in_session(self) -> str:
         token = await self.person(self.owner.organization, self.owner.user)

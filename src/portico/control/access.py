@@ -171,7 +171,7 @@ class Caller:
     authenticated_at: datetime | None = None  # when that person last proved who they are; keys never do
     methods: tuple[str, ...] = ()  # by what, in order: pwd, otp, recovery, passkey
     unverified: bool = False  # the person's address must be verified before they may do more than look around
-    second_factor: bool = False  # whether an operator has one, used this time or not
+    second_factor: bool = False  # whether the person has one that they must use, used this time or not
     platform_operator: bool = False
     acting_operator: str | None = None  # the operator (usr_…) whose support session, ``id``, this is
     standing: Standing | None = None  # of the organization; `permissions` are what it leaves
@@ -352,17 +352,17 @@ def require_recent(*permissions: str, seconds: float | None = None, act: str | N
     people: tuple[CallerKind, ...] = ("person",)
     admitted = Depends(require(*permissions, kinds=people, act=act))
 
-    @declare(Access(people, permissions, act))
+    @declare(Access(people, permissions, act, step_up=True))
     async def check(request: Request, who: Caller = admitted) -> Caller:
         state: Any = request.app.state
-        check_recent(who, state.clock.wall(), state.settings.step_up_seconds if seconds is None else seconds)
+        check_step_up(who, state.clock.wall(), state.settings.step_up_seconds if seconds is None else seconds)
         return who
 
     return check
 
 
 def check_step_up(who: Caller, now: datetime, seconds: float) -> None:
-    """As ``check_recent``; and who has a second factor must have used it."""
+    """As ``check_recent``; and who has a second factor must have used it: a session from before it was set up has not."""
     check_recent(who, now, seconds)
     if who.second_factor and SECOND_FACTORS.isdisjoint(who.methods):
         raise Problem("auth.step_up_required", "this needs your second factor", max_age=int(seconds))

@@ -104,7 +104,7 @@ def _compose(app: FastAPI, settings: ApiSettings, clock: Clock, db: Database | N
     state.trusted_proxies = _networks(settings.trusted_proxies)
     state.passwords = Passwords(settings)
     state.signing_keys = signing_keys.SigningKeys(settings, state.sealer, clock)
-    state.identity = Identity(settings, state.db, clock, state.signing_keys, state.passwords)
+    state.identity = Identity(settings, state.db, clock, state.sealer, state.signing_keys, state.passwords)
     state.authenticate = state.identity.authenticate
     state.note_refusal = partial(audit.refused, state.db)
     state.leaks = Leaks(settings, state.db, clock, state.sealer, state.identity.keys, ScannerKeys(settings, clock))
@@ -151,6 +151,7 @@ def _route(app: FastAPI) -> None:
         identity_api.auth,
         identity_api.sessions,
         account_api.router,
+        account_api.own,
         identity_api.keys,
         leak_api.router,
         invitation_api.invited,

@@ -76,9 +76,10 @@ async def ensure_first(
         password = secrets.token_urlsafe(15)
         hashed = await passwords.hash(password)
         clock = SystemClock()
-        signing_keys = SigningKeys(settings, Sealer(settings.master_key), clock)
+        sealer = Sealer(settings.master_key)
+        signing_keys = SigningKeys(settings, sealer, clock)
         signing_keys.on_changed.append(_announce_keys)
-        identity = Identity(settings, db, clock, signing_keys, passwords)
+        identity = Identity(settings, db, clock, sealer, signing_keys, passwords)
         async with db.transaction() as tx:
             await tx.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY)))
             await signing_keys.rotate(tx)

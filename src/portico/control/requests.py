@@ -77,8 +77,9 @@ class JsonRoute(APIRoute):
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        if (found := _access(self.dependant)) is not None:
-            self.openapi_extra = {**found.openapi(), REPEATABLE: self.repeatable, **(self.openapi_extra or {})}
+        found = _access(self.dependant)
+        shown = found.openapi() if found is not None else {}
+        self.openapi_extra = {**shown, REPEATABLE: self.repeatable, **(self.openapi_extra or {})}
 
     def get_route_handler(self) -> Handler:
         inner = self._wrap(super().get_route_handler())
@@ -105,6 +106,12 @@ def _access(dependant: Dependant) -> access.Access | None:
         if found is not None:
             return found
     return None
+
+
+class Repeatable(JsonRoute):
+    """A route that opens its transactions itself, and takes an Idempotency-Key by calling :func:`once`."""
+
+    repeatable = True
 
 
 class UnitOfWork(JsonRoute):

@@ -21,7 +21,8 @@ _BODY_LENGTH = 30
 _CHECK_LENGTH = 6
 
 # Token kinds. A kind is part of every issued token: never rename one.
-TOKEN_KINDS = frozenset({"agt", "sk", "rly", "opr", "rt", "dc", "bs", "sup", "inv"})
+# The last four: links by mail (to verify, to reset, to change an address), and half a sign-in.
+TOKEN_KINDS = frozenset({"agt", "sk", "rly", "opr", "rt", "dc", "bs", "sup", "inv", "ev", "pr", "ec", "mf"})
 
 
 def uuid7() -> uuid.UUID:

@@ -15,10 +15,10 @@ _WAITING = sa.text(
 )
 
 
-async def overtaken(db: Database, change: sa.Executable, act: Coroutine[Any, Any, Any]) -> Any:
-    """What ``act`` gives when ``change`` was made, and not yet committed, before it came to look."""
+async def overtaken(db: Database, *changes: sa.Executable, act: Coroutine[Any, Any, Any]) -> Any:
+    """What ``act`` gives when it waits for a transaction that has done the first of ``changes``, and then does the others."""
     async with db.transaction() as tx:
-        await tx.execute(change)
+        await tx.execute(changes[0])
         task = asyncio.create_task(act)
         while not task.done():
             async with db.read() as reader:
@@ -26,4 +26,6 @@ async def overtaken(db: Database, change: sa.Executable, act: Coroutine[Any, Any
                     break
             await asyncio.sleep(0.01)
         assert not task.done(), "it did not wait for the change"
+        for change in changes[1:]:
+            await tx.execute(change)
     return await task

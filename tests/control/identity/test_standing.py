@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import httpx
 import pytest
 import sqlalchemy as sa
 
-from portico.control.identity.tables import api_keys, device_codes, members, sign_in_sessions, users
+from portico.control.identity.tables import api_keys, device_codes, members, organizations, sign_in_sessions, users
 from portico.kit.db import Database
 from tests.control.conftest import PASSWORD, Account
 from tests.control.identity.racing import overtaken
@@ -42,7 +41,7 @@ async def _count(db: Database, table: sa.Table, **where: Any) -> int:
 
 @pytest.mark.parametrize("change", [_disable, _end])
 async def test_no_key_for_who_is_gone_meanwhile(owner: Account, db: Database, change: Any) -> None:
-    answer = await overtaken(db, change(owner), owner.client.post("/v1/api-keys", json=KEY))
+    answer = await overtaken(db, change(owner), act=owner.client.post("/v1/api-keys", json=KEY))
     problem(answer, 401, "auth.session_ended")
     assert await _count(db, api_keys, organization_id=owner.organization) == 0
 
@@ -50,22 +49,16 @@ async def test_no_key_for_who_is_gone_meanwhile(owner: Account, db: Database, ch
 async def test_no_key_from_a_key_that_is_revoked_meanwhile(owner: Account, db: Database, connect: Any) -> None:
     key = await owner.key("api")
     revoke = sa.update(api_keys).where(api_keys.c.id == key["id"]).values(revoked_at=sa.func.now())
-    answer = await overtaken(db, revoke, connect(key["key"]).post("/v1/api-keys", json={**KEY, "kind": "api"}))
+    answer = await overtaken(db, revoke, act=connect(key["key"]).post("/v1/api-keys", json={**KEY, "kind": "api"}))
     problem(answer, 401, "auth.key_revoked")
     assert await _count(db, api_keys, organization_id=owner.organization) == 1
 
 
 async def test_no_key_for_a_member_who_is_removed_meanwhile(owner: Account, db: Database) -> None:
     """As ``Members.remove`` does it: under the lock of the organization."""
-    from portico.control.identity import store
-
-    async with db.transaction() as tx:
-        await store.lock_organization(tx, owner.organization)
-        task = asyncio.create_task(owner.client.post("/v1/api-keys", json=KEY))
-        await asyncio.sleep(0.2)
-        assert not task.done()
-        await tx.execute(_leave(owner))
-    problem(await task, 403, "auth.forbidden")
+    lock = sa.select(organizations.c.id).where(organizations.c.id == owner.organization).with_for_update(key_share=True)
+    answer = await overtaken(db, lock, _leave(owner), act=owner.client.post("/v1/api-keys", json=KEY))
+    problem(answer, 403, "auth.forbidden")
     assert await _count(db, api_keys, organization_id=owner.organization) == 0
 
 
@@ -73,7 +66,7 @@ async def test_no_session_for_who_is_disabled_meanwhile(
     owner: Account, client: httpx.AsyncClient, db: Database
 ) -> None:
     login = client.post("/v1/auth/login", json={"email": owner.email, "password": PASSWORD})
-    problem(await overtaken(db, _disable(owner), login), 401, "auth.credentials_invalid")
+    problem(await overtaken(db, _disable(owner), act=login), 401, "auth.credentials_invalid")
     assert await _count(db, sign_in_sessions, user_id=owner.user) == 1
 
 
@@ -81,7 +74,7 @@ async def test_a_session_in_no_organization_for_who_is_removed_meanwhile(
     owner: Account, client: httpx.AsyncClient, db: Database
 ) -> None:
     login = client.post("/v1/auth/login", json={"email": owner.email, "password": PASSWORD})
-    answer = await overtaken(db, _leave(owner), login)
+    answer = await overtaken(db, _leave(owner), act=login)
     assert (answer.status_code, answer.json()["organization"]) == (200, None)
 
 
@@ -90,7 +83,7 @@ async def test_a_password_that_is_replaced_meanwhile_opens_nothing(
 ) -> None:
     login = client.post("/v1/auth/login", json={"email": owner.email, "password": PASSWORD})
     other = sa.update(users).where(users.c.id == owner.user).values(password_hash="$argon2id$other")
-    problem(await overtaken(db, other, login), 401, "auth.credentials_invalid")
+    problem(await overtaken(db, other, act=login), 401, "auth.credentials_invalid")
     assert await _count(db, sign_in_sessions, user_id=owner.user) == 1
 
 
@@ -103,7 +96,7 @@ class TestDevices:
     ) -> None:
         code = (await self._start(client))["user_code"]
         approve = owner.client.post("/v1/auth/device/approve", json={"user_code": code})
-        problem(await overtaken(db, _disable(owner), approve), 401, "auth.session_ended")
+        problem(await overtaken(db, _disable(owner), act=approve), 401, "auth.session_ended")
         assert await _count(db, device_codes, user_id=owner.user) == 0
 
     async def test_an_approver_who_may_make_no_keys_any_more_gives_none(

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from portico.control.identity.account_tables import account_tokens, passkey_challenges
 from portico.control.identity.store import used_last
-from portico.control.identity.tables import device_codes, members, organizations, sign_in_sessions, users
+from portico.control.identity.tables import api_keys, device_codes, members, organizations, sign_in_sessions, users
 from portico.kit.db import Reader, Tx
 
 Row = sa.Row[Any]
@@ -54,6 +54,19 @@ async def hold_person(tx: Tx, user_id: str) -> Person | None:
 async def user(reader: Reader, user_id: str) -> Row | None:
     """A person, whole."""
     return await reader.fetch_one(sa.select(users).where(users.c.id == user_id))
+
+
+async def home(reader: Reader, user_id: str) -> str | None:
+    """The organization in whose audit log acts on the person's account are: the one joined first."""
+    query = sa.select(members.c.organization_id).where(members.c.user_id == user_id)
+    found = await reader.scalar(query.order_by(members.c.created_at, members.c.organization_id).limit(1))
+    return None if found is None else str(found)
+
+
+async def lock_keys(tx: Tx, user_id: str) -> list[str]:
+    """The unrevoked keys that a person made, in every organization, held until the transaction ends."""
+    query = sa.select(api_keys.c.id).where(api_keys.c.user_id == user_id, api_keys.c.revoked_at.is_(None))
+    return [row.id for row in await tx.fetch_all(query.order_by(api_keys.c.id).with_for_update())]
 
 
 async def update_user(tx: Tx, user_id: str, **values: Any) -> None:

@@ -29,7 +29,8 @@ from portico.control.access import (
     require,
 )
 from portico.control.identity.posture import Severity
-from portico.control.identity.service import Client, Identity, SignedIn, normal_email
+from portico.control.identity.service import Client, Identity, SecondStep, SignedIn, normal_email
+from portico.control.notifications import mail
 from portico.control.requests import JsonRoute, UnitOfWork, shown
 from portico.kit.clock import utcnow
 from portico.kit.pages import Page
@@ -58,6 +59,11 @@ Approver = Annotated[Caller, Depends(require("keys:own", "keys:write", kinds=("p
 _ADDRESS = r"^[^@\s\x00-\x1f\x7f]{1,64}@[^@\s\x00-\x1f\x7f]{1,189}$"
 
 
+def _reachable(text: str) -> str:
+    mail.address(text)
+    return text
+
+
 def _address(text: str) -> str:
     """The address in the form that is stored, without what nobody sees: it would make two accounts look like one."""
     found = normal_email(text)
@@ -69,6 +75,8 @@ def _address(text: str) -> str:
 Email = Annotated[
     str, StringConstraints(strip_whitespace=True, max_length=254, pattern=_ADDRESS), AfterValidator(_address)
 ]
+#: One that mail can be sent to: of who registers.
+MailAddress = Annotated[Email, AfterValidator(_reachable)]
 Name = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$"),
@@ -87,7 +95,7 @@ class Body(BaseModel):
 class RegisterBody(Body):
     """A new account and its organization."""
 
-    email: Email
+    email: MailAddress
     password: Password
     organization: Name
 
@@ -196,6 +204,15 @@ class Switched(BaseModel):
     session: str
     access_token: str
     token_type: Literal["Bearer"] = "Bearer"  # noqa: S105 - the scheme, not a secret
+    expires_in: int
+
+
+class MfaRequired(BaseModel):
+    """A sign-in that takes a second step, by one of these methods, within `expires_in` seconds."""
+
+    mfa_required: Literal[True]
+    mfa_token: str
+    methods: list[Literal["otp", "recovery", "passkey"]]
     expires_in: int
 
 
@@ -356,11 +373,13 @@ class Jwks(BaseModel):
 
 
 def client_of(request: Request) -> Client:
+    """What a sign-in session remembers of whoever sent ``request``."""
     agent = "".join(c for c in request.headers.get("user-agent", "") if c.isprintable())
     return Client(client_address(request), agent)
 
 
 def tokens_of(signed_in: SignedIn) -> dict[str, Any]:
+    """A session as the API shows it, this once."""
     return {
         "user": {"id": signed_in.user_id, "email": signed_in.email},
         "organization": {"id": signed_in.organization_id, "name": signed_in.organization_name}
@@ -379,10 +398,14 @@ async def register(request: Request, body: RegisterBody, service: Service, who: 
     return tokens_of(await service.register(who, body.email, body.password, body.organization, client_of(request)))
 
 
-@auth.post("/login", response_model=Tokens)
+@auth.post("/login", response_model=Tokens | MfaRequired)
 async def login(request: Request, body: LoginBody, service: Service, who: Anybody) -> Any:
-    """Sign in by password. An unknown address and a wrong password answer alike."""
-    return tokens_of(await service.login(who, body.email, body.password, client_of(request)))
+    """Sign in by password. An unknown address and a wrong password answer alike.
+
+    An account with an authenticator app answers `mfa_required` instead of tokens; `POST /auth/mfa/verify` goes on from there.
+    """
+    found = await service.login(who, body.email, body.password, client_of(request))
+    return {"mfa_required": True, **asdict(found)} if isinstance(found, SecondStep) else tokens_of(found)
 
 
 @auth.post("/refresh", response_model=Tokens)

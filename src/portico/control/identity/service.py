@@ -17,19 +17,25 @@ from portico.control.access import UNVERIFIED_PERMISSIONS, Caller, in_standing, 
 from portico.control.audit import service as audit
 from portico.control.identity import account_store, operators, plans, store, support, throttle, tokens
 from portico.control.identity import keys as key_rules
+from portico.control.identity.accounts import Accounts
 from portico.control.identity.browsers import Browsers
 from portico.control.identity.device import DeviceFlow
 from portico.control.identity.elsewhere import Elsewhere
+from portico.control.identity.factors import Factors
 from portico.control.identity.invitations import Invitations
 from portico.control.identity.keys import Keys, NewKey
+from portico.control.identity.letters import Letters
 from portico.control.identity.members import Members
 from portico.control.identity.org_standing import standing_of
 from portico.control.identity.organizations import Organizations
+from portico.control.identity.passkeys import Passkeys
 from portico.control.identity.passwords import Passwords
 from portico.control.identity.people import People
 from portico.control.identity.plan_service import Plans
+from portico.control.identity.proofs import Proofs
 from portico.control.identity.quotas import Quotas
 from portico.control.identity.roles import Roles
+from portico.control.identity.second_step import SecondStep, SecondSteps
 from portico.control.identity.sign_in import Client, SignedIn, SignIns
 from portico.control.identity.signing_keys import SigningKeys
 from portico.control.identity.step_up import StepUp
@@ -40,9 +46,10 @@ from portico.kit import networks, pages
 from portico.kit.clock import Clock
 from portico.kit.db import Database, Reader, Tx, is_unique_violation
 from portico.kit.ids import check_token, digest, new_id
+from portico.kit.sealing import Sealer
 from portico.settings import ApiSettings
 
-__all__ = ["Client", "Identity", "SignedIn", "normal_email"]
+__all__ = ["Client", "Identity", "SecondStep", "SignedIn", "normal_email"]
 
 
 @dataclass(slots=True)
@@ -65,7 +72,13 @@ class Identity:
     """Identity's verbs. One per process; wired in ``app.py``."""
 
     def __init__(
-        self, settings: ApiSettings, db: Database, clock: Clock, signing_keys: SigningKeys, passwords: Passwords
+        self,
+        settings: ApiSettings,
+        db: Database,
+        clock: Clock,
+        sealer: Sealer,
+        signing_keys: SigningKeys,
+        passwords: Passwords,
     ) -> None:
         self.settings = settings
         self.db = db
@@ -82,10 +95,16 @@ class Identity:
         self.organizations = Organizations(settings, clock)
         self.device = DeviceFlow(settings, db, clock, self.keys)
         self.browsers = Browsers(settings, db, clock)
+        self.elsewhere = Elsewhere(db, clock)
+        letters = Letters(settings, sealer, clock)
         self.sign_ins = SignIns(settings, clock, signing_keys, self.browsers)
         self.invitations = Invitations(settings, db, clock, passwords, self.sign_ins)
-        self.step_up = StepUp(settings, db, clock, passwords)
-        self.elsewhere = Elsewhere(db, clock)
+        self.factors = Factors(settings, db, clock, sealer, letters)
+        self.passkeys = Passkeys(settings, db, clock, self.sign_ins, letters)
+        proofs = Proofs(settings, db, clock, self.factors, self.passkeys, letters)
+        self.second_steps = SecondSteps(settings, db, clock, self.sign_ins, self.passkeys, proofs)
+        self.step_up = StepUp(settings, db, clock, passwords, self.passkeys, proofs)
+        self.accounts = Accounts(settings, db, clock, passwords, self.keys, self.step_up, letters)
         self._last_used = _LastUsed()
 
     # --- accounts
@@ -110,6 +129,7 @@ class Identity:
                 user_id, _ = await self.create_account(tx, caller, email, hashed, organization)
                 person = await self.sign_ins.hold(tx, user_id)
                 assert person is not None  # made above
+                await self.accounts.welcome(tx, caller, user_id, email, organization)
                 return await self.sign_ins.open(tx, person, client, ("pwd",))
         except sa_exc.IntegrityError as err:
             if is_unique_violation(err, "users_email_key"):
@@ -135,8 +155,10 @@ class Identity:
 
     async def login(
         self, caller: Caller, email: str, password: str, client: Client, *, cookie: bool = False
-    ) -> SignedIn:
-        """A session for the right password. Raises ``auth.credentials_invalid`` or ``auth.throttled``.
+    ) -> SignedIn | SecondStep:
+        """A session for the right password, or the second step where the person has set one up.
+
+        Raises ``auth.credentials_invalid`` or ``auth.throttled``.
 
         An unknown address costs the same work and answers the same. ``cookie`` sessions live in a browser (`browsers`).
         """
@@ -163,6 +185,8 @@ class Identity:
                 await throttle.forgive(tx, buckets)
                 if better:
                     await store.set_password_hash(tx, row.id, better)
+                if (second := await self.second_steps.begin(tx, person)) is not None:
+                    return second
                 return await self.sign_ins.open(tx, person, client, ("pwd",), caller=caller, cookie=cookie)
         await audit.refused(self.db, caller, "user.login", row.id, organization=row.organization_id)
         raise Problem("auth.credentials_invalid")

@@ -12,24 +12,16 @@ from typing import Any
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.identity import account_store, throttle
+from portico.control.identity import account_store, factor_store, throttle
+from portico.control.identity.passkeys import Passkeys
 from portico.control.identity.passwords import Passwords
+from portico.control.identity.proofs import Proof, Proofs
 from portico.control.identity.throttle import Bucket
 from portico.errors import Problem
 from portico.kit import networks
 from portico.kit.clock import Clock
-from portico.kit.db import Database
+from portico.kit.db import Database, Tx
 from portico.settings import ApiSettings
-
-
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """One way to prove who one is; exactly one member is given."""
-
-    password: str | None = None
-    code: str | None = None
-    recovery_code: str | None = None
-    passkey: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +35,56 @@ class Proven:
 class StepUp:
     """The verb, and the check of the current password that other verbs share."""
 
-    def __init__(self, settings: ApiSettings, db: Database, clock: Clock, passwords: Passwords) -> None:
+    def __init__(
+        self,
+        settings: ApiSettings,
+        db: Database,
+        clock: Clock,
+        passwords: Passwords,
+        passkeys: Passkeys,
+        proofs: Proofs,
+    ) -> None:
         self._settings = settings
         self._db = db
         self._clock = clock
         self._passwords = passwords
+        self._passkeys = passkeys
+        self._proofs = proofs
+
+    async def passkey_options(self, tx: Tx, caller: Caller) -> dict[str, Any]:
+        """What a browser hands to ``navigator.credentials.get`` for a proof by passkey."""
+        return await self._passkeys.options(tx, "step_up", caller.session_id, caller.user_id)
 
     async def prove(self, caller: Caller, proof: Proof) -> Proven:
         """Note a proof in the caller's session. Raises ``auth.proof_invalid``, ``auth.throttled``, ``auth.session_ended``."""
-        method = await self.check_password(caller, proof.password or "", "session.step_up")
-        now = self._clock.wall()
+        if proof.password is not None:
+            return await self._by_password(caller, proof.password)
+        user_id = caller.user_id or ""
+        counted = await self._proofs.count(caller, user_id, proof, "step_up", caller.session_id)
         async with self._db.transaction() as tx:
-            session = await account_store.lock_session(tx, caller.session_id or "")
-            if session is None:
-                raise Problem("auth.session_ended")
-            methods = [m for m in session.methods if m != method] + [method]
-            await account_store.note_proof(tx, session.id, now, methods)
-            await audit.record(tx, caller, "session.step_up", session.id, details={"method": method})
-        return Proven(now, tuple(methods))
+            await account_store.lock_user(tx, user_id)
+            if (method := await self._proofs.check(tx, caller, user_id, counted)) is not None:
+                return await self.note(tx, caller, method)
+        await audit.refused(self._db, caller, "session.step_up", caller.session_id, {"reason": "second step"})
+        raise Problem("auth.proof_invalid")
+
+    async def _by_password(self, caller: Caller, password: str) -> Proven:
+        async with self._db.read() as reader:
+            if await factor_store.has_totp(reader, caller.user_id or ""):
+                raise Problem("auth.proof_invalid", "this account has an authenticator app: send a code, or a passkey")
+        method = await self.check_password(caller, password, "session.step_up")
+        async with self._db.transaction() as tx:
+            return await self.note(tx, caller, method)
+
+    async def note(self, tx: Tx, caller: Caller, method: str) -> Proven:
+        """Write a proof that was right into the caller's session. Raises ``auth.session_ended``."""
+        now = self._clock.wall()
+        session = await account_store.lock_session(tx, caller.session_id or "")
+        if session is None:
+            raise Problem("auth.session_ended")
+        await account_store.note_proof(tx, session.id, now, [method])
+        await audit.record(tx, caller, "session.step_up", session.id, details={"method": method})
+        return Proven(now, (method,))
 
     async def check_password(self, caller: Caller, password: str, action: str) -> str:
         """``pwd`` when it is the person's password; a refusal is recorded as one of ``action``.

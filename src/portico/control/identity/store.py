@@ -37,10 +37,9 @@ _SESSION = """
 SELECT s.id, s.created_at, s.last_used_at, s.user_id, o.id AS organization_id, s.ended_at, s.expires_at, s.authenticated_at,
        s.methods, u.disabled_at, u.email_verified_at, m.role, r.permissions AS role_permissions,
        o.suspended_at, o.delete_after, {organization} IS NOT NULL AND m.role IS NULL AS outside,
-       g.id AS operator_grant, g.expires_at AS operator_until, g.id IS NOT NULL AND (
-           EXISTS (SELECT FROM passkeys p WHERE p.user_id = s.user_id)
-           OR EXISTS (SELECT FROM totp_keys t WHERE t.user_id = s.user_id AND t.confirmed_at IS NOT NULL)
-       ) AS second_factor
+       g.id AS operator_grant, g.expires_at AS operator_until,
+       EXISTS (SELECT FROM totp_keys t WHERE t.user_id = s.user_id AND t.confirmed_at IS NOT NULL)
+       OR g.id IS NOT NULL AND EXISTS (SELECT FROM passkeys p WHERE p.user_id = s.user_id) AS second_factor
 FROM sign_in_sessions s
 JOIN users u ON u.id = s.user_id
 LEFT JOIN operator_grants g ON g.user_id = s.user_id AND g.revoked_at IS NULL
@@ -100,6 +99,7 @@ async def user_by_email(reader: Reader, email: str, address: str | None) -> Row 
             users.c.email,
             users.c.password_hash,
             users.c.disabled_at,
+            users.c.email_verified_at,
             organizations.c.id.label("organization_id"),
             organizations.c.name.label("organization_name"),
             known.label("known_address"),

@@ -23,7 +23,7 @@ from portico.control.access import (
     identify,
     require,
 )
-from portico.control.requests import JsonRoute, UnitOfWork, once, shown
+from portico.control.requests import Repeatable, UnitOfWork, once, shown
 from portico.control.tunnels import history, policy
 from portico.control.tunnels.service import Tunnels
 from portico.control.tunnels.sessions import AgentFacts, Sessions, TunnelSpec
@@ -35,9 +35,9 @@ from portico.kit.pages import Page
 reserved = APIRouter(prefix="/reserved-names", tags=["tunnels"], route_class=UnitOfWork)
 tunnels = APIRouter(prefix="/tunnels", tags=["tunnels"], route_class=UnitOfWork)
 agent = APIRouter(prefix="/agent/sessions", tags=["tunnels"], route_class=UnitOfWork)
-policies = APIRouter(prefix="/tunnels", tags=["tunnels"], route_class=JsonRoute)
+policies = APIRouter(prefix="/tunnels", tags=["tunnels"], route_class=Repeatable)
 events = APIRouter(prefix="/events", tags=["tunnels"], route_class=UnitOfWork)
-hot = APIRouter(prefix="/agent/sessions", tags=["tunnels"], route_class=JsonRoute)
+hot = APIRouter(prefix="/agent/sessions", tags=["tunnels"], route_class=Repeatable)
 
 
 async def service(request: Request) -> Tunnels:

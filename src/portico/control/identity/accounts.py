@@ -1,0 +1,265 @@
+"""Accounts: whether their address is verified, and how a password is set, forgotten and changed.
+
+A link by mail proves that mail to the address reaches whoever opens it. It is a token with one use and a short life, of which we
+keep a digest. An account whose address was never verified may be a stranger's who typed somebody else's address first: who opens
+a link to it takes it over, and everything that let the stranger in ends.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import exc as sa_exc
+
+from portico.control.access import Caller, check_step_up
+from portico.control.audit import service as audit
+from portico.control.identity import account_store, factor_store, store, throttle
+from portico.control.identity.keys import Keys
+from portico.control.identity.letters import Letters
+from portico.control.identity.passwords import Passwords
+from portico.control.identity.step_up import StepUp
+from portico.control.identity.throttle import Bucket
+from portico.errors import Problem
+from portico.kit import networks
+from portico.kit.clock import Clock
+from portico.kit.db import Database, Tx, is_unique_violation
+from portico.kit.ids import check_token, digest, new_token
+from portico.settings import ApiSettings
+
+# Token kinds by purpose.
+_KIND: Final = {"verify": "ev", "reset": "pr", "change": "ec"}
+
+
+class _Undo(Exception):
+    """Ends a part of a transaction whose work is only there to take as long."""
+
+
+class Accounts:
+    """The verbs on one's own account that mail and passwords take part in."""
+
+    def __init__(
+        self,
+        settings: ApiSettings,
+        db: Database,
+        clock: Clock,
+        passwords: Passwords,
+        keys: Keys,
+        step_up: StepUp,
+        letters: Letters,
+    ) -> None:
+        self._settings = settings
+        self._db = db
+        self._clock = clock
+        self._passwords = passwords
+        self._keys = keys
+        self._step_up = step_up
+        self._letters = letters
+
+    # --- the address
+
+    async def welcome(self, tx: Tx, caller: Caller, user_id: str, email: str, organization: str) -> None:
+        """Mail the link that verifies the address of a new account."""
+        token = await self._token(tx, "verify", user_id, email)
+        await self._letters.verify(tx, caller, email, organization, token)
+
+    async def resend(self, caller: Caller) -> None:
+        """Mail another. Raises ``auth.throttled``, ``auth.email_verified``."""
+        user_id = caller.user_id or ""
+        await throttle.count(self._db, [self._mails(f"verify mail {user_id}")])
+        async with self._db.transaction() as tx:
+            person = await account_store.lock_user(tx, user_id)
+            assert person is not None  # who has a session
+            if person.email_verified_at is not None:
+                raise Problem("auth.email_verified")
+            organization = await store.organization(tx, caller.org)
+            assert organization is not None
+            await self.welcome(tx, caller, user_id, person.email, organization.name)
+            await audit.record(tx, caller, "user.verify_mail", user_id)
+
+    async def verify_email(self, caller: Caller, token: str) -> str:
+        """Note that the address that got ``token`` is its account's; returns it. Raises ``auth.link_invalid``."""
+        async with self._db.transaction() as tx:
+            person = await self._use_own(tx, "verify", token)
+            if person.email_verified_at is None:
+                await self._verified(tx, caller, person)
+        return str(person.email)
+
+    async def _verified(self, tx: Tx, caller: Caller, person: Any) -> None:
+        await account_store.update_user(tx, person.id, email_verified_at=self._clock.wall())
+        home = await account_store.home(tx, person.id)
+        await audit.record(tx, caller, "user.verify_email", person.id, organization=home)
+
+    async def change_email(self, caller: Caller, email: str) -> None:
+        """Mail a link to ``email``, which becomes the account's address when it is followed.
+
+        Whether another account has it shows to nobody but who reads that mail. Raises ``auth.throttled``.
+        """
+        user_id = caller.user_id or ""
+        await throttle.count(self._db, [self._mails(f"change mail {user_id}"), self._mails(f"change mail to {email}")])
+        async with self._db.transaction() as tx:
+            person = await account_store.lock_user(tx, user_id)
+            assert person is not None
+            await account_store.drop_tokens(tx, user_id, "change")
+            token = await self._token(tx, "change", user_id, email)
+            await self._letters.change_address(tx, caller, email, person.email, token)
+            await audit.record(tx, caller, "user.change_email_mail", user_id, details={"email": email})
+
+    async def confirm_email(self, caller: Caller, token: str) -> str:
+        """Make the address that got ``token`` the account's; returns it. The old address is told, its links are void.
+
+        Raises ``auth.link_invalid``, ``auth.email_taken``.
+        """
+        now = self._clock.wall()
+        try:
+            async with self._db.transaction() as tx:
+                row, person = await self._use(tx, "change", token)
+                await account_store.update_user(tx, person.id, email=row.email, email_verified_at=now)
+                await account_store.drop_tokens(tx, person.id, "verify", "reset", "sign_in")
+                home = await account_store.home(tx, person.id)
+                facts = {"email": row.email, "before": person.email}
+                await audit.record(tx, caller, "user.change_email", person.id, details=facts, organization=home)
+                await self._letters.tell(tx, caller, person.email, "email", detail=f"It is {row.email} now.")
+        except sa_exc.IntegrityError as err:
+            if is_unique_violation(err, "users_email_key"):
+                raise Problem("auth.email_taken") from None
+            raise
+        return str(row.email)
+
+    # --- the password
+
+    async def forgot(self, caller: Caller, email: str) -> None:
+        """Mail a link to set a new password, if there is such an account; nobody learns from here whether there is.
+
+        For an unknown address the same is written, and undone. Raises ``auth.throttled`` by network alone: an address that got
+        its few mails of the window gets no more, and the answer stays the same.
+        """
+        s = self._settings
+        network = f"forgot {networks.network(caller.address)}"
+        await throttle.count(self._db, [Bucket(network, s.resets_per_address, s.sign_in_failure_window_seconds)])
+        try:
+            await throttle.count(self._db, [self._mails(f"reset mail {email}")])
+        except Problem:  # its owner has links that work already
+            return
+        async with self._db.transaction() as tx:
+            row = await store.user_by_email(tx, email, caller.address)
+            known = row is not None and row.disabled_at is None
+            try:
+                async with tx.savepoint():
+                    token = await self._token(tx, "reset", row.id if row is not None and known else None, email)
+                    verified = row is not None and row.email_verified_at is not None
+                    await self._letters.reset(tx, caller, email, token, verified=verified)
+                    if not known:
+                        raise _Undo
+            except _Undo:
+                pass
+            # Of an unknown address nothing is kept but that somebody asked.
+            target, home = (row.id, row.organization_id) if row is not None and known else (None, None)
+            await audit.record(tx, caller, "user.forgot_password", target, organization=home)
+
+    async def reset(self, caller: Caller, token: str, password: str) -> str:
+        """Set a new password by the link that was mailed; returns the address. Second steps stay.
+
+        Every session, waiting device and other link of the account ends. An account whose address was not verified is taken
+        over: its keys, second steps and passkeys end, too. Raises ``auth.link_invalid``, ``auth.password_weak``.
+        """
+        now = self._clock.wall()
+        async with self._db.read() as reader:  # before argon2 runs for it
+            if check_token(token) != _KIND["reset"]:
+                raise Problem("auth.link_invalid")
+            found = await account_store.token(reader, digest(token), "reset", now)
+        if found is None:
+            raise Problem("auth.link_invalid")
+        self._passwords.accept(password, found.email)
+        hashed = await self._passwords.hash(password)
+        async with self._db.transaction() as tx:
+            person = await self._use_own(tx, "reset", token)
+            taken_over = person.email_verified_at is None
+            facts: dict[str, Any] = {"taken_over": taken_over}
+            facts["sessions"] = await self._set_password(tx, person.id, hashed, None, "the password was reset", now)
+            if taken_over:
+                facts |= await self._take_over(tx, person.id)
+                await account_store.update_user(tx, person.id, email_verified_at=now)
+            home = await account_store.home(tx, person.id)
+            await audit.record(tx, caller, "user.reset_password", person.id, details=facts, organization=home)
+            await self._letters.tell(tx, caller, person.email, "taken_over" if taken_over else "reset")
+        return str(person.email)
+
+    async def change_password(self, caller: Caller, current: str, password: str) -> None:
+        """Set a new password, knowing the current one; every other session ends.
+
+        Who has a second step must have taken it a short time ago. Raises ``auth.step_up_required``, ``auth.proof_invalid``,
+        ``auth.password_weak``, ``auth.throttled``, ``auth.session_ended``.
+        """
+        user_id, now = caller.user_id or "", self._clock.wall()
+        if caller.second_factor:  # the password alone is what a thief may have
+            check_step_up(caller, now, self._settings.step_up_seconds)
+        async with self._db.read() as reader:
+            known = await account_store.user(reader, user_id)
+        assert known is not None
+        self._passwords.accept(password, known.email)
+        await self._step_up.check_password(caller, current, "user.change_password")
+        hashed = await self._passwords.hash(password)
+        async with self._db.transaction() as tx:
+            person = await account_store.lock_user(tx, user_id)
+            session = await account_store.lock_session(tx, caller.session_id or "")
+            if person is None or session is None or person.password_hash != known.password_hash:
+                raise Problem("auth.session_ended")  # reset or changed in this moment
+            reason = "the password was changed"
+            ended = await self._set_password(tx, user_id, hashed, caller.session_id, reason, now)
+            await audit.record(tx, caller, "user.change_password", user_id, details={"sessions": ended})
+            await self._letters.tell(tx, caller, person.email, "password")
+
+    async def _set_password(
+        self, tx: Tx, user_id: str, hashed: str, kept: str | None, reason: str, now: datetime
+    ) -> int:
+        """Store the digest of a held person; end what the old password, and links to set one, let in."""
+        await account_store.update_user(tx, user_id, password_hash=hashed)
+        await account_store.drop_tokens(tx, user_id, "reset", "sign_in", "change")
+        await account_store.deny_device_codes(tx, user_id)
+        return await account_store.end_other_sessions(tx, user_id, kept, reason, now)
+
+    async def _take_over(self, tx: Tx, user_id: str) -> dict[str, int]:
+        """End what whoever made an unverified account left in it to come back by."""
+        await factor_store.drop_totp(tx, user_id)
+        passkeys = await factor_store.drop_passkeys(tx, user_id)
+        keys = await account_store.lock_keys(tx, user_id)
+        await self._keys.end_all_of(tx, keys)
+        return {"keys": len(keys), "passkeys": passkeys}
+
+    # --- links
+
+    async def _token(self, tx: Tx, purpose: str, user_id: str | None, email: str) -> str:
+        token, now = new_token(_KIND[purpose]), self._clock.wall()
+        s = self._settings
+        life = s.password_reset_seconds if purpose == "reset" else s.email_verification_seconds
+        row = {"digest": digest(token), "purpose": purpose, "user_id": user_id, "email": email, "created_at": now}
+        await account_store.insert_token(tx, {**row, "expires_at": now + timedelta(seconds=life)})
+        return token
+
+    async def _use(self, tx: Tx, purpose: str, token: str) -> tuple[Any, Any]:
+        """Use a link up: its row, and the person, held. Raises ``auth.link_invalid``.
+
+        The person is held first, so that of all links to one account one is used at a time.
+        """
+        now = self._clock.wall()
+        row = (
+            await account_store.token(tx, digest(token), purpose, now) if check_token(token) == _KIND[purpose] else None
+        )
+        person = await account_store.lock_user(tx, row.user_id) if row is not None else None
+        if person is None or person.disabled_at is not None:
+            raise Problem("auth.link_invalid")
+        row = await account_store.use_token(tx, digest(token), purpose, now)
+        if row is None:
+            raise Problem("auth.link_invalid")
+        return row, person
+
+    async def _use_own(self, tx: Tx, purpose: str, token: str) -> Any:
+        """As ``_use``, for a link that is void once the account has another address than it was sent to; the person."""
+        row, person = await self._use(tx, purpose, token)
+        if person.email != row.email:
+            raise Problem("auth.link_invalid")
+        return person
+
+    def _mails(self, name: str) -> Bucket:
+        return Bucket(name, self._settings.account_mails_per_window, self._settings.account_mail_window_seconds)
