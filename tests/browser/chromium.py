@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,64 @@ class Page(WSListener):  # type: ignore[misc]
     async def key(self, key: str) -> None:
         """Press and release one key."""
         text = {"text": key} if len(key) == 1 else {}
-        code = {"Escape": 27, "Enter": 13}.get(key, ord(key[0].upper()))
+        if key == "Enter":
+            text = {"text": "\r"}
+        code = {"Escape": 27, "Enter": 13, "Tab": 9}.get(key, ord(key[0].upper()))
         await self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
         await self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+
+    async def go(self, url: str) -> None:
+        """Go on to ``url`` in the window as it is."""
+        await self.leaving(self.call("Page.navigate", url=url))
+
+    async def leaving(self, act: Awaitable[Any], limit: float = 10.0) -> None:
+        """Do ``act`` and wait until another page is there and loaded."""
+        await self.js("window.before = true")
+        await act
+        async with asyncio.timeout(limit):
+            while not await self._loaded():
+                await asyncio.sleep(0.02)
+
+    async def _loaded(self) -> bool:
+        # In the moment between two pages an expression has no world to run in.
+        answer = await self.call(
+            "Runtime.evaluate", expression="!window.before && document.readyState === 'complete'", returnByValue=True
+        )
+        return bool(answer["result"].get("value"))
+
+    async def fill(self, fields: dict[str, str]) -> None:
+        """Type into the fields of these names that can be seen."""
+        for name, value in fields.items():
+            where = json.dumps(f"[name={json.dumps(name)}]:not([type=hidden])")
+            assert await self.js(f"Boolean(document.querySelector({where}))"), f"there is no field {name}"
+            await self.js(f"document.querySelector({where}).select()")
+            await self.call("Input.insertText", text=value)
+
+    async def press(self, label: str) -> None:
+        """Press the button or link with this label that can be seen, and wait for the page that it leads to."""
+        await self.leaving(self.click(label))
+
+    async def click(self, label: str) -> None:
+        """Click what has this label and can be seen, with a mouse."""
+        where = await self.js(
+            "(() => { const found = [...document.querySelectorAll('button, a, summary')].find(node =>"
+            f" node.innerText.trim() === {json.dumps(label)} && node.checkVisibility());"
+            "if (!found) return null; found.scrollIntoView({block: 'center'}); const box = found.getBoundingClientRect();"
+            "return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+        )
+        assert where is not None, f"there is no {label!r} on {await self.text('body')!r}"
+        for kind in ("mousePressed", "mouseReleased"):
+            await self.call("Input.dispatchMouseEvent", type=kind, x=where[0], y=where[1], button="left", clickCount=1)
+
+    async def authenticator(self) -> str:
+        """Plug a virtual authenticator in whose user is always there and verified; its id."""
+        await self.call("WebAuthn.enable")
+        options = {
+            "protocol": "ctap2", "transport": "internal", "hasResidentKey": True, "hasUserVerification": True,
+            "isUserVerified": True, "automaticPresenceSimulation": True,
+        }  # fmt: skip
+        made = await self.call("WebAuthn.addVirtualAuthenticator", options=options)
+        return str(made["authenticatorId"])
 
     async def screenshot(self, path: Path) -> None:
         """What the window shows, as a PNG."""

@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import pytest
 
-from portico.errors import Problem
 from tests.control.conftest import PASSWORD, Account
 from tests.control.console.conftest import SignIn, form_token
 from tests.control.test_http import problem
@@ -83,32 +82,27 @@ class TestBrowserRules:
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
         assert "frame-ancestors 'none'" in policy
-        assert "<script" not in page.text
+        assert not re.search(
+            r'<script(?! src="/static/[a-z]+\.js" defer></script>)|<style| style=| on[a-z]+=', page.text
+        )
         assert not re.search(r'(?:src|href)="(?:https?:)?//', page.text)
         assert page.headers["cache-control"] == "no-store"
         assert (await browser.get("/static/console.css")).headers["content-type"].startswith("text/css")
 
-    @pytest.mark.parametrize(
-        "headers",
-        [
-            {"Origin": "https://evil.example"},
-            {"Origin": "null"},
-            {"Origin": "http://[::1"},
-            {"Origin": "api.test"},
-            {"Sec-Fetch-Site": "cross-site"},
-            {"Sec-Fetch-Site": "same-site"},
-        ],
-    )
     async def test_forms_of_other_sites(
-        self, owner: Account, client: httpx.AsyncClient, browser: httpx.AsyncClient, headers: dict[str, str]
+        self, owner: Account, client: httpx.AsyncClient, browser: httpx.AsyncClient
     ) -> None:
         started = await _start(client)
         await _sign_in(browser, owner, started["user_code"])
         page = await browser.get("/device", params={"code": started["user_code"]})
         form = {"form_token": form_token(page), "code": started["user_code"], "answer": "approve"}
-        answer = await browser.post("/device", data=form, headers=headers)
-        assert answer.status_code == 403
-        assert "another site" in answer.text
+        for name, value in (
+            ("Origin", "https://evil.example"), ("Origin", "null"), ("Origin", "http://[::1"), ("Origin", "api.test"),
+            ("Sec-Fetch-Site", "cross-site"), ("Sec-Fetch-Site", "same-site"),
+        ):  # fmt: skip
+            answer = await browser.post("/device", data=form, headers={name: value})
+            assert answer.status_code == 403, value
+            assert "another site" in answer.text
         problem(await _poll(client, started), 400, "device.authorization_pending")
 
     async def test_tokens_of_another_browser_session_or_none(
@@ -124,27 +118,26 @@ class TestBrowserRules:
             assert answer.status_code == 403, token
         problem(await _poll(client, started), 400, "device.authorization_pending")
 
-    @pytest.mark.parametrize(
-        ("body", "kind"),
-        [
+    async def test_hostile_forms(self, owner: Account, client: httpx.AsyncClient, sign_in: SignIn) -> None:
+        browser = await sign_in(owner)
+        for body, kind in (
             (b"{}", "application/json"),
             (b"a=%FF", "application/x-www-form-urlencoded"),
             (b"a=%00", "application/x-www-form-urlencoded"),
             (b"&".join(b"a=1" for _ in range(100)), "application/x-www-form-urlencoded"),
             (b"\xff\x00", "application/x-www-form-urlencoded"),
             (b"--x\r\n", "multipart/form-data; boundary=x"),
-        ],
-    )
-    async def test_hostile_forms(
-        self, owner: Account, browser: httpx.AsyncClient, sign_in: SignIn, body: bytes, kind: str
-    ) -> None:
-        assert (await browser.post("/sign-in", content=body, headers={"Content-Type": kind})).status_code == 403
-        browser = await sign_in(owner)
-        for path in ("/device", "/account/sessions", "/organizations"):
-            answer = await browser.post(path, content=body, headers={"Content-Type": kind})
-            assert answer.status_code == 403
-            assert Problem("console.form_rejected").hint[:20] in answer.text
+        ):
+            for who, path in (
+                (browser, "/device"),
+                (browser, "/account/sessions"),
+                (client, "/sign-in"),
+                (client, "/register"),
+            ):
+                answer = await who.post(path, content=body, headers={"Content-Type": kind})
+                assert answer.status_code == 403, (path, body)
+                assert "Nothing was changed" in answer.text
 
     async def test_the_code_is_reflected_safely(self, browser: httpx.AsyncClient) -> None:
         page = await browser.get("/device", params={"code": '"><script>BCDF'}, follow_redirects=True)
-        assert "<script" not in page.text
+        assert "<script>" not in page.text

@@ -14,16 +14,18 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from portico.control.access import Caller
 from portico.control.console import agents, browser, frame
-from portico.control.identity.service import Identity
+from portico.control.console.frame import PageRoute, Who, identity_of
 from portico.errors import Problem
 from portico.kit.pages import MAX_LIMIT, PageRequest
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, route_class=PageRoute)
 
 _SAID: Mapping[str, str] = {
     "ended": "The session has ended; that browser is signed out.",
     "others-ended": "All other sessions have ended.",
+    "joined": "Welcome. You are a member now.",
     "switched": "You are in another organization now.",
 }
 
@@ -32,19 +34,20 @@ def _said(request: Request) -> str | None:
     return _SAID.get(request.query_params.get("said", ""))
 
 
+@router.get("/account")
+async def account() -> Response:
+    """The first page of it."""
+    return frame.to("/account/security")
+
+
 @router.get("/account/sessions")
-async def sessions(request: Request) -> Response:
+async def sessions(request: Request, who: Who) -> Response:
     """Where the person is signed in, this browser first."""
-    who = await browser.signed_in(request)
-    if who is None:
-        return frame.to_sign_in("/account/sessions")
-    return await _sessions(request)
+    return await _sessions(request, who)
 
 
-async def _sessions(request: Request, problem: Problem | None = None) -> Response:
-    who = await browser.signed_in(request)
-    assert who is not None
-    identity: Identity = request.app.state.identity
+async def _sessions(request: Request, who: Caller, problem: Problem | None = None) -> Response:
+    identity = identity_of(request)
     async with identity.db.read() as reader:
         found = await identity.sessions(reader, who, PageRequest(MAX_LIMIT))
     rows: list[dict[str, Any]] = [{**row, "device": agents.named(row["user_agent"])} for row in found["data"]]
@@ -53,12 +56,9 @@ async def _sessions(request: Request, problem: Problem | None = None) -> Respons
 
 
 @router.post("/account/sessions")
-async def end_session(request: Request) -> Response:
+async def end_session(request: Request, who: Who) -> Response:
     """End one session, or all but this one."""
-    who = await browser.signed_in(request)
-    if who is None:
-        return frame.to_sign_in("/account/sessions")
-    identity: Identity = request.app.state.identity
+    identity = identity_of(request)
     try:
         fields = await browser.form(request)
         session = fields.get("session", "")
@@ -72,7 +72,7 @@ async def end_session(request: Request) -> Response:
             return frame.to("/account/sessions?said=ended")
         if problem.code != "console.form_rejected":
             raise
-        return await _sessions(request, problem)
+        return await _sessions(request, who, problem)
     if session == who.session_id:
         response = frame.to("/sign-in?said=out")
         browser.drop(request, response, browser.SESSION)
@@ -81,40 +81,33 @@ async def end_session(request: Request) -> Response:
 
 
 @router.get("/organizations")
-async def organizations(request: Request) -> Response:
+async def organizations(request: Request, who: Who) -> Response:
     """The person's organizations, to turn this browser to one of them."""
-    if await browser.signed_in(request) is None:
-        return frame.to_sign_in("/organizations")
-    return await _organizations(request)
+    return await _organizations(request, who)
 
 
-async def _organizations(request: Request, problem: Problem | None = None) -> Response:
-    who = await browser.signed_in(request)
-    assert who is not None
-    identity: Identity = request.app.state.identity
+async def _organizations(request: Request, who: Caller, problem: Problem | None = None) -> Response:
+    identity = identity_of(request)
     async with identity.db.read() as reader:
-        rows = await identity.browsers.organizations(reader, who)
+        found = await identity.organizations.listing(reader, who, PageRequest(MAX_LIMIT))
     after = frame.next_path(request.query_params.get("next", ""), "")
     return await frame.page(
-        request, "organizations.html", problem, rows=rows, current=who.organization, said=_said(request), after=after
+        request, "organizations.html", problem, rows=found["data"], said=_said(request), after=after
     )
 
 
 @router.post("/organizations")
-async def switch(request: Request) -> Response:
+async def switch(request: Request, who: Who) -> Response:
     """Turn this browser to another organization."""
-    who = await browser.signed_in(request)
-    if who is None:
-        return frame.to_sign_in("/organizations")
-    identity: Identity = request.app.state.identity
+    identity = identity_of(request)
     try:
         fields = await browser.form(request)
         wanted = fields.get("organization", "")
         if wanted != who.organization:
             async with identity.db.transaction() as tx:
-                await identity.browsers.switch(tx, who, wanted)
+                await identity.organizations.switch(tx, who, wanted)
     except Problem as problem:
         if problem.code not in ("console.form_rejected", "request.not_found"):
             raise
-        return await _organizations(request, problem)
+        return await _organizations(request, who, problem)
     return frame.to(frame.next_path(fields.get("next", ""), "/organizations?said=switched"))

@@ -135,9 +135,12 @@ def _is_own(origin: str, request: Request, settings: ApiSettings) -> bool:
 
 
 def keep_nonce(request: Request, response: Response) -> None:
-    """Store what the form tokens of a page hang on."""
-    value = nonce(request)
-    if cookie(request, FORM) != value:
+    """Store what the form tokens of a page hang on.
+
+    Not in the answer to a form of another site: it came without our cookies, and a new one would spoil the forms of open pages.
+    """
+    value, foreign = nonce(request), request.headers.get("sec-fetch-site") == "cross-site"
+    if cookie(request, FORM) != value and not (foreign and request.method == "POST"):
         keep(request, response, FORM, value)
 
 

@@ -13,11 +13,13 @@ from urllib.parse import quote
 from fastapi import APIRouter, Request, Response
 
 from portico.control.console import browser, frame
+from portico.control.console.frame import PageRoute
 from portico.control.identity.device import normal_code, shown_code
 from portico.control.identity.service import Identity
 from portico.errors import Problem
+from portico.kit.pages import PageRequest
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, route_class=PageRoute)
 
 # Problems that the page shows in place; others are faults and keep their own answer.
 _SHOWN = frozenset({"auth.throttled", "auth.forbidden", "device.code_invalid", "console.form_rejected"})
@@ -65,6 +67,6 @@ async def _page(request: Request, typed: str, problem: Problem | None = None) ->
                 raise
             return await frame.page(request, "code.html", found, code=shown)
         async with identity.db.read() as reader:
-            several = len(await identity.browsers.organizations(reader, who)) > 1
-        return await frame.page(request, "decide.html", device=device, several=several)
+            own = await identity.organizations.listing(reader, who, PageRequest(limit=2))
+        return await frame.page(request, "decide.html", device=device, several=len(own["data"]) > 1)
     return await frame.page(request, "code.html", problem, code=shown)

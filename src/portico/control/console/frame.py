@@ -7,18 +7,19 @@ A page is rendered with ``person`` (``None`` or who is signed in), ``problem`` (
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
-from urllib.parse import quote
+from typing import Annotated, Any, Final
+from urllib.parse import quote, urlsplit
 
 import jinja2
-from fastapi import Request, Response
+from fastapi import Depends, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.routing import APIRoute
 
-from portico.control.access import Caller
+from portico.control.access import Caller, check_recent
 from portico.control.console import browser
 from portico.control.identity.service import Identity
 from portico.errors import Problem
@@ -43,13 +44,33 @@ templates = jinja2.Environment(
 
 # The field that a problem is about, where it is one of a form.
 _FIELDS: Final[Mapping[str, str]] = {
-    "auth.password_weak": "password",
     "auth.email_taken": "email",
+    "auth.password_weak": "password",
+    "auth.second_step_invalid": "code",
     "device.code_invalid": "code",
 }
 
+# What is wrong, for people in front of a page, where the catalogue's title is one for programs.
+_TITLES: Final[Mapping[str, str]] = {
+    "auth.passkey_invalid": "This passkey does not fit",
+    "auth.proof_invalid": "This does not fit",
+    "auth.second_step_invalid": "This does not fit",
+}
+# Advice for people in front of a page, where that of the catalogue speaks to programs or of the command line.
+_ADVICE: Final[Mapping[str, str]] = {
+    "auth.credentials_invalid": "Check both and try again.",
+    "auth.passkey_invalid": "Sign in with your password, or with another passkey.",
+    "auth.proof_invalid": "Check it and try again. A code works once: wait for the next one.",
+    "auth.second_step_invalid": "Check it and try again. A code works once: wait for the next one.",
+    "auth.throttled": "Nothing is wrong with your account; this keeps guessers out.",
+    "console.form_rejected": "Nothing was changed. Send the form again from here.",
+    "request.not_found": "Check the address, or go on from the start page.",
+}
+
 # Paths that a form may lead to: pages of ours that show something, without a scheme or host to be fooled about.
-_NEXT = re.compile(r"/(?:account|device|invitation|organizations)(?:/[a-z-]{1,32}){0,2}(?:\?code=[A-Za-z-]{1,16})?")
+_NEXT = re.compile(
+    r"/(?:account|check-mail|device|invitation|organizations)(?:/[a-z-]{1,32}){0,2}(?:\?code=[A-Za-z-]{1,16})?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +81,7 @@ class Person:
     organization: str
 
 
-def next_path(typed: str, default: str = "/account/sessions") -> str:
+def next_path(typed: str, default: str = "/account/security") -> str:
     """``typed`` when it is a page of ours, else ``default``."""
     return typed if _NEXT.fullmatch(typed) else default
 
@@ -70,9 +91,75 @@ def to(path: str) -> RedirectResponse:
     return RedirectResponse(path, 303)
 
 
+class Leave(Exception):
+    """Ends a page: the browser goes elsewhere. Raised by what pages depend on."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+
+class PageRoute(APIRoute):
+    """A route of pages: who must sign in, or prove again who they are, is led there and back."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def page(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except Leave as leave:
+                return to(leave.path)
+            except Problem as problem:
+                if problem.code == "auth.step_up_required":
+                    return to(f"/account/confirm?next={quote(here(request), safe='/')}")
+                if problem.code == "auth.session_ended":
+                    return to_sign_in(here(request))
+                raise
+
+        return page
+
+
+def here(request: Request) -> str:
+    """The page that a request is about: its own address, or of a form that of the page it was on."""
+    if request.method == "GET":
+        return next_path(request.url.path)
+    return next_path(urlsplit(request.headers.get("referer", "")).path)
+
+
+async def person(request: Request) -> Caller:
+    """Dependency: who is signed in; others sign in first."""
+    found = await browser.signed_in(request)
+    if found is None:
+        raise Leave(_sign_in(here(request)))
+    return found
+
+
+async def recent(request: Request) -> Caller:
+    """Dependency: who is signed in and proved it a short time ago; others prove it first."""
+    found = await person(request)
+    state: Any = request.app.state
+    check_recent(found, state.clock.wall(), state.settings.step_up_seconds)
+    return found
+
+
+Who = Annotated[Caller, Depends(person)]
+Recent = Annotated[Caller, Depends(recent)]
+
+
+def identity_of(request: Request) -> Identity:
+    """The process's identity service."""
+    found: Identity = request.app.state.identity
+    return found
+
+
+def _sign_in(after: str) -> str:
+    return f"/sign-in?next={quote(after, safe='/')}"
+
+
 def to_sign_in(after: str) -> RedirectResponse:
     """To the sign-in page, and from there on to ``after``."""
-    return to(f"/sign-in?next={quote(after, safe='/')}")
+    return to(_sign_in(after))
 
 
 async def person_of(request: Request, caller: Caller) -> Person:
@@ -98,8 +185,9 @@ async def page(
     html = templates.get_template(template).render(
         person=await person_of(request, caller) if caller else None,
         path=request.url.path,
+        site=urlsplit(request.app.state.settings.api_url).netloc,
         problem=problem,
-        wrong=wrong or (_FIELDS.get(problem.code) if problem else None),
+        wrong=wrong or (problem.extra.get("field", _FIELDS.get(problem.code)) if problem else None),
         form_token=browser.form_token(request, browser.nonce(request)),
         now=datetime.now(UTC),
         **values,
@@ -134,4 +222,16 @@ def ago(then: datetime, now: datetime) -> str:
     return "just now"
 
 
-templates.filters["ago"] = ago
+def said(problem: Problem) -> str:
+    """What went wrong, as a sentence begins."""
+    own = problem.detail == problem.spec.title
+    detail = _TITLES.get(problem.code, problem.detail) if own else problem.detail
+    return detail[:1].upper() + detail[1:]
+
+
+def advice(problem: Problem) -> str:
+    """What to do about it."""
+    return _ADVICE.get(problem.code, problem.hint)
+
+
+templates.filters |= {"ago": ago, "said": said, "advice": advice}

@@ -9,12 +9,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
 from portico import kit
-from portico.control.console import account, device, frame, sign_in
+from portico.control.console import account, confirm, device, frame, invitation, links, register, security, sign_in
 from portico.settings import ApiSettings
 
 router = APIRouter(include_in_schema=False)
-for part in (sign_in.router, account.router, device.router):
-    router.include_router(part)
+for part in (sign_in, register, links, invitation, confirm, security, account, device):
+    router.include_router(part.router)
 
 # The agent's local page shares what is in kit.
 _FOLDERS = (Path(kit.__file__).parent / "static", Path(__file__).parent / "static")

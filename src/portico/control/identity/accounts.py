@@ -23,7 +23,7 @@ from portico.control.identity.throttle import Bucket
 from portico.errors import Problem
 from portico.kit import networks
 from portico.kit.clock import Clock
-from portico.kit.db import Database, Tx, is_unique_violation
+from portico.kit.db import Database, Reader, Tx, is_unique_violation
 from portico.kit.ids import check_token, digest, new_token
 from portico.settings import ApiSettings
 
@@ -57,6 +57,12 @@ class Accounts:
         self._letters = letters
 
     # --- the address
+
+    async def address(self, reader: Reader, caller: Caller) -> dict[str, Any]:
+        """The person's ``{email, verified}``."""
+        person = await account_store.user(reader, caller.user_id or "")
+        assert person is not None  # who has a session
+        return {"email": person.email, "verified": person.email_verified_at is not None}
 
     async def welcome(self, tx: Tx, caller: Caller, user_id: str, email: str, organization: str) -> None:
         """Mail the link that verifies the address of a new account."""

@@ -7,13 +7,11 @@ that somebody planted or saw before is worth nothing after. It slides: each use 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from portico.control.access import Caller
-from portico.control.audit import service as audit
-from portico.control.identity import roster, store
+from portico.control.identity import store
 from portico.errors import Problem
 from portico.kit.clock import Clock
 from portico.kit.db import Database, Reader, Tx
@@ -64,15 +62,3 @@ class Browsers:
         if not await store.set_cookie(tx, caller.session_id or "", kept, self._clock.wall()):
             raise Problem("auth.session_ended")
         return secret
-
-    async def organizations(self, reader: Reader, caller: Caller) -> Sequence[Any]:
-        """Where the person is a member, by name: ``id``, ``name`` and ``role_name`` of each."""
-        return await store.memberships(reader, caller.user_id or "")
-
-    async def switch(self, tx: Tx, caller: Caller, organization: str) -> None:
-        """Turn the caller's session to another organization of theirs. Raises ``request.not_found``."""
-        if not await store.turn_session(tx, caller.session_id or "", organization, self._clock.wall()):
-            raise Problem("request.not_found", "you are no member of such an organization")
-        await roster.used(tx, organization, caller.user_id or "", self._clock.wall())
-        facts = {"session": caller.session_id, "before": caller.organization}
-        await audit.record(tx, caller, "session.switch", caller.user_id, details=facts, organization=organization)

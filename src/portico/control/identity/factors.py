@@ -51,6 +51,17 @@ class Factors:
             "passkeys": len(await factor_store.passkeys_of(reader, user_id)),
         }
 
+    async def pending(self, reader: Reader, caller: Caller) -> dict[str, str] | None:
+        """The key that :meth:`start` made and that no code has confirmed yet; ``None`` without one."""
+        user_id = caller.user_id or ""
+        row, person = await factor_store.totp(reader, user_id), await account_store.user(reader, user_id)
+        if row is None or person is None or row.confirmed_at is not None:
+            return None
+        return self._shown(self._sealer.open(_PURPOSE, user_id, row.sealed_secret), person.email)
+
+    def _shown(self, secret: bytes, email: str) -> dict[str, str]:
+        return {"secret": totp.shown(secret), "uri": totp.uri(secret, email, self._settings.service_name)}
+
     # --- setting up
 
     async def start(self, tx: Tx, caller: Caller) -> dict[str, str]:
@@ -66,7 +77,7 @@ class Factors:
         if not await factor_store.put_totp(tx, user_id, sealed, self._clock.wall()):
             raise Problem("mfa.already_on")
         await audit.record(tx, caller, "mfa.start", user_id)
-        return {"secret": totp.shown(secret), "uri": totp.uri(secret, person.email, self._settings.service_name)}
+        return self._shown(secret, person.email)
 
     async def confirm(self, caller: Caller, code: str) -> list[str]:
         """Switch the second step on with a first code; returns the recovery codes, which are shown this once.

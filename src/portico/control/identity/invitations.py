@@ -196,7 +196,9 @@ class Invitations:
         await self._join(tx, caller, row, token, person.id)
         return {"id": row.organization_id, "name": row.organization_name}
 
-    async def register(self, caller: Caller, token: str, password: str, client: Client) -> SignedIn:
+    async def register(
+        self, caller: Caller, token: str, password: str, client: Client, *, cookie: bool = False
+    ) -> SignedIn:
         """An account for the invited address, which is a member of the organization and owns none; and a first session.
 
         Raises ``invitation.invalid``, ``auth.password_weak``, ``auth.throttled``, ``auth.email_taken`` (sign in, then accept).
@@ -218,7 +220,7 @@ class Invitations:
                 await self._join(tx, caller, row, token, user["id"])
                 person = await self._sign_ins.hold(tx, user["id"])
                 assert person is not None  # made just now
-                return await self._sign_ins.open(tx, person, client, ("pwd",))
+                return await self._sign_ins.open(tx, person, client, ("pwd",), cookie=cookie)
         except sa_exc.IntegrityError as err:
             if is_unique_violation(err, "users_email_key"):
                 raise Problem("auth.email_taken", hint="Sign in to that account, and accept there.") from None

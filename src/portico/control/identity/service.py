@@ -109,7 +109,9 @@ class Identity:
 
     # --- accounts
 
-    async def register(self, caller: Caller, email: str, password: str, organization: str, client: Client) -> SignedIn:
+    async def register(
+        self, caller: Caller, email: str, password: str, organization: str, client: Client, *, cookie: bool = False
+    ) -> SignedIn:
         """An account, its organization, and a first session.
 
         Raises ``auth.registration_closed``, ``auth.password_weak``, ``auth.email_taken``, ``auth.throttled``.
@@ -130,7 +132,7 @@ class Identity:
                 person = await self.sign_ins.hold(tx, user_id)
                 assert person is not None  # made above
                 await self.accounts.welcome(tx, caller, user_id, email, organization)
-                return await self.sign_ins.open(tx, person, client, ("pwd",))
+                return await self.sign_ins.open(tx, person, client, ("pwd",), cookie=cookie)
         except sa_exc.IntegrityError as err:
             if is_unique_violation(err, "users_email_key"):
                 raise Problem("auth.email_taken") from None

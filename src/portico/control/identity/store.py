@@ -15,7 +15,6 @@ from portico.control.identity.tables import (
     operator_grants,
     organizations,
     refresh_tokens,
-    roles,
     sign_in_sessions,
     users,
 )
@@ -123,20 +122,6 @@ def used_last() -> list[sa.ColumnElement[Any]]:
 async def user(reader: Reader, user_id: str) -> Row | None:
     """One person."""
     return await reader.fetch_one(sa.select(users.c.id, users.c.email).where(users.c.id == user_id))
-
-
-async def memberships(reader: Reader, user_id: str) -> Sequence[Row]:
-    """The organizations that a person is a member of, by name."""
-    o, m = organizations, members
-    role = sa.func.coalesce(roles.c.name, m.c.role).label("role_name")
-    query = (
-        sa.select(o.c.id, o.c.name, role)
-        .join(m, m.c.organization_id == o.c.id)
-        .outerjoin(roles, sa.and_(roles.c.id == m.c.role, roles.c.organization_id == o.c.id))
-        .where(m.c.user_id == user_id)
-        .order_by(sa.func.lower(o.c.name), o.c.id)
-    )
-    return await reader.fetch_all(query)
 
 
 async def set_password_hash(tx: Tx, user_id: str, hashed: str) -> None:
@@ -342,14 +327,6 @@ async def set_cookie(tx: Tx, session: str, digest: bytes, now: datetime) -> bool
     t = sign_in_sessions
     update = sa.update(t).where(_live_session(session, now), t.c.cookie_digest.is_not(None))
     return bool((await tx.execute(update.values(cookie_digest=digest).returning(t.c.id))).all())
-
-
-async def turn_session(tx: Tx, session: str, organization: str, now: datetime) -> bool:
-    """Turn a live session of a browser to another organization of its person; whether both are there."""
-    t = sign_in_sessions
-    belongs = sa.exists().where(members.c.user_id == t.c.user_id, members.c.organization_id == organization)
-    update = sa.update(t).where(_live_session(session, now), t.c.cookie_digest.is_not(None), belongs)
-    return bool((await tx.execute(update.values(organization_id=organization).returning(t.c.id))).all())
 
 
 async def expire_sessions(tx: Tx, before: datetime) -> None:

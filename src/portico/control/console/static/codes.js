@@ -1,0 +1,14 @@
+// Copy and print for recovery codes. Without it they can be selected, and the browser's own menu prints.
+"use strict";
+
+const codes = document.querySelector(".codes");
+for (const button of document.querySelectorAll("[data-act]")) {
+  if (button.dataset.act === "copy" && !navigator.clipboard) continue;
+  button.hidden = false;
+  button.addEventListener("click", async () => {
+    if (button.dataset.act === "print") return print();
+    const text = [...codes.querySelectorAll("code")].map((code) => code.textContent).join("\n");
+    await navigator.clipboard.writeText(`${text}\n`);
+    document.querySelector("[role=status]").textContent = "Copied.";
+  });
+}
