@@ -16,8 +16,10 @@ from portico.control import metrics as api_metrics
 from portico.kit import metrics as common
 from portico.relay import metrics
 from portico.relay.server import Relay
+from portico.wire.session import Session
 from portico.worker import metrics as worker_metrics
 from tests.relay.doubles import Client, ScriptedAgent, grant, port
+from tests.relay.known import GET, forget, learn, whole
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n"
 Visit = Callable[..., Any]
@@ -53,6 +55,29 @@ async def scrape(relay: Relay) -> Scrape:
         answer = await client.get(f"http://127.0.0.1:{shown_at(relay)}/metrics")
     assert answer.status_code == 200
     return Scrape(answer.text)
+
+
+async def test_faults_of_the_short_way_are_counted_and_the_visitor_gets_its_answer(
+    relay: Relay, agent: ScriptedAgent, visit: Visit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    forget()
+    agent.on_stream = whole
+    client: Client = await visit()
+    await learn(client)
+    assert (await scrape(relay))["portico_relay_short_way_faults_total"] == 0
+
+    def broken(*args: Any) -> int:
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(Session, "open_lazy", broken)
+    for count in (1, 2):
+        client.send(GET)
+        assert (await client.response())[0] == 200
+        assert (await scrape(relay))["portico_relay_short_way_faults_total"] == count
+    assert [record.message for record in caplog.records if record.exc_info] == [
+        "fault on the short way of a repeated request"
+    ]
+    forget()
 
 
 async def test_what_is_connected_and_what_was_refused(relay: Relay, agent: ScriptedAgent, visit: Visit) -> None:

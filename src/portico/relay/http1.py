@@ -139,6 +139,10 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
                 asked = known is not None and self._ask(line, known)
             except Exception:
                 asked = False  # a fault of ours: the parser's way meets it too, and answers with its name
+                tally = self.server.tally
+                tally.short_faults += 1
+                if tally.short_faults == 1:  # the others would say the same
+                    log.exception("fault on the short way of a repeated request")
             if not asked:
                 self.resting = False
                 self._unknown(data, line, section)

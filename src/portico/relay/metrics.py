@@ -27,6 +27,11 @@ WHOLE_SECONDS = Metric(
     "From a request's head to the end of request and answer, as far as the target sent it; upgraded connections left out.",
 )
 REFUSALS = Metric("portico_relay_refusals_total", "counter", "Visitors refused, by error code.", ("code",))
+SHORT_FAULTS = Metric(
+    "portico_relay_short_way_faults_total",
+    "counter",
+    "Repeated requests that met a fault of the relay on their short way and took the ordinary one; the log has the first.",
+)
 BYTES = Metric(
     "portico_relay_visitor_bytes_total",
     "counter",
@@ -105,7 +110,7 @@ EDGE_RESYNCS = Metric(
 )
 
 DECLARED: tuple[Metric, ...] = (
-    REQUESTS, HEAD_SECONDS, WHOLE_SECONDS, REFUSALS, BYTES, FAILURES, CONNECTIONS, ACCEPTED, RAW, ACCESS_LINES,
+    REQUESTS, HEAD_SECONDS, WHOLE_SECONDS, REFUSALS, SHORT_FAULTS, BYTES, FAILURES, CONNECTIONS, ACCEPTED, RAW, ACCESS_LINES,
     HANDSHAKES, RESUMED, TLS_FAILURES, SHARED_LEASES, SHARED_UP, SESSIONS, TUNNELS,
     STREAMS, AGENT_REFUSALS, PEERS, HOPS, HELD, PASSWORDS, PASSWORDS_WAITING, USAGE_BATCHES, USAGE_BYTES, EDGE_UP,
     EDGE_VERSION, EDGE_BEHIND, EDGE_TUNNELS, EDGE_RESYNCS,
@@ -129,6 +134,7 @@ def _visitors(relay: Relay) -> Iterator[Sample]:
     yield WHOLE_SECONDS, (), whole
     for code, count in sorted(public.refusals.items()):
         yield REFUSALS, (code,), count
+    yield SHORT_FAULTS, (), tally.short_faults
     open_now: Counter[bytes] = Counter(guest.door.scheme for guest in public.connections)
     for kind in (b"http", b"https", b"tcp", b"tls"):
         yield CONNECTIONS, (kind.decode(),), open_now[kind]

@@ -20,7 +20,7 @@ class Tally:
     protocol and class, whose sum is the number of requests. Its head and its end are one moment.
     """
 
-    __slots__ = ("accepted", "connections", "head", "quick", "refused", "requests", "whole")
+    __slots__ = ("accepted", "connections", "head", "quick", "refused", "requests", "short_faults", "whole")
 
     def __init__(self) -> None:
         buckets = len(REQUEST_SECONDS) + 1
@@ -28,6 +28,8 @@ class Tally:
         self.quick = {name: [[0] * buckets for _ in STATUSES] for name in PROTOCOLS[:2]}
         #: Other finished requests: protocol → counts by class.
         self.requests = {name: [0] * len(STATUSES) for name in PROTOCOLS}
+        #: Faults of ours on the short way, which left the request to the ordinary one.
+        self.short_faults = 0
         #: Refusals before there was a request, in the same way.
         self.refused = {name: [0] * len(STATUSES) for name in PROTOCOLS[:2]}
         #: Seconds of other requests to the answer's head, and to the end of request and answer.
