@@ -149,6 +149,70 @@ async def handshakes(flood: Flood) -> None:
     await flood.at_rate(100, one)
 
 
+async def storm(flood: Flood, one: Callable[[], Awaitable[None]]) -> None:
+    """``one`` as fast as it goes, a hundred at once, from three processes."""
+    flood.stands()
+    for _ in range(2):
+        if os.fork() == 0:
+            # A loop cannot be shared with a parent: each child begins anew, by the arguments of the same command.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.execv(
+                sys.executable, [sys.executable, "-m", "tests.floods.flood", f"{sys.argv[1]}_alone", *sys.argv[2:]]
+            )
+    await alone(flood, one)
+
+
+async def alone(flood: Flood, one: Callable[[], Awaitable[None]]) -> None:
+    async def again() -> None:
+        while not flood.over:
+            try:
+                async with asyncio.timeout(5):
+                    await one()
+                flood.done += 1
+            except (OSError, EOFError, TimeoutError, ssl.SSLError):
+                await asyncio.sleep(0.001)
+
+    flood.stands()
+    await asyncio.gather(*(again() for _ in range(100)))
+
+
+def shaking(flood: Flood) -> Callable[[], Awaitable[None]]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    name = flood.host.decode().split(":")[0]
+
+    async def one() -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", flood.https_port, ssl=context, server_hostname=name)
+        writer.transport.abort()
+
+    return one
+
+
+def stammering(flood: Flood) -> Callable[[], Awaitable[None]]:
+    async def one() -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", flood.https_port)
+        writer.write(b"\x16\x03\x01\x02")
+        writer.transport.abort()
+
+    return one
+
+
+async def handshake_storm(flood: Flood) -> None:
+    await storm(flood, shaking(flood))
+
+
+async def handshake_storm_alone(flood: Flood) -> None:
+    await alone(flood, shaking(flood))
+
+
+async def half_hello_storm(flood: Flood) -> None:
+    await storm(flood, stammering(flood))
+
+
+async def half_hello_storm_alone(flood: Flood) -> None:
+    await alone(flood, stammering(flood))
+
+
 async def idle_connections(flood: Flood) -> None:
     # What the hard limit allows: the relay holds as many.
     await flood.lots(min(5000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200))
@@ -246,7 +310,12 @@ KINDS: dict[str, Callable[[Flood], Awaitable[None]]] = {
     kind.__name__: kind
     for kind in (
         *(slow_heads, slow_bodies, header_bombs, handshakes, idle_connections, pipelining, small_windows, passwords),
+        *(handshake_storm, half_hello_storm),
     )
+}
+#: What the other processes of a storm are.
+PARTS: dict[str, Callable[[Flood], Awaitable[None]]] = {
+    one.__name__: one for one in (handshake_storm_alone, half_hello_storm_alone)
 }
 
 
@@ -259,7 +328,7 @@ def main() -> None:
     if kind == "downloads":
         uvloop.run(downloads(flood, int(target[0])))
     else:
-        asyncio.run(KINDS[kind](flood))  # type: ignore[arg-type]
+        uvloop.run((KINDS | PARTS)[kind](flood))  # type: ignore[arg-type]
     print(flood.done, flush=True)
     os._exit(0)  # thousands of connections need no orderly end
 

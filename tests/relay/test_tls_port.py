@@ -342,7 +342,7 @@ class TestPace:
         began = time.monotonic()
         reader, writer = await asyncio.open_connection("127.0.0.1", port(relay, 1))
         waiting = asyncio.create_task(presented(relay, "localhost"))
-        for _ in range(3):
+        for _ in range(6):  # of which the last ones are known, and count
             writer.write(b"GET / HTTP/1.1\r\nHost: web.localhost\r\n\r\n")
             async with asyncio.timeout(5):
                 await reader.readuntil(b"hello")
@@ -351,8 +351,60 @@ class TestPace:
         assert time.monotonic() - began >= 0.4
         writer.close()
         assert tls_port._Pace.free_at > began + 0.4
+        assert tls_port._Pace.pause == tls_port.PAUSE_AMONG_OTHERS
+        tls(relay)._returned_at -= tls_port.OTHERS_SECONDS
         await presented(relay, "localhost")
         assert tls_port._Pace.pause == tls_port.PAUSE_ALONE
+
+    @pytest.mark.parametrize("relay_settings", [{"max_handshakes": 4}])
+    async def test_an_address_that_brings_many_waits_behind_itself(
+        self, relay: Relay, raw: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another one has its handshake after the first of them, and finds room when there is none."""
+        monkeypatch.setattr(tls_port._Pace, "free_at", time.monotonic() + 3600)
+        many = [(await raw(recorded("curl")))[0] for _ in range(4)]
+        await until(lambda: len(tls(relay)._ready) == 4)
+        _, writer = await asyncio.open_connection("127.0.0.1", port(relay, 2), local_addr=("127.0.0.2", 0))
+        writer.write(recorded("curl"))
+        await until(lambda: len(tls(relay)._ready) == 4 and tls(relay).stats.failures["too_many"] == 1)
+        assert await answer(many[3]) == b"", "the last of those that came in numbers"
+        assert [tls(relay)._ready.pop().address for _ in range(3)] == ["127.0.0.1", "127.0.0.2", "127.0.0.1"]
+        writer.close()
+
+    @pytest.mark.parametrize("relay_settings", [{"max_handshakes": 2}])
+    async def test_an_address_makes_no_room_for_itself(
+        self, relay: Relay, raw: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tls_port._Pace, "free_at", time.monotonic() + 3600)
+        for _ in range(2):
+            await raw(recorded("curl"))
+        await until(lambda: len(tls(relay)._ready) == 2)
+        reader, _ = await raw(recorded("curl"))
+        assert await answer(reader) == b""
+        assert len(tls(relay)._ready) == 2
+
+    async def test_accepting_pauses_while_others_ask(self, relay: Relay, raw: Any) -> None:
+        """For a multiple of what it took; the connections wait in the kernel, and none is lost."""
+        one = tls(relay)
+        relay.public.returning += 1
+        one._spent = 0.05
+        first = (await raw(recorded("curl")))[0]
+        await until(lambda: one.stats.accepted == 1)
+        began = time.monotonic()
+        second = (await raw(recorded("curl")))[0]
+        for reader in (first, second):
+            async with asyncio.timeout(5):
+                assert (await reader.readexactly(6))[0::5] == b"\x16\x02"
+        assert time.monotonic() - began >= 0.05 * tls_port.PAUSE_AMONG_OTHERS - 0.05
+
+    async def test_accepting_does_not_pause_for_nobody(self, relay: Relay, raw: Any) -> None:
+        one = tls(relay)
+        one._spent = 3600
+        await raw(recorded("curl"))
+        await until(lambda: one.stats.accepted == 1)
+        assert one._spent < 1
+        await raw(recorded("curl"))
+        await until(lambda: one.stats.accepted == 2)
 
 
 class TestPassthrough:

@@ -19,7 +19,7 @@ import logging
 import socket
 import ssl
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("portico.relay.tls_port")
 
 #: Connections taken from the queue before the loop does something else.
-ACCEPTS_PER_TICK: Final = 64
+ACCEPTS_PER_TICK: Final = 16
 #: Handshakes begun before the loop does something else: each is half a millisecond of a core, and requests go on between them.
 HANDSHAKES_PER_TICK: Final = 4
 #: For each second of handshakes, seconds that the loop has for everything else before the next ones begin. What else a new
@@ -54,6 +54,10 @@ HANDSHAKES_PER_TICK: Final = 4
 #: they have: who only begins handshakes, as fast as can be, takes a fifth of the loop from them.
 PAUSE_ALONE: Final = 1.5
 PAUSE_AMONG_OTHERS: Final = 4.0
+#: Seconds for which somebody who asked on a connection that it has counts as others.
+OTHERS_SECONDS: Final = 0.25
+#: The shortest pause of accepting: loops count milliseconds, and what is owed adds up until it is as much.
+SHORTEST_PAUSE: Final = 0.002
 #: Seconds without accepting after the process ran out of descriptors or memory.
 OUT_OF_RESOURCES_SECONDS: Final = 1.0
 _OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -96,6 +100,38 @@ class _Pace:
 
     free_at = 0.0
     pause = PAUSE_ALONE
+
+
+class Turns:
+    """Those who wait for their handshake. Addresses take turns: one that brings thousands waits behind itself."""
+
+    def __init__(self) -> None:
+        self._by_address: OrderedDict[str, deque[Arrival]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, arrival: Arrival) -> None:
+        self._by_address.setdefault(arrival.address, deque()).append(arrival)
+        self._count += 1
+
+    def pop(self) -> Arrival:
+        """The next one, which may have been closed meanwhile; there must be one."""
+        address, line = self._by_address.popitem(last=False)
+        arrival = line.popleft()
+        if line:
+            self._by_address[address] = line
+        self._count -= 1
+        return arrival
+
+    def drop(self, than: str) -> Arrival | None:
+        """The last one of the address that has most, for one of ``than`` that there is no room for; ``None``: none has more."""
+        address = max(self._by_address, key=lambda one: len(self._by_address[one]), default=than)
+        if address == than or len(self._by_address[address]) <= 1 + len(self._by_address.get(than, ())):
+            return None
+        self._count -= 1
+        return self._by_address[address].pop()
 
 
 class EdgeObject(ssl.SSLObject):
@@ -252,9 +288,12 @@ class TlsPort:
         self._pending_max = limits.max_handshakes
         #: Connections whose hello is not whole, oldest first, and those with one that wait for their turn.
         self._greeting: dict[Arrival, None] = {}
-        self._ready: deque[Arrival] = deque()
+        self._ready = Turns()
         self._shaking: set[Arrival] = set()
-        self._returning = 0
+        #: What others asked so far on connections that they have, and when that was last seen to grow.
+        self._returning, self._returned_at = 0, float("-inf")
+        #: Seconds spent on connections before their handshake, of which nothing was given back to others yet.
+        self._spent = 0.0
         self._resuming: asyncio.TimerHandle | None = None
         self.loop.add_reader(sock, self._accept)
 
@@ -277,21 +316,48 @@ class TlsPort:
 
     # ── accepting ─────────────────────────────────────────────────────────────────────────────────────────────────
     def _accept(self) -> None:
+        began = time.monotonic()
+        if self._take_in():
+            self._spent += time.monotonic() - began
+            self._rest()
+
+    def _rest(self) -> None:
+        """Leave the loop to others for a multiple of what accepting and looking took, while they ask. Who is not accepted yet
+        waits in the kernel, in a line of ``listen_backlog``."""
+        if not self._others_ask():
+            self._spent = 0.0
+            return
+        owed = self._spent * PAUSE_AMONG_OTHERS
+        if owed >= SHORTEST_PAUSE:
+            self._spent = 0.0
+            self.loop.remove_reader(self.sock)
+            self._resuming = self.loop.call_later(owed, self._resume)
+
+    def _others_ask(self) -> bool:
+        """Whether visitors ask, or did a moment ago, on connections that they have."""
+        now = time.monotonic()
+        if self.public.returning != self._returning:
+            self._returning, self._returned_at = self.public.returning, now
+        return now - self._returned_at < OTHERS_SECONDS
+
+    def _take_in(self) -> bool:
+        """Accept some of those who wait. ``False``: there is no room for more in this process."""
         for _ in range(ACCEPTS_PER_TICK):
             try:
                 sock, peer = self.sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
+                return True
             except OSError as err:
                 if err.errno not in _OUT_OF_RESOURCES:
                     raise
                 log.error("cannot accept connections", extra={"f": {"port": self.number, "why": err.strerror}})
                 self.loop.remove_reader(self.sock)
                 self._resuming = self.loop.call_later(OUT_OF_RESOURCES_SECONDS, self._resume)
-                return
+                return False
             sock.setblocking(False)
             self.stats.accepted += 1
             self._admit(Arrival(self, sock, peer, self.loop.time() + self._seconds))
+        return True
 
     def _resume(self) -> None:
         if self.sock.fileno() >= 0:
@@ -299,12 +365,13 @@ class TlsPort:
 
     def _admit(self, arrival: Arrival) -> None:
         if self.pending >= self._pending_max:
-            # Whoever connected longest ago without saying anything makes room; one flood does not keep all others out.
-            oldest = next(iter(self._greeting), None)
-            if oldest is None:
+            # Whoever connected longest ago without saying anything makes room, then the address that has most in the line; one
+            # flood does not keep all others out.
+            other = next(iter(self._greeting), None) or self._ready.drop(arrival.address)
+            if other is None:
                 self._refuse_unheard(arrival)
                 return
-            self.end(oldest, "too_many")
+            self.end(other, "too_many")
         if not self.public.admit(cast("Guest", arrival)):
             self._refuse_unheard(arrival)
             return
@@ -367,6 +434,11 @@ class TlsPort:
     # ── the hello ─────────────────────────────────────────────────────────────────────────────────────────────────
     def _look(self, arrival: Arrival) -> None:
         """Something came. The socket says so again only when as much is there as the rest of the hello needs at least."""
+        began = time.monotonic()
+        self._read_hello(arrival)
+        self._spent += time.monotonic() - began
+
+    def _read_hello(self, arrival: Arrival) -> None:
         want = arrival.want
         try:
             data = arrival.sock.recv(max(want, FIRST_PEEK), socket.MSG_PEEK)
@@ -412,7 +484,7 @@ class TlsPort:
         arrival.hello = hello
         if hello.sni is not None and self.passthrough is not None and self._passed_through(arrival, hello):
             return
-        self._ready.append(arrival)
+        self._ready.add(arrival)
         if len(self._ready) == 1:
             self.loop.call_soon(self._begin_some)
 
@@ -436,10 +508,9 @@ class TlsPort:
         if pause > 0:
             self.loop.call_later(pause, self._begin_some)
             return
-        _Pace.pause = PAUSE_ALONE if self.public.returning == self._returning else PAUSE_AMONG_OTHERS
-        self._returning = self.public.returning
+        _Pace.pause = PAUSE_AMONG_OTHERS if self._others_ask() else PAUSE_ALONE
         for _ in range(min(HANDSHAKES_PER_TICK, len(ready))):
-            arrival = ready.popleft()
+            arrival = ready.pop()
             if not arrival.is_closing():
                 self._begin(arrival)
         if ready:
