@@ -665,6 +665,14 @@ class ApiSettings:
     invitation_mails_per_address: int = 5
     # Days that invitations are kept after they were accepted, revoked or expired.
     invitation_keep_days: float = 90.0
+    # Folder of files that are made for people (exports of organizations), the same for API and workers; none: there are none.
+    objects_dir: Path | None = None
+    # Exports that an organization may make in a day.
+    exports_per_day: int = 5
+    # Days that an export can be downloaded.
+    export_days: float = 3.0
+    # Bytes of lines in one export.
+    export_max_bytes: int = 4_294_967_296
     # Organizations that one person may own.
     organizations_per_person: int = 10
     # Days of grace between asking for an organization's deletion and the deletion, in which it can be taken back.
@@ -970,6 +978,10 @@ class WorkerSettings:
     checkpoint_folder: Path | None = None
     # Seconds between two looks for checkpoints that are not in that folder yet.
     store_checkpoints_seconds: float = 60.0
+    # Seconds between two looks for organizations whose days of grace are over.
+    delete_organizations_seconds: float = 300.0
+    # Seconds between two removals of exports that are over.
+    sweep_exports_seconds: float = 3600.0
     # Seconds between two removals of audit rows past their retention.
     trim_audit_seconds: float = 3600.0
 

@@ -246,6 +246,7 @@ class World:
         self._count += 1
         client = self.owner.client
         made: Callable[[], Awaitable[str]] = {
+            "export": self._export,
             "invitation": lambda: self._made(
                 "/v1/org/invitations", {"email": f"{new_id('inv')}@example.com", "role": "viewer"}
             ),
@@ -279,6 +280,14 @@ class World:
         answer = await self.owner.client.post(path, json=body)
         assert answer.status_code == 201, answer.text
         return str(answer.json()["id"])
+
+    async def _export(self) -> str:
+        export, now = new_id("exp"), self.app.state.clock.wall()
+        row = {"id": export, "organization_id": self.owner.organization, "requested_by": self.owner.user}
+        async with self.db.transaction() as tx:
+            statement = sa.insert(tables.organization_exports).values(**row, queue_state="done")
+            await tx.execute(statement.values(expires_at=now + timedelta(days=1), file="none.zip"))
+        return export
 
     async def _tenant(self) -> str:
         """Another organization, since operators can do harm to it, which lets them in."""

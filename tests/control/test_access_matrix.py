@@ -38,8 +38,7 @@ async def test_every_cell(app: Any, world: World, document: dict[str, Any]) -> N
 def test_every_permission_is_asked_for(document: dict[str, Any]) -> None:
     asked = set[str]().union(*(operation.permissions for operation in operations(document)))
     assert asked <= PERMISSIONS
-    # Until its routes are here.
-    assert PERMISSIONS - asked == {"organization:export"}
+    assert asked == PERMISSIONS
 
 
 @access.declare(access.Access(access.MEMBERS, ("audit:read",)))

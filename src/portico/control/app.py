@@ -32,6 +32,7 @@ from portico.control.edge.hub import Hub
 from portico.control.edge.state import StateReader
 from portico.control.identity import (
     account_api,
+    export_api,
     invitation_api,
     leak_api,
     org_api,
@@ -158,6 +159,7 @@ def _route(app: FastAPI) -> None:
         invitation_api.accepting,
         org_api.many,
         invitation_api.router,
+        export_api.router,
         org_api.router,
         support_api.router,
         plan_api.router,

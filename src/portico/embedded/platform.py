@@ -228,6 +228,7 @@ class Platform:
             "PORTICO_BASE_DOMAIN": self.settings.base_domain,
             "PORTICO_PUBLIC_URL": f"http://{self.settings.base_domain}:{main.http}",
             "PORTICO_LOG_LEVEL": self.settings.log_level,
+            "PORTICO_OBJECTS_DIR": str(self.home / "objects"),
             "PYTHONUNBUFFERED": "1",
         }
         return env | {f"PORTICO_{key.upper()}": str(value) for key, value in more.items()}

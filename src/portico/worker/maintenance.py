@@ -7,12 +7,16 @@ from datetime import timedelta
 from portico.control import requests
 from portico.control.audit import checkpoint_files, checkpoints
 from portico.control.audit import service as audit
+from portico.control.identity import exports
 from portico.control.identity.signing_keys import SigningKeys
+from portico.control.tunnels import departure as tunnel_departure
 from portico.control.tunnels import jobs as tunnel_jobs
 from portico.kit import outbox, queue
+from portico.kit.batches import until_done
 from portico.kit.queue import Work
 from portico.kit.sealing import Sealer
 from portico.settings import WorkerSettings
+from portico.worker import departures
 from portico.worker.jobs import Context, Job
 
 CLEAR_TUNNELS = queue.plain("tunnels.clear")
@@ -22,9 +26,13 @@ CHAIN_AUDIT = queue.plain("audit.chain")
 CHECKPOINT_AUDIT = queue.plain("audit.checkpoint")
 STORE_CHECKPOINTS = queue.plain("audit.store")
 TRIM_AUDIT = queue.plain("audit.trim")
+DELETE_ORGANIZATIONS = queue.plain("organizations.delete")
+SWEEP_EXPORTS = queue.plain("organizations.sweep_exports")
 
 # Chains that one transaction signs.
 _CHECKPOINTS = 500
+# Exports that one transaction deletes.
+_EXPORTS = 100
 
 
 def jobs(settings: WorkerSettings) -> list[Job]:
@@ -38,6 +46,9 @@ def jobs(settings: WorkerSettings) -> list[Job]:
         Job(CHECKPOINT_AUDIT, checkpoint_audit, settings.checkpoint_audit_seconds),
         Job(STORE_CHECKPOINTS, store_checkpoints, settings.store_checkpoints_seconds),
         Job(TRIM_AUDIT, trim_audit, settings.trim_audit_seconds),
+        Job(DELETE_ORGANIZATIONS, delete_organizations, settings.delete_organizations_seconds),
+        Job(SWEEP_EXPORTS, sweep_exports, settings.sweep_exports_seconds),
+        Job(exports.EXPORT, export_organization, limits={"concurrency": 1, "max_attempts": 5}),
     ]
 
 
@@ -69,6 +80,25 @@ async def checkpoint_audit(context: Context, work: Work) -> None:
     while count == _CHECKPOINTS:
         async with context.db.transaction() as tx:
             count = await checkpoints.sign(tx, keys.current_signer, context.clock.wall(), _CHECKPOINTS)
+
+
+async def delete_organizations(context: Context, work: Work) -> None:
+    """Organizations whose days of grace are over."""
+    await departures.run(context)
+
+
+async def export_organization(context: Context, work: Work) -> None:
+    """Make the file of an export."""
+    sources = {**exports.SOURCES, **tunnel_departure.SOURCES}
+    await exports.make(work, context.control, sources, context.clock.wall())
+
+
+async def sweep_exports(context: Context, work: Work) -> None:
+    """Exports that are over, and files that no export names."""
+    now = context.clock.wall()
+    await until_done(context.db, lambda tx: exports.sweep(tx, context.control, now, _EXPORTS), _EXPORTS)
+    async with context.db.transaction() as tx:
+        await exports.forget_strays(tx, context.control, now)
 
 
 async def trim_audit(context: Context, work: Work) -> None:

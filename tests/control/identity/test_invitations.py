@@ -166,6 +166,21 @@ class TestAccept:
             await tx.execute(sa.text(add), {"o": owner.organization, "u": stranger.user})
         problem(await accept(stranger, token), 409, "invitation.member")
 
+    async def test_not_beyond_what_the_plan_has_room_for(
+        self, app: Any, owner: Account, stranger: Account, db: Database
+    ) -> None:
+        await invited(owner, stranger.email)
+        (token,) = await tokens(app, stranger.email)
+        async with db.transaction() as tx:
+            full = "INSERT INTO plan_overrides (organization_id, name, value) VALUES (:o, 'members', '1')"
+            await tx.execute(sa.text(full), {"o": owner.organization})
+        problem(await accept(stranger, token), 403, "quota.exceeded")
+        async with db.transaction() as tx:
+            await tx.execute(
+                sa.text("DELETE FROM plan_overrides WHERE organization_id = :o"), {"o": owner.organization}
+            )
+        assert (await accept(stranger, token)).status_code == 200
+
     async def test_not_while_the_organization_is_about_to_be_deleted(
         self, app: Any, owner: Account, stranger: Account
     ) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import Any, Final, Literal
 
 from portico.control.audit import chain as chains
 from portico.control.audit import store
-from portico.kit.db import Database
+from portico.kit.db import Database, Reader
 
 Format = Literal["jsonl", "ocsf"]
 
@@ -30,18 +30,35 @@ async def lines(db: Database, chain: str, first: int, form: Format, batch: int) 
     last: int | None = None
     while last is None or first <= last:
         async with db.read() as reader:
-            # One row more in front: the hash that the first one stands on.
-            head, entries = await store.stretch(reader, chain, first - 1, batch + 1)
-        before = head["anchor_hash"].hex() if head is not None and first <= head["anchor_seq"] + 1 else None
-        if entries and entries[0]["seq"] < first:
-            before = entries.pop(0)["hash"]
+            head, entries = await _page(reader, chain, first, batch)
         if not entries:
             return
         last = head["head_seq"] if last is None else last
-        entries = [entry for entry in _linked(entries, before) if entry["seq"] <= last]
-        found = [entry if form == "jsonl" else ocsf(entry) for entry in entries]
-        yield b"".join(json.dumps(one, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for one in found)
+        yield _text([entry for entry in entries if entry["seq"] <= last], form)
         first = entries[-1]["seq"] + 1
+
+
+async def lines_of(reader: Reader, chain: str, form: Format, batch: int) -> AsyncIterator[bytes]:
+    """The same of the whole chain from one reader, which has a snapshot."""
+    first = 1
+    while entries := (await _page(reader, chain, first, batch))[1]:
+        yield _text(entries, form)
+        first = entries[-1]["seq"] + 1
+
+
+async def _page(reader: Reader, chain: str, first: int, batch: int) -> tuple[Any, list[chains.Entry]]:
+    """The head, and up to ``batch`` entries from number ``first`` on."""
+    # One row more in front: the hash that the first one stands on.
+    head, entries = await store.stretch(reader, chain, first - 1, batch + 1)
+    before = head["anchor_hash"].hex() if head is not None and first <= head["anchor_seq"] + 1 else None
+    if entries and entries[0]["seq"] < first:
+        before = entries.pop(0)["hash"]
+    return head, _linked(entries, before)
+
+
+def _text(entries: Sequence[chains.Entry], form: Format) -> bytes:
+    found = [entry if form == "jsonl" else ocsf(entry) for entry in entries]
+    return b"".join(json.dumps(one, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for one in found)
 
 
 def _linked(entries: list[chains.Entry], before: str | None) -> list[chains.Entry]:

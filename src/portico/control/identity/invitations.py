@@ -20,6 +20,7 @@ from portico.control.identity.members import not_above
 from portico.control.identity.org_standing import check_standing
 from portico.control.identity.org_standing import standing as stands
 from portico.control.identity.passwords import Passwords
+from portico.control.identity.quotas import Quotas
 from portico.control.identity.sign_in import Client, SignedIn, SignIns
 from portico.control.identity.throttle import Bucket
 from portico.control.notifications import mail
@@ -40,13 +41,20 @@ class Invitations:
     """The verbs on invitations."""
 
     def __init__(
-        self, settings: ApiSettings, db: Database, clock: Clock, passwords: Passwords, sign_ins: SignIns
+        self,
+        settings: ApiSettings,
+        db: Database,
+        clock: Clock,
+        passwords: Passwords,
+        sign_ins: SignIns,
+        quotas: Quotas,
     ) -> None:
         self._settings = settings
         self._db = db
         self._clock = clock
         self._passwords = passwords
         self._sign_ins = sign_ins
+        self._quotas = quotas
         self._sealer = Sealer(settings.master_key)
 
     # -- of the organization
@@ -186,7 +194,7 @@ class Invitations:
 
     async def accept(self, tx: Tx, caller: Caller, token: str) -> dict[str, Any]:
         """Make the signed-in person a member; the organization. Raises ``invitation.invalid``, ``invitation.other_address``,
-        ``invitation.member``, and as ``check_standing``."""
+        ``invitation.member``, ``quota.exceeded``, and as ``check_standing``."""
         row = await self._hold(tx, token)
         person = await account_store.lock_user(tx, caller.user_id or "")
         if person is None or person.email != row.email:
@@ -255,6 +263,7 @@ class Invitations:
 
     async def _join(self, tx: Tx, caller: Caller, row: Any, token: str, user_id: str) -> None:
         now, organization = self._clock.wall(), row.organization_id
+        await self._quotas.claim(tx, organization, "members")
         if not await roster.add(tx, organization, user_id, row.role):
             raise Problem("invitation.member")
         if not await invitation_store.accept(tx, row.id, digest(token), user_id, now):

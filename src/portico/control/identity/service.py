@@ -21,6 +21,7 @@ from portico.control.identity.accounts import Accounts
 from portico.control.identity.browsers import Browsers
 from portico.control.identity.device import DeviceFlow
 from portico.control.identity.elsewhere import Elsewhere
+from portico.control.identity.exports import Exports
 from portico.control.identity.factors import Factors
 from portico.control.identity.invitations import Invitations
 from portico.control.identity.keys import Keys, NewKey
@@ -93,12 +94,13 @@ class Identity:
         self.support = Support(settings, clock)
         self.roles = Roles(self.quotas, clock, self.members)
         self.organizations = Organizations(settings, clock)
+        self.exports = Exports(settings, clock)
         self.device = DeviceFlow(settings, db, clock, self.keys)
         self.browsers = Browsers(settings, db, clock)
         self.elsewhere = Elsewhere(db, clock)
         letters = Letters(settings, sealer, clock)
         self.sign_ins = SignIns(settings, clock, signing_keys, self.browsers)
-        self.invitations = Invitations(settings, db, clock, passwords, self.sign_ins)
+        self.invitations = Invitations(settings, db, clock, passwords, self.sign_ins, self.quotas)
         self.factors = Factors(settings, db, clock, sealer, letters)
         self.passkeys = Passkeys(settings, db, clock, self.sign_ins, letters)
         proofs = Proofs(settings, db, clock, self.factors, self.passkeys, letters)

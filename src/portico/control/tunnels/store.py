@@ -353,6 +353,12 @@ async def hold_tunnels(tx: Tx, organization: str, held: str | None) -> Sequence[
     return (await tx.execute(change.returning(tunnels))).all()
 
 
+async def some_tunnels(tx: Tx, organization: str, rows: int) -> Sequence[sa.Row[Any]]:
+    """Up to ``rows`` tunnels of the organization, held until the transaction ends."""
+    query = sa.select(_T.id, _T.subdomain, _T.port).where(_T.organization_id == organization)
+    return await tx.fetch_all(query.order_by(_T.id).limit(rows).with_for_update())
+
+
 async def delete_tunnel(tx: Tx, organization: str, tunnel_id: str) -> None:
     await tx.execute(sa.delete(tunnels).where(_T.organization_id == organization, _T.id == tunnel_id))
 
