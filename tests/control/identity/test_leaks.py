@@ -8,19 +8,22 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
 from portico.control.app import create_app
 from portico.control.identity import scanner_keys
+from portico.control.identity.tables import sign_in_sessions, support_consents, support_sessions
 from portico.errors import Problem
 from portico.kit.db import Database
-from portico.kit.ids import new_token
+from portico.kit.ids import digest, new_token
 from portico.settings import ApiSettings
 from portico.simulators.secret_scanning import SecretScanner
 from tests.control.conftest import Account, MovableClock
@@ -289,6 +292,23 @@ class TestReports:
         problem(answer, 401, "auth.session_ended")
         answer = await connect(relay_key).post("/v1/edge/heartbeat", json={})
         problem(answer, 401, "edge.relay_key_revoked")
+
+    async def test_of_browsers_and_of_support(self, owner: Account, app: Any, post: Any, db: Database) -> None:
+        cookie, text, now = new_token("bs"), new_token("sup"), app.state.clock.wall()
+        later = now + timedelta(hours=1)
+        async with db.transaction() as tx:
+            session = sign_in_sessions.c.id == owner.session
+            await tx.execute(sa.update(sign_in_sessions).where(session).values(cookie_digest=digest(cookie)))
+            consent = {"id": "sac_leak", "organization_id": owner.organization, "scope": "read", "given_by": owner.user}
+            await tx.execute(sa.insert(support_consents).values(**consent, expires_at=later))
+            begun = {"id": "sup_leak", "consent_id": "sac_leak", "organization_id": owner.organization}
+            begun |= {"operator_id": "usr_x", "sign_in_session": "ses_x", "digest": digest(text), "reason": "asked"}
+            await tx.execute(sa.insert(support_sessions).values(**begun, expires_at=later))
+        assert labels(await post(text, new_token("bs"), new_token("sup"))) == [True, False, False]
+        rows = (await owner.client.get("/v1/audit", params={"action": "support_access.end"})).json()["data"]
+        assert [row["target"] for row in rows] == ["sup_leak"]
+        assert labels(await post(cookie, text)) == [True, True]
+        problem(await owner.client.get("/v1/whoami"), 401, "auth.session_ended")
 
     async def test_malformed(self, client: httpx.AsyncClient, scanner: SecretScanner) -> None:
         for body in (

@@ -15,6 +15,7 @@ from portico.control.identity.tables import (
     organizations,
     refresh_tokens,
     sign_in_sessions,
+    support_sessions,
     users,
 )
 from portico.kit.db import Tx
@@ -28,16 +29,27 @@ async def lock_key(tx: Tx, digest: bytes) -> Row | None:
 
 
 async def lock_session(tx: Tx, digest: bytes) -> Row | None:
-    """The sign-in session of a refresh token, live or not, held until the transaction ends."""
+    """The sign-in session of a refresh token or a browser's cookie, live or not, held until the transaction ends."""
     t = sign_in_sessions
-    query = sa.select(t).join(refresh_tokens, refresh_tokens.c.session_id == t.c.id)
-    return await tx.fetch_one(query.where(refresh_tokens.c.digest == digest).with_for_update(of=t))
+    by_token = sa.select(refresh_tokens.c.session_id).where(refresh_tokens.c.digest == digest)
+    query = sa.select(t).where(sa.or_(t.c.cookie_digest == digest, t.c.id.in_(by_token)))
+    return await tx.fetch_one(query.with_for_update())
+
+
+async def lock_support(tx: Tx, digest: bytes) -> Row | None:
+    """The session of support access, live or not, held until the transaction ends."""
+    return await tx.fetch_one(sa.select(support_sessions).where(support_sessions.c.digest == digest).with_for_update())
+
+
+async def end_support(tx: Tx, session: str, now: datetime) -> None:
+    """End a session of support access that the caller holds."""
+    await tx.execute(sa.update(support_sessions).where(support_sessions.c.id == session).values(ended_at=now))
 
 
 async def end_session(tx: Tx, session: str, now: datetime) -> None:
     """End a session that the caller holds."""
     where = sign_in_sessions.c.id == session
-    await tx.execute(sa.update(sign_in_sessions).where(where).values(ended_at=now, end_reason="refresh token leaked"))
+    await tx.execute(sa.update(sign_in_sessions).where(where).values(ended_at=now, end_reason="its credential leaked"))
 
 
 async def people(tx: Tx, organization: str | None, maker: str | None, now: datetime, limit: int) -> Sequence[Row]:

@@ -78,6 +78,8 @@ class Leaks:
             "sk": self._end_key,
             "opr": self._end_key,
             "rt": self._end_session,
+            "bs": self._end_session,
+            "sup": self._end_support,
         }
 
     async def report(self, caller: Caller, identifier: str, signature: str, body: bytes) -> list[dict[str, str]]:
@@ -125,13 +127,25 @@ class Leaks:
         return True
 
     async def _end_session(self, tx: Tx, caller: Caller, found: bytes, match: Match) -> bool:
-        """A refresh token ends the whole session that it belongs to."""
+        """A refresh token, or a browser's cookie, ends the whole session that it belongs to."""
         row = await store.lock_session(tx, found)
         if row is None:
             return False
         if row.ended_at is None and row.expires_at > self._clock.wall():
             await store.end_session(tx, row.id, self._clock.wall())
             await audit.record(tx, caller, "session.end", row.id, details=match.told, organization=row.organization_id)
+        return True
+
+    async def _end_support(self, tx: Tx, caller: Caller, found: bytes, match: Match) -> bool:
+        row = await store.lock_support(tx, found)
+        if row is None:
+            return False
+        if row.ended_at is None and row.expires_at > self._clock.wall():
+            await store.end_support(tx, row.id, self._clock.wall())
+            facts = {"operator": row.operator_id, **match.told}
+            await audit.record(
+                tx, caller, "support_access.end", row.id, details=facts, organization=row.organization_id
+            )
         return True
 
     async def _tell(self, tx: Tx, row: Any, match: Match) -> None:
