@@ -177,9 +177,13 @@ class _Printer:
 
 def _style(paint: Paint, kind: str) -> str:
     text = f"{output.printable(kind):<8}"
-    return {"online": paint.good, "started": paint.good, "offline": paint.warn, "stopped": paint.bad}.get(kind, str)(
-        text
-    )
+    return {
+        "online": paint.good,
+        "started": paint.good,
+        "offline": paint.warn,
+        "stopped": paint.bad,
+        "frozen": paint.bad,
+    }.get(kind, str)(text)
 
 
 def described(event: Event) -> str:
@@ -199,6 +203,10 @@ def described(event: Event) -> str:
             return "by its owner"
         case "started":
             return ""
+        case "frozen" | "thawed":
+            plan = f"the plan {_plain(details.get('plan', '?'))}"
+            why = _plain(details.get("for", "?")).replace("_", " ")
+            return f"{plan} has no room ({why})" if event.kind == "frozen" else f"{plan} has room again"
         case _:
             return ", ".join(f"{key}={_plain(value)}" for key, value in details.items())
 

@@ -35,6 +35,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "login": "account",
         "logout": "account",
         "whoami": "account",
+        "usage": "usage",
         "keys": "keys",
         "diagnose": "diagnose",
         "completion": "completion",

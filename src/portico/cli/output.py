@@ -39,6 +39,7 @@ EXIT_BY_AREA = {
     "auth": REFUSED,
     "device": REFUSED,
     "proxy": UNREACHABLE,
+    "quota": TUNNEL_REFUSED,
     "session": TUNNEL_REFUSED,
     "tunnel": TUNNEL_REFUSED,
 }

@@ -7,7 +7,7 @@ from datetime import timedelta
 from portico.control import requests
 from portico.control.audit import checkpoint_files, checkpoints
 from portico.control.audit import service as audit
-from portico.control.identity import exports
+from portico.control.identity import exports, plans
 from portico.control.identity.signing_keys import SigningKeys
 from portico.control.tunnels import departure as tunnel_departure
 from portico.control.tunnels import jobs as tunnel_jobs
@@ -102,10 +102,14 @@ async def sweep_exports(context: Context, work: Work) -> None:
 
 
 async def trim_audit(context: Context, work: Work) -> None:
-    """Audit rows past their retention."""
+    """Audit rows past their retention: the installation's, or that of the organization's plan where it is shorter."""
+    now, signer = context.clock.wall(), _keys(context).current_signer
     if days := context.control.audit_retention_days:
-        now = context.clock.wall()
-        await audit.trim(context.db, now - timedelta(days=days), _keys(context).current_signer, now)
+        await audit.trim(context.db, now - timedelta(days=days), signer, now)
+    async with context.db.read() as reader:
+        kept = await plans.retention(reader, "audit_days")
+    for days, organizations in kept.items():
+        await audit.trim(context.db, now - timedelta(days=days), signer, now, organizations)
 
 
 async def store_checkpoints(context: Context, work: Work) -> None:

@@ -223,3 +223,18 @@ async def test_simultaneous_policies_stay_within_their_bytes(owner: Account, tig
         query = "SELECT sum(octet_length(policy::text)) FROM tunnels WHERE organization_id = $1"
         total = await reader.raw.fetchval(query, owner.organization)
     assert total <= tight
+
+
+async def test_an_open_invitation_has_its_place(owner: Account, operator: httpx.AsyncClient) -> None:
+    await move(operator, owner.organization, "free", overrides={"members": 2})
+
+    async def invite(name: str) -> httpx.Response:
+        body = {"email": f"{name}-{owner.organization[-6:]}@example.com", "role": "viewer"}
+        return await owner.client.post("/v1/org/invitations", json=body)
+
+    answers = await asyncio.gather(*(invite(f"p{n}") for n in range(5)))
+    assert sorted(answer.status_code for answer in answers) == [201] + [403] * 4
+    assert {a.json()["limit"] for a in answers if a.status_code == 403} == {"members"}
+    open_one = next(answer.json()["id"] for answer in answers if answer.status_code == 201)
+    assert (await owner.client.delete(f"/v1/org/invitations/{open_one}")).status_code == 204
+    assert (await invite("another")).status_code == 201

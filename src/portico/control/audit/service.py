@@ -226,13 +226,20 @@ async def catch_up(db: Database) -> int:
     return total
 
 
-async def trim(db: Database, before: datetime, signer: checkpoints.Signer, now: datetime) -> int:
-    """Delete the oldest rows of each chain, all from before ``before``, some at a time; returns how many.
+async def trim(
+    db: Database,
+    before: datetime,
+    signer: checkpoints.Signer,
+    now: datetime,
+    chains: Sequence[str] | None = None,
+) -> int:
+    """Delete the oldest rows of each chain (or of ``chains``, the ids of organizations), all from before ``before``, some at a
+    time; returns how many.
 
     What is left stands on a signed statement of where retention ended.
     """
     total = 0
-    for chain in await store.older(db, before):
+    for chain in await store.older(db, before, chains):
         count = _BATCH
         while count == _BATCH:
             async with db.transaction() as tx:

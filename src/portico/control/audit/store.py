@@ -325,7 +325,7 @@ RETURNING c.anchor_seq, c.anchor_hash
 """
 _OLDER = """
 SELECT c.chain FROM audit_chains c JOIN audit_events e ON e.chain = c.chain AND e.seq = c.anchor_seq + 1
-WHERE e.at < $1 ORDER BY c.chain
+WHERE e.at < $1 AND ($2::text[] IS NULL OR c.chain = ANY($2)) ORDER BY c.chain
 """
 
 
@@ -334,10 +334,11 @@ async def erase(tx: Tx, ids: Sequence[str], email: str | None, limit: int) -> di
     return {row["chain"]: row["rows"] for row in await tx.raw.fetch(_ERASE, list(ids), email, limit)}
 
 
-async def older(db: Database, before: datetime) -> list[str]:
-    """Chains whose oldest row is from before ``before``."""
+async def older(db: Database, before: datetime, chains: Sequence[str] | None = None) -> list[str]:
+    """Chains (of these, where some are named) whose oldest row is from before ``before``."""
     async with db.read() as reader:
-        return [row["chain"] for row in await reader.raw.fetch(_OLDER, before)]
+        named = None if chains is None else list(chains)
+        return [row["chain"] for row in await reader.raw.fetch(_OLDER, before, named)]
 
 
 async def trim(tx: Tx, chain: str, before: datetime, limit: int) -> tuple[int, int, bytes]:

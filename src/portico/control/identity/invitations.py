@@ -68,7 +68,7 @@ class Invitations:
 
     async def create(self, tx: Tx, caller: Caller, email: str, role_id: str) -> dict[str, Any]:
         """Invite an address. Raises ``auth.forbidden``, ``request.not_found``, ``request.invalid``, ``invitation.member``,
-        ``invitation.exists``, ``invitation.limit_reached``, ``auth.throttled``."""
+        ``invitation.exists``, ``invitation.limit_reached``, ``quota.exceeded``, ``auth.throttled``."""
         held = await standing.hold(tx, caller, ("members:write",))
         role = await self._role(tx, caller, role_id)
         not_above(held, role.permissions)
@@ -82,6 +82,7 @@ class Invitations:
         if await invitation_store.count_open(tx, caller.org, now) >= limit:
             detail = f"an organization has at most {limit} invitations open"
             raise Problem("invitation.limit_reached", detail, limit=limit)
+        await self._quotas.claim(tx, caller.org, "members")
         await invitation_store.revoke_expired(tx, caller.org, email, now)
         invitation, token = new_id("inv"), new_token("inv")
         row = {
@@ -263,7 +264,8 @@ class Invitations:
 
     async def _join(self, tx: Tx, caller: Caller, row: Any, token: str, user_id: str) -> None:
         now, organization = self._clock.wall(), row.organization_id
-        await self._quotas.claim(tx, organization, "members")
+        # Open, it has a place among them already, if the plan still has one.
+        await self._quotas.claim(tx, organization, "members", 0)
         if not await roster.add(tx, organization, user_id, row.role):
             raise Problem("invitation.member")
         if not await invitation_store.accept(tx, row.id, digest(token), user_id, now):

@@ -44,7 +44,7 @@ LIMIT_TABLE: Final[Mapping[str, Limit]] = {
     "requests_per_second": Limit("requests a second", "Requests and connections a second of all tunnels together."),
     "requests_per_month": Limit("requests this month", "Requests and connections in a calendar month (UTC)."),
     "bytes_per_month": Limit("bytes this month", "Bytes in both directions in a calendar month (UTC)."),
-    "members": Limit("members", "People in the organization."),
+    "members": Limit("members", "People in the organization, open invitations among them."),
     "api_keys": Limit("keys", "Live agent keys and API keys."),
     "roles": Limit("custom roles", "Roles of the organization's own."),
     "events_days": Limit("days of events", "Days that what happened to tunnels is kept."),
@@ -330,6 +330,22 @@ _REFUSED = "SELECT id FROM organizations WHERE edge_version > 0 AND (edge_state 
 async def refused_until(reader: Reader, now: float) -> list[str]:
     """The organizations whose refusal was to end by ``now`` (unix seconds)."""
     return [row["id"] for row in await reader.raw.fetch(_REFUSED, now)]
+
+
+_RETENTION = f"""
+SELECT o.id, CASE WHEN v.name IS NULL THEN (p.limits->>$1)::bigint ELSE v.value END AS days
+FROM organizations o {JOIN} LEFT JOIN plan_overrides v
+    ON v.organization_id = o.id AND v.name = $1 AND (v.expires_at IS NULL OR v.expires_at > now())
+"""  # noqa: S608 - our own names
+
+
+async def retention(reader: Reader, name: str) -> dict[int, list[str]]:
+    """The organizations whose plan keeps something for so many days (``events_days``, …), by the days; at least one."""
+    found: dict[int, list[str]] = {}
+    for row in await reader.raw.fetch(_RETENTION, name):
+        if row["days"] is not None:
+            found.setdefault(max(1, row["days"]), []).append(row["id"])
+    return found
 
 
 _METERED = f"""

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from portico.control.identity import plans, roster, store
+from portico.control.identity import invitation_store, plans, roster, store
 from portico.control.identity.plans import FEATURE_TABLE, LIMIT_TABLE, Entitlements
 from portico.errors import Problem
 from portico.kit.clock import Clock
@@ -61,7 +61,13 @@ class Quotas:
             ceiling_code="role.limit_reached",
             ceiling_detail=f"an organization has at most {most} roles of its own",
         )
-        self.kinds["members"] = Kind(roster.count_members)
+
+        async def people(reader: Reader, organization: str) -> int:
+            """Members and open invitations: each of those will be one."""
+            invited = await invitation_store.count_open(reader, organization, clock.wall())
+            return await roster.count_members(reader, organization) + invited
+
+        self.kinds["members"] = Kind(people)
 
     async def claim(self, tx: Tx, organization: str, name: str, wanted: int = 1) -> Entitlements:
         """Make sure of room for ``wanted`` more; until the transaction ends nobody else may add one.

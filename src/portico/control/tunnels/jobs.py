@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from portico.control import changes
+from portico.control.identity import plans
 from portico.control.tunnels import claim_store, history, store
 from portico.kit.db import Database
 from portico.settings import ApiSettings
@@ -19,6 +20,10 @@ async def housekeeping(db: Database, settings: ApiSettings) -> None:
     await store.clear(
         db, grace_seconds=settings.grant_outage_grace_seconds, history_seconds=settings.tunnel_history_seconds
     )
+    async with db.read() as reader:
+        kept = await plans.retention(reader, "events_days")
+    for days, organizations in kept.items():
+        await store.clear_events(db, organizations, days * 86_400.0)
     async with db.transaction() as tx:
         await changes.trim(
             tx, keep_seconds=settings.edge_changes_keep_seconds, keep_rows=settings.edge_changes_keep_rows

@@ -936,5 +936,12 @@ async def clear(db: Database, *, grace_seconds: float, history_seconds: float) -
     return gone
 
 
+async def clear_events(db: Database, organizations: list[str], history_seconds: float) -> int:
+    """Delete events of the tunnels of some organizations that are older than that; returns how many."""
+    theirs = sa.select(_T.id).where(_T.organization_id == sa.any_(sa.literal(organizations, sa.ARRAY(sa.Text))))
+    old = tunnel_events.c.at < sa.func.now() - _seconds(history_seconds)
+    return await delete_in_batches(db, tunnel_events, sa.and_(old, tunnel_events.c.tunnel_id.in_(theirs)))
+
+
 def _seconds(seconds: float) -> sa.ColumnElement[Any]:
     return sa.func.make_interval(0, 0, 0, 0, 0, 0, float(seconds))
