@@ -573,6 +573,8 @@ class ApiSettings:
     registration_open: bool = True
     # Whether people must verify their e-mail address before they may do more than look around: no keys, so no tunnels.
     require_verified_email: bool = False
+    # Whom people of a suspended organization are told to ask: an address or a link. Empty: nobody is named.
+    operator_contact: str = ""
     # Seconds after a platform operator's last proof of who they are in which they may do what is dangerous.
     operator_step_up_seconds: int = 900
     # Minutes for which an owner can let operators into the organization at most, with one consent.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
@@ -16,6 +17,7 @@ from portico.control.identity import operators, tables
 from portico.control.identity.account_tables import passkeys, recovery_codes, totp_keys
 from portico.control.identity.keys import issue
 from portico.kit.db import Database
+from portico.settings import ApiSettings
 from tests.control.conftest import PASSWORD, Account, MovableClock
 from tests.control.test_http import problem
 
@@ -147,6 +149,48 @@ class TestDisabling:
         for body in ({}, {"reason": " "}, {"reason": "a\u202eb"}, {"reason": "x" * 501}, {**WHY, "force": True}):
             path = f"/v1/admin/users/{owner.user}/disable"
             problem(await operator.client.post(path, json=body), 422, "request.invalid")
+
+
+class TestSuspension:
+    @pytest.fixture
+    def settings(self, settings: ApiSettings) -> ApiSettings:
+        return dataclasses.replace(settings, operator_contact="trust@example.com")
+
+    async def test_its_people_read_why_and_whom_to_ask(
+        self, operator: Account, owner: Account, agent: httpx.AsyncClient, db: Database
+    ) -> None:
+        path = f"/v1/admin/organizations/{owner.organization}"
+        done = await operator.client.post(f"{path}/suspend", json={"reason": "phishing report"})
+        assert done.status_code == 200 and done.json()["suspended_reason"] == "phishing report"
+        shown = (await owner.client.get("/v1/org")).json()
+        assert (shown["suspended_reason"], shown["operator_contact"]) == ("phishing report", "trust@example.com")
+        refused = await agent.post("/v1/agent/sessions", json={"agent_id": "agt-0123456789"})
+        problem(refused, 403, "organization.suspended")
+        assert refused.json()["detail"] == "the organization is suspended: phishing report; ask trust@example.com"
+        found = await operator.client.get("/v1/admin/organizations", params={"suspended": "true"})
+        assert [one["id"] for one in found.json()["data"]] == [owner.organization]
+        for route in ("/v1/audit/export", "/v1/tunnels", "/v1/org/members"):
+            assert (await owner.client.get(route)).status_code == 200, route
+        # Its owner cannot take it back.
+        problem(await owner.client.post(f"{path}/resume", json=WHY), 403, "auth.operator_required")
+        assert (await operator.client.post(f"{path}/resume", json=WHY)).json()["suspended_at"] is None
+        assert (await owner.client.get("/v1/org")).json()["suspended_reason"] is None
+        rows = await _rows(db, "organization.suspend", owner.organization)
+        assert sorted((row.chain, row.actor_id) for row in rows) == [
+            ("installation", operator.user),
+            (owner.organization, operator.user),
+        ]
+        (tried,) = [
+            row for row in await _rows(db, "organization.resume", owner.organization) if row.outcome == "refused"
+        ]
+        assert (tried.chain, tried.actor_id) == ("installation", owner.user)
+
+    async def test_of_the_operators_own_organization(self, operator: Account) -> None:
+        """They lose what they may do there as everybody does, and stay operators: else nobody could take it back."""
+        path = f"/v1/admin/organizations/{operator.organization}"
+        assert (await operator.client.post(f"{path}/suspend", json=WHY)).status_code == 200
+        problem(await operator.client.post("/v1/tunnels", json={"name": "x"}), 403, "organization.suspended")
+        assert (await operator.client.post(f"{path}/resume", json=WHY)).status_code == 200
 
 
 class TestSecondFactors:

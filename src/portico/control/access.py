@@ -175,6 +175,7 @@ class Caller:
     platform_operator: bool = False
     acting_operator: str | None = None  # the operator (usr_…) whose support session, ``id``, this is
     standing: Standing | None = None  # of the organization; `permissions` are what it leaves
+    standing_reason: str | None = None  # what people are told about that
     expires_at: datetime | None = None  # of a key; what it makes does not outlive it
     cidrs: tuple[
         str, ...
@@ -192,7 +193,7 @@ class Caller:
             if self.unverified and permission not in UNVERIFIED_PERMISSIONS:
                 raise Problem("auth.email_unverified", permission=permission)
             if self.standing is not None and permission not in _LEFT[self.standing]:
-                raise Problem(f"organization.{self.standing}")
+                raise Problem(f"organization.{self.standing}", self.standing_reason)
             raise Problem("auth.forbidden", f"this credential lacks {permission}", permission=permission)
 
     def check_any(self, permissions: Sequence[str]) -> None:

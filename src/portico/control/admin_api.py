@@ -96,6 +96,8 @@ class Tenant(BaseModel):
     plan: str
     created_at: datetime
     suspended_at: datetime | None
+    suspended_reason: str | None
+    delete_after: datetime | None
     members: int
     tunnels: int
 
@@ -234,6 +236,36 @@ async def _tenant(request: Request, reader: Any, tenant: str) -> dict[str, Any]:
     found = await tenants.get(reader, tenant)
     counts = await request.app.state.tunnels.counts(reader, [tenant])
     return {**found, "tunnels": counts.get(tenant, 0)}
+
+
+@organizations.post("/{tenant}/suspend", response_model=Tenant)
+async def suspend_tenant(
+    tenant: Id,
+    body: ReasonBody,
+    request: Request,
+    tx: InTx,
+    service: Service,
+    who: Annotated[Caller, dangerous("organization.suspend")],
+) -> Any:
+    """Stop an organization: its live tunnels end within two seconds and are answered by a page that says so, its keys serve
+    nothing, nobody changes anything in it. Its people can sign in, look and export; they are told the reason and whom to ask.
+    """
+    await service.organizations.suspend(tx, who, tenant, body.reason)
+    return await _tenant(request, tx, tenant)
+
+
+@organizations.post("/{tenant}/resume", response_model=Tenant)
+async def resume_tenant(
+    tenant: Id,
+    body: ReasonBody,
+    request: Request,
+    tx: InTx,
+    service: Service,
+    who: Annotated[Caller, dangerous("organization.resume")],
+) -> Any:
+    """Take a suspension back; tunnels serve again once their agents reconnect."""
+    await service.organizations.resume(tx, who, tenant, body.reason)
+    return await _tenant(request, tx, tenant)
 
 
 @organizations.post("/{tenant}/impersonate", status_code=201, response_model=SupportToken)

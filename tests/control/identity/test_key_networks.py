@@ -19,7 +19,7 @@ from portico.control.identity.tables import api_keys
 from portico.kit.db import Database
 from portico.settings import ApiSettings
 from tests.control.conftest import Account, MovableClock
-from tests.control.identity.test_members import Join, join  # noqa: F401 - a fixture
+from tests.control.identity.conftest import Join
 from tests.control.test_http import problem
 
 Connect = Callable[..., httpx.AsyncClient]
@@ -281,7 +281,7 @@ class TestLiveSessions:
 class TestOthersKeys:
     """With ``keys:own`` nobody learns of keys that others made."""
 
-    async def test_are_not_there(self, owner: Account, join: Join) -> None:  # noqa: F811
+    async def test_are_not_there(self, owner: Account, join: Join) -> None:
         theirs = await owner.key("agent", name="the owner's")
         developer = await join("developer")
         mine = await developer.key("agent", name="mine")
@@ -309,7 +309,7 @@ class TestOthersKeys:
 
 
 class TestPosture:
-    async def test_findings(self, owner: Account, join: Join, db: Database) -> None:  # noqa: F811
+    async def test_findings(self, owner: Account, join: Join, db: Database) -> None:
         leaver = await join("developer")
         gone = await leaver.key()
         assert (await owner.client.delete(f"/v1/org/members/{leaver.user}")).status_code == 204

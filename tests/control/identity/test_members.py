@@ -46,6 +46,7 @@ class TestOrganization:
         answer = await billing.client.get("/v1/org")
         assert answer.json() == {
             "id": owner.organization, "name": "Acme", "plan": "unlimited", "standing": "active", "delete_after": None,
+            "suspended_reason": None, "operator_contact": None,
         }  # fmt: skip
 
     async def test_members_page_by_page(self, owner: Account, join: Join) -> None:

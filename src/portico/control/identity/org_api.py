@@ -50,6 +50,13 @@ class Organization(OrganizationFacts):
     delete_after: datetime | None
 
 
+class CurrentOrganization(Organization):
+    """The caller's organization; when it is suspended, why, and whom to ask."""
+
+    suspended_reason: str | None
+    operator_contact: str | None
+
+
 class OwnOrganization(Organization):
     """An organization of the caller's. `current` is the one of this request's credential."""
 
@@ -109,7 +116,7 @@ async def create_organization(body: OrganizationBody, tx: InTx, service: Service
     return await service.organizations.create(tx, who, body.name)
 
 
-@router.get("", response_model=Organization)
+@router.get("", response_model=CurrentOrganization)
 async def get_organization(
     reader: Reading, service: Service, who: Annotated[Caller, Depends(require("organization:read"))]
 ) -> Any:

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from portico.control.access import Caller, Standing
 from portico.control.audit import service as audit
-from portico.control.identity import plans, roster, store
+from portico.control.identity import operators, plans, roster, store
 from portico.control.identity.org_standing import check_standing, standing, standing_of
 from portico.control.identity.tables import organizations, sign_in_sessions
 from portico.errors import Problem
@@ -71,7 +71,8 @@ class Organizations:
         row = await store.organization(reader, caller.org)
         if row is None:
             raise Problem("request.not_found", "there is no such organization")
-        return _render(row)
+        contact = self._settings.operator_contact
+        return {**_render(row), "suspended_reason": row.suspended_reason, "operator_contact": contact or None}
 
     async def rename(self, tx: Tx, caller: Caller, name: str) -> dict[str, Any]:
         """Give the caller's organization another name."""
@@ -149,9 +150,10 @@ class Organizations:
             raise Problem("request.not_found", "there is no such organization")
         if (row.suspended_at is not None) == (at is not None):
             return False
-        await tx.execute(sa.update(organizations).where(t.id == organization).values(suspended_at=at))
+        change = {"suspended_at": at, "suspended_reason": None if at is None else reason}
+        await tx.execute(sa.update(organizations).where(t.id == organization).values(**change))
         await self.tell_standing(tx, organization)
-        await audit.record(tx, caller, act, organization, details={"reason": reason}, organization=organization)
+        await operators.record(tx, caller, act, organization, {"reason": reason}, organization)
         return True
 
     async def tell_standing(self, tx: Tx, organization: str) -> None:

@@ -367,6 +367,7 @@ class Identity:
             row["organization_id"],
             in_standing(_held(row, unverified=unverified), standing),
             standing=standing,
+            standing_reason=self._told(row),
             user_id=row["user_id"],
             session_id=row["id"],
             authenticated_at=row["authenticated_at"],
@@ -375,6 +376,13 @@ class Identity:
             second_factor=row["second_factor"],
             platform_operator=operators.holds(row["operator_grant"], row["operator_until"], now),
         )
+
+    def _told(self, row: Any) -> str | None:
+        """What people of a suspended organization are told: why, and whom to ask."""
+        if (reason := row["suspended_reason"]) is None:
+            return None
+        contact = self.settings.operator_contact
+        return f"the organization is suspended: {reason}" + (f"; ask {contact}" if contact else "")
 
     def _must_verify(self, row: Any) -> bool:
         return self.settings.require_verified_email and row["email_verified_at"] is None
@@ -408,6 +416,7 @@ class Identity:
             row["organization_id"],
             in_standing(allowed, standing),
             standing=standing,
+            standing_reason=self._told(row),
             user_id=row["user_id"],
             unverified=unverified,
             platform_operator=operator,

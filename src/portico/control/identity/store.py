@@ -25,7 +25,7 @@ Row = sa.Row[Any]
 # Raw SQL for the two look-ups that every request makes; asyncpg keeps them prepared on each connection.
 _KEY_BY_DIGEST = """
 SELECT k.id, k.kind, k.organization_id, k.user_id, k.scopes, k.expires_at, k.revoked_at, k.allowed_cidrs, u.disabled_at,
-       u.email_verified_at, m.role, r.permissions AS role_permissions, o.suspended_at, o.delete_after
+       u.email_verified_at, m.role, r.permissions AS role_permissions, o.suspended_at, o.suspended_reason, o.delete_after
 FROM api_keys k LEFT JOIN users u ON u.id = k.user_id
 LEFT JOIN organizations o ON o.id = k.organization_id
 LEFT JOIN members m ON m.user_id = k.user_id AND m.organization_id = k.organization_id
@@ -35,7 +35,7 @@ WHERE k.digest = $1
 _SESSION = """
 SELECT s.id, s.created_at, s.last_used_at, s.user_id, o.id AS organization_id, s.ended_at, s.expires_at, s.authenticated_at,
        s.methods, u.disabled_at, u.email_verified_at, m.role, r.permissions AS role_permissions,
-       o.suspended_at, o.delete_after, {organization} IS NOT NULL AND m.role IS NULL AS outside,
+       o.suspended_at, o.suspended_reason, o.delete_after, {organization} IS NOT NULL AND m.role IS NULL AS outside,
        g.id AS operator_grant, g.expires_at AS operator_until,
        EXISTS (SELECT FROM totp_keys t WHERE t.user_id = s.user_id AND t.confirmed_at IS NOT NULL)
        OR g.id IS NOT NULL AND EXISTS (SELECT FROM passkeys p WHERE p.user_id = s.user_id) AS second_factor

@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from portico.control.access import SUPPORT_PERMISSIONS, Caller
+from portico.control.access import SUPPORT_PERMISSIONS, Caller, in_standing
 from portico.control.audit import service as audit
 from portico.control.identity import operators, store
+from portico.control.identity.org_standing import standing_of
 from portico.control.identity.tables import support_consents, support_sessions
 from portico.errors import Problem
 from portico.kit import pages
@@ -36,10 +37,11 @@ _c, _s = support_consents.c, support_sessions.c
 # Everything that a token stands on, in one look-up.
 _BY_DIGEST = """
 SELECT s.id, s.organization_id, s.operator_id, s.ended_at, s.expires_at, c.scope, c.withdrawn_at,
-       u.disabled_at, g.id AS operator_grant, g.expires_at AS operator_until,
+       o.suspended_at, o.delete_after, u.disabled_at, g.id AS operator_grant, g.expires_at AS operator_until,
        i.ended_at AS sign_in_ended_at, i.expires_at AS sign_in_until
 FROM support_sessions s
 JOIN support_consents c ON c.id = s.consent_id
+JOIN organizations o ON o.id = s.organization_id
 LEFT JOIN users u ON u.id = s.operator_id
 LEFT JOIN operator_grants g ON g.user_id = s.operator_id AND g.revoked_at IS NULL
 LEFT JOIN sign_in_sessions i ON i.id = s.sign_in_session
@@ -57,11 +59,13 @@ async def authenticate(reader: Reader, token: str, now: datetime) -> Caller:
         raise Problem("auth.support_ended")
     if not operators.holds(row["operator_grant"], row["operator_until"], now):
         raise Problem("auth.support_ended", "the operator's grant has ended")
+    standing = standing_of(row)
     return Caller(
         "support",
         row["id"],
         row["organization_id"],
-        SUPPORT_PERMISSIONS[row["scope"]],
+        in_standing(SUPPORT_PERMISSIONS[row["scope"]], standing),
+        standing=standing,
         acting_operator=row["operator_id"],
         expires_at=row["expires_at"],
     )
@@ -173,6 +177,15 @@ class Support:
             raise Problem("request.not_found", "there is no such support session")
         if await _end(tx, _s.id == session, self._clock.wall()):
             await operators.record(tx, caller, "support_access.end", session, {}, row.organization_id)
+
+    async def end_leaked(self, tx: Tx, caller: Caller, found: bytes, told: dict[str, Any]) -> bool:
+        """End the session whose token (its digest) was found in public; whether there is one."""
+        row = await tx.fetch_one(sa.select(support_sessions).where(_s.digest == found).with_for_update())
+        if row is None:
+            return False
+        if await _end(tx, _s.id == row.id, self._clock.wall()):
+            await operators.record(tx, caller, "support_access.end", row.id, told, row.organization_id)
+        return True
 
     @staticmethod
     async def _consent(reader: Reader, organization: str, consent: str, *, lock: bool = False) -> Any:

@@ -47,6 +47,8 @@ organizations = sa.Table(
     sa.Column("edge_state", JSONB),
     _created(),
     _time("suspended_at"),
+    # What its people are told.
+    sa.Column("suspended_reason", sa.Text),
     # Set while its deletion is under way: asked for, and to be carried out from then on.
     _time("deletion_requested_at"),
     _time("delete_after"),

@@ -41,4 +41,13 @@ async def get(reader: Reader, organization: str) -> dict[str, Any]:
 
 def _facts() -> sa.Select[Any]:
     people = sa.select(sa.func.count()).where(members.c.organization_id == _o.id)
-    return sa.select(_o.id, _o.name, _o.plan, _o.created_at, _o.suspended_at, people.scalar_subquery().label("members"))
+    return sa.select(
+        _o.id,
+        _o.name,
+        _o.plan,
+        _o.created_at,
+        _o.suspended_at,
+        _o.suspended_reason,
+        _o.delete_after,
+        people.scalar_subquery().label("members"),
+    )
