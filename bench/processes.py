@@ -49,8 +49,12 @@ def accepts(port: int) -> bool:
 
 
 def environment(**settings: object) -> dict[str, str]:
-    """Our environment without Portico's own settings, and ``settings`` as ``PORTICO_…``."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PORTICO_")}
+    """Our environment without Portico's own settings, and ``settings`` as ``PORTICO_…``.
+
+    Programs start from bytecode, as they do where they are installed, also where this shell keeps Python from writing any.
+    """
+    kept_out = ("PORTICO_", "PYTHONDONTWRITEBYTECODE")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(kept_out)}
     env |= {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
     return env | {f"PORTICO_{key.upper()}": str(value) for key, value in settings.items()}
 
