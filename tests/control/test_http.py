@@ -62,6 +62,7 @@ class TestRefusals:
     async def test_a_wrong_method_is_told_every_right_one(self, client: httpx.AsyncClient) -> None:
         assert (await client.put("/v1/tunnels")).headers["allow"] == "GET, POST"
         assert (await client.post("/v1/tunnels/tun_x")).headers["allow"] == "DELETE, GET, PATCH"
+        assert (await client.put("/v1/api-keys/posture")).headers["allow"] == "GET"
 
     @pytest.mark.parametrize(
         "body",

@@ -247,14 +247,21 @@ async def _on_http(request: Request, err: Exception) -> Response:
 
 
 def _methods(request: Request) -> list[str]:
-    """Every method of the address (RFC 9110 section 15.5.6); Starlette names those of the first route that fits its path."""
+    """Every method of the address (RFC 9110 section 15.5.6); Starlette names those of the first route that fits its path.
+
+    An address that is written out (`/api-keys/posture`) is none of the objects that a pattern beside it (`/api-keys/{key}`)
+    would take it for: of several the route with the fewest parameters decides.
+    """
     routes = request.app.router.routes
-
-    def fits(method: str) -> bool:
-        scope = {**request.scope, "method": method}
-        return any(route.matches(scope)[0] is Match.FULL for route in routes)
-
-    return [method for method in _METHODS if fits(method)]
+    found: dict[str, int] = {}
+    for method in _METHODS:
+        for route in routes:
+            match, child = route.matches({**request.scope, "method": method, "path_params": {}})
+            if match is Match.FULL:
+                found[method] = len(child.get("path_params", ()))
+                break
+    least = min(found.values(), default=0)
+    return [method for method, parameters in found.items() if parameters == least]
 
 
 _RETRY = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.LockNotAvailableError)

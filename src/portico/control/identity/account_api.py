@@ -186,14 +186,14 @@ async def verify_email(body: LinkBody, service: Service, who: Anybody) -> Any:
     return {"email": await service.accounts.verify_email(who, body.token)}
 
 
-@router.post("/email/resend", status_code=202)
+@router.post("/email/resend", status_code=202, response_class=Response)
 async def resend_verification(service: Service, who: Person) -> Response:
     """Mail the link again, to the address of one's own account."""
     await service.accounts.resend(who)
     return Response(status_code=202)
 
 
-@router.post("/email/change", status_code=202)
+@router.post("/email/change", status_code=202, response_class=Response)
 async def change_email(body: ChangeEmailBody, service: Service, who: Recent) -> Response:
     """Ask for another address. The link in the mail to it makes it the account's."""
     await service.accounts.change_email(who, body.email)
@@ -209,7 +209,7 @@ async def confirm_email(body: LinkBody, service: Service, who: Anybody) -> Any:
 # --- the password
 
 
-@router.post("/password/forgot", status_code=202)
+@router.post("/password/forgot", status_code=202, response_class=Response)
 async def forgot_password(body: ForgotBody, service: Service, who: Anybody) -> Response:
     """Mail a link that sets a new password, if there is such an account. The answer is the same if there is none."""
     await service.accounts.forgot(who, body.email)
