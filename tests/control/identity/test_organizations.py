@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from portico.control import changes
 from portico.control.access import Caller
 from portico.control.identity.tables import members, organizations, users
+from portico.kit import outbox
 from portico.kit.db import Database
 from portico.settings import ApiSettings
 from tests.control.conftest import PASSWORD, Account
@@ -314,6 +315,17 @@ class TestDeletion:
             row["action"] for row in (await owner.client.get("/v1/audit")).json()["data"] if row["outcome"] == "success"
         ]
         assert acts.count("organization.delete_request") == acts.count("organization.delete_cancel") == 1
+
+    async def test_is_told_to_every_owner_by_mail(self, owner: Account, join: Join, db: Database) -> None:
+        other = await join("owner")
+        await join("admin")
+        await delete(owner)
+        await delete(other)  # asked for already
+        async with db.read() as reader:
+            t = outbox.messages.c
+            mine = sa.and_(t.organization_id == owner.organization, t.topic == "organization.deletion")
+            rows = await reader.fetch_all(sa.select(t.recipient).where(mine))
+        assert sorted(row.recipient for row in rows) == sorted([owner.email, other.email])
 
     async def test_asks_for_the_name_a_recent_sign_in_and_an_owner(
         self, owner: Account, join: Join, connect: Any, clock: Any

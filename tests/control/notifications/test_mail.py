@@ -21,6 +21,12 @@ SEALER = Sealer(Secret(new_master_key()))
 #: Facts for every topic: a topic that is added needs its own here.
 FACTS: dict[str, dict[str, Any]] = {
     "channel.test": {"organization": "Acme"},
+    "organization.deletion": {
+        "organization": "Acme",
+        "by": "owner@example.com",
+        "until": "2030-01-15 00:00 UTC",
+        "page": "https://api.example.com/organizations",
+    },
     "organization.invitation": {
         "organization": "Acme",
         "role": "developer",

@@ -22,11 +22,14 @@ from portico.control.audit import service as audit
 from portico.control.identity import operators, plans, roster, store
 from portico.control.identity.org_standing import check_standing, standing, standing_of
 from portico.control.identity.tables import organizations, sign_in_sessions
+from portico.control.notifications import mail
+from portico.control.notifications.mail import Mail
 from portico.errors import Problem
 from portico.kit import pages
 from portico.kit.clock import Clock
 from portico.kit.db import Reader, Tx
 from portico.kit.ids import new_id
+from portico.kit.sealing import Sealer
 from portico.settings import ApiSettings
 
 StandingChanged = Callable[[Tx, str, Standing | None], Awaitable[None]]
@@ -39,6 +42,7 @@ class Organizations:
     def __init__(self, settings: ApiSettings, clock: Clock) -> None:
         self._settings = settings
         self._clock = clock
+        self._sealer = Sealer(settings.master_key)
         self.on_standing: list[StandingChanged] = []
 
     async def listing(self, reader: Reader, caller: Caller, page: pages.PageRequest) -> dict[str, Any]:
@@ -118,7 +122,26 @@ class Organizations:
             row = await self._hold(tx, caller)
             about = {"name": name, "delete_after": row.delete_after.isoformat()}
             await audit.record(tx, caller, "organization.delete_request", caller.org, details=about)
+            await self._tell_owners(tx, caller, row)
         return _render(row)
+
+    async def _tell_owners(self, tx: Tx, caller: Caller, row: Any) -> None:
+        """Mail to every owner, so that none learns of it when the grace is over."""
+        person = await store.user(tx, caller.user_id or "")
+        facts = {
+            "organization": row.name,
+            "by": person.email if person is not None else "An owner",
+            "until": f"{row.delete_after:%Y-%m-%d %H:%M} UTC",
+            "page": f"{self._settings.api_url.rstrip('/')}/organizations",
+        }
+        for owner in await roster.able_owners(tx, row.id):
+            try:
+                mail.address(owner.email)
+            except ValueError:  # an account from before addresses were held to what mail can reach
+                continue
+            key = f"deletion:{row.id}:{row.delete_after.isoformat()}:{owner.id}"
+            letter = Mail(key, owner.email, "organization.deletion", facts, organization=row.id)
+            await mail.send(tx, self._sealer, letter)
 
     async def cancel_deletion(self, tx: Tx, caller: Caller) -> dict[str, Any]:
         """Take a deletion back: tunnels may serve again, once their agents reconnect. Raises ``organization.not_deleting``."""

@@ -129,6 +129,16 @@ async def count_holders(reader: Reader, organization_id: str, role_id: str) -> i
     return int(await reader.scalar(query))
 
 
+async def able_owners(reader: Reader, organization_id: str) -> Sequence[Row]:
+    """Id and address of the owners who can sign in."""
+    query = (
+        sa.select(users.c.id, users.c.email)
+        .join(members, members.c.user_id == users.c.id)
+        .where(members.c.organization_id == organization_id, members.c.role == "owner", users.c.disabled_at.is_(None))
+    )
+    return await reader.fetch_all(query.order_by(users.c.id))
+
+
 async def count_able_owners(reader: Reader, organization_id: str) -> int:
     """Owners who can sign in: a disabled one does not keep an organization in hands."""
     query = (
