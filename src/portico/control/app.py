@@ -109,9 +109,6 @@ def _compose(app: FastAPI, settings: ApiSettings, clock: Clock, db: Database | N
     state.authenticate = state.identity.authenticate
     state.note_refusal = partial(audit.refused, state.db)
     state.leaks = Leaks(settings, state.db, clock, state.sealer, state.identity.keys, ScannerKeys(settings, clock))
-    state.leaks.ends["sup"] = lambda tx, who, found, match: state.identity.support.end_leaked(
-        tx, who, found, match.told()
-    )
     state.note_support = partial(audit.request_in_support, state.db)
     _compose_tunnels(state, settings, clock)
 

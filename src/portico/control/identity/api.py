@@ -53,7 +53,7 @@ Known = Annotated[Caller, Depends(caller)]
 Leaver = Annotated[Caller, Depends(require(kinds=("person", "agent_key")))]
 Person = Annotated[Caller, Depends(require(kinds=("person",)))]
 KeyReader = Annotated[Caller, Depends(require("keys:own", "keys:read"))]
-Approver = Annotated[Caller, Depends(require("keys:own", "keys:write", kinds=("person",)))]
+Approver = Annotated[Caller, Depends(require("keys:own", "keys:write", kinds=("person",), act="device.approve"))]
 
 # Shape alone; whether an address exists is for a mail to find out.
 _ADDRESS = r"^[^@\s\x00-\x1f\x7f]{1,64}@[^@\s\x00-\x1f\x7f]{1,189}$"

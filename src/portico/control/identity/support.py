@@ -178,15 +178,6 @@ class Support:
         if await _end(tx, _s.id == session, self._clock.wall()):
             await operators.record(tx, caller, "support_access.end", session, {}, row.organization_id)
 
-    async def end_leaked(self, tx: Tx, caller: Caller, found: bytes, told: dict[str, Any]) -> bool:
-        """End the session whose token (its digest) was found in public; whether there is one."""
-        row = await tx.fetch_one(sa.select(support_sessions).where(_s.digest == found).with_for_update())
-        if row is None:
-            return False
-        if await _end(tx, _s.id == row.id, self._clock.wall()):
-            await operators.record(tx, caller, "support_access.end", row.id, told, row.organization_id)
-        return True
-
     @staticmethod
     async def _consent(reader: Reader, organization: str, consent: str, *, lock: bool = False) -> Any:
         query = sa.select(support_consents).where(_c.organization_id == organization, _c.id == consent)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
 
-from portico.control.access import Caller, InTx, Paging, Reading, require
+from portico.control.access import Caller, InTx, Paging, Reading, require, require_recent
 from portico.control.identity.api import Body, Service
 from portico.control.identity.org_api import Id
 from portico.control.identity.people import Reason
@@ -51,7 +51,7 @@ class Consent(BaseModel):
     sessions: list[SupportSession]
 
 
-Owner = Annotated[Caller, Depends(require("owners:write", kinds=("person",), act="support_access.consent"))]
+Owner = Annotated[Caller, Depends(require_recent("owners:write", act="support_access.consent"))]
 Withdrawer = Annotated[Caller, Depends(require("owners:write", kinds=("person",), act="support_access.withdraw"))]
 
 
@@ -67,7 +67,7 @@ async def list_support_access(
 async def consent_to_support_access(body: ConsentBody, tx: InTx, service: Service, who: Owner) -> Any:
     """Let platform operators into the organization for some minutes, to look (`read`) or to change tunnels, too (`write`).
 
-    They see and do nothing in it without this. Only an owner may, in person.
+    They see and do nothing in it without this. Only an owner may, in person, who proved a moment ago who they are.
     """
     return await service.support.consent(tx, who, body.minutes, body.scope, body.reason)
 
