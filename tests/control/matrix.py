@@ -512,7 +512,7 @@ class Walk:
         for cell, credential in zip(everybody, credentials, strict=True):
             answer, wanted = await self._ask(operation, credential, objects), cell.refusal(operation)
             codes = ("auth.forbidden", "auth.operator_required") if wanted == 403 else None
-            if codes and cell.operator and operation.step_up:
+            if codes and cell.operator and operation.step_up and "operator" in operation.callers:
                 codes = ("auth.step_up_required",)
             if answer.status != wanted or (codes and answer.problem.get("code") not in codes):
                 self._note(operation, cell.who, f"must be refused with {wanted}", answer)

@@ -15,7 +15,7 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +239,7 @@ class Platform:
             "api",
             ["api"],
             self.environment(
+                **verification(os.environ),
                 api_host=self.settings.host,
                 api_port=port_of(sock),
                 tcp_ports=self.settings.tcp_ports,
@@ -321,6 +322,12 @@ class Platform:
         ports.close_all(self._figures)
         if self._lock is not None:
             self._lock.release()
+
+
+def verification(environ: Mapping[str, str]) -> dict[str, str]:
+    """Whether people must verify their addresses: where mail goes out, unless it was set otherwise."""
+    given = environ.get("PORTICO_REQUIRE_VERIFIED_EMAIL")
+    return {"require_verified_email": given or str(bool(environ.get("PORTICO_SMTP_URL"))).lower()}
 
 
 async def run(platform: Platform, body: Callable[[Platform], Awaitable[int]]) -> int:

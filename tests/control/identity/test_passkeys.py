@@ -34,7 +34,7 @@ async def _post(client: httpx.AsyncClient, path: str, **body: Any) -> httpx.Resp
 
 async def _add(account: Account, device: Authenticator, name: str = "laptop") -> dict[str, Any]:
     options = (await _post(account.client, "passkeys/register/options")).json()
-    answer = await _post(account.client, "passkeys/register", credential=device.create(options), name=name)
+    answer = await _post(account.client, "passkeys", credential=device.create(options), name=name)
     assert answer.status_code == 201, answer.text
     return dict(answer.json())
 
@@ -52,7 +52,7 @@ async def _options(client: httpx.AsyncClient) -> dict[str, Any]:
 
 
 async def _sign_in(client: httpx.AsyncClient, device: Authenticator) -> httpx.Response:
-    return await _post(client, "passkeys/authenticate", credential=device.get(await _options(client)))
+    return await _post(client, "passkeys/authenticate/verify", credential=device.get(await _options(client)))
 
 
 class TestRegistering:
@@ -79,42 +79,40 @@ class TestRegistering:
     async def test_an_answer_counts_once(self, owner: Account) -> None:
         options = (await _post(owner.client, "passkeys/register/options")).json()
         credential = Authenticator().create(options)
-        answers = await asyncio.gather(
-            *(_post(owner.client, "passkeys/register", credential=credential) for _ in range(4))
-        )
+        answers = await asyncio.gather(*(_post(owner.client, "passkeys", credential=credential) for _ in range(4)))
         assert sorted(a.status_code for a in answers) == [201, 400, 400, 400]
-        problem(await _post(owner.client, "passkeys/register", credential=credential), 400, "passkey.rejected")
+        problem(await _post(owner.client, "passkeys", credential=credential), 400, "passkey.rejected")
 
     async def test_a_key_has_one_account(self, owner: Account, device: Authenticator, stranger: Account) -> None:
         options = (await _post(stranger.client, "passkeys/register/options")).json()
-        answer = await _post(stranger.client, "passkeys/register", credential=device.create(options))
+        answer = await _post(stranger.client, "passkeys", credential=device.create(options))
         problem(answer, 409, "passkey.exists")
 
     async def test_challenges_are_for_one_session_one_purpose_and_a_while(
         self, owner: Account, stranger: Account, client: httpx.AsyncClient, clock: MovableClock, settings: ApiSettings
     ) -> None:
         options = (await _post(stranger.client, "passkeys/register/options")).json()
-        answer = await _post(owner.client, "passkeys/register", credential=Authenticator().create(options))
+        answer = await _post(owner.client, "passkeys", credential=Authenticator().create(options))
         problem(answer, 400, "passkey.rejected")
         options = {**(await _post(owner.client, "passkeys/register/options")).json(), **await _options(client)}
-        answer = await _post(owner.client, "passkeys/register", credential=Authenticator().create(options))
+        answer = await _post(owner.client, "passkeys", credential=Authenticator().create(options))
         problem(answer, 400, "passkey.rejected")
         options = (await _post(owner.client, "passkeys/register/options")).json()
         clock.advance(settings.passkey_challenge_seconds + 1)
-        answer = await _post(owner.client, "passkeys/register", credential=Authenticator().create(options))
+        answer = await _post(owner.client, "passkeys", credential=Authenticator().create(options))
         problem(answer, 400, "passkey.rejected")
 
-    @pytest.mark.parametrize("origin", ["https://evil.example", "http://localhost:7001", "https://localhost:7000"])
-    async def test_pages_of_others_register_nothing(self, owner: Account, origin: str) -> None:
-        options = (await _post(owner.client, "passkeys/register/options")).json()
-        answer = await _post(owner.client, "passkeys/register", credential=Authenticator(origin).create(options))
-        problem(answer, 400, "passkey.rejected")
+    async def test_pages_of_others_register_nothing(self, owner: Account) -> None:
+        for origin in ("https://evil.example", "http://localhost:7001", "https://localhost:7000"):
+            options = (await _post(owner.client, "passkeys/register/options")).json()
+            answer = await _post(owner.client, "passkeys", credential=Authenticator(origin).create(options))
+            problem(answer, 400, "passkey.rejected")
 
     async def test_a_key_that_does_not_ask_for_a_pin_is_refused(self, owner: Account) -> None:
         device = Authenticator()
         device.verifies = False
         options = (await _post(owner.client, "passkeys/register/options")).json()
-        answer = await _post(owner.client, "passkeys/register", credential=device.create(options))
+        answer = await _post(owner.client, "passkeys", credential=device.create(options))
         problem(answer, 400, "passkey.rejected")
 
     async def test_a_person_has_only_so_many(
@@ -144,7 +142,7 @@ class TestSigningIn:
     ) -> None:
         options = await _options(client)
         assert (options["allowCredentials"], options["userVerification"]) == ([], "required")
-        answer = await _post(client, "passkeys/authenticate", credential=device.get(options))
+        answer = await _post(client, "passkeys/authenticate/verify", credential=device.get(options))
         assert answer.status_code == 200, answer.text
         assert answer.json()["user"] == {"id": owner.user, "email": owner.email}
         session = connect(answer.json()["access_token"])
@@ -158,10 +156,10 @@ class TestSigningIn:
     ) -> None:
         credential = device.get(await _options(client))
         answers = await asyncio.gather(
-            *(_post(client, "passkeys/authenticate", credential=credential) for _ in range(4))
+            *(_post(client, "passkeys/authenticate/verify", credential=credential) for _ in range(4))
         )
         assert sorted(a.status_code for a in answers) == [200, 401, 401, 401]
-        problem(await _post(client, "passkeys/authenticate", credential=credential), 401, "auth.passkey_invalid")
+        problem(await _post(client, "passkeys/authenticate/verify", credential=credential), 401, "auth.passkey_invalid")
 
     async def test_what_is_wrong_has_one_answer(
         self, owner: Account, device: Authenticator, client: httpx.AsyncClient
@@ -170,7 +168,7 @@ class TestSigningIn:
         answers = [await _sign_in(client, Authenticator())]
         forged = device.get(await _options(client))
         forged["response"]["signature"] = Authenticator().get(await _options(client))["response"]["signature"]
-        answers.append(await _post(client, "passkeys/authenticate", credential=forged))
+        answers.append(await _post(client, "passkeys/authenticate/verify", credential=forged))
         device.origin, right = "https://evil.example", device.origin
         answers.append(await _sign_in(client, device))
         device.origin, device.verifies = right, False
@@ -286,21 +284,18 @@ _MEMBERS = (
 
 
 class TestHostileAnswers:
-    @pytest.mark.parametrize(
-        "credential",
-        [
+    async def test_shapes_that_are_none(self, owner: Account, client: httpx.AsyncClient) -> None:
+        hostile: list[dict[str, Any]] = [
             {}, {"response": None}, {"response": []}, {"response": {"clientDataJSON": 7}},
             {"rawId": "A", "response": {"clientDataJSON": "!!!"}}, {"response": {"clientDataJSON": b64(b"[" * 5000)}},
             {"rawId": "AAAA", "response": {"clientDataJSON": b64(b'{"challenge": "AAAA"}')}},
             {"rawId": "AAAA", "response": {"clientDataJSON": b64(b"\xff")}},
-        ],
-    )  # fmt: skip
-    async def test_shapes_that_are_none(
-        self, owner: Account, client: httpx.AsyncClient, credential: dict[str, Any]
-    ) -> None:
-        problem(await _post(client, "passkeys/authenticate", credential=credential), 401, "auth.passkey_invalid")
-        problem(await _post(owner.client, "passkeys/register", credential=credential), 400, "passkey.rejected")
-        problem(await _post(owner.client, "step-up", passkey=credential), 400, "auth.proof_invalid")
+        ]  # fmt: skip
+        for credential in hostile:
+            answer = await _post(client, "passkeys/authenticate/verify", credential=credential)
+            problem(answer, 401, "auth.passkey_invalid")
+            problem(await _post(owner.client, "passkeys", credential=credential), 400, "passkey.rejected")
+            problem(await _post(owner.client, "step-up", passkey=credential), 400, "auth.proof_invalid")
 
     async def test_right_challenges_in_wrong_wrapping(
         self, owner: Account, device: Authenticator, client: httpx.AsyncClient, app: Any, db: Database
@@ -313,7 +308,7 @@ class TestHostileAnswers:
         cases: list[tuple[str, Any]] = []
 
         @given(name=st.sampled_from(_MEMBERS), value=junk)
-        @hypothesis_settings(max_examples=40, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @hypothesis_settings(max_examples=25, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
         def collect(name: str, value: Any) -> None:
             cases.append((name, value))
 
@@ -339,7 +334,7 @@ class TestHostileAnswers:
         self, device: Authenticator, client: httpx.AsyncClient, db: Database
     ) -> None:
         options = await _options(client)
-        await _post(client, "passkeys/authenticate", credential=Authenticator().get(options))
+        await _post(client, "passkeys/authenticate/verify", credential=Authenticator().get(options))
         async with db.read() as reader:
             where = passkey_challenges.c.challenge == unb64(options["challenge"])
             assert await reader.fetch_one(sa.select(passkey_challenges).where(where)) is None

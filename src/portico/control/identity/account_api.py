@@ -298,7 +298,7 @@ async def sign_in_options(service: Service, who: Anybody) -> Any:
     return await service.passkeys.sign_in_options(who)
 
 
-@router.post("/passkeys/authenticate", response_model=Tokens)
+@router.post("/passkeys/authenticate/verify", response_model=Tokens)
 async def sign_in_by_passkey(request: Request, body: PasskeySignInBody, service: Service, who: Anybody) -> Any:
     """Sign in by passkey alone."""
     return tokens_of(await service.passkeys.sign_in(who, body.credential, client_of(request)))
@@ -316,7 +316,7 @@ async def registration_options(tx: InTx, service: Service, who: Recent) -> Any:
     return await service.passkeys.registration(tx, who)
 
 
-@router.post("/passkeys/register", status_code=201, response_model=Passkey)
+@router.post("/passkeys", status_code=201, response_model=Passkey)
 async def register_passkey(body: PasskeyBody, service: Service, who: Recent) -> Any:
     """Keep a passkey that the browser made."""
     return await service.passkeys.register(who, body.credential, body.name)

@@ -65,7 +65,7 @@ class Accounts:
         return {"email": person.email, "verified": person.email_verified_at is not None}
 
     async def welcome(self, tx: Tx, caller: Caller, user_id: str, email: str, organization: str) -> None:
-        """Mail the link that verifies the address of a new account."""
+        """Mail the link that verifies the address of an account; ``organization`` by name, empty for none."""
         token = await self._token(tx, "verify", user_id, email)
         await self._letters.verify(tx, caller, email, organization, token)
 
@@ -78,9 +78,8 @@ class Accounts:
             assert person is not None  # who has a session
             if person.email_verified_at is not None:
                 raise Problem("auth.email_verified")
-            organization = await store.organization(tx, caller.org)
-            assert organization is not None
-            await self.welcome(tx, caller, user_id, person.email, organization.name)
+            organization = await store.organization(tx, caller.organization) if caller.organization else None
+            await self.welcome(tx, caller, user_id, person.email, organization.name if organization else "")
             await audit.record(tx, caller, "user.verify_mail", user_id)
 
     async def verify_email(self, caller: Caller, token: str) -> str:
