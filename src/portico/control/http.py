@@ -10,7 +10,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import asyncpg
@@ -20,7 +20,7 @@ from sqlalchemy import exc as sa_exc
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from portico.control.console import frame
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 PROBLEM_TYPE = "application/problem+json"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_ERRORS = 20
-_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 # Of two that differ, one program would believe the first and another the last.
 _SINGLE = ("authorization", "content-type", "idempotency-key")
 
@@ -250,18 +249,24 @@ def _methods(request: Request) -> list[str]:
     """Every method of the address (RFC 9110 section 15.5.6); Starlette names those of the first route that fits its path.
 
     An address that is written out (`/api-keys/posture`) is none of the objects that a pattern beside it (`/api-keys/{key}`)
-    would take it for: of several the route with the fewest parameters decides.
+    would take it for: of several patterns the one with the fewest parameters decides.
     """
-    routes = request.app.router.routes
-    found: dict[str, int] = {}
-    for method in _METHODS:
-        for route in routes:
-            match, child = route.matches({**request.scope, "method": method, "path_params": {}})
-            if match is Match.FULL:
-                found[method] = len(child.get("path_params", ()))
-                break
-    least = min(found.values(), default=0)
-    return [method for method, parameters in found.items() if parameters == least]
+    path, state = request.scope["path"], request.app.state
+    if not hasattr(state, "patterns"):
+        state.patterns = _patterns(request.app)
+    fitting = [(pattern.count("{"), methods) for pattern, fits, methods in state.patterns if fits(path)]
+    least = min((parameters for parameters, _ in fitting), default=0)
+    return sorted(set[str]().union(*(methods for parameters, methods in fitting if parameters == least)))
+
+
+def _patterns(app: FastAPI) -> list[tuple[str, Callable[[str], Any], frozenset[str]]]:
+    """Every route: its path as declared, a test of a path, its methods."""
+    found: list[tuple[str, Callable[[str], Any], frozenset[str]]] = []
+    for route in app.router.routes:
+        for known in [*route.effective_route_contexts()] if hasattr(route, "effective_route_contexts") else [route]:
+            path = str(getattr(known, "path", ""))
+            found.append((path, compile_path(path)[0].match, frozenset(getattr(known, "methods", None) or ())))
+    return found
 
 
 _RETRY = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.LockNotAvailableError)
