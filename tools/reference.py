@@ -10,6 +10,7 @@ cli.md      every command with its arguments and options, from the application i
 policy.md   every key of a tunnel's policy, from contracts/policy.schema.json
 plans.md    every plan with its limits and features, from the tables of control/identity/plans.py
 roles.md    every permission and built-in role, from the table of control/access.py, with the routes that ask for them
+notifications.md   how notifications are delivered and signed, and every event, from the table of control/notifications/events.py
 exit-codes.md   every exit code and the error codes behind it, from the table of cli/output.py
 """
 
@@ -38,6 +39,7 @@ from portico.cli import output
 from portico.control import access
 from portico.control import metrics as api_metrics
 from portico.control.identity import plans
+from portico.control.notifications import events
 from portico.kit import metrics as common_metrics
 from portico.relay import metrics as relay_metrics
 from portico.relay import pages
@@ -656,6 +658,97 @@ def stale(path: Path, text: str) -> Iterator[str]:
     yield from difflib.unified_diff(old.splitlines(), text.splitlines(), name, f"{name} (fresh)", lineterm="", n=0)
 
 
+_NOTIFICATIONS_INTRO = """# Notifications
+
+An organization says where it wants to hear of what happens: its **channels**, each a webhook, an e-mail address or an incoming
+webhook of Slack,
+with the events that it wants. They are kept with `GET` and `PUT /v1/org/notification-channels` (`notifications:read`,
+`notifications:write`).
+
+```sh
+curl -X PUT -H "Authorization: Bearer $TOKEN" -H 'Content-Type: application/json' \\
+    https://api.example.com/v1/org/notification-channels -d '{"channels": [
+  {"kind": "webhook", "name": "Deployments", "target": "https://hooks.example.com/portico", "events": ["*"]}]}'
+```
+
+`PUT` makes the channels what the body says: one with an `id` is changed, one without is made, and those that are not named are
+removed. What `GET`
+shows can be written back. A webhook's `secret` is in the answer that makes it and nowhere else.
+
+- **Test button**: `POST …/{id}/test` sends `channel.test`; the log of deliveries says what came of it.
+- **E-mail**: an address gets a code first and nothing else, until the code is given to `POST …/{id}/confirm`. A test of an
+  address that is not
+  confirmed yet sends another code.
+- **Where it may lead**: to public addresses, by https, on the ports of `outbound_ports`. A name is looked up when a message is
+  sent, and one that has any
+  private, link-local, metadata or other special address is not called. Redirects are not followed. `outbound_allow`,
+`outbound_http` and
+  `outbound_ca_file` loosen that on installations of one's own.
+
+## What a webhook gets
+
+`POST` with a JSON body of up to some kilobytes, and the headers of [Standard Webhooks](https://www.standardwebhooks.com):
+
+| header | value |
+|---|---|
+| `webhook-id` | the message, the same in every attempt and when it is sent again: what tells a repeat |
+| `webhook-timestamp` | seconds since 1970 at which this attempt was made |
+| `webhook-signature` | `v1,` and base64 of the HMAC-SHA256 of `id.timestamp.body`, one for each secret in use, spaces between |
+
+```json
+{"type": "channel.test", "timestamp": "2026-01-31T12:00:00+00:00", "organization": "org_…", "data": {…}}
+```
+
+The key of the HMAC is the base64 behind `whsec_`, decoded. A receiver takes a message if one of the signatures fits, compared
+in constant time, if the
+timestamp is within five minutes of its own clock, before and after, and if it has not seen the id. The libraries of Standard
+Webhooks do that.
+
+`POST …/{id}/rotate-secret` makes a new secret. Messages are signed with both for `webhook_secret_overlap_seconds` (or
+`overlap_seconds` of the call; 0 when
+the old one is known to others), so that a receiver can be changed in between.
+
+## What an answer means
+
+| answer | what follows |
+|---|---|
+| `2xx` within `outbound_timeout_seconds` | delivered |
+| `410` | the channel is switched off, and the owners get a mail |
+| anything else (redirects, too), or none | tried again, not before what `Retry-After` asks for (at most a day) |
+
+Attempts are made at once, then 5 s, 5 min, 30 min, 2 h, 5 h, 10 h, 14 h, 20 h and 24 h after the one before, and up to a tenth
+later, so that what failed
+together does not come back together. After the tenth the delivery has failed. A channel of which every attempt has failed for
+five days (`channel_patience_seconds`) is switched off, and the owners get a mail.
+
+A message is delivered at least once: when a worker dies between an answer and its record, it comes again, with its id. Order is
+not promised. One receiver
+that hangs delays nobody else: receivers take turns, and each has `destination_concurrency` messages under way at most.
+
+`GET /v1/org/notification-deliveries` is the log: attempts, the last answer, when it is tried next; never the text. `POST
+…/{id}/resend` sends one again,
+whether it failed or arrived, with all its attempts.
+
+## E-mail and Slack
+
+Mail is text and HTML, without pictures or anything from elsewhere. A `5yz` of the mail server to recipient or text ends a
+delivery, everything else is
+tried again; every attempt has the same `Message-ID`. Slack gets `{"text": …}`; what it refuses for good (`invalid_payload`, a
+hook that was removed)
+is not tried again.
+"""
+
+
+def notifications_page() -> str:
+    """Channels, signatures and attempts in words; every event with its facts."""
+    lines = [NOTICE, _NOTIFICATIONS_INTRO.rstrip(), "", "## Events", "", "| event | when |", "|---|---|"]
+    lines += [f"| `{name}` | {cell(event.about)} |" for name, event in sorted(events.EVENTS.items())]
+    for name, event in sorted(events.EVENTS.items()):
+        example = json.dumps(event.example, indent=2, ensure_ascii=False)
+        lines += ["", f"### `{name}`", "", f"> {event.said(event.example)}", "", "```json", example, "```"]
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: list[str]) -> int:
     pages = {
         OUT / "errors.md": errors_page(),
@@ -667,6 +760,7 @@ def main(arguments: list[str]) -> int:
         OUT / "policy.md": policy_page(),
         OUT / "plans.md": plans_page(),
         OUT / "roles.md": roles_page(),
+        OUT / "notifications.md": notifications_page(),
     }
     if arguments == ["--write"]:
         OUT.mkdir(parents=True, exist_ok=True)

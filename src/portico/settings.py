@@ -716,6 +716,34 @@ class ApiSettings:
     # Seconds for one mail to be handed over.
     smtp_timeout_seconds: float = 30.0
 
+    # == Notifications
+    # Channels that an organization may have.
+    channels_per_organization: int = 20
+    # Tests of one channel, and codes to it, in one window.
+    channel_tests_per_window: int = 5
+    # Seconds of that window.
+    channel_test_window_seconds: float = 300.0
+    # Seconds that a code to an address is good for.
+    channel_code_seconds: int = 86_400
+    # Tries of one code.
+    channel_code_tries: int = 5
+    # Seconds that a webhook's secret is still signed with after it was replaced, unless the call says otherwise.
+    webhook_secret_overlap_seconds: int = 86_400
+    # Seconds for which every attempt at a channel fails before it is switched off.
+    channel_patience_seconds: float = 432_000.0
+    # Hosts that incoming webhooks of Slack, and of what speaks its format, may have.
+    slack_hosts: tuple[str, ...] = ("hooks.slack.com", "hooks.slack-gov.com")
+    # TCP ports of customers' addresses that are called (webhooks, Slack).
+    outbound_ports: tuple[int, ...] = (443, 8443)
+    # Networks that may be called although they are not public, as 10.1.0.0/16; empty: none.
+    outbound_allow: tuple[str, ...] = ()
+    # Whether http:// is called, too; for development.
+    outbound_http: bool = False
+    # Certificate authorities (PEM) that vouch for customers' addresses; empty: those of the system.
+    outbound_ca_file: Path | None = None
+    # Seconds for one call, from the look at the name to the answer.
+    outbound_timeout_seconds: float = 15.0
+
     # == Audit
     # Days that audit rows are kept; 0: for ever. The hash of the last row deleted is kept as anchor.
     audit_retention_days: int = 400

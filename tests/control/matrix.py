@@ -24,6 +24,7 @@ from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, ROLES, SU
 from portico.control.identity import operators, tables, tokens
 from portico.control.identity.account_tables import passkeys
 from portico.control.identity.keys import issue
+from portico.control.notifications.channels import Wanted
 from portico.control.tunnels import relays
 from portico.kit.ids import digest, new_id, new_token
 from tests.control.conftest import PASSWORD, Account, heartbeat_body
@@ -260,6 +261,8 @@ class World:
             "session_id": self._agent_session,
             "tunnel_id": lambda: self._made("/v1/tunnels", {"name": f"tunnel-{self._count}"}),
             "user": lambda: self.member("viewer"),
+            "channel": self._channel,
+            "delivery": self._delivery,
             "tenant": self._tenant,
             "consent": self._consent,
             "mfa_reset": self._mfa_reset,
@@ -288,6 +291,25 @@ class World:
             statement = sa.insert(tables.organization_exports).values(**row, queue_state="done")
             await tx.execute(statement.values(expires_at=now + timedelta(days=1), file="none.zip"))
         return export
+
+    async def _channel(self) -> str:
+        """One more webhook, beside those that there are: the route replaces them all."""
+        wanted = Wanted(None, "webhook", f"channel {self._count}", "https://hooks.example.com/", ["*"], True)
+        caller = Caller("person", self.owner.user, self.owner.organization)
+        async with self.db.transaction() as tx:
+            made, _ = await self.app.state.channels._create(tx, caller, wanted)
+        return str(made)
+
+    async def _delivery(self) -> str:
+        channel = await self._channel()
+        tested = await self.owner.client.post(f"/v1/org/notification-channels/{channel}/test")
+        assert tested.status_code == 202, tested.text
+        async with self.db.transaction() as tx:
+            await tx.raw.execute(
+                "UPDATE outbox_messages SET queue_state = 'dead', finished_at = now() WHERE id = $1",
+                tested.json()["delivery"],
+            )
+        return str(tested.json()["delivery"])
 
     async def _tenant(self) -> str:
         """Another organization, since operators can do harm to it, which lets them in."""

@@ -40,6 +40,8 @@ PERMISSION_TABLE: Final[Mapping[str, str]] = {
     "members:write": "Invite people, give members other roles, and remove them.",
     "organization:delete": "Delete the organization, and take that back within the days of grace.",
     "organization:export": "Export everything that the organization has, its audit log included.",
+    "notifications:read": "See notification channels, what they want and what was sent to them; never their secrets.",
+    "notifications:write": "Make, change, test and remove notification channels, replace their secrets, send again.",
     "organization:read": "See the organization's name and plan.",
     "organization:write": "Change the organization's name.",
     "owners:write": "Make owners, change their role and remove them, and hand ownership on.",

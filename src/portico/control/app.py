@@ -4,8 +4,8 @@
 
 Everything that lives as long as the process hangs on ``app.state``: ``settings``, ``db``, ``clock``, ``sealer``,
 ``signing_keys``, ``identity``, ``authenticate``, ``note_refusal``, ``relays``, ``tunnels``, ``visitor_passwords``,
-``agent_sessions``, ``standing``, ``edge_states``, ``edge_hub``, ``redis`` (None without one), ``trusted_proxies`` and
-``stopping`` (an event set at the first SIGTERM; streams watch it and end themselves).
+``channels``, ``agent_sessions``, ``standing``, ``edge_states``, ``edge_hub``, ``redis`` (None without one), ``trusted_proxies``
+and ``stopping`` (an event set at the first SIGTERM; streams watch it and end themselves).
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ from portico.control.identity.passwords import Passwords
 from portico.control.identity.scanner_keys import ScannerKeys
 from portico.control.identity.service import Identity
 from portico.control.limits import Limits
+from portico.control.notifications import api as notifications_api
+from portico.control.notifications.channels import Channels
 from portico.control.tunnels import api as tunnels_api
 from portico.control.tunnels import jobs as tunnels_jobs
 from portico.control.tunnels import quotas as tunnel_quotas
@@ -107,6 +109,7 @@ def _compose(app: FastAPI, settings: ApiSettings, clock: Clock, db: Database | N
     state.signing_keys = signing_keys.SigningKeys(settings, state.sealer, clock)
     state.identity = Identity(settings, state.db, clock, state.sealer, state.signing_keys, state.passwords)
     state.authenticate = state.identity.authenticate
+    state.channels = Channels(settings, state.db, clock, state.sealer)
     state.note_refusal = partial(audit.refused, state.db)
     state.leaks = Leaks(settings, state.db, clock, state.sealer, state.identity.keys, ScannerKeys(settings, clock))
     state.note_support = partial(audit.request_in_support, state.db)
@@ -164,6 +167,7 @@ def _route(app: FastAPI) -> None:
         support_api.router,
         plan_api.router,
         usage_api.router,
+        notifications_api.router,
         audit_api.router,
         *admin_api.routers,
     ):

@@ -99,6 +99,7 @@ class Message:
     body: Mapping[str, Any]
     organization: str | None
     attempt: int
+    destination: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,8 @@ class Outcome:
     detail: str = ""
     after_seconds: float | None = None
     status: int | None = None
+    # The receiver says that there will never be anybody again.
+    gone: bool = False
 
 
 class Driver(Protocol):
@@ -172,6 +175,7 @@ async def deliver(work: Work, driver: Driver, sealer: Sealer, record: Record | N
         body=json.loads(sealer.open(_PURPOSE, row["id"], row["sealed_body"])),
         organization=row["organization_id"],
         attempt=work.attempt,
+        destination=row["lane"].partition("/")[2] or None,
     )
     async with work.call():
         outcome = await driver.deliver(message)
@@ -189,6 +193,24 @@ async def deliver(work: Work, driver: Driver, sealer: Sealer, record: Record | N
     if not delivered:
         pause = work.limits.pause(work.attempt)
         raise Retry(max(pause, outcome.after_seconds or 0.0), outcome.detail)
+
+
+async def resend(tx: Tx, message: str) -> bool:
+    """Send a message again that was delivered or is dead, under its key, with all its attempts; false when it is neither, or its
+    body is not kept any more."""
+    over = (messages.c.queue_state != "pending") & messages.c.sealed_body.is_not(None)
+    values = {
+        "queue_state": "pending",
+        "attempts": 0,
+        "available_at": sa.func.now(),
+        "moved_at": sa.func.now(),
+        "finished_at": None,
+    }
+    statement = sa.update(messages).where(messages.c.id == message, over).values(values).returning(messages.c.driver)
+    driver = (await tx.execute(statement)).scalar()
+    if driver is not None:
+        await queue.wake(tx, kind(driver))
+    return driver is not None
 
 
 async def clear(db: Database, keep_seconds: float) -> int:

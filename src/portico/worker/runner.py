@@ -54,6 +54,7 @@ async def serve(
     Raises ``config.invalid`` for an unknown name.
     """
     jobs = choose(settings, names)
+    notifications.check(control)
     stopping = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopping.set)

@@ -9,6 +9,7 @@ import jinja2
 import pytest
 
 from portico.control.notifications import mail
+from portico.control.notifications.events import EVENTS
 from portico.control.notifications.mail import Mail
 from portico.kit import outbox, queue
 from portico.kit.db import Database
@@ -18,9 +19,8 @@ from portico.settings import Secret
 
 SEALER = Sealer(Secret(new_master_key()))
 
-#: Facts for every topic: a topic that is added needs its own here.
+#: Facts for every topic of this layer.
 FACTS: dict[str, dict[str, Any]] = {
-    "channel.test": {"organization": "Acme"},
     "organization.deletion": {
         "organization": "Acme",
         "by": "owner@example.com",
@@ -43,6 +43,9 @@ FACTS: dict[str, dict[str, Any]] = {
         "url": None,
         "console": "https://api.example.com",
     },
+    "channel.event": {"event": "channel.test", "said": "A test", "rows": [("percent", 80)], "name": "Ops"},
+    "channel.confirm": {"code": "12345678", "hours": 24},
+    "channel.disabled": dict(EVENTS["channel.disabled"].example),
 }
 
 
@@ -66,7 +69,7 @@ def test_every_topic_has_a_text_and_html() -> None:
 
 def test_what_others_chose_is_no_header_no_markup_and_no_link() -> None:
     evil = "Acme\r\nBcc: all@example.com\n\n<script>alert(1)</script> https://evil.example/win \u202egro.live"
-    made = mail.render("channel.test", {"organization": evil})
+    made = mail.render("channel.disabled", FACTS["channel.disabled"] | {"name": evil, "reason": evil})
     assert (
         "\n" not in made.subject and "\r" not in made.subject and "\u202e" not in made.subject + made.text + made.html
     )
@@ -77,7 +80,7 @@ def test_what_others_chose_is_no_header_no_markup_and_no_link() -> None:
 
 def test_a_fact_that_is_missing_is_a_fault() -> None:
     with pytest.raises(jinja2.UndefinedError):
-        mail.render("channel.test", {})
+        mail.render("channel.disabled", {})
     with pytest.raises(LookupError):
         mail.render("../../mail", {})
 
@@ -100,13 +103,13 @@ def test_usual_addresses_are_addresses() -> None:
 
 
 async def test_a_mail_is_sent_once_for_its_key_and_is_sealed(db: Database) -> None:
-    letter = Mail("test:1", "a@example.com", "channel.test", {"organization": "Acme"}, "org_1")
+    letter = Mail("test:1", "a@example.com", "channel.confirm", FACTS["channel.confirm"], "org_1")
     async with db.transaction() as tx:
         made = await mail.send(tx, SEALER, letter)
         assert await mail.send(tx, SEALER, letter) is None
     async with db.read() as reader:
         row = await reader.raw.fetchrow("SELECT * FROM outbox_messages WHERE id = $1", made)
-    assert (row["driver"], row["recipient"], row["topic"]) == ("mail", "a@example.com", "channel.test")
-    assert b"arrived" not in row["sealed_body"]
+    assert (row["driver"], row["recipient"], row["topic"]) == ("mail", "a@example.com", "channel.confirm")
+    assert b"12345678" not in row["sealed_body"]
     (work,), _ = await queue.claim(db, outbox.kind("mail"), Limits(), 1)
     assert work.id == made

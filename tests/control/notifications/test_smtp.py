@@ -91,9 +91,9 @@ def driver(chosen: ApiSettings) -> SmtpDriver:
 
 
 def message(to: str = "a@example.com", **body: str) -> Message:
-    made = mail.render("channel.test", {"organization": "Süd & Co"})
+    made = mail.render("channel.event", {"event": "x.y", "said": "News of Süd & Co", "rows": [], "name": "Ops"})
     content = {"subject": made.subject, "text": made.text, "html": made.html} | body
-    return Message("msg_1", "test:1", to, "channel.test", content, None, 1)
+    return Message("msg_1", "test:1", to, "channel.event", content, None, 1)
 
 
 async def test_a_mail_arrives_in_both_forms() -> None:
@@ -105,7 +105,7 @@ async def test_a_mail_arrives_in_both_forms() -> None:
     first, second = (email.message_from_bytes(raw, policy=policy.default) for raw in receiver.got)
     assert first["Message-ID"] == second["Message-ID"] == smtp.message_id("test:1", "portico.test")
     assert (first["From"], first["To"]) == ("Portico <no-reply@portico.test>", "a@example.com")
-    assert first["Subject"] == "A test of notifications for Süd & Co" and first["Auto-Submitted"] == "auto-generated"
+    assert first["Subject"] == "News of Süd & Co" and first["Auto-Submitted"] == "auto-generated"
     text, html = first.iter_parts()
     assert text.get_content_type() == "text/plain" and "Süd & Co" in text.get_content()
     assert html.get_content_type() == "text/html" and "Süd &amp; Co" in html.get_content()

@@ -99,3 +99,12 @@ async def known_organizations(reader: Reader, ids: list[str]) -> set[str]:
     """Those of ``ids`` that exist."""
     rows = await reader.raw.fetch("SELECT id FROM organizations WHERE id = ANY($1)", ids)
     return {row["id"] for row in rows}
+
+
+async def owner_addresses(reader: Reader, organization: str) -> list[str]:
+    """The addresses of an organization's owners who can sign in."""
+    query = (
+        "SELECT u.email FROM members m JOIN users u ON u.id = m.user_id"
+        " WHERE m.organization_id = $1 AND m.role = 'owner' AND u.disabled_at IS NULL ORDER BY u.email"
+    )
+    return [row["email"] for row in await reader.raw.fetch(query, organization)]

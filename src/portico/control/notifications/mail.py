@@ -60,8 +60,10 @@ class Rendered:
     html: str
 
 
-async def send(tx: Tx, sealer: Sealer, mail: Mail) -> str | None:
+async def send(tx: Tx, sealer: Sealer, mail: Mail, *, destination: str | None = None) -> str | None:
     """Have ``mail`` sent once ``tx`` has committed; its id, or ``None`` when its key is known already.
+
+    ``destination`` tells an organization's receivers apart, where there are several (``outbox.Draft``).
 
     Raises ``ValueError`` for an address that no mail can have, ``jinja2.UndefinedError`` for a fact that is missing: both are
     faults of the caller.
@@ -69,7 +71,8 @@ async def send(tx: Tx, sealer: Sealer, mail: Mail) -> str | None:
     to = address(mail.to)
     made = render(mail.topic, mail.facts)
     body = {"subject": made.subject, "text": made.text, "html": made.html}
-    return await outbox.append(tx, sealer, Draft(DRIVER, mail.key, to, mail.topic, body, mail.organization))
+    draft = Draft(DRIVER, mail.key, to, mail.topic, body, mail.organization, destination)
+    return await outbox.append(tx, sealer, draft)
 
 
 def address(text: str) -> str:

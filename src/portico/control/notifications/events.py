@@ -1,0 +1,54 @@
+"""What an organization's channels can hear of: every event with what it means and the facts that it carries.
+
+docs/reference/notifications.md is made from this table. An event is here when something in the platform raises it
+(``channels.notify``); names are ``noun.verb`` in the past, and are never renamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """``about`` is for the list of events, ``sentence`` for people who get one, with facts in braces; ``example`` has all."""
+
+    about: str
+    sentence: str
+    example: Mapping[str, Any]
+
+    def said(self, facts: Mapping[str, Any]) -> str:
+        """The sentence. A fact that is not there leaves a gap instead of a failure: the event has happened all the same."""
+        return self.sentence.format_map(_Facts({name: str(value) for name, value in facts.items()}))
+
+
+class _Facts(dict[str, str]):
+    def __missing__(self, key: str) -> str:
+        return "…"
+
+
+#: What a channel that wants everything names.
+EVERYTHING: Final = "*"
+TEST: Final = "channel.test"
+DISABLED: Final = "channel.disabled"
+
+EVENTS: Final[dict[str, Event]] = {
+    TEST: Event(
+        "Somebody pressed the button to test a channel. It goes to that channel, whatever that wants.",
+        "This is a test of the channel “{name}”. Nothing happened, and nothing has to be done.",
+        {"channel": "chn_01jd2x8k3nf0v4q5w6e7r8t9ya", "name": "Deployments"},
+    ),
+    DISABLED: Event(
+        "A channel was switched off because its receiver is gone, or has failed for days. The owners get a mail, too.",
+        "The channel “{name}” ({target}) was switched off: {reason}.",
+        {
+            "channel": "chn_01jd2x8k3nf0v4q5w6e7r8t9ya",
+            "kind": "webhook",
+            "name": "Deployments",
+            "target": "https://hooks.example.com/portico",
+            "reason": "the receiver says that it is gone (410)",
+        },
+    ),
+}
