@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -90,6 +91,16 @@ class TestBeginning:
         assert consent["sessions"][0]["operator_id"] == access.operator.user
         assert consent["sessions"][0]["reason"] == WHY["reason"]
 
+    async def test_is_told_to_the_owners(self, access: Access, db: Database) -> None:
+        await access.consent()
+        begun = (await access.ask()).json()
+        async with db.read() as reader:
+            rows = await reader.raw.fetch(
+                "SELECT recipient, idempotency_key FROM outbox_messages WHERE topic = 'support.begun'"
+            )
+        told = [(row["recipient"], row["idempotency_key"]) for row in rows if begun["id"] in row["idempotency_key"]]
+        assert told == [(access.owner.email, f"support.begun:{begun['id']}:{access.owner.user}")]
+
     async def test_takes_the_widest_live_consent(self, access: Access) -> None:
         await access.consent(scope="read")
         wide = await access.consent(scope="write")
@@ -99,6 +110,19 @@ class TestBeginning:
 
 
 class TestConsent:
+    async def test_asks_for_a_recent_proof(self, access: Access, db: Database, clock: MovableClock) -> None:
+        """A session that somebody took opens no door to others."""
+        async with db.transaction() as tx:
+            mine = tables.sign_in_sessions.c.id == access.owner.session
+            old = clock.wall() - timedelta(hours=2)
+            await tx.execute(sa.update(tables.sign_in_sessions).where(mine).values(authenticated_at=old))
+        answer = await access.owner.client.post("/v1/org/support-access", json={"minutes": 5})
+        problem(answer, 403, "auth.step_up_required")
+        (row,) = (await access.owner.client.get("/v1/audit", params={"action": "support_access.consent"})).json()[
+            "data"
+        ]
+        assert (row["outcome"], row["details"]["code"]) == ("refused", "auth.step_up_required")
+
     async def test_is_the_owners_alone_and_in_person(self, access: Access, db: Database) -> None:
         key = await access.owner.key("api", scopes=sorted(PERMISSIONS))
         body = {"minutes": 5}

@@ -63,6 +63,22 @@ class Letters:
         facts |= self._who(caller)
         await self._send(tx, to, "account.changed", facts, key)
 
+    async def support_begun(
+        self, tx: Tx, to: str, session: Mapping[str, Any], organization: str, scope: str, key: str
+    ) -> None:
+        """To an owner: that an operator is in the organization, why, and until when."""
+        facts = {
+            "organization": organization,
+            "consent": session["consent_id"],
+            "operator": session["operator_id"],
+            "reason": session["reason"],
+            "may": "look around and change tunnels" if scope == "write" else "look around",
+            "until": f"{session['expires_at']:%Y-%m-%d %H:%M} UTC",
+            "at": f"{self._clock.wall():%Y-%m-%d %H:%M} UTC",
+            "console": self._settings.api_url,
+        }
+        await self._send(tx, to, "support.begun", facts, key)
+
     def _page(self, path: str) -> str:
         return f"{self._settings.api_url.rstrip('/')}/{path}"
 
@@ -88,5 +104,6 @@ HAPPENED = {
     "recovery_new": "New recovery codes were made",
     "passkey_on": "A passkey was added",
     "passkey_off": "A passkey was removed",
+    "factors_off": "Your second factors were taken away by operators of the platform, and your sessions ended",
     "guessing": "Somebody who knows your password is guessing codes",
 }

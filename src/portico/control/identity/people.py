@@ -7,6 +7,7 @@ log of the installation, and in that of each organization that the person belong
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from portico.control.access import Caller
 from portico.control.identity import account_store, operators, store
 from portico.control.identity.account_tables import passkeys, recovery_codes, totp_keys
 from portico.control.identity.keys import Keys
+from portico.control.identity.letters import Letters
 from portico.control.identity.tables import (
     api_keys,
     members,
@@ -45,8 +47,9 @@ _r = mfa_resets.c
 class People:
     """The verbs on accounts."""
 
-    def __init__(self, settings: ApiSettings, clock: Clock, keys: Keys) -> None:
+    def __init__(self, settings: ApiSettings, clock: Clock, keys: Keys, letters: Letters) -> None:
         self._settings = settings
+        self._letters = letters
         self._clock = clock
         self._keys = keys
 
@@ -190,13 +193,14 @@ class People:
             raise Problem("operator.self")
         if _state(row, now) != "waiting":
             raise Problem("operator.request_over", f"the request is {_state(row, now)}")
-        await self._lock(tx, row.user_id)
+        person = await self._lock(tx, row.user_id)
         for table in (totp_keys, recovery_codes, passkeys):
             await tx.execute(sa.delete(table).where(table.c.user_id == row.user_id))
         ended = await store.end_sessions(tx, row.user_id, None, "second factors taken away", now)
         await tx.execute(sa.update(mfa_resets).where(_r.id == request).values(confirmed_by=caller.id, confirmed_at=now))
         facts = {"request": request, "requested_by": row.requested_by, "sessions": len(ended)}
         await self._record(tx, caller, "user.mfa_reset", row.user_id, **facts)
+        await self._letters.tell(tx, replace(caller, address=None), person.email, "factors_off")
         return _reset(await self._reset(tx, request), now)
 
     async def withdraw_mfa_reset(self, tx: Tx, caller: Caller, request: str) -> None:

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import sqlalchemy as sa
 
 from portico.control.access import SUPPORT_PERMISSIONS, Caller, in_standing
 from portico.control.audit import service as audit
 from portico.control.identity import operators, store
+from portico.control.identity.leak_store import people
+from portico.control.identity.letters import Letters
 from portico.control.identity.org_standing import standing_of
 from portico.control.identity.tables import support_consents, support_sessions
 from portico.errors import Problem
@@ -31,6 +33,8 @@ from portico.kit.ids import digest, new_id, new_token
 from portico.settings import ApiSettings
 
 Scope = Literal["read", "write"]
+# Owners who are mailed at most when an operator comes in.
+_MAX_MAILS: Final = 20
 
 _c, _s = support_consents.c, support_sessions.c
 
@@ -74,8 +78,9 @@ async def authenticate(reader: Reader, token: str, now: datetime) -> Caller:
 class Support:
     """The verbs on support access."""
 
-    def __init__(self, settings: ApiSettings, clock: Clock) -> None:
+    def __init__(self, settings: ApiSettings, clock: Clock, letters: Letters) -> None:
         self._settings = settings
+        self._letters = letters
         self._clock = clock
 
     # -- for the organization
@@ -167,7 +172,15 @@ class Support:
         await tx.execute(sa.insert(support_sessions).values(**row))
         facts = {"consent": consent.id, "scope": consent.scope, "reason": reason}
         await operators.record(tx, caller, "support_access.begin", str(row["id"]), facts, organization)
+        await self._tell(tx, row, consent.scope)
         return {**_shown(row), "organization": organization, "scope": consent.scope, "token": text}
+
+    async def _tell(self, tx: Tx, session: dict[str, Any], scope: str) -> None:
+        """Mail the owners."""
+        organization = session["organization_id"]
+        for owner in await people(tx, organization, None, self._clock.wall(), _MAX_MAILS):
+            key = f"support.begun:{session['id']}:{owner.id}"
+            await self._letters.support_begun(tx, owner.email, session, owner.organization_name, scope, key)
 
     async def end(self, tx: Tx, caller: Caller, session: str) -> None:
         """End a session that this operator began, or any by the operator key. Raises ``request.not_found``."""
