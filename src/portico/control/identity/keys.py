@@ -166,7 +166,7 @@ class Keys:
     async def listing(self, reader: Reader, caller: Caller, page: pages.PageRequest) -> dict[str, Any]:
         """A page of the organization's live keys, newest first; of the caller's own, where it may see no others."""
         before = page.after[0] if page.after else None
-        maker = None if caller.may("keys:read") else caller.user_id
+        maker = _maker_seen(caller)
         rows = await store.keys(reader, caller.org, maker, page.limit + 1, before, self._clock.wall())
         document: dict[str, Any] = pages.listing(rows, page.limit, lambda row: (row.id,), _render)
         return document
@@ -181,7 +181,7 @@ class Keys:
 
     async def posture(self, reader: Reader, caller: Caller) -> dict[str, Any]:
         """What is wrong with the organization's live keys; of the caller's own, where it may see no others."""
-        now, maker = self._clock.wall(), None if caller.may("keys:read") else caller.user_id
+        now, maker = self._clock.wall(), _maker_seen(caller)
         return posture.report(await store.keys_with_makers(reader, caller.org, maker, now), now)
 
     async def change(self, tx: Tx, caller: Caller, key_id: str, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -295,6 +295,11 @@ class Keys:
         """Revoke keys that the caller holds locked, with everything that was made with them."""
         for key_id in key_ids:
             await self._end(tx, key_id, reason)
+
+
+def _maker_seen(caller: Caller) -> str | None:
+    """Whose keys a caller may list: everybody's (``None``), or one person's; nobody's without a person behind it."""
+    return None if caller.may("keys:read") else caller.user_id or ""
 
 
 def _is_own(caller: Caller, row: Any) -> bool:
