@@ -138,8 +138,8 @@ class Page(WSListener):  # type: ignore[misc]
         """Press the button or link with this label that can be seen, and wait for the page that it leads to."""
         await self.leaving(self.click(label))
 
-    async def click(self, label: str) -> None:
-        """Click what has this label and can be seen, with a mouse."""
+    async def click(self, label: str, times: int = 1) -> None:
+        """Click what has this label and can be seen, with a mouse; twice as in a double click."""
         where = await self.js(
             "(() => { const found = [...document.querySelectorAll('button, a, summary')].find(node =>"
             f" node.innerText.trim() === {json.dumps(label)} && node.checkVisibility());"

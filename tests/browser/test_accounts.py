@@ -60,6 +60,10 @@ async def test_from_registration_to_a_connected_device(up: Up, tmp_path: Path) -
         app = await set_up_app(page)
         kept = await page.js("[...document.querySelectorAll('.codes code')].map(node => node.innerText)")
         assert len(kept) == 10
+        await page.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+        await page.click("Copy")
+        await page.until("document.querySelector('[role=status]').textContent === 'Copied.'")
+        assert await page.js("navigator.clipboard.readText()") == "\n".join(kept) + "\n"
         await page.press("I have kept them")
         await page.fill({"name": "Virtual key"})
         await page.press("Add a passkey")

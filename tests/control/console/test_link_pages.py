@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from portico.control.console.links import LINKS
+from portico.kit.ids import new_token
 from tests.control.conftest import PASSWORD, Account
 from tests.control.console.conftest import SignIn, form_token, problem_text
 from tests.control.identity.mailbox import last, letters
@@ -50,10 +51,13 @@ async def test_opening_a_link_uses_nothing_up_and_hides_it(owner: Account, conne
 async def test_a_link_that_is_none(browser: httpx.AsyncClient, link: Any) -> None:
     bare = await browser.get(link.path)
     assert bare.status_code == 400 and "This link is over" in bare.text
-    page = await browser.get(f"{link.path}?token=tnl_ev_{'x' * 500}", follow_redirects=True)
-    form = {"form_token": form_token(page), "password": NEW}
-    answer = await browser.post(link.path, data=form)
-    assert answer.status_code == 400 and "This link is over" in answer.text
+    for token in ("x" * 500, "€", "a\r\nSet-Cookie: b=c", '";', "", new_token("ev"), new_token("pr")):
+        first = await browser.get(link.path, params={"token": token})
+        assert first.status_code == 303 and len(first.headers.get_list("set-cookie")) == 1
+        page = await browser.get(link.path)
+        form = {"form_token": form_token(page), "password": NEW}
+        answer = await browser.post(link.path, data=form)
+        assert answer.status_code == 400 and "This link is over" in answer.text
 
 
 async def test_another_site_cannot_use_a_link_that_is_open(

@@ -28,7 +28,11 @@ _POLICY: Final = (
     "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 #: Referrer-Policy: with ``no-referrer`` browsers send ``Origin: null`` with our own forms. Other sites hear nothing either way.
-HEADERS: Final = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "same-origin"}
+HEADERS: Final = {
+    "Content-Security-Policy": _POLICY,
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
 SCRIPT_HEADERS: Final = {
     **HEADERS,
     "Content-Security-Policy": f"{_POLICY}; script-src 'self'; connect-src 'self'",

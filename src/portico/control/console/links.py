@@ -13,6 +13,7 @@ leaves the address bar, the history and every Referer with the first answer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -29,7 +30,7 @@ router = APIRouter(include_in_schema=False, route_class=PageRoute)
 #: The cookie that keeps a link's token between its first answer and the button.
 LINK: Final = "portico_link"
 _LINK_SECONDS: Final = 1800
-_TOKEN_CHARS: Final = 128
+_TOKEN: Final = re.compile(r"[A-Za-z0-9_]{1,128}")
 _SHOWN: Final = frozenset({"auth.email_taken", "auth.password_weak", "auth.throttled", "console.form_rejected"})
 
 
@@ -65,7 +66,8 @@ def keep_link(request: Request, path: str) -> Response:
     """Away from the address that holds a token: it goes into a cookie, and the browser to ``path`` without it."""
     response = frame.to(path)
     response.headers["Referrer-Policy"] = "no-referrer"
-    browser.keep(request, response, LINK, request.query_params["token"][:_TOKEN_CHARS], _LINK_SECONDS)
+    token = request.query_params["token"]
+    browser.keep(request, response, LINK, token if _TOKEN.fullmatch(token) else "none", _LINK_SECONDS)
     return response
 
 

@@ -7,8 +7,13 @@ for (const button of document.querySelectorAll("[data-act]")) {
   button.hidden = false;
   button.addEventListener("click", async () => {
     if (button.dataset.act === "print") return print();
+    const said = document.querySelector("[role=status]");
     const text = [...codes.querySelectorAll("code")].map((code) => code.textContent).join("\n");
-    await navigator.clipboard.writeText(`${text}\n`);
-    document.querySelector("[role=status]").textContent = "Copied.";
+    try {
+      await navigator.clipboard.writeText(`${text}\n`);
+      said.textContent = "Copied.";
+    } catch {
+      said.textContent = "The browser does not let this page copy: select them, and copy by hand.";
+    }
   });
 }

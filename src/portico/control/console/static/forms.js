@@ -1,5 +1,6 @@
-// Passkeys: the one thing on these pages that no form can do. A form with data-passkey="get" or "create" asks for a
-// challenge, lets the authenticator sign it, and is sent with the answer in its field "credential".
+// What forms cannot do by themselves. A form with data-passkey="get" or "create" asks for a challenge, lets the
+// authenticator sign it, and is sent with the answer in its field "credential". Any other is sent once: the second half of
+// a double click would come with a cookie that the answer to the first one, which the browser drops, has replaced.
 "use strict";
 
 const toBytes = (text) => Uint8Array.from(atob(text.replace(/-/g, "+").replace(/_/g, "/")), (c) => c.charCodeAt(0));
@@ -70,13 +71,21 @@ async function send(event) {
   }
 }
 
-for (const form of document.querySelectorAll("form[data-passkey]")) {
-  if (!window.PublicKeyCredential) continue;
-  form.hidden = false;
-  form.addEventListener("submit", send);
-  for (const other of document.querySelectorAll(`[data-shown-with="${form.id}"]`)) other.hidden = false;
+function once(event) {
+  if (event.target.dataset.busy) event.preventDefault();
+  event.target.dataset.busy = "yes";
+}
+
+for (const form of document.forms) {
+  if (!form.dataset.passkey) {
+    form.addEventListener("submit", once);
+  } else if (window.PublicKeyCredential) {
+    form.hidden = false;
+    form.addEventListener("submit", send);
+    for (const other of document.querySelectorAll(`[data-shown-with="${form.id}"]`)) other.hidden = false;
+  }
 }
 // A page that comes back from the cache of "back" must work again.
 window.addEventListener("pageshow", () => {
-  for (const form of document.querySelectorAll("form[data-passkey]")) delete form.dataset.busy;
+  for (const form of document.forms) delete form.dataset.busy;
 });
