@@ -639,7 +639,7 @@ class ApiSettings:
     sign_in_failure_window_seconds: int = 900
     # Seconds after a proof of who somebody is in which it counts as recent, for acts that ask for one.
     step_up_seconds: int = 900
-    # Wrong proofs of one signed-in person, in one window.
+    # Wrong passwords in one session, when it asks for a proof or changes the password, in one window of sign-ins.
     step_up_failures: int = 10
     # Accounts registered from one address in one window.
     registrations_per_address: int = 100

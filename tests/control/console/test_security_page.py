@@ -70,6 +70,15 @@ async def _second(browser: httpx.AsyncClient, **fields: str) -> httpx.Response:
     return await browser.post("/sign-in/second", data={"form_token": form_token(page), **fields})
 
 
+async def test_a_browser_from_before_the_app_must_use_it(owner: Account, sign_in: SignIn, clock: MovableClock) -> None:
+    """Who stole it, signed in by password a minute ago, cannot take the app away that was set up since."""
+    stolen, mine = await sign_in(owner), await sign_in(owner)
+    await _set_up(mine, clock)
+    answer = await _post(stolen, "/account/authenticator", act="remove")
+    assert answer.headers["location"].startswith("/account/confirm")
+    assert (await owner.client.get("/v1/auth/mfa")).json()["totp"] is True
+
+
 class TestSecondStep:
     async def test_by_app_and_by_recovery_code(
         self, owner: Account, sign_in: SignIn, connect: Any, clock: MovableClock

@@ -87,7 +87,10 @@ class TestStepUp:
         self, owner: Account, client: httpx.AsyncClient, connect: Any, settings: ApiSettings
     ) -> None:
         for n in range(settings.step_up_failures):
-            await _step_up(owner, password=f"wrong-Guess-{n}")
+            thief = replace(owner, client=connect(owner.access, f"203.0.113.{n}"))
+            problem(await _step_up(thief, password=f"wrong-Guess-{n}"), 400, "auth.proof_invalid")
+        thief = replace(owner, client=connect(owner.access, "198.51.100.77"))
+        problem(await _step_up(thief, password=PASSWORD), 429, "auth.throttled")
         login = await client.post("/v1/auth/login", json={"email": owner.email, "password": PASSWORD})
         mine = replace(owner, client=connect(login.json()["access_token"]))
         assert (await _step_up(mine, password=PASSWORD)).status_code == 200

@@ -10,7 +10,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from portico.control.access import Caller, check_recent
+from portico.control.access import Caller, check_step_up
 from portico.control.console import browser, frame
 from portico.control.console.frame import PageRoute, Who, identity_of
 from portico.control.console.sign_in import passkeys_here, proof_of
@@ -70,7 +70,7 @@ async def options(request: Request, who: Who) -> Response:
 def _is_recent(request: Request, who: Caller) -> bool:
     state = request.app.state
     try:
-        check_recent(who, state.clock.wall(), state.settings.step_up_seconds)
+        check_step_up(who, state.clock.wall(), state.settings.step_up_seconds)
     except Problem:
         return False
     return True

@@ -19,7 +19,7 @@ from fastapi import Depends, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.routing import APIRoute
 
-from portico.control.access import Caller, check_recent
+from portico.control.access import Caller, check_step_up
 from portico.control.console import browser
 from portico.control.identity.service import Identity
 from portico.errors import Problem
@@ -143,7 +143,7 @@ async def recent(request: Request) -> Caller:
     """Dependency: who is signed in and proved it a short time ago; others prove it first."""
     found = await person(request)
     state: Any = request.app.state
-    check_recent(found, state.clock.wall(), state.settings.step_up_seconds)
+    check_step_up(found, state.clock.wall(), state.settings.step_up_seconds)
     return found
 
 

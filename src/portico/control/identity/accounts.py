@@ -122,7 +122,7 @@ class Accounts:
                 await account_store.update_user(tx, person.id, email=row.email, email_verified_at=now)
                 await account_store.drop_tokens(tx, person.id, "verify", "reset", "sign_in")
                 home = await account_store.home(tx, person.id)
-                facts = {"email": row.email, "before": person.email}
+                facts = {"email": row.email}  # erasable, as only members of this name are
                 await audit.record(tx, caller, "user.change_email", person.id, details=facts, organization=home)
                 await self._letters.tell(tx, caller, person.email, "email", detail=f"It is {row.email} now.")
         except sa_exc.IntegrityError as err:

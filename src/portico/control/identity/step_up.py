@@ -18,7 +18,6 @@ from portico.control.identity.passwords import Passwords
 from portico.control.identity.proofs import Proof, Proofs
 from portico.control.identity.throttle import Bucket
 from portico.errors import Problem
-from portico.kit import networks
 from portico.kit.clock import Clock
 from portico.kit.db import Database, Tx
 from portico.settings import ApiSettings
@@ -92,10 +91,9 @@ class StepUp:
         Raises ``auth.proof_invalid`` and ``auth.throttled``.
         """
         s = self._settings
-        window, network = s.sign_in_failure_window_seconds, networks.network(caller.address)
-        # By session and network: who holds one session cannot use up the attempts of the person's others.
-        name = f"step up {caller.user_id} {caller.session_id} {network}"
-        buckets = [Bucket(name, s.step_up_failures, window)]
+        # By session, from wherever: its thief has few guesses, and cannot use up those of the person's other sessions.
+        name = f"step up {caller.user_id} {caller.session_id}"
+        buckets = [Bucket(name, s.step_up_failures, s.sign_in_failure_window_seconds)]
         await throttle.count(self._db, buckets)
         async with self._db.read() as reader:
             row = await account_store.user(reader, caller.user_id or "")
