@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.control.conftest import PASSWORD, Account
-from tests.control.console.conftest import SignIn, form_token
+from tests.control.console.conftest import SignIn, form_token, problem_text
+from tests.control.identity.mailbox import last
 from tests.control.test_http import problem
 
 
@@ -73,6 +75,26 @@ class TestFlow:
         answers = [await browser.get("/device", params={"code": f"BBBB-BBB{c}"}) for c in "BCDFGHJKLMNP"]
         assert [a.status_code for a in answers] == [400] * 10 + [429] * 2
         assert "retry-after" in answers[-1].headers
+
+
+class TestUnverified:
+    @pytest.fixture
+    def settings(self, settings: Any) -> Any:
+        return replace(settings, require_verified_email=True)
+
+    async def test_is_told_what_to_do(
+        self, owner: Account, client: httpx.AsyncClient, sign_in: SignIn, app: Any
+    ) -> None:
+        started, browser = await _start(client), await sign_in(owner)
+        page = await browser.get("/device", params={"code": started["user_code"]})
+        form = {"form_token": form_token(page), "code": started["user_code"], "answer": "approve"}
+        refused = await browser.post("/device", data=form)
+        assert refused.status_code == 403
+        assert "Follow the link in the mail" in problem_text(refused)
+        letter = await last(app, owner.email, "account.verify")
+        page = await browser.get(f"/verify-email?token={letter.token}", follow_redirects=True)
+        await browser.post("/verify-email", data={"form_token": form_token(page)})
+        assert "Device approved" in (await browser.post("/device", data=form)).text
 
 
 class TestBrowserRules:

@@ -21,8 +21,8 @@ from portico.kit.pages import PageRequest
 
 router = APIRouter(include_in_schema=False, route_class=PageRoute)
 
-# Problems that the page shows in place; others are faults and keep their own answer.
-_SHOWN = frozenset({"auth.throttled", "auth.forbidden", "device.code_invalid", "console.form_rejected"})
+# Problems that the page shows in place; others are faults, or lead to the sign-in, and keep their own answer.
+_SHOWN = frozenset({400, 403, 404, 409, 429})
 
 
 @router.get("/device")
@@ -51,7 +51,7 @@ async def decide(request: Request) -> Response:
 
 async def _page(request: Request, typed: str, problem: Problem | None = None) -> Response:
     """The step that fits the browser's state, with ``problem`` shown where there is one."""
-    if problem is not None and problem.code not in _SHOWN:
+    if problem is not None and problem.status not in _SHOWN:
         raise problem
     code = normal_code(typed[:64])
     shown = shown_code(code) if code else ""
@@ -63,7 +63,7 @@ async def _page(request: Request, typed: str, problem: Problem | None = None) ->
             identity: Identity = request.app.state.identity
             device = await identity.device.look_up(who, code)
         except Problem as found:
-            if found.code not in _SHOWN:
+            if found.status not in _SHOWN:
                 raise
             return await frame.page(request, "code.html", found, code=shown)
         async with identity.db.read() as reader:

@@ -63,6 +63,8 @@ _TITLES: Final[Mapping[str, str]] = {
 # Advice for people in front of a page, where that of the catalogue speaks to programs or of the command line.
 _ADVICE: Final[Mapping[str, str]] = {
     "auth.credentials_invalid": "Check both and try again.",
+    "auth.email_unverified": "Follow the link in the mail that we sent you. Your account's security page sends another.",
+    "auth.forbidden": "Your role in this organization does not allow it. Ask an owner, or change to another organization.",
     "auth.passkey_invalid": "Sign in with your password, or with another passkey.",
     "auth.proof_invalid": "Check it and try again. A code works once: wait for the next one.",
     "auth.second_step_invalid": "Check it and try again. A code works once: wait for the next one.",
