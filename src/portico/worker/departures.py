@@ -61,6 +61,7 @@ def steps(context: Context, organization: str) -> Iterator[Step]:
     yield from _below("tunnels", organization)
     yield lambda tx: tunnel_departure.delete_tunnels(tx, organization, ROWS)
     yield lambda tx: exports.drop_all(tx, context.control, organization, ROWS)
+    yield lambda tx: departure.leave_sessions(tx, organization, ROWS)  # they are people's, who may be in others
     for table in tables():
         yield from _below(table.name, organization)
         yield _sweep(table, table.c.organization_id == organization, context)

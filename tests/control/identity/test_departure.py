@@ -219,7 +219,14 @@ async def left(db: Database, organization: str) -> dict[str, int]:
 
 class TestDeletion:
     async def test_leaves_nothing_but_the_audit_log_and_names_that_cool_down(
-        self, app: Any, owner: Account, stranger: Account, agent: httpx.AsyncClient, context: Context, db: Database
+        self,
+        app: Any,
+        owner: Account,
+        stranger: Account,
+        agent: httpx.AsyncClient,
+        context: Context,
+        db: Database,
+        connect: Any,
     ) -> None:
         subdomain = await full(owner, agent, context, db)
         assert owner.organization in await departure.due(db, 100)
@@ -228,6 +235,8 @@ class TestDeletion:
         assert context.control.objects_dir is not None
         assert list(context.control.objects_dir.glob("exports/*")) == []
         problem(await owner.client.get("/v1/whoami"), 401, "auth.session_ended")
+        again = await connect().post("/v1/auth/refresh", json={"refresh_token": owner.refresh})
+        assert (again.status_code, again.json()["organization"]) == (200, None)  # the account is the person's own
         problem(await agent.get("/v1/whoami"), 401, "auth.key_invalid")
         taken = await stranger.client.post("/v1/tunnels", json={"name": "x", "subdomain": subdomain})
         problem(taken, 409, "tunnel.subdomain_taken")

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.identity.tables import organizations
+from portico.control.identity.tables import organizations, sign_in_sessions
 from portico.kit.db import Database, Tx
 
 t = organizations.c
@@ -26,6 +26,14 @@ async def still_due(tx: Tx, organization: str) -> bool:
     """Whether it is still to be deleted; holds its row, so that two workers take turns and a suspension waits."""
     query = sa.select(t.id).where(t.id == organization, _DUE)
     return await tx.fetch_one(query.with_for_update()) is not None
+
+
+async def leave_sessions(tx: Tx, organization: str, rows: int) -> int:
+    """Take up to ``rows`` sign-in sessions out of the organization: they go on without one, or in another; how many."""
+    session = sign_in_sessions.c
+    found = sa.select(session.id).where(session.organization_id == organization).order_by(session.id).limit(rows)
+    change = sa.update(sign_in_sessions).where(session.id.in_(found.with_for_update()))
+    return int((await tx.execute(change.values(organization_id=None))).rowcount)
 
 
 async def finish(tx: Tx, organization: str) -> None:
