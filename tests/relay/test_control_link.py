@@ -35,7 +35,7 @@ def whole(version: int, *ids: str) -> dict[str, Any]:
     message = {
         "type": "snapshot",
         "version": version,
-        "state": {"keys": [KEY], "tunnels": [row(id) for id in ids], "ended": []},
+        "state": {"keys": [KEY], "tunnels": [row(id) for id in ids], "ended": [], "organizations": []},
     }
     reference = Snapshot()
     reference.apply(message)
@@ -149,6 +149,15 @@ class TestStream:
         async with rig(version=8) as r:
             await api.until(lambda: r.link.connected)
         assert api.streams[0].version == "8"
+
+    async def test_a_state_without_organizations_is_asked_for_anew(self, api: EdgeApi, rig: Any) -> None:
+        """An earlier control plane sent it, or an earlier relay kept it: what changed of them since is not in it."""
+        earlier = whole(3)
+        del earlier["state"]["organizations"]
+        api.scripts = [script(earlier, then="end"), script(whole(3))]
+        async with rig() as r:
+            await api.until(lambda: r.snapshot.complete)
+        assert [stream.version for stream in api.streams[:2]] == [None, None]
 
     async def test_silence_means_dead(self, api: EdgeApi, rig: Any) -> None:
         api.scripts = [script(whole(3)), script(put(4, "tun_b"))]

@@ -150,3 +150,18 @@ async def test_a_feature_that_is_lost(
         operator.move("pro")
         assert account.tunnels()["ruled"]["state"] == "offline"
     print(f"lost after {took * 1000:.0f} ms")
+
+
+async def test_a_suspension(
+    up: Up, account: Account, operator: Operator, host: str, target: socket.socket, agent: Agent
+) -> None:
+    """The last of the module: its agent ends."""
+    path = f"organizations/{operator.organization}"
+    async with app(target), Poller(up.http_port, host, rate=20) as poller:
+        await poller.until(good=True, since=time.monotonic(), limit=5)
+        try:
+            await asyncio.to_thread(operator.ask, "POST", f"{path}/suspend", {"reason": "system test"})
+            took = await becomes(poller, "edge.account_suspended", time.monotonic())
+        finally:
+            await asyncio.to_thread(operator.ask, "POST", f"{path}/resume", {"reason": "system test"})
+    print(f"suspended after {took * 1000:.0f} ms")

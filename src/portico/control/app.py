@@ -58,6 +58,7 @@ from portico.control.tunnels.relays import RelayDirectory
 from portico.control.tunnels.service import Tunnels
 from portico.control.tunnels.sessions import Sessions
 from portico.control.tunnels.standing import Standing
+from portico.control.tunnels.usage_notices import UsageNotices
 from portico.control.tunnels.visitors import VisitorPasswords
 from portico.errors import Problem
 from portico.kit.clock import Clock, SystemClock
@@ -142,6 +143,7 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
     state.standing = Standing(settings, clock, quotas)
     quotas.on_changed.append(state.tunnels.frozen.settle)
     quotas.on_changed.append(state.standing.moved)
+    state.standing.notify.append(UsageNotices(settings, state.sealer))
 
 
 async def _announce_keys(tx: Tx, jwks: Sequence[dict[str, str]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from portico.control.notifications import mail
 from portico.control.tunnels.standing import month_of, next_month
 from portico.kit.db import Database
 from tests.control.conftest import Account, MovableClock
@@ -191,6 +192,41 @@ class TestNotices:
         await meter.report(0, now, bytes_in=1)
         assert [n["percent"] for n in told] == [100]
         assert (await edge_row(db, owner.organization))["code"] == "edge.quota_exceeded"
+
+
+async def test_channels_that_want_it_and_owners_are_told(
+    owner: Account, operator: httpx.AsyncClient, meter: Meter, clock: MovableClock, db: Database, key: httpx.AsyncClient
+) -> None:
+    channel = {
+        "kind": "webhook",
+        "name": "Usage",
+        "target": "https://hooks.example.com/x",
+        "events": ["usage.threshold"],
+    }
+    made = await owner.client.put("/v1/org/notification-channels", json={"channels": [channel]})
+    assert made.status_code == 200, made.text
+    now = middle_of_month(clock)
+    await move(operator, owner.organization, "free", overrides={"bytes_per_month": 1 << 30})
+    await meter.report(1, now, bytes_in=1 << 30)
+    await meter.report(1, now, bytes_in=1)
+    async with db.read() as reader:
+        query = "SELECT driver, recipient FROM outbox_messages WHERE organization_id = $1 AND topic = 'usage.threshold'"
+        found = sorted(tuple(row) for row in await reader.raw.fetch(query, owner.organization))
+    assert found == [("mail", owner.email), ("webhook", made.json()["data"][0]["id"])]
+
+
+@pytest.mark.parametrize(
+    ("percent", "stops", "sentence"),
+    [(50, False, "Nothing stops at 100 %"), (80, True, "At 100 % its tunnels"), (100, True, "Its tunnels answer")],
+)
+def test_what_the_mail_says(percent: int, stops: bool, sentence: str) -> None:
+    facts = {
+        "percent": percent, "what": "requests this month", "used": "80", "allowed": "100", "month": "2026-02",
+        "plan": "free", "stops": stops, "console": "https://api.example.com", "organization": "Acme",
+    }  # fmt: skip
+    made = mail.render("usage.threshold", facts)
+    assert made.subject == f"Acme has used {percent} % of its requests this month"
+    assert sentence in made.text and sentence in made.html
 
 
 class TestHardCap:

@@ -108,3 +108,16 @@ async def owner_addresses(reader: Reader, organization: str) -> list[str]:
         " WHERE m.organization_id = $1 AND m.role = 'owner' AND u.disabled_at IS NULL ORDER BY u.email"
     )
     return [row["email"] for row in await reader.raw.fetch(query, organization)]
+
+
+_PAYERS = """
+SELECT u.id, u.email, o.name AS organization
+FROM members m JOIN users u ON u.id = m.user_id JOIN organizations o ON o.id = m.organization_id
+WHERE m.organization_id = $1 AND m.role IN ('owner', 'billing') AND u.disabled_at IS NULL
+ORDER BY m.created_at, u.id LIMIT $2
+"""
+
+
+async def payers(reader: Reader, organization: str, limit: int) -> list[Any]:
+    """The people who decide what the organization pays for: ``(id, email, organization)``, its owners among them."""
+    return list(await reader.raw.fetch(_PAYERS, organization, limit))

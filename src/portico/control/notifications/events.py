@@ -51,4 +51,18 @@ EVENTS: Final[dict[str, Event]] = {
             "reason": "the receiver says that it is gone (410)",
         },
     ),
+    "usage.threshold": Event(
+        "50, 80 or 100 % of what the plan allows in a month (requests, bytes) are used: once each a month. Of several that are "
+        "passed at once, the highest. `hard_cap`: traffic stops at 100 %.",
+        "{percent} % of {limit} are used: {used} of {allowed} in {month} (plan {plan}).",
+        {
+            "limit": "requests_per_month",
+            "percent": 80,
+            "used": 80012,
+            "allowed": 100000,
+            "month": "2026-02",
+            "plan": "free",
+            "hard_cap": True,
+        },
+    ),
 }
