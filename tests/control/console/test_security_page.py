@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from portico.control.identity import totp
+from portico.control.identity import operators, totp
+from portico.kit.db import Database
 from tests.control.conftest import PASSWORD, Account, MovableClock
 from tests.control.console.conftest import SignIn, form_token, problem_text
 from tests.control.identity.authenticator import Authenticator
@@ -268,6 +269,24 @@ class TestProof:
         assert (await browser.post("/account/confirm", data=form)).status_code == 400
         form = {"form_token": form_token(page), "by": "otp", "code": app.code(), "next": "//evil.example"}
         assert (await browser.post("/account/confirm", data=form)).headers["location"] == PAGE
+
+    async def test_an_operator_with_a_passkey_alone_needs_that(
+        self, owner: Account, sign_in: SignIn, clock: MovableClock, key: Authenticator, db: Database
+    ) -> None:
+        browser = await sign_in(owner)
+        token = form_token(await browser.get(PAGE))
+        options = (await browser.post("/account/passkeys/options", data={"form_token": token})).json()
+        await _post(browser, "/account/passkeys", credential=json.dumps(key.create(options)), name="key")
+        async with db.transaction() as tx:
+            await operators.grant(tx, operators.INSTALLATION, owner.user, now=clock.wall())
+        assert (await browser.get("/account/email")).headers["location"] == "/account/confirm?next=/account/email"
+        page = await browser.get("/account/confirm?next=/account/email")
+        assert 'type="password"' not in page.text
+        form = {"form_token": form_token(page), "next": "/account/email", "by": "passkey"}
+        options = (await browser.post("/account/confirm/options", data=form)).json()
+        done = await browser.post("/account/confirm", data={**form, "credential": json.dumps(key.get(options))})
+        assert done.headers["location"] == "/account/email"
+        assert (await browser.get("/account/email")).status_code == 200
 
 
 class TestPassword:

@@ -82,7 +82,9 @@ async def _page(request: Request, after: str, by: str, problem: Problem | None =
     identity = identity_of(request)
     async with identity.db.read() as reader:
         factors = await identity.factors.status(reader, who)
-    methods = ["otp"] if factors["totp"] else ["password"] if factors["password"] else []
+    # A password is no second factor: for whoever needs one (`check_step_up`) it would lead back to this page.
+    password = ["password"] if factors["password"] and not who.second_factor else []
+    methods = ["otp"] if factors["totp"] else password
     if factors["totp"] and factors["recovery_codes"]:
         methods.append("recovery")
     if factors["passkeys"] and passkeys_here(request):
