@@ -100,6 +100,31 @@ class TestOrganizations:
         assert answer.status_code == 403
         assert "lacks" in problem_text(answer)
 
+    async def test_another_one_is_made(self, owner: Account, sign_in: SignIn) -> None:
+        browser = await sign_in(owner)
+        token = form_token(await browser.get("/organizations"))
+        wrong = await browser.post("/organizations/new", data={"form_token": token, "name": " "})
+        assert wrong.status_code == 422 and 'aria-invalid="true"' in wrong.text
+        form = {"form_token": token, "name": "Second <b>"}
+        done = await browser.post("/organizations/new", data=form, follow_redirects=True)
+        assert "</span>Second &lt;b&gt;</a>" in done.text and done.text.count("you are owner") == 2
+
+    async def test_a_session_outlives_its_organization(self, owner: Account, sign_in: SignIn, db: Database) -> None:
+        """As when it was deleted: every page says so, and there is a way on."""
+        browser = await sign_in(owner)
+        async with db.transaction() as tx:
+            await tx.execute(
+                sa.text("UPDATE sign_in_sessions SET organization_id = NULL WHERE user_id = :u"), {"u": owner.user}
+            )
+            await tx.execute(sa.text("DELETE FROM members WHERE user_id = :u"), {"u": owner.user})
+        for path in ("/account/security", SESSIONS, "/device", "/check-mail", "/organizations"):
+            assert (await browser.get(path)).status_code == 200, path
+        page = await browser.get("/organizations")
+        assert "You belong to no organization now" in page.text
+        form = {"form_token": form_token(page), "name": "A new start"}
+        done = await browser.post("/organizations/new", data=form, follow_redirects=True)
+        assert "</span>A new start</a>" in done.text
+
     async def test_only_to_one_s_own(self, owner: Account, stranger: Account, sign_in: SignIn, db: Database) -> None:
         browser = await sign_in(owner)
         token = form_token(await browser.get("/organizations"))

@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from portico.control.access import Caller
-from portico.control.console import agents, browser, frame
+from portico.control.console import agents, browser, frame, inputs
 from portico.control.console.frame import PageRoute, Who, identity_of
 from portico.errors import Problem
 from portico.kit.pages import MAX_LIMIT, PageRequest
@@ -25,6 +25,7 @@ router = APIRouter(include_in_schema=False, route_class=PageRoute)
 _SAID: Mapping[str, str] = {
     "ended": "The session has ended; that browser is signed out.",
     "others-ended": "All other sessions have ended.",
+    "made": "The organization is there, and you are in it.",
     "joined": "Welcome. You are a member now.",
     "switched": "You are in another organization now.",
 }
@@ -86,13 +87,20 @@ async def organizations(request: Request, who: Who) -> Response:
     return await _organizations(request, who)
 
 
-async def _organizations(request: Request, who: Caller, problem: Problem | None = None) -> Response:
+async def _organizations(request: Request, who: Caller, problem: Problem | None = None, name: str = "") -> Response:
     identity = identity_of(request)
     async with identity.db.read() as reader:
         found = await identity.organizations.listing(reader, who, PageRequest(MAX_LIMIT))
     after = frame.next_path(request.query_params.get("next", ""), "")
     return await frame.page(
-        request, "organizations.html", problem, rows=found["data"], said=_said(request), after=after
+        request,
+        "organizations.html",
+        problem,
+        script=True,
+        rows=found["data"],
+        said=_said(request),
+        after=after,
+        name=name,
     )
 
 
@@ -111,3 +119,20 @@ async def switch(request: Request, who: Who) -> Response:
             raise
         return await _organizations(request, who, problem)
     return frame.to(frame.next_path(fields.get("next", ""), "/organizations?said=switched"))
+
+
+@router.post("/organizations/new")
+async def create(request: Request, who: Who) -> Response:
+    """Make another organization, and turn this browser there."""
+    identity, fields = identity_of(request), dict[str, str]()
+    try:
+        fields = await browser.form(request)
+        name = inputs.name(fields, "name")
+        async with identity.db.transaction() as tx:
+            made = await identity.organizations.create(tx, who, name)
+            await identity.organizations.switch(tx, who, made["id"])
+    except Problem as problem:
+        if problem.code not in ("console.form_rejected", "organization.limit_reached", "request.invalid"):
+            raise
+        return await _organizations(request, who, problem, fields.get("name", "")[:100])
+    return frame.to("/organizations?said=made")

@@ -84,7 +84,7 @@ class Person:
     """Who is signed in, as pages show it."""
 
     email: str
-    organization: str
+    organization: str | None  # none, when the one that the session was in is gone
 
 
 def next_path(typed: str, default: str = "/account/security") -> str:
