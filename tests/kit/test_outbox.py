@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from portico.kit import outbox, queue
+from portico.kit.batches import delete_in_batches
 from portico.kit.db import Database, Tx
 from portico.kit.outbox import Draft, FileDriver, Message, Outcome, messages
 from portico.kit.queue import Hopeless, Limits, Retry, Work
 from portico.kit.sealing import Sealer, new_master_key
-from portico.kit.sweep import sweep
 from portico.settings import Secret
 
 SEALER = Sealer(Secret(new_master_key()))
@@ -148,8 +148,8 @@ async def test_dead_messages_are_forgotten_too_many_at_a_time(db: Database) -> N
             "UPDATE outbox_messages SET queue_state = 'dead', finished_at = now() - interval '1 day' WHERE driver = 'dying'"
         )
     before = messages.c.driver == "dying"
-    assert await sweep(db, messages, before & (messages.c.idempotency_key == "dying:k1"), 10) == 1
-    assert await sweep(db, messages, before, 10) == 24
+    assert await delete_in_batches(db, messages, before & (messages.c.idempotency_key == "dying:k1"), 10) == 1
+    assert await delete_in_batches(db, messages, before, 10) == 24
 
 
 async def test_what_records_an_answer_shares_its_transaction(db: Database) -> None:

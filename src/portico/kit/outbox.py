@@ -30,11 +30,11 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from portico.kit import queue
+from portico.kit.batches import delete_in_batches
 from portico.kit.db import Database, Tx, metadata
 from portico.kit.ids import new_id
 from portico.kit.queue import Hopeless, Kind, Retry, Work
 from portico.kit.sealing import Sealer
-from portico.kit.sweep import sweep
 
 NO_LANE: Final = "-"
 _PURPOSE: Final = "outbox message"
@@ -216,7 +216,7 @@ async def resend(tx: Tx, message: str) -> bool:
 async def clear(db: Database, keep_seconds: float) -> int:
     """Delete messages that were delivered, or died, longer ago than this; returns how many. Their keys go with them."""
     old = sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, keep_seconds)
-    return await sweep(db, messages, (messages.c.queue_state != "pending") & (messages.c.finished_at < old))
+    return await delete_in_batches(db, messages, (messages.c.queue_state != "pending") & (messages.c.finished_at < old))
 
 
 # -- development's driver ------------------------------------------------------------------------------------------------

@@ -192,16 +192,16 @@ async def _act(behaviour: Behaviour, writer: asyncio.StreamWriter) -> None:
         case "hang":
             await asyncio.Event().wait()
         case "reset":
-            _reset(writer)
+            reset(writer)
         case "reset_in_head":
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-le")
             await writer.drain()
-            _reset(writer)
+            reset(writer)
         case "reset_in_body":
             writer.write(_answer(behaviour, 1000))
             await writer.drain()
             await asyncio.sleep(0.05)
-            _reset(writer)
+            reset(writer)
         case "drip":
             for byte in _answer(behaviour):
                 writer.write(bytes([byte]))
@@ -228,7 +228,7 @@ async def _pour(behaviour: Behaviour, writer: asyncio.StreamWriter) -> None:
         await writer.drain()
 
 
-def _reset(writer: asyncio.StreamWriter) -> None:
+def reset(writer: asyncio.StreamWriter) -> None:
     """RST instead of FIN."""
     sock: socket.socket = writer.get_extra_info("socket")
     with contextlib.suppress(OSError):

@@ -80,7 +80,9 @@ def labels(answer: list[dict[str, str]]) -> list[bool]:
 
 async def mails(db: Database) -> list[str]:
     async with db.read() as reader:
-        rows = await reader.raw.fetch("SELECT recipient FROM outbox_messages WHERE topic = 'key.leaked' ORDER BY id")
+        rows = await reader.raw.fetch(
+            "SELECT recipient FROM outbox_messages WHERE topic = 'key.leaked' AND driver = 'mail' ORDER BY id"
+        )
     return [row["recipient"] for row in rows]
 
 

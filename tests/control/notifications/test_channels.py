@@ -466,3 +466,12 @@ def test_events_say_what_they_need() -> None:
 
 def test_lanes_are_of_organization_and_channel() -> None:
     assert outbox.lane("org_1", "chn_1") == "org_1/chn_1" and outbox.lane(None) == "-"
+
+
+async def test_what_happens_elsewhere_reaches_channels(owner: Account, app: Any) -> None:
+    await put(owner, webhook(events=["organization.deletion"]))
+    name = (await owner.client.get("/v1/org")).json()["name"]
+    asked = await owner.client.post("/v1/org/deletion", json={"name": name})
+    assert asked.status_code < 300, asked.text
+    rows = await sql(app.state.db, "SELECT topic FROM outbox_messages WHERE driver = 'webhook'")
+    assert [row["topic"] for row in rows] == ["organization.deletion"]

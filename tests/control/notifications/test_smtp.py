@@ -21,6 +21,7 @@ from portico.errors import Problem
 from portico.kit.clock import SystemClock
 from portico.kit.outbox import Message, Outcome
 from portico.settings import ApiSettings, Secret
+from portico.simulators.smtp import CUT, HANG, RESET, TAKE_AND_RESET, MailServer
 from tests.authority import Authority
 
 
@@ -170,6 +171,37 @@ async def test_a_server_that_hangs_or_is_away_is_tried_again() -> None:
         assert outcome.result == "retry" and "0.3 s" in outcome.detail
     gone = await driver(settings(port)).deliver(message())
     assert gone.result == "retry" and not receiver.got
+
+
+@pytest.mark.parametrize(
+    ("command", "plan", "result"),
+    [
+        ("", HANG, "retry"), ("", RESET, "retry"), ("", "554 5.3.2 not now", "retry"), ("", "421 4.3.2 busy", "retry"),
+        ("EHLO", CUT, "retry"), ("MAIL", CUT, "retry"), ("RCPT", HANG, "retry"), ("RCPT", "450 4.2.1 later", "retry"),
+        ("RCPT", "550 5.1.1 nobody", "refused"), ("DATA", RESET, "retry"), ("DATA", "451 4.3.0 later", "retry"),
+        (".", HANG, "retry"), (".", CUT, "retry"), (".", "552 5.2.2 full", "refused"), (".", "452 4.2.2 full", "retry"),
+    ],
+)  # fmt: skip
+async def test_servers_that_misbehave(command: str, plan: str, result: str) -> None:
+    async with MailServer() as server:
+        server.plan(command, plan)
+        limit = 0.4 if plan == HANG else 10.0
+        chosen = driver(settings(server.port, smtp_timeout_seconds=limit))
+        assert (await chosen.deliver(message())).result == result
+        assert server.got == []
+        assert (await chosen.deliver(message())).result == "delivered"
+    (letter,) = server.got
+    assert (letter.sender, letter.recipients) == ("no-reply@portico.test", ("a@example.com",))
+
+
+async def test_a_mail_whose_answer_was_lost_is_known_by_its_id() -> None:
+    async with MailServer() as server:
+        server.plan(".", TAKE_AND_RESET)
+        chosen = driver(settings(server.port))
+        assert (await chosen.deliver(message())).result == "retry"
+        assert (await chosen.deliver(message())).result == "delivered"
+    ids = [email.message_from_bytes(letter.content)["Message-ID"] for letter in server.got]
+    assert len(ids) == 2 and len(set(ids)) == 1
 
 
 async def test_no_header_is_smuggled() -> None:

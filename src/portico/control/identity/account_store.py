@@ -12,7 +12,8 @@ import sqlalchemy as sa
 from portico.control.identity.account_tables import account_tokens, passkey_challenges
 from portico.control.identity.store import used_last
 from portico.control.identity.tables import api_keys, device_codes, members, organizations, sign_in_sessions, users
-from portico.kit.db import Reader, Tx
+from portico.kit.batches import delete_in_batches
+from portico.kit.db import Database, Reader, Tx
 
 Row = sa.Row[Any]
 
@@ -132,7 +133,7 @@ async def drop_tokens(tx: Tx, user_id: str, *purposes: str) -> None:
     await tx.execute(sa.delete(t).where(t.c.user_id == user_id, t.c.purpose.in_(purposes)))
 
 
-async def expire(tx: Tx, before: datetime) -> None:
+async def expire(db: Database, before: datetime) -> None:
     """Delete tokens and challenges that expired before ``before``."""
     for t in (account_tokens, passkey_challenges):
-        await tx.execute(sa.delete(t).where(t.c.expires_at < before))
+        await delete_in_batches(db, t, t.c.expires_at < before)

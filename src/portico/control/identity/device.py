@@ -26,6 +26,7 @@ from portico.control.identity.tables import device_codes as t
 from portico.control.identity.throttle import Bucket
 from portico.errors import Problem
 from portico.kit import networks
+from portico.kit.batches import delete_in_batches
 from portico.kit.clock import Clock
 from portico.kit.db import Database, Tx, is_unique_violation
 from portico.kit.ids import check_token, digest, new_token
@@ -214,6 +215,6 @@ class DeviceFlow:
         return row
 
 
-async def expire(tx: Tx, before: datetime) -> None:
+async def expire(db: Database, before: datetime) -> None:
     """Delete codes that expired before ``before``."""
-    await tx.execute(sa.delete(t).where(t.c.expires_at < before))
+    await delete_in_batches(db, t, t.c.expires_at < before)

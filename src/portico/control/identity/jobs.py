@@ -22,8 +22,7 @@ async def housekeeping(identity: Identity) -> None:
     await delete_in_batches(
         identity.db, invitations, over(now - timedelta(days=identity.settings.invitation_keep_days))
     )
-    async with identity.db.transaction() as tx:
-        await throttle.expire(tx, now)
-        await device.expire(tx, now - KEEP)
-        await store.expire_sessions(tx, now - KEEP)
-        await account_store.expire(tx, now - KEEP)
+    await throttle.expire(identity.db, now)
+    await device.expire(identity.db, now - KEEP)
+    await store.expire_sessions(identity.db, now - KEEP)
+    await account_store.expire(identity.db, now - KEEP)

@@ -23,7 +23,7 @@ from portico.control.audit import service as audit
 from portico.control.identity import leak_store as store
 from portico.control.identity.keys import Keys
 from portico.control.identity.scanner_keys import ScannerKeys
-from portico.control.notifications import mail
+from portico.control.notifications import channels, mail
 from portico.control.notifications.mail import Mail
 from portico.errors import Problem
 from portico.kit import scrub
@@ -149,7 +149,10 @@ class Leaks:
         return True
 
     async def _tell(self, tx: Tx, row: Any, match: Match) -> None:
-        """Mail whoever made the key and the organization's owners; of an operator key, the platform's operators."""
+        """Tell the organization's channels, and by mail its maker and the owners; of an operator key, the operators."""
+        if row.organization_id is not None:
+            told = {"key": row.id, "name": row.name, "prefix": row.prefix, "kind": row.kind, "url": match.url}
+            await channels.notify(tx, self._sealer, row.organization_id, "key.leaked", told, f"key.leaked:{row.id}")
         for person in await store.people(tx, row.organization_id, row.user_id, self._clock.wall(), _MAX_MAILS):
             facts = {
                 "name": row.name,

@@ -22,7 +22,7 @@ from portico.control.audit import service as audit
 from portico.control.identity import operators, plans, roster, store
 from portico.control.identity.org_standing import check_standing, standing, standing_of
 from portico.control.identity.tables import organizations, sign_in_sessions
-from portico.control.notifications import mail
+from portico.control.notifications import channels, mail
 from portico.control.notifications.mail import Mail
 from portico.errors import Problem
 from portico.kit import pages
@@ -122,6 +122,10 @@ class Organizations:
             row = await self._hold(tx, caller)
             about = {"name": name, "delete_after": row.delete_after.isoformat()}
             await audit.record(tx, caller, "organization.delete_request", caller.org, details=about)
+            told = {"organization": name, "delete_after": about["delete_after"]}
+            await channels.notify(
+                tx, self._sealer, row.id, "organization.deletion", told, f"deletion:{about['delete_after']}"
+            )
             await self._tell_owners(tx, caller, row)
         return _render(row)
 

@@ -18,7 +18,8 @@ from portico.control.identity.tables import (
     sign_in_sessions,
     users,
 )
-from portico.kit.db import Reader, Tx
+from portico.kit.batches import delete_in_batches
+from portico.kit.db import Database, Reader, Tx
 
 Row = sa.Row[Any]
 
@@ -329,7 +330,7 @@ async def set_cookie(tx: Tx, session: str, digest: bytes, now: datetime) -> bool
     return bool((await tx.execute(update.values(cookie_digest=digest).returning(t.c.id))).all())
 
 
-async def expire_sessions(tx: Tx, before: datetime) -> None:
+async def expire_sessions(db: Database, before: datetime) -> None:
     """Delete sessions (and with them their tokens) that ended or expired before ``before``."""
     t = sign_in_sessions
-    await tx.execute(sa.delete(t).where(sa.or_(t.c.ended_at < before, t.c.expires_at < before)))
+    await delete_in_batches(db, t, sa.or_(t.c.ended_at < before, t.c.expires_at < before))

@@ -19,6 +19,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from portico.control.identity.tables import throttles as t
 from portico.errors import Problem
+from portico.kit.batches import delete_in_batches
 from portico.kit.db import Database, Tx
 
 
@@ -76,6 +77,6 @@ async def forgive(tx: Tx, buckets: Iterable[Bucket]) -> None:
         await tx.execute(sa.update(t).where(t.c.bucket == bucket.digest, t.c.count > 0).values(count=t.c.count - 1))
 
 
-async def expire(tx: Tx, now: datetime) -> None:
+async def expire(db: Database, now: datetime) -> None:
     """Delete windows that have ended."""
-    await tx.execute(sa.delete(t).where(t.c.window_ends_at < now))
+    await delete_in_batches(db, t, t.c.window_ends_at < now)

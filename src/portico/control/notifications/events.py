@@ -51,6 +51,22 @@ EVENTS: Final[dict[str, Event]] = {
             "reason": "the receiver says that it is gone (410)",
         },
     ),
+    "key.leaked": Event(
+        "A key was found in public by a secret scanner and revoked. Whoever made it and the owners get a mail, too.",
+        "The key “{name}” (begins with {prefix}) was found in public and revoked.",
+        {
+            "key": "key_01jd2x8k3nf0v4q5w6e7r8t9ya",
+            "name": "laptop",
+            "prefix": "tnl_agt_0123",
+            "kind": "agent",
+            "url": None,
+        },
+    ),
+    "organization.deletion": Event(
+        "An owner asked for the organization to be deleted; until `delete_after` it can be taken back. Owners get a mail, too.",
+        "The organization “{organization}” is going to be deleted at {delete_after}.",
+        {"organization": "Acme", "delete_after": "2030-01-15T00:00:00+00:00"},
+    ),
     "usage.threshold": Event(
         "50, 80 or 100 % of what the plan allows in a month (requests, bytes) are used: once each a month. Of several that are "
         "passed at once, the highest. `hard_cap`: traffic stops at 100 %.",
