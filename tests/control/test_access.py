@@ -95,3 +95,12 @@ class TestClientAddress:
         headers = [(b"x-forwarded-for", forwarded.encode())] if forwarded else []
         scope = {"type": "http", "headers": headers, "client": (peer, 1), "app": app}
         assert access.client_address(Request(scope)) == expected
+
+    def test_a_proxy_may_add_a_line_of_its_own_below_one_that_the_client_made_up(self) -> None:
+        import ipaddress
+
+        app = FastAPI()
+        app.state.trusted_proxies = (ipaddress.ip_network("10.0.0.0/8"),)
+        headers = [(b"x-forwarded-for", b"6.6.6.6"), (b"x-forwarded-for", b"1.1.1.1")]
+        scope = {"type": "http", "headers": headers, "client": ("10.0.0.2", 1), "app": app}
+        assert access.client_address(Request(scope)) == "1.1.1.1"

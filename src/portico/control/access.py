@@ -237,10 +237,13 @@ def request_id(request: Request) -> str:
 
 
 def client_address(request: Request) -> str:
-    """The client's address: the connection's, or the last one in X-Forwarded-For that no trusted proxy added."""
+    """The client's address: the connection's, or the last one in X-Forwarded-For that no trusted proxy added.
+
+    All lines of the header are one list (RFC 9110, 5.3): some proxies add a line of their own below the client's.
+    """
     peer = plain(request.client.host) if request.client else ""
     trusted: tuple[Any, ...] = request.app.state.trusted_proxies
-    hops = [h.strip() for h in request.headers.get("x-forwarded-for", "").split(",") if h.strip()]
+    hops = [h.strip() for h in ",".join(request.headers.getlist("x-forwarded-for")).split(",") if h.strip()]
     while hops and _inside(peer, trusted):
         peer = plain(hops.pop())
     return peer if _address(peer) else "unknown"
