@@ -727,6 +727,8 @@ class ApiSettings:
     channel_code_seconds: int = 86_400
     # Tries of one code.
     channel_code_tries: int = 5
+    # Codes that an organization has mailed at most while one is good: readers who never asked for it get no more.
+    channel_codes_per_organization: int = 40
     # Seconds that a webhook's secret is still signed with after it was replaced, unless the call says otherwise.
     webhook_secret_overlap_seconds: int = 86_400
     # Seconds for which every attempt at a channel fails before it is switched off.

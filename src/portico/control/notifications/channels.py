@@ -138,7 +138,8 @@ class Channels:
     async def replace(self, tx: Tx, caller: Caller, wanted: Sequence[Wanted]) -> dict[str, Any]:
         """Make the channels what ``wanted`` says: others are deleted. Secrets of new webhooks are in the answer, once.
 
-        Raises ``notification.channel_limit``, ``notification.channel_not_found`` and ``notification.channel_invalid``.
+        Raises ``notification.channel_limit``, ``notification.channel_not_found``, ``notification.channel_invalid`` and
+        ``notification.throttled``.
         """
         if len(wanted) > self._settings.channels_per_organization:
             raise Problem("notification.channel_limit", limit=self._settings.channels_per_organization)
@@ -238,6 +239,7 @@ class Channels:
 
         Raises ``notification.throttled``, ``notification.channel_inactive`` and ``notification.channel_not_found``.
         """
+        await store.take_turns(tx, caller.org)
         row = await self._one(tx, caller, channel)
         window = self._settings.channel_test_window_seconds
         if await store.tests_since(tx, caller.org, channel, window) >= self._settings.channel_tests_per_window:
@@ -293,6 +295,10 @@ class Channels:
         return row
 
     async def _send_code(self, tx: Tx, channel: str, organization: str, to: str) -> str | None:
+        # Channels come and go with one request: what is mailed is counted for the organization, whose turn the caller has.
+        window = self._settings.channel_code_seconds
+        if await store.codes_since(tx, organization, window) >= self._settings.channel_codes_per_organization:
+            raise Problem("notification.throttled", headers={"Retry-After": str(window)})
         code = f"{secrets.randbelow(10**_CODE_DIGITS):0{_CODE_DIGITS}}"
         expires = self._clock.wall() + timedelta(seconds=self._settings.channel_code_seconds)
         digest = self._sealer.mac(_CODE, f"{channel}:{code}")

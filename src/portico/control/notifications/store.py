@@ -141,3 +141,11 @@ async def tests_since(reader: Reader, organization: str, channel: str, seconds: 
     asked = m.topic.in_([events.TEST, "channel.confirm"])
     found = sa.select(sa.func.count()).where(m.lane == lane(organization, channel), asked, lately)
     return int(await reader.scalar(found))
+
+
+async def codes_since(reader: Reader, organization: str, seconds: float) -> int:
+    """How many codes the organization had mailed lately, to channels that are gone, too."""
+    m = messages.c
+    lately = m.queued_at > sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, seconds)
+    found = sa.select(sa.func.count()).where(m.organization_id == organization, m.topic == "channel.confirm", lately)
+    return int(await reader.scalar(found))
