@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -166,6 +167,26 @@ class TestMove:
         async with app.state.db.read() as reader:
             query = "SELECT count(*) FROM plan_overrides WHERE organization_id = $1"
             assert await reader.raw.fetchval(query, owner.organization) == 0
+
+    async def test_a_move_and_the_end_of_an_override_wait_for_each_other_in_one_order(
+        self, owner: Account, operator: httpx.AsyncClient, app: Any
+    ) -> None:
+        """Each holds the organization before its overrides: else both would, now and then, wait for ever."""
+        path = f"/v1/admin/organizations/{owner.organization}/plan"
+        past = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
+        over = {"name": "tunnels", "value": 90, "expires_at": past}
+        assert (await operator.put(path, json={"plan": "free", "reason": "trial", "overrides": [over]})).is_success
+        async with app.state.db.transaction() as tx:
+            assert await plans.hold(tx, owner.organization) is not None  # as a move does first …
+            ending = asyncio.create_task(app.state.standing.round(app.state.db))
+            async with app.state.db.read() as reader:
+                query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+                while not await reader.raw.fetchval(query):
+                    assert not ending.done()
+                    await asyncio.sleep(0.01)
+            await tx.raw.execute("SET LOCAL lock_timeout = '5s'")
+            await plans.replace_overrides(tx, owner.organization, [])  # … and then this
+        await ending
 
     @pytest.mark.parametrize(
         ("body", "status", "code"),

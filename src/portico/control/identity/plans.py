@@ -259,10 +259,7 @@ SELECT name, value, expires_at FROM plan_overrides
 WHERE organization_id = $1 AND (expires_at IS NULL OR expires_at > now()) ORDER BY name
 """
 _EXPIRED = """
-DELETE FROM plan_overrides WHERE (organization_id, name) IN (
-    SELECT organization_id, name FROM plan_overrides WHERE expires_at <= now()
-    ORDER BY organization_id, name LIMIT $1 FOR UPDATE SKIP LOCKED)
-RETURNING organization_id
+SELECT DISTINCT organization_id FROM plan_overrides WHERE expires_at <= now() ORDER BY organization_id LIMIT $1
 """
 
 
@@ -319,9 +316,17 @@ async def replace_overrides(tx: Tx, organization: str, rows: list[tuple[str, int
     )
 
 
-async def expire_overrides(tx: Tx, limit: int) -> set[str]:
-    """Delete overrides that are over; the organizations that had them."""
-    return {row["organization_id"] for row in await tx.raw.fetch(_EXPIRED, limit)}
+async def expired_overrides(reader: Reader, limit: int) -> list[str]:
+    """Organizations that have overrides which are over."""
+    return [row["organization_id"] for row in await reader.raw.fetch(_EXPIRED, limit)]
+
+
+async def expire_overrides(tx: Tx, organization: str) -> bool:
+    """Delete what is over of an organization that the caller holds; whether there was something."""
+    status: str = await tx.raw.execute(
+        "DELETE FROM plan_overrides WHERE organization_id = $1 AND expires_at <= now()", organization
+    )
+    return status != "DELETE 0"
 
 
 _REFUSED = "SELECT id FROM organizations WHERE edge_version > 0 AND (edge_state #>> '{refuse,until}')::float8 <= $1"

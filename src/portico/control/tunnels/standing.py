@@ -31,7 +31,7 @@ NOTICES: Final = (50, 80, 100)
 REFUSAL: Final = "edge.quota_exceeded"
 #: Days that one question for usage may be about.
 MAX_DAYS: Final = {"day": 366, "month": 3660}
-#: Overrides that are taken away in one transaction.
+#: Organizations whose overrides are taken away in one round.
 _EXPIRED: Final = 100
 
 Notify = Callable[[Tx, str, dict[str, Any], str], Awaitable[None]]
@@ -196,9 +196,13 @@ class Standing:
 
     async def round(self, db: Database) -> None:
         """Take away overrides that are over, and what was refused for a month that is over. Safe in several processes."""
-        async with db.transaction() as tx:
-            for organization in sorted(await plans.expire_overrides(tx, _EXPIRED)):
-                await self._quotas.changed(tx, organization)
+        async with db.read() as reader:
+            ended = await plans.expired_overrides(reader, _EXPIRED)
+        for organization in ended:
+            # The organization first, as whoever moves it to a plan does: the other way round each would wait for the other.
+            async with db.transaction() as tx:
+                if await plans.hold(tx, organization) and await plans.expire_overrides(tx, organization):
+                    await self._quotas.changed(tx, organization)
         now = self._clock.wall()
         async with db.read() as reader:
             over = await plans.refused_until(reader, now.timestamp())
