@@ -169,6 +169,41 @@ class TestOnline:
         assert (await agent.delete(f"/v1/agent/sessions/{first['session']}")).status_code == 204
         assert (await ask(agent, "agent-0002", "c")).status_code == 201  # the place of one that left is free
 
+    async def test_an_agent_that_died_and_was_started_anew_needs_no_second_place(
+        self, owner: Account, operator: httpx.AsyncClient, agent: httpx.AsyncClient
+    ) -> None:
+        await move(operator, owner.organization, "free", overrides={"tunnels_online": 2})
+        assert (await ask(agent, "agent-0001", "a", "b")).status_code == 201
+        assert (await ask(agent, "agent-0002", "a", "b")).status_code == 201
+        problem(await ask(agent, "agent-0003", "a", "c"), 403, "quota.exceeded")
+
+    async def test_who_was_away_comes_back_to_no_more_places_than_there_are(
+        self, owner: Account, operator: httpx.AsyncClient, agent: httpx.AsyncClient, db: Database
+    ) -> None:
+        """In one step as in several: the session is continued by the process that opened it."""
+        await move(operator, owner.organization, "free", overrides={"tunnels_online": 2})
+        opened = (await ask(agent, "agent-0001", "a", "b")).json()
+        assert (await ask(agent, "agent-0001", "a", "b")).json()["session"] == opened["session"]
+        async with db.transaction() as tx:
+            query = "UPDATE agent_sessions SET updated_at = now() - interval '5 minutes' WHERE id = $1"
+            await tx.raw.execute(query, opened["session"])
+        assert (await ask(agent, "agent-0002", "c", "d")).status_code == 201
+        problem(await ask(agent, "agent-0001", "a", "b"), 403, "quota.exceeded")
+
+    async def test_who_is_on_line_is_continued_in_one_step(
+        self, owner: Account, operator: httpx.AsyncClient, agent: httpx.AsyncClient, relay: httpx.AsyncClient,
+        db: Database, app: Any, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        await move(operator, owner.organization, "free", overrides={"tunnels_online": 2})
+        opened = (await ask(agent, "agent-0001", "a", "b")).json()
+        bound = [{"tunnel": g["tunnel"], "session": opened["session"], "generation": 1} for g in opened["grants"]]
+        await relay.post("/v1/edge/heartbeat", json=heartbeat_body(bound=bound))
+        async with db.transaction() as tx:
+            query = "UPDATE agent_sessions SET updated_at = now() - interval '5 minutes' WHERE id = $1"
+            await tx.raw.execute(query, opened["session"])
+        monkeypatch.setattr(app.state.agent_sessions, "open", None)
+        assert (await ask(agent, "agent-0001", "a", "b")).json()["session"] == opened["session"]
+
     async def test_a_smaller_plan_takes_the_newest_off_line(
         self, owner: Account, operator: httpx.AsyncClient, agent: httpx.AsyncClient, relay: httpx.AsyncClient
     ) -> None:

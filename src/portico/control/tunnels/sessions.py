@@ -127,7 +127,7 @@ class Sessions:
             # A fleet that starts comes by the hundred a second.
             await audit.record(tx, caller, "agent_session.open", session["id"], details=about, numbered=False)
         rows, others = await self._resolve(tx, caller, session["id"], agent.hostname, specs, account.entitlements)
-        await self._room_online(tx, account.entitlements, session["id"], len(rows))
+        await self._room_online(tx, account.entitlements, session["id"], [row["id"] for row in rows], len(rows))
         await self._bind_exactly(tx, session["id"], rows, others)
         signer = await self._keys.current_signer(tx)
         return self._answer(signer, key_id, caller, agent, session, rows, account, edges)
@@ -137,16 +137,19 @@ class Sessions:
     ) -> dict[str, Any] | None:
         """``open`` for the common case, a reconnect that changes nothing, in one statement; ``None`` when it is not that.
 
-        A generation that was then drawn for nothing is a gap, and gaps mean nothing.
+        A generation that was then drawn for nothing is a gap, and gaps mean nothing. Under a limit of tunnels on line it is for
+        those alone that are so: the places of others may have been taken meanwhile.
         """
         key_id = _key_of(caller)
         edges = await self._directory.edges(reader, agent.region)
+        account = await self._accounts.of(reader, key_id)
+        limited = account.entitlements.limit("tunnels_online") is not None
+        lease = self._settings.relay_lease_seconds if limited else None
         life, about = self._life, (agent.hostname, agent.version, agent.region)
-        found = await store.continue_session(reader, key_id, agent.agent_id, life, about, caller.address)
+        found = await store.continue_session(reader, key_id, agent.agent_id, life, about, caller.address, lease)
         rows = [_parsed(row) for row in found if row["id"] is not None]
         if not found or len(rows) != len(specs) or not all(map(_fits, rows, specs)):
             return None
-        account = await self._accounts.of(reader, key_id)
         session = {"id": found[0]["session"], "generation": found[0]["session_generation"]}
         signer = await self._keys.current_signer(reader)
         return self._answer(signer, key_id, caller, agent, session, rows, account, edges)
@@ -180,7 +183,7 @@ class Sessions:
             raise Problem("tunnel.limit_reached", f"a session has at most {limit} tunnels", limit=limit)
         (row,), _ = await self._resolve(tx, caller, session_id, session["hostname"], [spec], account.entitlements)
         if row["position"] is None:
-            await self._room_online(tx, account.entitlements, session_id, size + 1)
+            await self._room_online(tx, account.entitlements, session_id, [row["id"]], size + 1)
             await store.bind(tx, session_id, {row["id"]: position}, [row["id"]])
         now = int(self._clock.wall().timestamp())
         signer = await self._keys.current_signer(tx)
@@ -315,15 +318,19 @@ class Sessions:
                 return {**row._mapping, "position": None}
         raise Problem("tunnel.name_taken", f"the tunnel {spec.name} comes and goes; try again")
 
-    async def _room_online(self, tx: Tx, held: Entitlements, session_id: str, wanted: int) -> None:
-        """Raises ``quota.exceeded`` when the session's tunnels would be more on line than the plan allows, with those of others.
+    async def _room_online(
+        self, tx: Tx, held: Entitlements, session_id: str, coming: Sequence[str], wanted: int
+    ) -> None:
+        """Raises ``quota.exceeded`` when the session's tunnels, ``wanted`` of them, would be more on line than the plan allows,
+        with those of others. Of ``coming`` one that another session has as well (an agent that was started anew) counts once.
 
         The caller holds ``lock_set`` where there is a limit; what the plan says is asked again under it."""
         if held.limit("tunnels_online") is None:
             return
         held = await plans.entitlements(tx, held.organization)
         allowed = held.limit("tunnels_online")
-        used = len(await store.online_tunnels(tx, held.organization, session_id, self._settings.relay_lease_seconds))
+        online = await store.online_tunnels(tx, held.organization, session_id, self._settings.relay_lease_seconds)
+        used = len(set(online).difference(coming))
         if allowed is not None and used + wanted > allowed:
             raise await self._quotas.exceeded(tx, held, "tunnels_online", used, allowed, wanted)
 

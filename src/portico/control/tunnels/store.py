@@ -521,8 +521,19 @@ LEFT JOIN tunnels t ON t.id = b.tunnel_id
 ORDER BY b.position
 """
 _REFRESH_SESSION = _RESUME_SESSION.format(more=", address = $5", which="AND id = $4")
-_CONTINUE_SESSION = _RESUME_SESSION.format(
-    more=", generation = generation + 1, hostname = $4, version = $5, region = $6, address = $7", which=""
+_MORE = ", generation = generation + 1, hostname = $4, version = $5, region = $6, address = $7"
+_CONTINUE_SESSION = _RESUME_SESSION.format(more=_MORE, which="")
+# The same while all tunnels of the session count as on line (as ``_ONLINE`` has it): it takes no place that it has not.
+_CONTINUE_ONLINE = _RESUME_SESSION.format(
+    more=_MORE,
+    which="""AND expires_at > now() AND (
+        updated_at > now() - make_interval(secs => $8)
+        OR NOT EXISTS (
+            SELECT 1 FROM agent_session_tunnels n
+            WHERE n.session_id = agent_sessions.id AND NOT EXISTS (
+                SELECT 1 FROM relay_bindings b JOIN relays r ON r.name = b.relay
+                WHERE b.tunnel_id = n.tunnel_id AND b.session_id = n.session_id
+                  AND r.seen_at > now() - make_interval(secs => $8))))""",
 )
 _END_SESSIONS = """
 UPDATE agent_sessions
@@ -615,9 +626,16 @@ async def continue_session(
     life_seconds: int,
     facts: tuple[str, str, str | None],
     address: str | None,
+    online_seconds: float | None,
 ) -> list[Any]:
-    """Extend the instance's live session under its next generation; rows as ``refresh_session``."""
-    return list(await reader.raw.fetch(_CONTINUE_SESSION, key_id, agent_id, float(life_seconds), *facts, address))
+    """Extend the instance's live session under its next generation; rows as ``refresh_session``.
+
+    ``online_seconds``: only if all its tunnels count as on line, by a lease of so many seconds.
+    """
+    given = (key_id, agent_id, float(life_seconds), *facts, address)
+    if online_seconds is None:
+        return list(await reader.raw.fetch(_CONTINUE_SESSION, *given))
+    return list(await reader.raw.fetch(_CONTINUE_ONLINE, *given, float(online_seconds)))
 
 
 async def lock_session(tx: Tx, session_id: str, key_id: str) -> Any:
