@@ -100,6 +100,25 @@ class TestOrganizations:
         assert answer.status_code == 403
         assert "lacks" in problem_text(answer)
 
+    async def test_a_device_is_approved_for_the_organization_that_the_page_showed(
+        self, twice: Account, stranger: Account, sign_in: SignIn, db: Database
+    ) -> None:
+        """Another tab turned the browser elsewhere meanwhile: nothing is approved, and the page shows where the key would be."""
+        async with db.transaction() as tx:
+            await tx.execute(sa.text("UPDATE members SET role = 'owner' WHERE user_id = :u"), {"u": twice.user})
+        started = (await stranger.client.post("/v1/auth/device", json={"hostname": "x"})).json()
+        browser = await sign_in(twice)
+        page = await browser.get("/device", params={"code": started["user_code"]})
+        (shown,) = re.findall(r'name="organization" value="(org_[0-9a-z]+)"', page.text)
+        assert shown == twice.organization
+        token = form_token(page)
+        await browser.post("/organizations", data={"form_token": token, "organization": stranger.organization})
+        form = {"form_token": token, "code": started["user_code"], "answer": "approve", "organization": shown}
+        again = await browser.post("/device", data=form)
+        assert "Approve this device?" in again.text and "Other &amp; co" in again.text
+        form["organization"] = stranger.organization
+        assert "Device approved" in (await browser.post("/device", data=form)).text
+
     async def test_another_one_is_made(self, owner: Account, sign_in: SignIn) -> None:
         browser = await sign_in(owner)
         token = form_token(await browser.get("/organizations"))

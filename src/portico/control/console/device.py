@@ -41,6 +41,10 @@ async def decide(request: Request) -> Response:
         who = await browser.signed_in(request)
         if who is None or fields.get("answer") not in ("approve", "deny"):
             return await _page(request, code)
+        if fields.get("organization", who.organization or "") != (who.organization or ""):
+            return await _page(
+                request, code
+            )  # another tab turned the browser elsewhere: show where the key will belong
         approve = fields["answer"] == "approve"
         identity: Identity = request.app.state.identity
         device = await identity.device.decide(who, code, approve=approve)
@@ -68,5 +72,7 @@ async def _page(request: Request, typed: str, problem: Problem | None = None) ->
             return await frame.page(request, "code.html", found, code=shown)
         async with identity.db.read() as reader:
             own = await identity.organizations.listing(reader, who, PageRequest(limit=2))
-        return await frame.page(request, "decide.html", device=device, several=len(own["data"]) > 1)
+        return await frame.page(
+            request, "decide.html", device=device, several=len(own["data"]) > 1, organization=who.organization or ""
+        )
     return await frame.page(request, "code.html", problem, code=shown)

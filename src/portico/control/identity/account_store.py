@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from portico.control.identity.account_tables import account_tokens, passkey_challenges
+from portico.control.identity.account_tables import account_tokens, passkey_challenges, totp_keys
 from portico.control.identity.store import used_last
 from portico.control.identity.tables import api_keys, device_codes, members, organizations, sign_in_sessions, users
 from portico.kit.batches import delete_in_batches
@@ -64,6 +64,15 @@ async def home(reader: Reader, user_id: str) -> str | None:
     return None if found is None else str(found)
 
 
+async def has_company(reader: Reader, user_id: str) -> bool:
+    """Whether somebody else is a member of an organization that the person belongs to."""
+    mine, other = members.alias(), members.alias()
+    found = sa.exists().where(
+        mine.c.user_id == user_id, other.c.organization_id == mine.c.organization_id, other.c.user_id != user_id
+    )
+    return bool(await reader.scalar(sa.select(found)))
+
+
 async def lock_keys(tx: Tx, user_id: str) -> list[str]:
     """The unrevoked keys that a person made, in every organization, held until the transaction ends."""
     query = sa.select(api_keys.c.id).where(api_keys.c.user_id == user_id, api_keys.c.revoked_at.is_(None))
@@ -103,6 +112,15 @@ async def deny_device_codes(tx: Tx, user_id: str) -> None:
     """Take back the approvals of a person whose devices have not fetched their key yet."""
     where = sa.and_(device_codes.c.user_id == user_id, device_codes.c.state == "approved")
     await tx.execute(sa.update(device_codes).where(where).values(state="denied"))
+
+
+async def drop_begun(tx: Tx, user_id: str) -> None:
+    """Void what sessions of a person began and others may finish: another address, the key of an authenticator app that no code
+    confirmed, approvals of devices that have not fetched their key. Whoever ends a session for fear of a thief ends this too."""
+    await drop_tokens(tx, user_id, "change")
+    unconfirmed = sa.and_(totp_keys.c.user_id == user_id, totp_keys.c.confirmed_at.is_(None))
+    await tx.execute(sa.delete(totp_keys).where(unconfirmed))
+    await deny_device_codes(tx, user_id)
 
 
 # --- secrets with one use

@@ -14,7 +14,7 @@ from sqlalchemy import exc as sa_exc
 
 from portico.control.access import Caller, check_step_up
 from portico.control.audit import service as audit
-from portico.control.identity import account_store, factor_store, store, throttle
+from portico.control.identity import account_store, factor_store, invitation_store, store, throttle
 from portico.control.identity.keys import Keys
 from portico.control.identity.letters import Letters
 from portico.control.identity.passwords import Passwords
@@ -29,6 +29,7 @@ from portico.settings import ApiSettings
 
 # Token kinds by purpose.
 _KIND: Final = {"verify": "ev", "reset": "pr", "change": "ec"}
+_COMPANY: Final = "Others are members of its organizations: look at who they are."
 
 
 class _Undo(Exception):
@@ -96,7 +97,7 @@ class Accounts:
         await audit.record(tx, caller, "user.verify_email", person.id, organization=home)
 
     async def change_email(self, caller: Caller, email: str) -> None:
-        """Mail a link to ``email``, which becomes the account's address when it is followed.
+        """Mail a link to ``email``, which becomes the account's address when it is followed, and tell the old one.
 
         Whether another account has it shows to nobody but who reads that mail. Raises ``auth.throttled``.
         """
@@ -108,6 +109,8 @@ class Accounts:
             await account_store.drop_tokens(tx, user_id, "change")
             token = await self._token(tx, "change", user_id, email)
             await self._letters.change_address(tx, caller, email, person.email, token)
+            # While the old address is still the way back.
+            await self._letters.tell(tx, caller, person.email, "email_asked", detail=f"It is to be {email}.")
             await audit.record(tx, caller, "user.change_email_mail", user_id, details={"email": email})
 
     async def confirm_email(self, caller: Caller, token: str) -> str:
@@ -166,7 +169,9 @@ class Accounts:
         """Set a new password by the link that was mailed; returns the address. Second steps stay.
 
         Every session, waiting device and other link of the account ends. An account whose address was not verified is taken
-        over: its keys, second steps and passkeys end, too. Raises ``auth.link_invalid``, ``auth.password_weak``.
+        over: its keys, second steps, passkeys and open invitations end, too.
+
+        Raises ``auth.link_invalid``, ``auth.password_weak``.
         """
         now = self._clock.wall()
         async with self._db.read() as reader:  # before argon2 runs for it
@@ -181,13 +186,16 @@ class Accounts:
             person = await self._use_own(tx, "reset", token)
             taken_over = person.email_verified_at is None
             facts: dict[str, Any] = {"taken_over": taken_over}
-            facts["sessions"] = await self._set_password(tx, person.id, hashed, None, "the password was reset", now)
-            if taken_over:
-                facts |= await self._take_over(tx, person.id)
+            others = False
+            if taken_over:  # first, since whoever ends keys and sessions of a person holds the keys first
+                facts |= await self._take_over(tx, person.id, now)
+                others = await account_store.has_company(tx, person.id)
                 await account_store.update_user(tx, person.id, email_verified_at=now)
+            facts["sessions"] = await self._set_password(tx, person.id, hashed, None, "the password was reset", now)
             home = await account_store.home(tx, person.id)
             await audit.record(tx, caller, "user.reset_password", person.id, details=facts, organization=home)
-            await self._letters.tell(tx, caller, person.email, "taken_over" if taken_over else "reset")
+            what, detail = ("taken_over", _COMPANY if others else "") if taken_over else ("reset", "")
+            await self._letters.tell(tx, caller, person.email, what, detail=detail)
         return str(person.email)
 
     async def change_password(self, caller: Caller, current: str, password: str) -> None:
@@ -220,17 +228,19 @@ class Accounts:
     ) -> int:
         """Store the digest of a held person; end what the old password, and links to set one, let in."""
         await account_store.update_user(tx, user_id, password_hash=hashed)
-        await account_store.drop_tokens(tx, user_id, "reset", "sign_in", "change")
-        await account_store.deny_device_codes(tx, user_id)
+        await account_store.drop_tokens(tx, user_id, "reset", "sign_in")
+        await account_store.drop_begun(tx, user_id)
         return await account_store.end_other_sessions(tx, user_id, kept, reason, now)
 
-    async def _take_over(self, tx: Tx, user_id: str) -> dict[str, int]:
-        """End what whoever made an unverified account left in it to come back by."""
+    async def _take_over(self, tx: Tx, user_id: str, now: datetime) -> dict[str, int]:
+        """End what whoever made an unverified account left in it to come back by. Members whom they let in stay: they may be
+        a person's own, who never verified their address; the mail points at them."""
         await factor_store.drop_totp(tx, user_id)
         passkeys = await factor_store.drop_passkeys(tx, user_id)
         keys = await account_store.lock_keys(tx, user_id)
         await self._keys.end_all_of(tx, keys)
-        return {"keys": len(keys), "passkeys": passkeys}
+        invitations = await invitation_store.revoke_by(tx, user_id, now)
+        return {"keys": len(keys), "passkeys": passkeys, "invitations": invitations}
 
     # --- links
 

@@ -91,6 +91,11 @@ async def revoke_of(tx: Tx, organization_id: str, user_id: str, now: datetime) -
     return await _revoke(tx, now, t.organization_id == organization_id, t.invited_by == user_id)
 
 
+async def revoke_by(tx: Tx, user_id: str, now: datetime) -> int:
+    """End every open invitation by this person, in every organization; returns how many."""
+    return await _revoke(tx, now, t.invited_by == user_id)
+
+
 async def revoke_to_role(tx: Tx, organization_id: str, role_id: str, now: datetime) -> int:
     """End every open invitation to a role; returns how many."""
     return await _revoke(tx, now, t.organization_id == organization_id, t.role == role_id)

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
+from portico.control.identity import account_store
 from portico.control.identity import leak_store as store
 from portico.control.identity.keys import Keys
 from portico.control.identity.scanner_keys import ScannerKeys
@@ -132,6 +133,7 @@ class Leaks:
         if row is None:
             return False
         if row.ended_at is None and row.expires_at > self._clock.wall():
+            await account_store.drop_begun(tx, row.user_id)
             await store.end_session(tx, row.id, self._clock.wall())
             await audit.record(tx, caller, "session.end", row.id, details=match.told, organization=row.organization_id)
         return True

@@ -98,6 +98,7 @@ HAPPENED = {
     "reset": "Your password was reset",
     "taken_over": "Your account is yours now",
     "email": "The e-mail address of your account was changed",
+    "email_asked": "Another e-mail address was asked for your account",
     "totp_on": "An authenticator app was set up",
     "totp_off": "The authenticator app was removed",
     "recovery_used": "A recovery code was used to sign in",

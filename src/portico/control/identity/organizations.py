@@ -94,10 +94,11 @@ class Organizations:
         user_id = caller.user_id or ""
         if await roster.role_of(tx, organization, user_id) is None:
             raise Problem("request.not_found", "you belong to no such organization")
+        # The membership before the session, as whoever removes a member changes them.
+        await roster.used(tx, organization, user_id, self._clock.wall())
         session = sign_in_sessions.c
         here = sa.and_(session.id == caller.session_id, session.ended_at.is_(None))
         await tx.execute(sa.update(sign_in_sessions).where(here).values(organization_id=organization))
-        await roster.used(tx, organization, user_id, self._clock.wall())
         about = {"session": caller.session_id}
         await audit.record(tx, caller, "session.switch", organization, details=about, organization=organization)
         return await store.organization(tx, organization)

@@ -125,7 +125,7 @@ class People:
         if row.disabled_at is None:
             now = self._clock.wall()
             await account_store.update_user(tx, user_id, disabled_at=now)
-            await account_store.deny_device_codes(tx, user_id)
+            await account_store.drop_begun(tx, user_id)
             keys = await self._lock_keys(tx, user_id)
             for key_id in keys:
                 await self._keys.end_work(tx, key_id)
@@ -144,6 +144,7 @@ class People:
     async def end_sessions(self, tx: Tx, caller: Caller, user_id: str) -> None:
         """End every sign-in session of a person. Raises ``request.not_found``."""
         await self._lock(tx, user_id)
+        await account_store.drop_begun(tx, user_id)
         ended = await store.end_sessions(tx, user_id, None, "ended by an operator", self._clock.wall())
         await self._record(tx, caller, "session.end_all", user_id, sessions=len(ended))
 
@@ -196,6 +197,7 @@ class People:
         person = await self._lock(tx, row.user_id)
         for table in (totp_keys, recovery_codes, passkeys):
             await tx.execute(sa.delete(table).where(table.c.user_id == row.user_id))
+        await account_store.drop_begun(tx, row.user_id)
         ended = await store.end_sessions(tx, row.user_id, None, "second factors taken away", now)
         await tx.execute(sa.update(mfa_resets).where(_r.id == request).values(confirmed_by=caller.id, confirmed_at=now))
         facts = {"request": request, "requested_by": row.requested_by, "sessions": len(ended)}

@@ -224,6 +224,7 @@ class Identity:
                 assert row is not None
                 return await self._rotate(tx, row, digest(token), now)
             if refusal == "auth.refresh_reused" and row is not None:
+                await account_store.drop_begun(tx, row.user_id)
                 await store.end_sessions(tx, row.user_id, row.session_id, "refresh token reused", now)
                 await audit.record(
                     tx,
@@ -305,13 +306,18 @@ class Identity:
         return document
 
     async def end_session(self, tx: Tx, caller: Caller, session: str) -> None:
-        """End one of the person's own sessions. Raises ``request.not_found``."""
+        """End one of the person's own sessions; another one than this with what it began. Raises ``request.not_found``."""
+        if session != caller.session_id:
+            await account_store.lock_user(tx, _person(caller))
+            await account_store.drop_begun(tx, _person(caller))
         if not await store.end_sessions(tx, _person(caller), session, "ended by its person", self.clock.wall()):
             raise Problem("request.not_found", "there is no such session")
         await audit.record(tx, caller, "session.end", session)
 
     async def end_all_sessions(self, tx: Tx, caller: Caller, *, keep_current: bool = False) -> None:
-        """End every session of the person; this one too, unless ``keep_current``."""
+        """End every session of the person, with what they began; this one too, unless ``keep_current``."""
+        await account_store.lock_user(tx, _person(caller))
+        await account_store.drop_begun(tx, _person(caller))
         kept = caller.session_id if keep_current else None
         ended = await account_store.end_other_sessions(
             tx, _person(caller), kept, "ended by its person", self.clock.wall()
