@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 
 import pytest
 
@@ -30,6 +31,17 @@ class TestUuid7:
         assert prefix == "org"
         assert len(body) == 26
         assert set(body) <= set("0123456789abcdefghjkmnpqrstvwxyz")
+
+    def test_the_characters_are_the_bits_five_by_five(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        alphabet = "0123456789abcdefghjkmnpqrstvwxyz"
+        for value in (ids.uuid7(), uuid.UUID(int=0), uuid.UUID(int=2**128 - 1)):
+            monkeypatch.setattr(ids, "uuid7", lambda value=value: value)
+            body = ids.new_id("org").removeprefix("org_")
+            assert sum(alphabet.index(char) << 5 * place for place, char in enumerate(reversed(body))) == value.int
+
+    def test_nothing_was_made_before_1970(self) -> None:
+        assert ids.first_id("evt", -5.0) == "evt_" + 26 * "0"
+        assert ids.first_id("evt", time.time() - 1) < ids.new_id("evt") < ids.first_id("evt", time.time() + 1)
 
 
 class TestTokens:

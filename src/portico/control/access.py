@@ -13,6 +13,7 @@ Every route says who may call it in a form that can be read back (``Access``): O
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from pydantic import AfterValidator, AwareDatetime
 from portico.errors import Problem
 from portico.kit import pages
 from portico.kit.db import Database, Reader, Tx
-from portico.kit.networks import plain
+from portico.kit.networks import ADDRESS_CHARS, plain
 
 # Every permission inside an organization, with what it allows. Scopes of API keys and custom roles are chosen from these;
 # never rename one.
@@ -250,6 +251,11 @@ def client_address(request: Request) -> str:
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    return None if len(text) > ADDRESS_CHARS else _parsed(text)
+
+
+@functools.lru_cache(4096)
+def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         return ipaddress.ip_address(text)
     except ValueError:

@@ -9,13 +9,15 @@ PostgreSQL before 18 has no UUIDv7, so it is made here.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import secrets
 import time
 import uuid
 import zlib
 
-_CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
+_TO_CROCKFORD = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", b"0123456789abcdefghjkmnpqrstvwxyz")
+_ID_CHARS = 26
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _BODY_LENGTH = 30
 _CHECK_LENGTH = 6
@@ -36,14 +38,17 @@ def uuid7() -> uuid.UUID:
 
 def new_id(prefix: str) -> str:
     """A new object id such as ``tun_01jd2x8k3nf0v4q5w6e7r8t9ya``; ids of one prefix sort by time of creation."""
-    value = uuid7().int
-    return prefix + "_" + "".join(_CROCKFORD[value >> shift & 31] for shift in range(125, -1, -5))
+    return f"{prefix}_{_written(uuid7().int)}"
+
+
+def _written(value: int) -> str:
+    """128 bits as 26 characters of Crockford's alphabet: those of RFC 4648 in other clothes, right-aligned in 20 bytes."""
+    return base64.b32encode(value.to_bytes(20, "big")).translate(_TO_CROCKFORD)[-_ID_CHARS:].decode()
 
 
 def first_id(prefix: str, seconds: float) -> str:
     """The smallest id that can have been made at or after a time (seconds since 1970)."""
-    value = int(seconds * 1000) << 80
-    return prefix + "_" + "".join(_CROCKFORD[value >> shift & 31] for shift in range(125, -1, -5))
+    return f"{prefix}_{_written(max(0, int(seconds * 1000)) << 80)}"
 
 
 def _base62(number: int, width: int) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import ipaddress
 from collections.abc import Sequence
+from typing import Final
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _MAPPED_BITS = 96
+#: Characters of an address as proxies write it, at most: what is longer is none, and kept nowhere.
+ADDRESS_CHARS: Final = 64
 
 
 @functools.lru_cache(4096)
@@ -24,6 +27,11 @@ def network(address: str | None) -> str:
 
 def plain(text: str) -> str:
     """The address alone, as proxies write it: `[2001:db8::1]:443`, `192.0.2.7:443`, `::ffff:192.0.2.7`. Other text as it is."""
+    return text if len(text) > ADDRESS_CHARS else _plain(text)
+
+
+@functools.lru_cache(4096)
+def _plain(text: str) -> str:
     host = text
     if text.startswith("["):
         host = text[1:].partition("]")[0]

@@ -10,6 +10,7 @@ from the tables here.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -139,9 +140,10 @@ JOIN: Final = "JOIN plans p ON p.id = o.plan AND p.version = o.plan_version"
 
 def entitlements_in(row: Any) -> Entitlements:
     """What the ``COLUMNS`` of a row say."""
-    limits: dict[str, int | None] = json.loads(row["plan_limits"])
-    features = set(row["plan_features"])
-    hard_cap, changed = row["hard_cap"], json.loads(row["overrides"] or "{}")
+    limits, features = _limits_in(row["plan_limits"]), set(row["plan_features"])
+    hard_cap, changed = row["hard_cap"], json.loads(row["overrides"]) if row["overrides"] else {}
+    if changed:
+        limits = dict(limits)
     for name, value in changed.items():
         if name in LIMIT_TABLE:
             limits[name] = value
@@ -160,6 +162,13 @@ def entitlements_in(row: Any) -> Entitlements:
         row["edge_version"],
         frozenset(changed),
     )
+
+
+# Every session of every agent asks, and installations have few plans. Nobody changes what comes back.
+@functools.lru_cache(256)
+def _limits_in(text: str) -> dict[str, int | None]:
+    found: dict[str, int | None] = json.loads(text)
+    return found
 
 
 _OF = f"SELECT {COLUMNS} FROM organizations o {JOIN} WHERE o.id = ANY($1)"  # noqa: S608 - our own names
