@@ -15,7 +15,7 @@ from typing import Any
 
 from portico.control.identity import facts
 from portico.control.notifications import mail, reach, smtp
-from portico.control.notifications.outgoing import ChannelDriver, Health
+from portico.control.notifications.outgoing import ChannelDriver, ChannelMail, Health
 from portico.kit import outbox
 from portico.kit.outbound import Client
 from portico.kit.queue import Work
@@ -45,7 +45,7 @@ async def deliver_mail(context: Context, work: Work) -> None:
     driver: outbox.Driver = outbox.FileDriver(context.settings.outbox_dir)
     if server is not None:
         driver = smtp.SmtpDriver(server, context.clock)
-    await _deliver(context, work, driver)
+    await _deliver(context, work, ChannelMail(context.db, Sealer(context.control.master_key), driver))
 
 
 async def deliver(context: Context, work: Work) -> None:

@@ -414,6 +414,33 @@ async def test_an_address_gets_nothing_before_its_reader_says_yes(owner: Account
     assert moved["state"] == "unconfirmed" and await tell(app, owner.organization, "moved") == []
 
 
+@pytest.mark.parametrize("change", ["removed", "off", "moved", "moved, then sent again"])
+async def test_a_reader_who_left_gets_nothing_that_is_on_its_way(
+    owner: Account, app: Any, context: Context, db: Database, change: str
+) -> None:
+    wanted = {"kind": "email", "name": "Team", "target": "left@example.com", "events": ["*"]}
+    (channel,) = await put(owner, wanted)
+    code = (await mails(context))[-1]["body"]["subject"].split()[0]
+    path = f"{CHANNELS}/{channel['id']}"
+    assert (await owner.client.post(f"{path}/confirm", json={"code": code})).status_code == 200
+    (message,) = await tell(app, owner.organization, "before")
+    if change == "removed":
+        await put(owner)
+    elif change == "off":
+        await put(owner, {**wanted, "id": channel["id"], "enabled": False})
+    else:
+        await put(owner, {**wanted, "id": channel["id"], "target": "next@example.com"})
+    written = await mails(context)
+    assert [each for each in written if each["topic"] == "channel.test"] == []
+    if change == "moved, then sent again":
+        (code,) = [each["body"]["subject"].split()[0] for each in written if each["recipient"] == "next@example.com"]
+        assert (await owner.client.post(f"{path}/confirm", json={"code": code})).status_code == 200
+        assert (await owner.client.post(f"{DELIVERIES}/{message}/resend")).status_code == 202
+        assert [each for each in await mails(context) if each["topic"] == "channel.test"] == []
+    said = await sql(db, "SELECT last_error FROM outbox_messages WHERE id = $1", message)
+    assert "channel" in said[0]["last_error"]
+
+
 async def test_codes_are_not_guessed(owner: Account, app: Any, context: Context) -> None:
     (channel,) = await put(owner, {"kind": "email", "name": "x", "target": "victim@example.com", "events": ["*"]})
     (letter,) = [each for each in await mails(context) if each["recipient"] == "victim@example.com"]

@@ -21,7 +21,7 @@ from typing import Any, Final
 from portico.control.access import Caller
 from portico.control.audit import service as audit
 from portico.control.notifications import mail, store
-from portico.control.notifications.events import DISABLED, EVENTS, EVERYTHING, TEST
+from portico.control.notifications.events import CODE, DISABLED, EVENTS, EVERYTHING, TEST
 from portico.control.notifications.mail import Mail
 from portico.control.notifications.reach import limits_of
 from portico.errors import Problem
@@ -304,9 +304,7 @@ class Channels:
         digest = self._sealer.mac(_CODE, f"{channel}:{code}")
         await store.update(tx, channel, code_digest=digest, code_expires_at=expires, code_tries=0)
         hours = max(1, self._settings.channel_code_seconds // 3600)
-        letter = Mail(
-            f"{channel}:code:{new_id('cod')}", to, "channel.confirm", {"code": code, "hours": hours}, organization
-        )
+        letter = Mail(f"{channel}:code:{new_id('cod')}", to, CODE, {"code": code, "hours": hours}, organization)
         return await mail.send(tx, self._sealer, letter, destination=channel)
 
     def _sealed(self, channel: str, kept: list[dict[str, Any]]) -> bytes:

@@ -33,6 +33,8 @@ class _Facts(dict[str, str]):
 EVERYTHING: Final = "*"
 TEST: Final = "channel.test"
 DISABLED: Final = "channel.disabled"
+#: Topic of the mail with a code, which is no event.
+CODE: Final = "channel.confirm"
 
 EVENTS: Final[dict[str, Event]] = {
     TEST: Event(

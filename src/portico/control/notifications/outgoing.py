@@ -12,11 +12,12 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 from portico.control.notifications import channels, store
+from portico.control.notifications.events import CODE
 from portico.kit import signing
 from portico.kit.clock import Clock
 from portico.kit.db import Database, Reader, Tx
 from portico.kit.outbound import Answer, Client, OutboundError
-from portico.kit.outbox import Message, Outcome
+from portico.kit.outbox import Driver, Message, Outcome
 from portico.kit.sealing import Sealer
 from portico.settings import ApiSettings
 
@@ -51,6 +52,26 @@ class ChannelDriver:
         except OutboundError as err:
             return Outcome("refused" if err.fault == "url" else "retry", str(err))
         return read_slack(answer, self._clock) if channel.kind == "slack" else read_answer(answer, self._clock)
+
+
+class ChannelMail:
+    """Mail by another driver; what is for a channel only while that is on, and leads where it led: its reader may have left."""
+
+    def __init__(self, db: Database, sealer: Sealer, driver: Driver) -> None:
+        self._db, self._sealer, self._driver = db, sealer, driver
+
+    async def deliver(self, message: Message) -> Outcome:
+        """One attempt."""
+        if message.destination is not None:
+            async with self._db.read() as reader:
+                channel = await store.one(reader, message.organization or "", message.destination)
+            if channel is None:
+                return Outcome("refused", "the channel was removed")
+            if channels.target_of(self._sealer, channel) != message.recipient:
+                return Outcome("refused", "the channel has another address now")
+            if channel.state != "active" and message.topic != CODE:
+                return Outcome("refused", f"the channel is {channel.state}")
+        return await self._driver.deliver(message)
 
 
 def read_answer(answer: Answer, clock: Clock) -> Outcome:
@@ -97,7 +118,7 @@ class Health:
     async def record(self, tx: Tx, message: Message, outcome: Outcome) -> None:
         """``outbox.Record``. What we refused ourselves (a channel that is off) says nothing about the receiver."""
         channel = message.destination
-        if channel is None or message.topic == "channel.confirm":
+        if channel is None or message.topic == CODE:
             return
         if outcome.result == "delivered":
             await store.delivered(tx, channel)

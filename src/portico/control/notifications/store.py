@@ -138,7 +138,7 @@ async def tests_since(reader: Reader, organization: str, channel: str, seconds: 
     """How many tests of a channel, and codes to it, were asked for lately."""
     m = messages.c
     lately = m.queued_at > sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, seconds)
-    asked = m.topic.in_([events.TEST, "channel.confirm"])
+    asked = m.topic.in_([events.TEST, events.CODE])
     found = sa.select(sa.func.count()).where(m.lane == lane(organization, channel), asked, lately)
     return int(await reader.scalar(found))
 
@@ -147,5 +147,5 @@ async def codes_since(reader: Reader, organization: str, seconds: float) -> int:
     """How many codes the organization had mailed lately, to channels that are gone, too."""
     m = messages.c
     lately = m.queued_at > sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, seconds)
-    found = sa.select(sa.func.count()).where(m.organization_id == organization, m.topic == "channel.confirm", lately)
+    found = sa.select(sa.func.count()).where(m.organization_id == organization, m.topic == events.CODE, lately)
     return int(await reader.scalar(found))
