@@ -785,6 +785,8 @@ class ApiSettings:
     tcp_port_quarantine_seconds: int = 600
     # Seconds after a tunnel lost its subdomain, or an organization its reservation, in which no other organization gets the name.
     name_cooldown_seconds: int = 604_800
+    # Such names of one organization: the newest; older ones are free for all.
+    cooling_names_per_organization: int = 1000
     # Names that an organization may keep without a tunnel, whatever its plan.
     reserved_names_per_organization: int = 100
     # More words that names may not be, and exceptions, in the form of reserved_names.toml; read at the start.

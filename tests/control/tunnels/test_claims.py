@@ -57,6 +57,21 @@ class TestCoolDown:
         assert (await make(stranger, "cooling")).status_code == 201
         problem(await make(owner, "cooling"), 409, "tunnel.subdomain_taken")
 
+    async def test_nobody_keeps_any_number_of_names_from_others_by_making_and_deleting(
+        self, owner: Account, stranger: Account, db: Database, settings: ApiSettings
+    ) -> None:
+        await delete(stranger, await make(stranger, "hoard-of-another"))
+        for name in ("hoard-1", "hoard-2", "hoard-3", "hoard-4"):
+            await delete(owner, await make(owner, name))
+        held = await make(owner, "hoard-0")
+        await jobs.housekeeping(db, replace(settings, cooling_names_per_organization=2))
+        for name in ("hoard-1", "hoard-2"):
+            assert (await make(stranger, name)).status_code == 201
+        for name in ("hoard-0", "hoard-3", "hoard-4"):
+            problem(await make(stranger, name), 409, "tunnel.subdomain_taken")
+        problem(await make(owner, "hoard-of-another"), 409, "tunnel.subdomain_taken")
+        assert held.status_code == 201
+
     async def test_after_another_name_was_taken(self, owner: Account, stranger: Account) -> None:
         made = (await make(owner, "before")).json()
         answer = await owner.client.patch(f"/v1/tunnels/{made['id']}", json={"subdomain": "after"})

@@ -70,6 +70,17 @@ WHERE freed_at IS NULL AND NOT EXISTS (SELECT FROM tunnels t WHERE t.subdomain =
 """
 
 
+# Whoever makes and deletes tunnels all day would keep any number of names from everybody else.
+_FORGET_BEYOND = """
+DELETE FROM subdomain_claims c
+USING (
+    SELECT subdomain, row_number() OVER (PARTITION BY organization_id ORDER BY freed_at DESC, subdomain) AS place
+    FROM subdomain_claims WHERE freed_at IS NOT NULL
+) AS cooling
+WHERE c.subdomain = cooling.subdomain AND cooling.place > $1 AND c.freed_at IS NOT NULL
+"""
+
+
 async def claim(tx: Tx, organization: str, subdomain: str, cooldown_seconds: float) -> bool:
     """Hold the name for the organization; false when another one has it, or had it a moment ago."""
     return await tx.raw.fetchval(_CLAIM, subdomain, organization, float(cooldown_seconds)) is not None
@@ -112,8 +123,10 @@ async def reserved(reader: Reader, organization: str, limit: int, after: str | N
     return list(await reader.raw.fetch(_RESERVED, organization, after or "", limit))
 
 
-async def clear(tx: Tx, cooldown_seconds: float) -> None:
-    """Free the names of tunnels that went with their organization, and forget those that have cooled down."""
+async def clear(tx: Tx, cooldown_seconds: float, most: int) -> None:
+    """Free the names of tunnels that went with their organization, and forget those that have cooled down; of each
+    organization's the newest ``most`` go on cooling."""
     await tx.raw.execute(_FREE_ORPHANS)
     gone = "DELETE FROM subdomain_claims WHERE freed_at < now() - make_interval(secs => $1)"
     await tx.raw.execute(gone, float(cooldown_seconds))
+    await tx.raw.execute(_FORGET_BEYOND, most)

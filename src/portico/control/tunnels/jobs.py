@@ -14,7 +14,7 @@ async def housekeeping(db: Database, settings: ApiSettings) -> None:
     async with db.transaction() as tx:
         await history.relays_fell_silent(tx, settings.relay_lease_seconds)
     async with db.transaction() as tx:
-        await claim_store.clear(tx, settings.name_cooldown_seconds)
+        await claim_store.clear(tx, settings.name_cooldown_seconds, settings.cooling_names_per_organization)
     async with db.transaction() as tx:
         await store.free_orphaned_ports(tx)
     await store.clear(
