@@ -101,7 +101,7 @@ class TestRaces:
         """The first request holds its key in an open transaction; the lock timeout bounds the wait of the second."""
         async with db.transaction() as tx:
             await tx.execute(sa.text("SET LOCAL lock_timeout = '5s'"))
-            who = f"{owner.user} {owner.organization}"
+            who = f"{owner.user} {owner.organization} {owner.session}"
             row = {"caller": who, "key": "slow", "fingerprint": b"x"}
             await tx.execute(sa.insert(requests.idempotency_keys).values(**row))
             waiting = asyncio.create_task(_post(owner, "slow"))

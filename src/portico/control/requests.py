@@ -214,8 +214,9 @@ async def once(request: Request, tx: Tx, run: Callable[[], Awaitable[Response]])
 
 
 def _actor(who: access.Caller) -> str:
-    """Whose keys these are: a person may act in several organizations, and an answer of one is not repeated in another."""
-    return f"{who.id} {who.organization or ''}" if who.kind == "person" else who.id
+    """Whose keys these are. A person may act in several organizations and sessions, and an answer of one is not repeated in
+    another: it may be a token of that session, or a secret that only a session with a recent proof is given."""
+    return f"{who.id} {who.organization or ''} {who.session_id}" if who.kind == "person" else who.id
 
 
 async def _claim(tx: Tx, caller: str, key: str, mark: bytes, life: timedelta) -> bool:

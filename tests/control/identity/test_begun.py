@@ -1,4 +1,5 @@
-"""What a session began (another address, an authenticator app, a device) after its person ended it for fear of a thief."""
+"""What a session began (another address, an authenticator app, a device) after its person ended it for fear of a thief; and
+what it does in that moment."""
 
 from __future__ import annotations
 
@@ -11,9 +12,12 @@ import sqlalchemy as sa
 
 from portico.control.identity import people
 from portico.control.identity.account_tables import totp_keys
+from portico.control.identity.tables import device_codes, sign_in_sessions, users
 from portico.kit.db import Database
 from tests.control.conftest import PASSWORD, Account
+from tests.control.identity.authenticator import Authenticator
 from tests.control.identity.mailbox import last, letters
+from tests.control.identity.racing import overtaken
 from tests.control.test_http import problem
 
 NEW = "short-Zebra-77"
@@ -128,3 +132,59 @@ async def test_a_squatters_invitations_end_and_the_owner_hears_of_company(
     problem(await client.post("/v1/auth/invitations/register", json=body), 404, "invitation.invalid")
     told = (await last(app, owner.email, "account.changed")).text
     assert "Others are members of its organizations" in told
+
+
+async def _passkey(owner: Account) -> dict[str, Any]:
+    options = (await owner.client.post("/v1/auth/passkeys/register/options")).json()
+    return {"credential": Authenticator().create(options), "name": "laptop"}
+
+
+async def _nothing(owner: Account) -> None:
+    return None
+
+
+async def _address(owner: Account) -> dict[str, Any]:
+    return {"email": f"another-{owner.email}"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("passkeys", _passkey),
+        ("passkeys/register/options", _nothing),
+        ("mfa/totp", _nothing),
+        ("email/change", _address),
+    ],
+)
+async def test_a_session_that_ends_in_that_moment_leaves_no_way_in(
+    owner: Account, db: Database, path: str, body: Callable[[Account], Awaitable[Any]]
+) -> None:
+    """The request was let in before its session ended, and comes to its act after."""
+    sent = await body(owner)
+    held = sa.update(users).where(users.c.id == owner.user).values(password_hash=users.c.password_hash)
+    session = sign_in_sessions.c.id == owner.session
+    end = sa.update(sign_in_sessions).where(session).values(ended_at=sa.func.now(), end_reason="test")
+    answer = await overtaken(db, held, end, act=owner.client.post(f"/v1/auth/{path}", json=sent))
+    problem(answer, 401, "auth.session_ended")
+
+
+async def test_a_device_that_fetches_its_key_waits_for_whoever_takes_its_approval_back(
+    thief: Thief, db: Database
+) -> None:
+    """And holds nothing that the other waits for: each would end the other."""
+    held = sa.update(users).where(users.c.id == thief.owner.user).values(password_hash=users.c.password_hash)
+    mine = device_codes.c.user_id == thief.owner.user
+    deny = sa.update(device_codes).where(mine).values(state="denied")
+    fetch = thief.out.post("/v1/auth/device/token", json={"device_code": thief.device["device_code"]})
+    problem(await overtaken(db, held, deny, act=fetch), 400, "device.denied")
+
+
+async def test_an_answer_is_repeated_in_its_own_session_alone(thief: Thief) -> None:
+    """It has a token of that session; of two sessions of a person neither is given the other's."""
+    key, body = {"Idempotency-Key": "one-key-for-both"}, {"organization": thief.owner.organization}
+    first = await thief.owner.client.post("/v1/auth/switch", json=body, headers=key)
+    assert first.json()["session"] == thief.owner.session
+    other = await thief.client.post("/v1/auth/switch", json=body, headers=key)
+    assert (other.json()["session"], "idempotency-replayed" in other.headers) == (thief.session, False)
+    again = await thief.owner.client.post("/v1/auth/switch", json=body, headers=key)
+    assert (again.json(), again.headers["idempotency-replayed"]) == (first.json(), "true")

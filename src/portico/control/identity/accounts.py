@@ -14,7 +14,7 @@ from sqlalchemy import exc as sa_exc
 
 from portico.control.access import Caller, check_step_up
 from portico.control.audit import service as audit
-from portico.control.identity import account_store, factor_store, invitation_store, store, throttle
+from portico.control.identity import account_store, factor_store, invitation_store, standing, store, throttle
 from portico.control.identity.keys import Keys
 from portico.control.identity.letters import Letters
 from portico.control.identity.passwords import Passwords
@@ -99,13 +99,12 @@ class Accounts:
     async def change_email(self, caller: Caller, email: str) -> None:
         """Mail a link to ``email``, which becomes the account's address when it is followed, and tell the old one.
 
-        Whether another account has it shows to nobody but who reads that mail. Raises ``auth.throttled``.
+        Whether another account has it shows to nobody but who reads that mail. Raises ``auth.throttled``, ``auth.session_ended``.
         """
         user_id = caller.user_id or ""
         await throttle.count(self._db, [self._mails(f"change mail {user_id}"), self._mails(f"change mail to {email}")])
         async with self._db.transaction() as tx:
-            person = await account_store.lock_user(tx, user_id)
-            assert person is not None
+            person = await standing.hold_person(tx, caller)
             await account_store.drop_tokens(tx, user_id, "change")
             token = await self._token(tx, "change", user_id, email)
             await self._letters.change_address(tx, caller, email, person.email, token)
@@ -214,9 +213,8 @@ class Accounts:
         await self._step_up.check_password(caller, current, "user.change_password")
         hashed = await self._passwords.hash(password)
         async with self._db.transaction() as tx:
-            person = await account_store.lock_user(tx, user_id)
-            session = await account_store.lock_session(tx, caller.session_id or "")
-            if person is None or session is None or person.password_hash != known.password_hash:
+            person = await standing.hold_person(tx, caller)
+            if person.password_hash != known.password_hash:
                 raise Problem("auth.session_ended")  # reset or changed in this moment
             reason = "the password was changed"
             ended = await self._set_password(tx, user_id, hashed, caller.session_id, reason, now)

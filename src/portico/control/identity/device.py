@@ -20,9 +20,10 @@ from sqlalchemy import exc as sa_exc
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.identity import roster, standing, throttle
+from portico.control.identity import roster, standing, store, throttle
 from portico.control.identity.keys import Keys, NewKey
 from portico.control.identity.tables import device_codes as t
+from portico.control.identity.tables import users
 from portico.control.identity.throttle import Bucket
 from portico.errors import Problem
 from portico.kit import networks
@@ -123,6 +124,7 @@ class DeviceFlow:
             raise Problem("device.code_invalid")
         now = self._clock.wall()
         async with self._db.transaction() as tx:
+            held = await self._hold_approver(tx, device_code)
             row = await tx.fetch_one(sa.select(t).where(t.c.digest == digest(device_code)).with_for_update())
             if row is None or row.state == "used":
                 raise Problem("device.code_invalid")
@@ -130,10 +132,23 @@ class DeviceFlow:
                 raise Problem("device.expired")
             if row.state == "denied":
                 raise Problem("device.denied")
-            if row.state == "approved":
+            if row.state == "approved" and held:  # approved this moment, it is fetched by the next poll
                 return await self._deliver(tx, caller, row), row.organization_id, row.user_id
             refusal = await self._wait(tx, row, now)
         raise refusal
+
+    async def _hold_approver(self, tx: Tx, device_code: str) -> bool:
+        """Hold the organization and the person of an approved code; whether it is one.
+
+        Before the code itself: whoever ends what a person began, approvals among it, holds the person first.
+        """
+        approved = sa.and_(t.c.digest == digest(device_code), t.c.state == "approved")
+        row = await tx.fetch_one(sa.select(t.c.organization_id, t.c.user_id).where(approved))
+        if row is not None:
+            await store.lock_organization(tx, row.organization_id)
+            person = sa.select(users.c.id).where(users.c.id == row.user_id)
+            await tx.execute(person.with_for_update(read=True))
+        return row is not None
 
     async def _wait(self, tx: Tx, row: Any, now: datetime) -> Problem:
         """Note the poll of a pending code; the refusal is raised after the commit."""

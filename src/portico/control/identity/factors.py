@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.identity import account_store, factor_store, throttle, totp
+from portico.control.identity import account_store, factor_store, standing, throttle, totp
 from portico.control.identity.letters import Letters
 from portico.control.identity.throttle import Bucket
 from portico.errors import Problem
@@ -70,8 +70,7 @@ class Factors:
         Raises ``mfa.already_on``.
         """
         user_id = caller.user_id or ""
-        person = await account_store.lock_user(tx, user_id)
-        assert person is not None  # who has a session
+        person = await standing.hold_person(tx, caller)
         secret = totp.new_secret()
         sealed = self._sealer.seal(_PURPOSE, user_id, secret)
         if not await factor_store.put_totp(tx, user_id, sealed, self._clock.wall()):
@@ -89,9 +88,9 @@ class Factors:
         await throttle.count(self._db, buckets)
         now = self._clock.wall()
         async with self._db.transaction() as tx:
-            person = await account_store.lock_user(tx, user_id)
+            person = await standing.hold_person(tx, caller)
             row = await factor_store.lock_totp(tx, user_id)
-            if row is None or person is None:
+            if row is None:
                 raise Problem("mfa.not_started")
             if row.confirmed_at is not None:
                 raise Problem("mfa.already_on")
@@ -110,8 +109,8 @@ class Factors:
     async def disable(self, tx: Tx, caller: Caller) -> None:
         """Switch the second step off, and forget the recovery codes. Raises ``mfa.not_on``."""
         user_id = caller.user_id or ""
-        person = await account_store.lock_user(tx, user_id)
-        if person is None or not await factor_store.drop_totp(tx, user_id):
+        person = await standing.hold_person(tx, caller)
+        if not await factor_store.drop_totp(tx, user_id):
             raise Problem("mfa.not_on")
         await audit.record(tx, caller, "mfa.disable", user_id, details={"method": "otp"})
         await self._letters.tell(tx, caller, person.email, "totp_off")
@@ -119,8 +118,8 @@ class Factors:
     async def new_recovery_codes(self, tx: Tx, caller: Caller) -> list[str]:
         """Ten in the place of those there were. Raises ``mfa.not_on``."""
         user_id = caller.user_id or ""
-        person = await account_store.lock_user(tx, user_id)
-        if person is None or not await factor_store.has_totp(tx, user_id):
+        person = await standing.hold_person(tx, caller)
+        if not await factor_store.has_totp(tx, user_id):
             raise Problem("mfa.not_on")
         codes = await self._make_recovery_codes(tx, user_id)
         await audit.record(tx, caller, "mfa.recovery_codes", user_id)

@@ -28,7 +28,7 @@ from webauthn.helpers.structs import (
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.identity import account_store, factor_store, throttle
+from portico.control.identity import account_store, factor_store, standing, throttle
 from portico.control.identity.letters import Letters
 from portico.control.identity.sign_in import Client, SignedIn, SignIns
 from portico.control.identity.throttle import Bucket
@@ -101,8 +101,7 @@ class Passkeys:
         Raises ``passkey.unavailable``, ``passkey.limit_reached``.
         """
         user_id = caller.user_id or ""
-        person = await account_store.lock_user(tx, user_id)
-        assert person is not None  # who has a session
+        person = await standing.hold_person(tx, caller)
         found = await self._room(tx, user_id)
         made = webauthn.generate_registration_options(
             rp_id=site(self._settings).rp_id,
@@ -155,8 +154,7 @@ class Passkeys:
         }
         try:
             async with self._db.transaction() as tx:
-                person = await account_store.lock_user(tx, user_id)
-                assert person is not None
+                person = await standing.hold_person(tx, caller)
                 await self._room(tx, user_id)
                 await factor_store.insert_passkey(tx, row)
                 await audit.record(tx, caller, "passkey.create", row["id"], details={"name": name})
@@ -177,9 +175,8 @@ class Passkeys:
     async def remove(self, tx: Tx, caller: Caller, passkey: str) -> None:
         """Forget one of one's passkeys. Raises ``request.not_found``, ``passkey.last_way_in``."""
         user_id = caller.user_id or ""
-        person = await account_store.lock_user(tx, user_id)
+        person = await standing.hold_person(tx, caller)
         row = await self._own(tx, caller, passkey)
-        assert person is not None
         if person.password_hash is None and len(await factor_store.passkeys_of(tx, user_id)) == 1:
             raise Problem("passkey.last_way_in")
         await factor_store.drop_passkeys(tx, user_id, row.id)

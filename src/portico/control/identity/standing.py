@@ -8,11 +8,12 @@ the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
 from portico.control.access import Caller
-from portico.control.identity import roster, store
+from portico.control.identity import account_store, roster, store
 from portico.control.identity.org_standing import check_standing, standing
 from portico.control.identity.tables import api_keys, sign_in_sessions, users
 from portico.errors import Problem
@@ -34,6 +35,17 @@ async def hold(tx: Tx, caller: Caller, permissions: Sequence[str]) -> frozenset[
     if held.isdisjoint(permissions):
         raise Problem("auth.forbidden", f"this credential lacks {permissions[-1]}", permission=permissions[-1])
     return held
+
+
+async def hold_person(tx: Tx, caller: Caller) -> Any:
+    """The person of a sign-in session, whole; both are held until the transaction ends. Raises ``auth.session_ended``.
+
+    For what a session changes of its person's ways in: whoever ends the session, so that it may not, comes before or after.
+    """
+    person = await account_store.lock_user(tx, caller.user_id or "")
+    if person is None or await account_store.lock_session(tx, caller.session_id or "") is None:
+        raise Problem("auth.session_ended")
+    return person
 
 
 async def _stands(tx: Tx, caller: Caller) -> bool:
