@@ -207,13 +207,16 @@ class _Loopback:
             self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
-        """Carry what is queued, both ways."""
+        """Carry what is queued, both ways, and let streams that wait for their turn go on."""
         self._due = True
-        while self._relay.out or self._agent.out:
-            for part in self._relay.take():
-                self._agent.feed(part if type(part) is bytes else memoryview(part)[HEADROOM:])
-            for part in self._agent.take():
-                self._relay.feed(part if type(part) is bytes else memoryview(part)[HEADROOM:])
+        while True:
+            for source, target in ((self._relay, self._agent), (self._agent, self._relay)):
+                for part in source.take():
+                    target.feed(part if type(part) is bytes else memoryview(part)[HEADROOM:])
+            self._relay.next_turn()
+            self._agent.next_turn()
+            if not self._relay.out and not self._agent.out:
+                break
         self._due = False
 
     # ── handler ───────────────────────────────────────────────────────────────────────────────────────────────────
