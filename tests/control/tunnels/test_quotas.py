@@ -9,7 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from portico.control.access import AGENT_KEY_PERMISSIONS, Caller
 from portico.control.identity.quotas import Quotas
+from portico.control.tunnels.sessions import AgentFacts, TunnelSpec
 from portico.kit.db import Database
 from portico.settings import ApiSettings
 from portico.wire import grants
@@ -203,6 +205,32 @@ class TestOnline:
             await tx.raw.execute(query, opened["session"])
         monkeypatch.setattr(app.state.agent_sessions, "open", None)
         assert (await ask(agent, "agent-0001", "a", "b")).json()["session"] == opened["session"]
+
+    async def test_a_session_that_began_before_the_move_is_counted(
+        self, owner: Account, operator: httpx.AsyncClient, agent: httpx.AsyncClient, db: Database, app: Any
+    ) -> None:
+        """It saw no limit and nothing to make or to change, so it took no lock of the organization's."""
+        await move(operator, owner.organization, "unlimited")
+        for name in ("a", "b", "c"):
+            assert (await make(owner.client, name=name)).status_code == 201
+        me = (await agent.get("/v1/whoami")).json()["key"]["id"]
+        caller = Caller("agent_key", me, owner.organization, AGENT_KEY_PERMISSIONS)
+        facts = AgentFacts("agent-0001", "host", "1", None)
+        specs = [TunnelSpec("http", name) for name in ("a", "b", "c")]
+        async with db.transaction() as tx:
+            opened = await app.state.agent_sessions.open(tx, caller, facts, specs)
+            moving = asyncio.create_task(
+                move(operator, owner.organization, "free", overrides={"tunnels": 9, "tunnels_online": 1})
+            )
+            query = (
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+            )
+            async with db.read() as reader:
+                while not await reader.raw.fetchval(query) and not moving.done():
+                    await asyncio.sleep(0.01)
+        await moving
+        again = await agent.post(f"/v1/agent/sessions/{opened['session']}/refresh", json={"agent_id": "agent-0001"})
+        assert [grant["name"] for grant in again.json()["grants"]] == ["a"]
 
     async def test_a_smaller_plan_takes_the_newest_off_line(
         self, owner: Account, operator: httpx.AsyncClient, agent: httpx.AsyncClient, relay: httpx.AsyncClient

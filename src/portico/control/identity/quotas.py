@@ -134,8 +134,12 @@ class Quotas:
         return {name: await kind.count(reader, organization) for name, kind in counted.items()}
 
     async def changed(self, tx: Tx, organization: str) -> None:
-        """What holds for an organization may have changed: whoever enforces it is told, in ``tx``."""
+        """What holds for an organization may have changed: whoever enforces it is told, in ``tx``.
+
+        Its keys are held as well: a session that is being opened under what held before is there by then, and counts.
+        """
         await store.lock_organization(tx, organization)
+        await roster.lock_keys_of_organization(tx, organization)
         for tell in self.on_changed:
             await tell(tx, organization)
 
