@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from portico.control.identity.tables import api_keys, device_codes, members, organizations, sign_in_sessions, users
 from portico.kit.db import Database
 from tests.control.conftest import PASSWORD, Account
+from tests.control.identity.conftest import Join
 from tests.control.identity.racing import overtaken
 from tests.control.test_http import problem
 
@@ -116,3 +117,35 @@ class TestDevices:
         poll = {"device_code": started["device_code"]}
         problem(await client.post("/v1/auth/device/token", json=poll), 400, "device.denied")
         assert await _count(db, api_keys, organization_id=owner.organization) == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PATCH", "members/{member}", {"role": "owner"}),
+        ("DELETE", "members/{member}", None),
+        ("POST", "transfer", {"user": "{member}"}),
+        ("POST", "roles", {"name": "late", "permissions": ["tunnels:read"]}),
+        ("PATCH", "", {"name": "Late"}),
+        ("POST", "deletion", {"name": "Acme"}),
+    ],
+)
+async def test_a_session_that_ends_meanwhile_changes_nothing_of_the_organization(
+    owner: Account, join: Join, db: Database, method: str, path: str, body: Any
+) -> None:
+    member = (await join("viewer")).user
+    if body is not None and "user" in body:
+        body = {"user": member}
+    address = f"/v1/org/{path.format(member=member)}".rstrip("/")
+    held = sa.update(organizations).where(organizations.c.id == owner.organization).values(name="Acme")
+    act = owner.client.request(method, address, json=body)
+    problem(await overtaken(db, held, _end(owner), act=act), 401, "auth.session_ended")
+
+
+async def test_who_is_no_owner_any_more_deletes_no_organization(owner: Account, db: Database) -> None:
+    """Given another role between the start of the request and its act."""
+    held = sa.update(organizations).where(organizations.c.id == owner.organization).values(name="Acme")
+    lesser = sa.update(members).where(members.c.user_id == owner.user).values(role="viewer")
+    act = owner.client.post("/v1/org/deletion", json={"name": "Acme"})
+    problem(await overtaken(db, held, lesser, act=act), 403, "auth.forbidden")
+    assert await _count(db, organizations, id=owner.organization, delete_after=None) == 1

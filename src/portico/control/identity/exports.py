@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from portico.control.access import Caller
 from portico.control.audit import export as audit_export
 from portico.control.audit import service as audit
-from portico.control.identity import store
+from portico.control.identity import standing
 from portico.control.identity.tables import organization_exports
 from portico.errors import Problem
 from portico.kit import pages, queue
@@ -56,7 +56,7 @@ class Exports:
         """Have one made. Raises ``export.unavailable``, ``export.limit_reached``."""
         if self._settings.objects_dir is None:
             raise Problem("export.unavailable")
-        await store.lock_organization(tx, caller.org)
+        await standing.hold(tx, caller, ("organization:export",), any_standing=True)
         today = sa.and_(t.organization_id == caller.org, t.created_at > self._clock.wall() - _DAY)
         limit = self._settings.exports_per_day
         if await tx.scalar(sa.select(sa.func.count()).where(today)) >= limit:

@@ -197,8 +197,8 @@ class Invitations:
         """Make the signed-in person a member; the organization. Raises ``invitation.invalid``, ``invitation.other_address``,
         ``invitation.member``, ``quota.exceeded``, and as ``check_standing``."""
         row = await self._hold(tx, token)
-        person = await account_store.lock_user(tx, caller.user_id or "")
-        if person is None or person.email != row.email:
+        person = await standing.hold_person(tx, caller)
+        if person.email != row.email:
             raise Problem("invitation.other_address")
         if person.email_verified_at is None:  # the mail reached them
             await account_store.update_user(tx, person.id, email_verified_at=self._clock.wall())

@@ -16,9 +16,8 @@ from typing import Any
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.identity import invitation_store, roster, store
+from portico.control.identity import invitation_store, roster, standing, store
 from portico.control.identity.keys import Keys
-from portico.control.identity.org_standing import check_standing, standing
 from portico.errors import Problem
 from portico.kit import pages
 from portico.kit.clock import Clock
@@ -105,13 +104,7 @@ class Members:
 
     async def hold(self, tx: Tx, caller: Caller, permission: str) -> frozenset[str]:
         """What the caller may do now, while roles and members stay as they are until the transaction ends."""
-        await store.lock_organization(tx, caller.org)
-        check_standing(await standing(tx, caller.org))
-        now = await roster.role_of(tx, caller.org, caller.user_id or "")
-        held = caller.permissions & now.permissions if now is not None else frozenset[str]()
-        if permission not in held:
-            raise Problem("auth.forbidden", f"this credential lacks {permission}", permission=permission)
-        return held
+        return await standing.hold(tx, caller, (permission,))
 
     async def end_lost(self, tx: Tx, keys: Sequence[str], before: frozenset[str], now: frozenset[str]) -> None:
         """End the agent sessions of locked keys whose makers may not serve tunnels any more."""

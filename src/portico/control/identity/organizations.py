@@ -20,7 +20,8 @@ import sqlalchemy as sa
 from portico.control.access import Caller, Standing
 from portico.control.audit import service as audit
 from portico.control.identity import operators, plans, roster, store
-from portico.control.identity.org_standing import check_standing, standing, standing_of
+from portico.control.identity.org_standing import standing, standing_of
+from portico.control.identity.standing import hold
 from portico.control.identity.tables import organizations, sign_in_sessions
 from portico.control.notifications import channels, mail
 from portico.control.notifications.mail import Mail
@@ -80,8 +81,8 @@ class Organizations:
 
     async def rename(self, tx: Tx, caller: Caller, name: str) -> dict[str, Any]:
         """Give the caller's organization another name."""
-        row = await self._hold(tx, caller)
-        check_standing(_standing(row))
+        await hold(tx, caller, ("organization:write",))
+        row = await self._row(tx, caller)
         if row.name != name:
             await tx.execute(sa.update(organizations).where(t.id == caller.org).values(name=name))
             await audit.record(
@@ -110,7 +111,8 @@ class Organizations:
 
         Raises ``organization.name_mismatch``, ``organization.suspended``.
         """
-        row = await self._hold(tx, caller)
+        await hold(tx, caller, ("organization:delete",), any_standing=True)
+        row = await self._row(tx, caller)
         if _standing(row) == "suspended":
             raise Problem("organization.suspended")
         if row.name != name:
@@ -120,7 +122,7 @@ class Organizations:
             # PostgreSQL's clock: the one that decides between taking it back and carrying it out.
             change = {"deletion_requested_at": sa.func.now(), "delete_after": sa.func.now() + grace}
             await self._stand(tx, caller, change)
-            row = await self._hold(tx, caller)
+            row = await self._row(tx, caller)
             about = {"name": name, "delete_after": row.delete_after.isoformat()}
             await audit.record(tx, caller, "organization.delete_request", caller.org, details=about)
             told = {"organization": name, "delete_after": about["delete_after"]}
@@ -150,7 +152,7 @@ class Organizations:
 
     async def cancel_deletion(self, tx: Tx, caller: Caller) -> dict[str, Any]:
         """Take a deletion back: tunnels may serve again, once their agents reconnect. Raises ``organization.not_deleting``."""
-        await self._hold(tx, caller)
+        await hold(tx, caller, ("organization:delete",), any_standing=True)
         still = sa.and_(t.id == caller.org, t.delete_after > sa.func.clock_timestamp(), t.suspended_at.is_(None))
         change = sa.update(organizations).where(still).values(deletion_requested_at=None, delete_after=None)
         if (await tx.execute(change.returning(t.id))).first() is None:
@@ -196,8 +198,7 @@ class Organizations:
             await tell(tx, organization, now)
 
     @staticmethod
-    async def _hold(tx: Tx, caller: Caller) -> Any:
-        await store.lock_organization(tx, caller.org)
+    async def _row(tx: Tx, caller: Caller) -> Any:
         row = await store.organization(tx, caller.org)
         if row is None:
             raise Problem("request.not_found", "there is no such organization")

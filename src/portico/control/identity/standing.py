@@ -1,4 +1,4 @@
-"""What a caller may do at this moment, for acts whose result outlives the request: keys, approvals.
+"""What a caller may do at this moment, for acts whose result outlives the request: keys, approvals, members, deletions.
 
 The caller of a request was identified when it began. Between then and the act their session can end, their key be revoked, they
 can lose a role, leave or be disabled. So such an act looks again, under locks that those changes take too: one of the two sees
@@ -20,14 +20,16 @@ from portico.errors import Problem
 from portico.kit.db import Tx
 
 
-async def hold(tx: Tx, caller: Caller, permissions: Sequence[str]) -> frozenset[str]:
-    """What the caller may do, and goes on to until the transaction ends.
+async def hold(tx: Tx, caller: Caller, permissions: Sequence[str], *, any_standing: bool = False) -> frozenset[str]:
+    """What the caller may do, and goes on to until the transaction ends. ``any_standing``: of the organization, too.
 
     Raises ``auth.session_ended`` or ``auth.key_revoked`` for a credential that is none any more, ``auth.forbidden`` for one that
     holds none of ``permissions``, and as ``check_standing``. Locks the organization, then the person, then the credential.
     """
     await store.lock_organization(tx, caller.org)
-    check_standing(await standing(tx, caller.org))
+    stands = await standing(tx, caller.org)
+    if not any_standing:
+        check_standing(stands)
     if not await _stands(tx, caller):
         raise Problem("auth.session_ended" if caller.kind == "person" else "auth.key_revoked")
     role = await roster.role_of(tx, caller.org, caller.user_id or "")
