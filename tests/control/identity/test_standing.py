@@ -128,6 +128,7 @@ class TestDevices:
         ("POST", "roles", {"name": "late", "permissions": ["tunnels:read"]}),
         ("PATCH", "", {"name": "Late"}),
         ("POST", "deletion", {"name": "Acme"}),
+        ("POST", "support-access", {"minutes": 30}),
     ],
 )
 async def test_a_session_that_ends_meanwhile_changes_nothing_of_the_organization(

@@ -24,6 +24,7 @@ from portico.control.identity import operators, store
 from portico.control.identity.leak_store import people
 from portico.control.identity.letters import Letters
 from portico.control.identity.org_standing import standing_of
+from portico.control.identity.standing import hold
 from portico.control.identity.tables import support_consents, support_sessions
 from portico.errors import Problem
 from portico.kit import pages
@@ -91,7 +92,7 @@ class Support:
         if minutes > limit:
             raise Problem("support.minutes_invalid", f"support access lasts at most {limit} minutes", limit=limit)
         now = self._clock.wall()
-        await store.lock_organization(tx, caller.org)
+        await hold(tx, caller, ("owners:write",))
         live = sa.select(sa.func.count()).where(_c.organization_id == caller.org, _live(now))
         most = self._settings.support_consents_per_organization
         if await tx.scalar(live) >= most:
