@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -33,7 +34,9 @@ async def test_answers_are_counted_by_class_and_time(app: Any, client: httpx.Asy
 
 async def test_the_pool_is_seen_at_work(app: Any, owner: Account) -> None:
     async with app.state.db.read():
-        assert values(app.state)["portico_api_database_connections", "in_use"] == 1
-    seen = values(app.state)
-    assert (seen["portico_api_database_connections", "in_use"], seen["portico_api_redis_up",]) == (0, 0)
+        assert values(app.state)["portico_api_database_connections", "in_use"] >= 1  # housekeeping can have its own
+    async with asyncio.timeout(10):
+        while (seen := values(app.state))["portico_api_database_connections", "in_use"]:
+            await asyncio.sleep(0.01)
+    assert seen["portico_api_redis_up",] == 0
     assert seen["portico_api_database_connections", "idle"] >= 1

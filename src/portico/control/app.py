@@ -19,6 +19,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+import asyncpg
 import sqlalchemy as sa
 from fastapi import APIRouter, FastAPI, Request
 
@@ -234,7 +235,7 @@ async def _check_default_plan(app: FastAPI) -> None:
     migrated yet, is no reason."""
     name = app.state.settings.default_plan
     known: list[str] = []
-    with suppress(Problem, sa.exc.ProgrammingError):
+    with suppress(Problem, asyncpg.UndefinedTableError):
         async with app.state.db.read() as reader:
             known = [plan.id for plan in await plans.current(reader)]
     if known and name not in known:
