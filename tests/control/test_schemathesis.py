@@ -29,7 +29,7 @@ _CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,"
     "response_schema_conformance,unsupported_method,allow_header_conformance"
 )
-_EXAMPLES = 8
+_EXAMPLES = 3
 #: Streams do not end by themselves.
 _ENDLESS = "^/v1/edge/stream$"
 #: Ends the credential that calls it.
