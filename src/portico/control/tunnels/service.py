@@ -384,7 +384,8 @@ class Tunnels:
             free = names.with_suffix(name) if name is not None else names.random_name()
             if not self.rules.usable(free):  # a suffix does not make every name a harmless one
                 free = names.random_name()
-            yield name or free, free
+            if self.rules.usable(free):  # of some ten thousand one imitates somebody by chance
+                yield name or free, free
 
     def _differences(self, row: Any, wanted: dict[str, Any]) -> dict[str, Any]:
         """The columns to write, checked; empty when the tunnel is as wanted."""
