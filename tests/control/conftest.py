@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from portico.control.app import create_app
+from portico.control.identity import passwords
 from portico.kit.db import Database
 from portico.kit.sealing import new_master_key
 from portico.settings import ApiSettings, Secret
@@ -19,6 +20,8 @@ from portico.settings import ApiSettings, Secret
 PASSWORD = "tall-Giraffe-42"
 _numbers = itertools.count(1)
 _MASTER_KEY = new_master_key()
+#: Memory (KiB) and passes of argon2id outside tests.
+REAL_COST = (passwords.MEMORY_KIB, passwords.PASSES)
 
 
 class MovableClock:
@@ -54,6 +57,18 @@ class Account:
         answer = await self.client.post("/v1/api-keys", json={"kind": kind, "name": "test", **more})
         assert answer.status_code == 201, answer.text
         return dict(answer.json())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_passwords() -> Iterator[None]:
+    """argon2id at a hundredth of its cost: hundreds of accounts are made here, and what guards them is not its price.
+
+    tests/control/identity/test_passwords.py asks for the real one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passwords, "MEMORY_KIB", 128)
+        patch.setattr(passwords, "PASSES", 1)
+        yield
 
 
 @pytest.fixture

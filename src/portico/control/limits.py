@@ -45,11 +45,12 @@ _READS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _EXEMPT: Final = ("/healthz", "/readyz", "/openapi.json", "/.well-known/", "/static/", "/v1/edge/")
 
 # KEYS[1] bucket; ARGV interval, window. Answers whether there was room, and how far ahead of now the bucket is then.
+# Further ahead than the window no bucket can be: the server's clock was set back, and nobody waits for it to catch up.
 _SCRIPT: Final = """
 local t = redis.call('TIME')
 local now = t[1] + t[2] / 1000000
 local at = tonumber(redis.call('GET', KEYS[1]) or '0')
-if at < now then at = now end
+if at < now or at > now + ARGV[2] + 0.001 then at = now end
 local ahead = at + ARGV[1] - now
 if ahead > tonumber(ARGV[2]) then return {0, tostring(at - now)} end
 redis.call('SET', KEYS[1], string.format('%.6f', now + ahead), 'PX', math.ceil(ahead * 1000) + 1000)
@@ -91,6 +92,8 @@ class Buckets:
         """Whether there was room, and how many seconds ahead of now the bucket is then; ``always`` takes a last place, too."""
         now, key = self._monotonic(), (rate.name, who)
         ahead = max(0.0, self._full_at.get(key, 0.0) - now)
+        if ahead > WINDOW_SECONDS + _EPSILON:  # a clock that was set back
+            ahead = 0.0
         after = ahead + rate.interval
         if after > WINDOW_SECONDS + _EPSILON and not always:
             return False, ahead

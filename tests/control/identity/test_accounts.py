@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 from portico.control.app import create_app
-from portico.control.identity import jobs
+from portico.control.identity import jobs, passwords
 from portico.control.identity.tables import refresh_tokens, sign_in_sessions, throttles, users
 from portico.kit.db import Database
 from portico.settings import ApiSettings
@@ -189,7 +189,7 @@ class TestLogin:
         assert (await _login(client, owner.email)).status_code == 200
         async with db.read() as reader:
             stored = await reader.scalar(sa.select(users.c.password_hash).where(users.c.id == owner.user))
-        assert "m=19456" in stored
+        assert f"m={passwords.MEMORY_KIB}," in stored
 
 
 class TestGuessing:

@@ -9,13 +9,17 @@ from dataclasses import replace
 
 import pytest
 
+from portico.control.identity import passwords as module
 from portico.control.identity.passwords import Passwords
 from portico.errors import Problem
 from portico.settings import ApiSettings
+from tests.control.conftest import REAL_COST
 
 
 @pytest.fixture
-def passwords(settings: ApiSettings) -> Iterator[Passwords]:
+def passwords(settings: ApiSettings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Passwords]:
+    monkeypatch.setattr(module, "MEMORY_KIB", REAL_COST[0])
+    monkeypatch.setattr(module, "PASSES", REAL_COST[1])
     made = Passwords(replace(settings, password_hash_concurrency=2, password_hash_waiting=5))
     yield made
     made.close()
