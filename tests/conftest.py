@@ -20,30 +20,14 @@ _numbers = itertools.count(1)
 #: What these prove depends on processes and sockets in real time, which a machine under other load can stretch beyond any
 #: deadline. One that fails runs once more, and is listed (`RERUN`) when it then passes. Whatever our own locks, transactions and
 #: parsers decide passes the first time or fails.
-_REAL_TIME = {
-    "agent",
-    "bench",
-    "browser",
-    "cli",
-    "deploy",
-    "differential",
-    "drills",
-    "embedded",
-    "floods",
-    "relay",
-    "system",
-    "worker",
-}
-#: Of the control plane: servers on sockets, receivers that are slow on purpose.
-_REAL_TIME_CONTROL = {"edge", "notifications", "test_server.py", "test_schemathesis.py"}
+_REAL_TIME = {"agent", "browser", "cli", "deploy", "differential", "drills", "embedded", "floods", "relay", "system"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         parts = item.path.relative_to(here).parts
-        control = parts[0] == "control" and parts[1] in _REAL_TIME_CONTROL
-        if parts[0] in _REAL_TIME or control or "system" in item.keywords:
+        if parts[0] in _REAL_TIME or "system" in item.keywords:
             item.add_marker(pytest.mark.flaky(reruns=1))
 
 
