@@ -9,8 +9,8 @@ DATA frame as a ``bytearray`` with :data:`HEADROOM` unused bytes before it, so t
 without another copy. ``wake`` is called when ``out`` turns from empty to not empty.
 
 Streams share the connection fairly: the first bytes of each (most answers have no more) go ahead of bulk, and of that there is
-:data:`TURN` in a turn of the loop, by streams that take turns. So a small answer waits for a fraction of a megabyte, whatever
-else is being downloaded.
+:data:`TURN` in a turn of the loop, by streams that take turns. So a small answer waits for little of what this side has
+yet to send; what the carrier, the kernel and the other side hold already (some MiB beside 200 downloads) goes before it.
 
 The hot path (REQUEST, RESPONSE, DATA, END, CREDIT) calls the sink directly and makes no event objects.
 """
