@@ -794,6 +794,18 @@ class ApiSettings:
     # Seconds that events of a tunnel, and the numbers of counted usage batches, are kept.
     tunnel_history_seconds: int = 2_592_000
 
+    # == Domains
+    # Domains that an organization may have, whatever its plan.
+    domains_per_organization: int = 1000
+    # Name of the public edge that customers' CNAME records point to; empty: `edge` below base_domain. It must resolve to relays.
+    domain_cname: str = ""
+    # Addresses of the public edge, for domains at which no CNAME may stand; empty: those that domain_cname resolves to.
+    domain_addresses: tuple[str, ...] = ()
+    # Zone in which DNS-01 challenges are answered for domains that delegate `_acme-challenge`; empty: delegation is not offered.
+    challenge_zone: str = ""
+    # A list of public suffixes (publicsuffix.org) instead of the one that is installed with the server.
+    public_suffix_file: Path | None = None
+
     # == Edge
     # Seconds after its last heartbeat for which a relay counts as live.
     relay_lease_seconds: float = 15.0

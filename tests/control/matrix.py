@@ -113,6 +113,8 @@ class Bodies:
 
     def _text(self, schema: dict[str, Any]) -> str:
         self._count += 1
+        if schema.get("format") == "idn-hostname":
+            return f"www{self._count}.example.net"
         for text in TEXTS:
             text = text % self._count if "%" in text else text
             long_enough = schema.get("minLength", 0) <= len(text) <= schema.get("maxLength", 1000)
@@ -257,6 +259,7 @@ class World:
             "passkey": self._passkey,
             "role": lambda: self._made("/v1/org/roles", {"name": f"role {self._count}", "permissions": []}),
             "reserved_name": self._reserved_name,
+            "domain": lambda: self._made("/v1/domains", {"name": f"w{self._count}.example.com"}),
             "session": self._sign_in_session,
             "session_id": self._agent_session,
             "tunnel_id": lambda: self._made("/v1/tunnels", {"name": f"tunnel-{self._count}"}),

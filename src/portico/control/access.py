@@ -34,6 +34,8 @@ from portico.kit.networks import ADDRESS_CHARS, plain
 PERMISSION_TABLE: Final[Mapping[str, str]] = {
     "agent:connect": "Serve tunnels with a key: open agent sessions, keep them and add tunnels to them.",
     "audit:read": "Read the organization's audit log.",
+    "domains:read": "See domains, the DNS records that they need, and how their certificates are.",
+    "domains:write": "Add, verify, change, route and remove domains.",
     "keys:own": "Make agent keys and API keys, and list, rotate and revoke one's own.",
     "keys:read": "List every key of the organization (never its text).",
     "keys:write": "Make keys, and rotate and revoke every key of the organization.",
@@ -74,11 +76,14 @@ ROLE_TABLE: Final[Mapping[str, Role]] = {
         "Everything but deleting the organization, and making, changing and removing owners.", PERMISSIONS - OWNERS_ONLY
     ),
     "developer": Role(
-        "Runs tunnels: makes and changes them, and has agent keys and API keys of their own.",
-        _SEES | {"agent:connect", "keys:own", "tunnels:read", "tunnels:write", "usage:read"},
+        "Runs tunnels and domains: makes and changes them, and has agent keys and API keys of their own.",
+        _SEES
+        | {"agent:connect", "keys:own", "usage:read"}
+        | {"domains:read", "domains:write", "tunnels:read", "tunnels:write"},
     ),
     "viewer": Role(
-        "Looks at tunnels and what happened to them; changes nothing.", _SEES | {"tunnels:read", "usage:read"}
+        "Looks at tunnels, domains and what happened to them; changes nothing.",
+        _SEES | {"domains:read", "tunnels:read", "usage:read"},
     ),
     "billing": Role(
         "Looks after what the organization pays: its name, plan and usage, no tunnel and no person.",
@@ -88,9 +93,11 @@ ROLE_TABLE: Final[Mapping[str, Role]] = {
 }
 ROLES: Final[Mapping[str, frozenset[str]]] = {name: role.permissions for name, role in ROLE_TABLE.items()}
 
-# What an agent key may do: serve tunnels and manage them from the command line; never mint keys or read the audit log.
+# What an agent key may do: serve tunnels and manage them and domains from the command line; never mint keys or read the audit
+# log.
 AGENT_KEY_PERMISSIONS: Final = frozenset(
-    {"agent:connect", "organization:read", "tunnels:read", "tunnels:write", "usage:read"}
+    {"agent:connect", "organization:read", "usage:read"}
+    | {"domains:read", "domains:write", "tunnels:read", "tunnels:write"}
 )
 
 # What is left of any role while the person's e-mail address must be verified and is not (setting require_verified_email).

@@ -3,7 +3,7 @@
     app = create_app(settings)
 
 Everything that lives as long as the process hangs on ``app.state``: ``settings``, ``db``, ``clock``, ``sealer``,
-``signing_keys``, ``identity``, ``authenticate``, ``note_refusal``, ``relays``, ``tunnels``, ``visitor_passwords``,
+``signing_keys``, ``identity``, ``domains``, ``authenticate``, ``note_refusal``, ``relays``, ``tunnels``, ``visitor_passwords``,
 ``channels``, ``agent_sessions``, ``standing``, ``edge_states``, ``edge_hub``, ``redis`` (None without one), ``trusted_proxies``
 and ``stopping`` (an event set at the first SIGTERM; streams watch it and end themselves).
 """
@@ -28,6 +28,8 @@ from portico.control.access import PUBLIC
 from portico.control.audit import api as audit_api
 from portico.control.audit import service as audit
 from portico.control.console import pages as console_pages
+from portico.control.domains import api as domains_api
+from portico.control.domains import service as domains
 from portico.control.edge import api as edge_api
 from portico.control.edge.hub import Hub
 from portico.control.edge.state import StateReader
@@ -120,6 +122,9 @@ def _compose(app: FastAPI, settings: ApiSettings, clock: Clock, db: Database | N
 
 def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
     """Tunnels and the edge; identity, below them, reaches them by its callbacks alone."""
+    quotas = state.identity.quotas
+    state.domains = domains.Domains(settings, clock, quotas)
+    quotas.kinds.update(domains.kinds(settings))
     state.redis = None
     if settings.redis_url is not None:
         state.redis = Redis(
@@ -129,7 +134,6 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
         )
     state.limits = Limits(settings, state.redis, clock.monotonic)
     state.relays = RelayDirectory(settings)
-    quotas = state.identity.quotas
     state.tunnels = Tunnels(settings, state.relays, state.redis, quotas)
     state.visitor_passwords = VisitorPasswords(settings, state.sealer)
     state.agent_sessions = Sessions(settings, state.tunnels, state.relays, state.signing_keys, clock, quotas)
@@ -155,6 +159,7 @@ def _route(app: FastAPI) -> None:
     # Tried in this order, which costs microseconds per route passed over: what agents and relays ask comes first.
     for router in (
         *_TUNNELS,
+        domains_api.router,
         identity_api.auth,
         identity_api.sessions,
         account_api.router,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from portico.control.tunnels import name_rules
-from portico.control.tunnels.lookalikes import decoded, drawn, skeleton
 from portico.control.tunnels.name_rules import NameRules
 from portico.errors import Problem
+from portico.kit.lookalikes import decoded, drawn, skeleton
 from portico.settings import ApiSettings, Secret
 
 SETTINGS = ApiSettings(Secret("postgresql://x/y"), Secret("x"))

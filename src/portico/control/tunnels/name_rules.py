@@ -3,7 +3,7 @@
     whole       ``blocked`` words, ``numbered`` ones with a number, and every company alone
     part        ``abuse`` words between hyphens; companies beside what people are lured with
     inside      ``distinct`` companies in the midst of a word
-    disguise    each of these for what *looks* like the word (``lookalikes.py``): digits for letters, rn for m, accents, hyphens
+    disguise    each of these for what *looks* like the word (``kit/lookalikes``): digits for letters, rn for m, accents, hyphens
 
 ``xn--`` names are read as what they show: letters of one script, and not of another one that draws a Latin word. A tunnel that
 has its name already keeps it, whatever the rules become.
@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from portico.control.tunnels.lookalikes import decoded, drawn, poses_as_latin, skeleton
 from portico.errors import Problem
+from portico.kit.lookalikes import decoded, drawn, poses_as_latin, skeleton
 from portico.settings import ApiSettings
 
 _SUBDOMAIN: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{1,61}[a-z0-9])?")

@@ -1,0 +1,133 @@
+"""Domains of one's own: add, look at, change, delete.
+
+    hostname_status   pending    claimed; nothing is proved
+                      verified   the organization proved that the name is its own; nobody else can have it
+                      active     and the name points here
+                      moved      proof or pointing is gone, for days; it is deleted some days later
+                      blocked    by the operator
+                      deleted    lost; kept for a while, so that its owner can read why
+
+Any number of organizations may claim a name; the first that proves it holds it (a unique index decides between two at once).
+What the certificate is about stands in columns of its own, ``cert_*``. Other parts ask ``find``, ``by_name`` and ``covering``.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, Final
+
+from portico.control.access import Caller
+from portico.control.audit import service as audit
+from portico.control.domains import names, store
+from portico.control.domains.names import Name, NameRules
+from portico.control.domains.rendering import Rendering
+from portico.control.identity.org_standing import check_standing, standing
+from portico.control.identity.quotas import Kind, Quotas
+from portico.errors import Problem
+from portico.kit import pages
+from portico.kit.clock import Clock
+from portico.kit.db import Reader, Tx
+from portico.kit.ids import new_id
+from portico.settings import ApiSettings
+
+_TOKEN_BYTES: Final = 20
+
+
+async def find(reader: Reader, domain_id: str) -> Any | None:
+    """A domain by its id, whosever it is, with its columns as attributes; ``None`` when there is none."""
+    return await store.find(reader, domain_id)
+
+
+async def by_name(reader: Reader, name: str) -> Any | None:
+    """The domain that holds exactly this name (A-labels; ``*.…`` for a wildcard); ``None`` when nobody proved it."""
+    found = await store.holder(reader, [name])
+    return found[0] if found else None
+
+
+async def covering(reader: Reader, hostname: str) -> Any | None:
+    """The domain that serves a host: the one of its very name, else the wildcard above it."""
+    found = {row.name: row for row in await store.holder(reader, [hostname, names.parent(hostname)])}
+    return found.get(hostname) or found.get(names.parent(hostname))
+
+
+def kinds(settings: ApiSettings) -> dict[str, Kind]:
+    """What the quotas of domains count."""
+    most = settings.domains_per_organization
+    detail = f"your organization has {most} domains already"
+    return {
+        "custom_domains": Kind(store.count, ceiling=most, ceiling_code="domain.limit_reached", ceiling_detail=detail)
+    }
+
+
+class Domains:
+    """The verbs on domains of one organization. One per process."""
+
+    def __init__(self, settings: ApiSettings, clock: Clock, quotas: Quotas) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._quotas = quotas
+        self.rules = NameRules(settings)
+        self.rendering = Rendering(settings, self.rules)
+
+    # -- reading
+
+    async def listing(self, reader: Reader, caller: Caller, page: pages.PageRequest) -> dict[str, Any]:
+        """A page of the organization's domains, oldest first."""
+        rows = await store.listing(reader, caller.org, page.limit + 1, page.after[0] if page.after else None)
+        document: dict[str, Any] = pages.listing(rows, page.limit, lambda row: (row.id,), self.rendering.document)
+        return document
+
+    async def get(self, reader: Reader, caller: Caller, domain_id: str) -> dict[str, Any]:
+        """One domain, with the records that its owner sets. Raises ``domain.not_found``, for another organization's too."""
+        return self.rendering.document(await self.row(reader, caller, domain_id))
+
+    async def row(self, reader: Reader, caller: Caller, domain_id: str, *, lock: bool = False) -> Any:
+        """The row of a domain of the caller's organization. Raises ``domain.not_found``."""
+        found = await store.one(reader, caller.org, domain_id, lock=lock)
+        if found is None:
+            raise Problem("domain.not_found")
+        return found
+
+    # -- writing
+
+    async def add(self, tx: Tx, caller: Caller, text: str, tls_mode: str, failure_policy: str) -> dict[str, Any]:
+        """Claim a name.
+
+        Raises ``domain.name_invalid``, ``domain.public_suffix``, ``domain.reserved``, ``domain.exists``,
+        ``domain.limit_reached``, ``quota.exceeded``.
+        """
+        name = self.rules.parse(text)
+        if await store.named(tx, caller.org, name.name) is not None:
+            raise _exists(name)
+        await self._quotas.claim(tx, caller.org, "custom_domains")
+        check_standing(await standing(tx, caller.org))
+        row = await store.add(
+            tx,
+            {
+                "id": new_id("dom"),
+                "organization_id": caller.org,
+                "name": name.name,
+                "tls_mode": tls_mode,
+                "failure_policy": failure_policy,
+                "verification_token": secrets.token_hex(_TOKEN_BYTES),
+                "challenge_delegation": secrets.token_hex(_TOKEN_BYTES),
+                "next_check_at": self._clock.wall(),
+            },
+        )
+        if row is None:
+            raise _exists(name)
+        facts = {"name": name.name, "tls_mode": tls_mode, "failure_policy": failure_policy}
+        await audit.record(tx, caller, "domain.add", row.id, details=facts)
+        return self.rendering.document(row)
+
+    async def delete(self, tx: Tx, caller: Caller, domain_id: str) -> None:
+        """Let a domain go: relays serve it no longer within 2 s, and its name is free. Raises ``domain.not_found``.
+
+        No time must pass before another organization can have it: that one has to prove the name anew."""
+        row = await self.row(tx, caller, domain_id, lock=True)
+        await store.delete(tx, domain_id)
+        await audit.record(tx, caller, "domain.delete", domain_id, details={"name": row.name})
+
+
+def _exists(name: Name) -> Problem:
+    return Problem("domain.exists", f"your organization has the domain {name.display} already")
