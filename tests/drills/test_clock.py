@@ -61,7 +61,7 @@ async def test_a_step(clock: tuple[Stage, Path], step: int, run_number: int) -> 
 
     async def act(made: Stage, load: Load) -> None:
         stamp.write_text(f"{base + step}\n")
-        await asyncio.sleep(6)
+        await asyncio.sleep(4)  # some pings, usage reports and looks of every housekeeper
 
     await run(f"clock {step // 60:+d} min", made, act)
     # What is connected goes on; what connects anew has to be believed as well. An agent whose token begins in the future is

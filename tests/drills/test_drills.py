@@ -15,18 +15,21 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.drills.drill import IN_FLIGHT, REPEATS, Allowed, run
+from tests.drills.drill import IN_FLIGHT, REPEATS, Allowed, Moments, figure, run, slowness
 from tests.drills.load import Load
-from tests.drills.stage import FAULTS, PING_DEADLINE, PINGS, Stage, stage
+from tests.drills.stage import CEILING_SECONDS, FAULTS, PINGS, USAGE_INTERVAL, Stage, stage
 from tests.system.platform import Child, signal_all, tree
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 AGENTS = 500
-#: Seconds in which `portico up` serves again on data that a killed run left.
+#: Target in seconds: `portico up` serves again on data that a killed run left.
 UP_SECONDS = 6.0
-#: Seconds of interval and timeout of a relay's pings by default.
-DEFAULT_DEADLINE = 10.0
+#: Target in seconds: all agents of a storm are back within interval and timeout of a relay's pings by default.
+STORM_SECONDS = 10.0
+
+#: What a relay says when its disk is full.
+USAGE_WAITS = "usage cannot be saved; it waits in memory"
 
 again = pytest.mark.parametrize("run_number", range(1, REPEATS + 1))
 
@@ -37,9 +40,9 @@ async def platform(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[St
         yield made
 
 
-def in_flight(most: int, why: str, until: float = 0.1) -> Allowed:
+def in_flight(most: int, why: str) -> Allowed:
     """Requests that were in flight in what was killed: few, and none that began later."""
-    return Allowed(IN_FLIGHT, until, most, why)
+    return Allowed(IN_FLIGHT, most, why)
 
 
 async def settled(platform: Stage) -> None:
@@ -60,11 +63,18 @@ def running(supervisor: int, command: bytes) -> set[int]:
     return found
 
 
-def killer(name: str, signum: int = signal.SIGKILL) -> Callable[[Stage, Load], Awaitable[None]]:
-    async def act(platform: Stage, load: Load) -> None:
+def killer(name: str, signum: int = signal.SIGKILL) -> Callable[[Stage, Load], Awaitable[Moments]]:
+    """A kill is over when the process has gone, and with it its sockets; an orderly end when another has its part."""
+
+    async def act(platform: Stage, load: Load) -> Moments:
         pid = platform.pids()[name]
+        done = time.monotonic()
         os.kill(pid, signum)
+        if signum == signal.SIGKILL:
+            await until(lambda: not alive(pid))
+        over = time.monotonic()
         await replaced(platform, name, pid)
+        return Moments(done, done, over)
 
     return act
 
@@ -78,10 +88,10 @@ async def replaced(platform: Stage, name: str, pid: int) -> None:
         except (OSError, IndexError, ValueError):
             return False
 
-    await until(other, 20)
+    await until(other)
 
 
-async def until(what: Callable[[], bool], limit: float) -> None:
+async def until(what: Callable[[], bool], limit: float = CEILING_SECONDS) -> None:
     deadline = time.monotonic() + limit
     while not what():
         assert time.monotonic() < deadline, "it did not happen"
@@ -129,16 +139,13 @@ async def test_calls_of_the_api_while_it_restarts(platform: Stage, signum: signa
     async with calls:
         await asyncio.sleep(1)
         assert not calls.failed(), calls.causes()
-        at = time.monotonic()
-        await killer("api", signum)(platform, calls)
-        took = await calls.until_good(at, 15)
+        act = await killer("api", signum)(platform, calls)
+        took = await calls.until_good(act.done, CEILING_SECONDS)
         await asyncio.sleep(1)
-    print(
-        f"{signum.name} api: calls are answered {took:.1f} s later; {len(calls.visits)} calls, failed: {dict(calls.causes())}"
-    )
-    failed = [(round(visit.began - at, 2), visit.what) for visit in calls.failed()]
-    assert not failed if signum == signal.SIGTERM else all(began < 0.1 for began, _ in failed), failed
-    assert len(failed) <= 5
+    figure(f"{signum.name} api", "seconds until calls are answered", took, 3.0 * await slowness())
+    allowed = in_flight(5, "calls in flight in the API") if signum == signal.SIGKILL else Allowed()
+    strange = allowed.strange(calls, act)
+    assert not strange, f"{strange}; {calls.causes()}"
     assert not platform.faults()
 
 
@@ -149,35 +156,43 @@ async def test_calls_of_the_api_while_it_restarts(platform: Stage, signum: signa
 async def test_a_relay_that_stands_still(platform: Stage, run_number: int) -> None:
     """Longer than the ping deadline: the agent gives it up, and is back once it goes on."""
 
-    async def act(platform: Stage, load: Load) -> float:
-        pid = platform.pids()["relay-1"]
-        os.kill(pid, signal.SIGSTOP)
-        await asyncio.sleep(PING_DEADLINE + 1)
-        os.kill(pid, signal.SIGCONT)
-        return time.monotonic()
+    async def act(platform: Stage, load: Load) -> Moments:
+        pid, agent = platform.pids()["relay-1"], platform.agent.agent
 
-    # When it goes on, it takes up what came meanwhile before it has read that the agent gave its connection up.
+        def given_up() -> int:
+            return sum(event["event"] == "reconnecting" for event in agent.events())
+
+        before = given_up()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await until(lambda: given_up() > before)
+            await asyncio.sleep(0.5)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        return Moments(time.monotonic(), time.monotonic(), time.monotonic())
+
+    # When it goes on, it takes up what came meanwhile before it has read that the agent gave its connection up: at most what
+    # waits on connections that it knows.
     why = "requests in flight in the relay, or sent on the connection that the agent had given up"
-    allowed = in_flight(60, why, PING_DEADLINE + 1.5)
-    await run("SIGSTOP relay", platform, act, allowed)
+    await run("SIGSTOP relay", platform, act, Allowed(IN_FLIGHT, 60, why, of_those_open=False))
 
 
 @again
 async def test_an_agent_that_stands_still(platform: Stage, run_number: int) -> None:
-    async def act(platform: Stage, load: Load) -> float:
+    async def act(platform: Stage, load: Load) -> Moments:
         pid = platform.pids()["agent"]
+        done = time.monotonic()
         os.kill(pid, signal.SIGSTOP)
-        await asyncio.sleep(PING_DEADLINE + 1)
-        os.kill(pid, signal.SIGCONT)
-        return time.monotonic()
+        try:
+            # Nothing says that it is frozen but its silence: what is sent to it until the deadline is in flight in it.
+            await until(lambda: bool(load.failed(done)))
+            over = time.monotonic()
+            await asyncio.sleep(0.5)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        return Moments(done, time.monotonic(), over)
 
-    # Nothing says that it is frozen but its silence: what is sent to it until the deadline is in flight in it, and the
-    # tunnel's limit of requests at once (400) is soon reached.
-    causes = IN_FLIGHT | {"edge.concurrency_exceeded"}
-    allowed = Allowed(
-        causes, PING_DEADLINE + 1.2, 1200, "in flight in the agent until its ping deadline; more than 400 at once"
-    )
-    await run("SIGSTOP agent", platform, act, allowed)
+    await run("SIGSTOP agent", platform, act, in_flight(0, "in flight in the agent until its ping deadline"))
 
 
 # ── a full disk ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -191,22 +206,22 @@ async def test_a_full_disk(platform: Stage, part: str, run_number: int) -> None:
 
     async def act(platform: Stage, load: Load) -> None:
         pid = platform.pids()[part]
+        said = platform.up.child.err.count(USAGE_WAITS)
         _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         try:
-            await asyncio.sleep(5)
-            if (
-                part == "up"
-            ):  # something to say, and a child to start, meanwhile; its list of children is on the disk, too
+            if part == "up":
+                # Something to say, and a child to start, meanwhile; its list of children is on the disk, too.
                 old = running(pid, b"worker")
                 signal_all(old, signal.SIGKILL)
-                await until(lambda: bool(running(pid, b"worker") - old), 20)
+                await until(lambda: bool(running(pid, b"worker") - old))
+            else:
+                await until(lambda: platform.up.child.err.count(USAGE_WAITS) > said)
+            await asyncio.sleep(2 * USAGE_INTERVAL)
         finally:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
 
     what = "log" if part == "up" else "usage spool"
     await run(f"full disk: {what}", platform, act)
-    if part != "up":
-        assert "usage cannot be saved; it waits in memory" in platform.up.child.err
 
 
 # ── a storm of agents ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -221,7 +236,7 @@ async def swarm(platform: Stage) -> AsyncIterator[Child]:
     child = Child("swarm", [], platform.folder, own, argv, cwd=Path.cwd())
     try:
         began = time.monotonic()
-        await until(lambda: online(child) == AGENTS, 120)
+        await until(lambda: online(child) == AGENTS, 3 * CEILING_SECONDS)
         print(f"{AGENTS} agents were online after {time.monotonic() - began:.1f} s")
         yield child
     finally:
@@ -243,23 +258,23 @@ def online(child: Child) -> int:
 async def test_500_agents_reconnect_at_once(
     platform: Stage, swarm: Child, signum: signal.Signals, run_number: int
 ) -> None:
-    """All of them are back within a ping deadline, and visitors of the others notice nothing of the storm."""
-    await until(lambda: online(swarm) == AGENTS, 60)
+    """All of them are back by themselves, and visitors of the others notice nothing of the storm."""
+    await until(lambda: online(swarm) == AGENTS, 3 * CEILING_SECONDS)
     at = 0.0
 
-    async def act(platform: Stage, load: Load) -> None:
+    async def act(platform: Stage, load: Load) -> Moments:
         nonlocal at
         at = time.monotonic()
-        await killer("relay-1", signum)(platform, load)
+        return await killer("relay-1", signum)(platform, load)
 
     allowed = in_flight(30, "requests in flight in the relay") if signum == signal.SIGKILL else Allowed()
     lost = 1.5 if signum == signal.SIGKILL else 0.0
     await run(f"{signum.name} relay with {AGENTS} agents", platform, act, allowed, usage_lost=lost)
-    await until(lambda: online(swarm) == AGENTS, 30)
+    await until(lambda: online(swarm) == AGENTS, 3 * CEILING_SECONDS)
     since = [(when - at, count) for when, count in counts(swarm) if when > at]
     took, fewest = max((when for when, _ in since), default=0.0), min((count for _, count in since), default=AGENTS)
     print(f"{signum.name}: {AGENTS - fewest} agents were offline, all were back after {took:.1f} s")
-    assert took < DEFAULT_DEADLINE, f"{AGENTS} agents were back after {took:.1f} s"
+    figure(f"{signum.name} relay", f"seconds until {AGENTS} agents are back", took, STORM_SECONDS * await slowness())
     assert signum == signal.SIGKILL or fewest == AGENTS, "an agent left the old relay before it had the new one"
     assert not FAULTS.search(swarm.err), swarm.err[-3000:]
 
@@ -272,8 +287,9 @@ async def test_500_agents_reconnect_at_once(
 async def test_the_supervisor_dies(platform: Stage, what: str, run_number: int) -> None:
     """Its children end with it; `portico up` on the same data and ports, started as a service manager would, brings all back."""
 
-    async def act(platform: Stage, load: Load) -> float:
+    async def act(platform: Stage, load: Load) -> Moments:
         old = tree(platform.up.child.pid)
+        done = time.monotonic()
         signal_all(old if what == "all at once" else old[:1], signal.SIGKILL)
         if what == "all at once":
             platform.agent.agent.kill(signal.SIGKILL)
@@ -282,11 +298,10 @@ async def test_the_supervisor_dies(platform: Stage, what: str, run_number: int) 
         await platform.start_up()
         left = [pid for pid in old if alive(pid)]
         assert not left, f"processes of the killed run are left: {left}"
-        return began
+        return Moments(done, began, time.monotonic())
 
-    allowed = Allowed(
-        IN_FLIGHT | {"ConnectionRefusedError", "TimeoutError"}, 12.0, 4000, "nobody listens until `portico up` is back"
-    )
+    causes = IN_FLIGHT | {"ConnectionRefusedError"}
+    allowed = Allowed(causes, None, "nobody listens until `portico up` is back")
     # Not the recovery of one process, but a start of all of them: PostgreSQL's recovery, migrations, API, relay, agent.
     await run(f"kill -9 {what}", platform, act, allowed, back=UP_SECONDS, usage_lost=2.5)
 

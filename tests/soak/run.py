@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.drills.drill import Figure
 from tests.drills.stage import PINGS, Stage, stage
 from tests.soak import report
 from tests.soak.samples import Sampler
@@ -291,12 +292,15 @@ def drills(repeats: int) -> dict[str, Any]:
         argv = [sys.executable, "-m", "pytest", "tests/drills", "-q", "--durations=0", "-p", "no:cacheprovider"]
         began = time.monotonic()
         done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
-        rows = [json.loads(line) for line in Path(record.name).read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in Path(record.name).read_text(encoding="utf-8").splitlines()]
+    rows = [line for line in lines if "figure" not in line]
+    figures = [Figure(**line) for line in lines if "figure" in line]
     summary = next((line for line in reversed(done.stdout.splitlines()) if line.strip()), "")
     faults = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     if done.returncode and not faults:
         faults = [f"pytest ended with {done.returncode}: {summary}"]
     print(done.stdout[-20_000:] if faults else summary, flush=True)
+    faults += [f"target missed: {figure}" for figure in figures if figure.missed]
     return {"repeats": repeats, "seconds": round(time.monotonic() - began), "rows": rows, "faults": faults}
 
 
