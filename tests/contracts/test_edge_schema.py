@@ -17,6 +17,9 @@ from tests.control.conftest import heartbeat_body
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "contracts" / "edge-stream.schema.json").read_text())
 KEY = SigningKey.generate().public_jwk()
+CHALLENGE = {
+    "id": "chl_1", "type": "http-01", "host": "www.example.com", "token": "abc", "authorization": "abc.def", "until": 5,
+}  # fmt: skip
 TUNNEL = {"id": "tun_1", "organization": "org_1", "hosts": ["a.localhost"], "state": "active", "generation": 1}
 
 
@@ -30,7 +33,7 @@ def test_the_schema_is_sound() -> None:
 
 async def test_every_kind_of_line() -> None:
     ended = [{"session": "ses_1", "code": "session.revoked", "until": 2_000_000_000}]
-    state = EdgeState(3, 1.5, [KEY], [TUNNEL], ended)
+    state = EdgeState(3, 1.5, [KEY], [TUNNEL], ended, challenges=[CHALLENGE])
     check(json.loads(await state.line()))
     check(json.loads(heartbeat_line(3, 1.5).text))
     check(json.loads(heartbeat_line(3, 1.5, await state.digest()).text))
@@ -39,6 +42,8 @@ async def test_every_kind_of_line() -> None:
         changes.tunnel_removed("tun_1", "tunnel.deleted"),
         changes.session_ended("ses_1", "session.ended", 5),
         changes.keys([KEY]),
+        changes.challenge(CHALLENGE),
+        changes.challenge_removed("chl_1"),
     ]
     check(json.loads(delta_line(changes.Entry(4, json.dumps(every))).text))
 

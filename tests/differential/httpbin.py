@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
 import subprocess
 import time
@@ -11,41 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
+from tests.gotools import built
 
 #: The newest that Go 1.24 builds.
 VERSION = "v2.20.0"
 MODULE = "github.com/mccutchen/go-httpbin/v2/cmd/go-httpbin"
-BUILD_SECONDS = 170.0
 START_SECONDS = 15.0
 
 
-def cache_folder() -> Path:
-    """Where built programs are kept between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "portico-tests" / f"go-httpbin-{VERSION}"
-
-
 def program() -> Path:
-    """The built program. Without Go the test is skipped, loudly; where skips are forbidden that is a failure."""
-    kept = cache_folder() / "go-httpbin"
-    if kept.exists():
-        return kept
-    go = shutil.which("go")
-    if go is None:
-        pytest.skip("go-httpbin is built with Go (1.24 or newer), and there is no `go` on PATH")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"GOBIN": str(kept.parent), "GOTOOLCHAIN": "local", "GOFLAGS": "-buildvcs=false"}
-    done = subprocess.run(
-        [go, "install", f"{MODULE}@{VERSION}"],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=BUILD_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0 and kept.exists(), f"`go install {MODULE}@{VERSION}` failed:\n{done.stderr[-2000:]}"
-    return kept
+    """The built program."""
+    return built(MODULE, VERSION, "1.24")
 
 
 @contextmanager

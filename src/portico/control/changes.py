@@ -89,6 +89,16 @@ def keys(jwks: Sequence[Mapping[str, Any]]) -> Change:
     return {"kind": "keys", "keys": [dict(key) for key in jwks]}
 
 
+def challenge(row: Mapping[str, Any]) -> Change:
+    """A certificate authority is about to ask about a name; ``row`` is how to answer."""
+    return {"kind": "challenge", "challenge": dict(row)}
+
+
+def challenge_removed(challenge_id: str) -> Change:
+    """A challenge is over."""
+    return {"kind": "challenge_removed", "id": challenge_id}
+
+
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 

@@ -162,6 +162,10 @@ class Exchange:
         self.id = self.id or (told.ident if told is not None else None) or request_id()
         self.began = self.began or clock()
         conn = self.conn
+        asked = conn.server.challenges
+        if asked.open and (proof := asked.http(self.host, self.method, self.target)) is not None:
+            conn.answer_challenge(self, proof)
+            return
         self.tunnel = tunnel = conn.server.find(self.host)
         code = decide(self)
         if code is not None:

@@ -18,7 +18,7 @@ import httptools
 
 from portico.kit.gone import GONE
 from portico.kit.sockets import end_output, reset_transport
-from portico.relay import heads
+from portico.relay import challenges, heads
 from portico.relay.exchange import Exchange, request_id
 from portico.relay.outgoing import untaken
 from portico.relay.repeats import Repeats
@@ -548,6 +548,16 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
             exchange=exchange,
         )
         exchange.keep_alive = keep
+        self.finished(exchange)
+
+    def answer_challenge(self, exchange: Exchange, body: bytes) -> None:
+        """Answer a certificate authority (or whoever asks): 200 with the text that proves whose this edge is."""
+        whole = exchange.received or not (exchange.with_body or exchange.upgrade)
+        exchange.keep_alive = exchange.keep_alive and whole and not self.draining and not exchange.http10
+        data = challenges.response(body, keep_alive=exchange.keep_alive, head_only=exchange.head_only)
+        exchange.status = 200
+        exchange.sent += len(data)
+        self.write(data)
         self.finished(exchange)
 
     def _lacks_certificate(self, exchange: Exchange) -> bool:

@@ -23,6 +23,7 @@ from portico.kit.carrier import MAX_MESSAGE
 from portico.kit.networks import is_loopback, network
 from portico.relay import introduction, pages
 from portico.relay.access_log import AccessLog
+from portico.relay.challenges import Challenges
 from portico.relay.client_address import Networks
 from portico.relay.credentials import Credentials, authorization
 from portico.relay.door import Door
@@ -95,6 +96,7 @@ class PublicServer:
     def __init__(self, settings: RelaySettings, snapshot: Snapshot, agents: Agents, peers: Peers) -> None:
         self.settings = settings
         self.snapshot = snapshot
+        self.challenges = Challenges(snapshot)
         self.agents = agents
         self.loop = asyncio.get_running_loop()
         self.now = self.loop.time()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from portico.kit.gone import GONE
 from portico.kit.metrics import REQUEST_SECONDS
-from portico.relay import credentials, heads
+from portico.relay import challenges, credentials, heads
 from portico.relay.exchange import ID_PREFIX, ID_SERIAL, Exchange
 from portico.relay.policy import OPEN, Compiled
 
@@ -90,7 +90,7 @@ class Repeats:
         server = self.server
         host = known.host
         self.tunnel = tunnel = server.find(host)
-        if plain is None or tunnel is None:
+        if plain is None or tunnel is None or (server.challenges.open and challenges.PATH in plain):
             return False
         policy = tunnel.policy
         self.candidate = known

@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 MAX_ID_CHARS = 128
 MAX_HOST_CHARS = 253
 MAX_HOSTS = 1024  # of one tunnel
+MAX_TOKEN_CHARS = 512
 MAX_NUMBER = 2**53 - 1  # what JSON carries exactly everywhere; also beyond any time in seconds
 ENDED_FALLBACK = "session.revoked"  # for a code that this relay's catalogue does not know yet
 REMOVED_FALLBACK = "tunnel.deleted"
@@ -39,7 +40,7 @@ JWK_MEMBERS = ("kid", "kty", "crv", "x", "alg", "use")  # all that is kept of a 
 CHUNK_ROWS = 500  # checked between two turns of the loop: some milliseconds
 PRUNE_MARGIN_SECONDS = 300.0  # an ended session is kept this much longer: the clocks of relay and API may differ
 
-Kind = Literal["tunnel", "tunnel_removed", "session_ended", "keys", "organization"]
+Kind = Literal["tunnel", "tunnel_removed", "session_ended", "keys", "organization", "challenge"]
 
 
 class SnapshotInvalid(ValueError):
@@ -97,6 +98,21 @@ class Organization:
     def refuses(self, now: float) -> bool:
         """Whether traffic is refused at ``now`` (unix seconds)."""
         return self.code is not None and now < self.until
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """What a certificate authority asks this edge about ``host``, to see whose it is; worthless after ``until`` (unix seconds).
+
+    ``type``: http-01 or tls-alpn-01; another one is kept and not answered.
+    """
+
+    id: str
+    type: str
+    host: str
+    token: str
+    authorization: str
+    until: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +230,18 @@ def _told(row: Organization) -> dict[str, Any]:
     return found
 
 
+def _challenge(value: Any) -> Challenge:
+    row = _object(value, "a challenge")
+    return Challenge(
+        id=_text(row.get("id"), "id of a challenge"),
+        type=_text(row.get("type"), "type of a challenge"),
+        host=_text(row.get("host"), "host of a challenge", MAX_HOST_CHARS),
+        token=_text(row.get("token"), "token of a challenge", MAX_TOKEN_CHARS),
+        authorization=_text(row.get("authorization"), "authorization of a challenge", MAX_TOKEN_CHARS),
+        until=_number(row.get("until"), "until"),
+    )
+
+
 def _known(code: str, fallback: str) -> str:
     """A control plane newer than this relay may name codes that this one cannot render."""
     return code if code in catalogue() else fallback
@@ -243,6 +271,7 @@ class FrozenState:
     tunnels: Mapping[str, TunnelRow]
     ended: Mapping[str, Ended]
     organizations: Mapping[str, Organization] = field(default_factory=dict)
+    challenges: Mapping[str, Challenge] = field(default_factory=dict)
     #: Whether the control plane told of organizations at all: an earlier one, or a copy of an earlier relay's, does not.
     complete: bool = False
 
@@ -264,6 +293,8 @@ class FrozenState:
         more = b""
         if self.complete:
             more = b'"organizations":%b,' % canonical([_told(row) for row in self.organizations.values()])
+        if self.challenges:
+            more += b'"challenges":%b,' % canonical([asdict(row) for row in self.challenges.values()])
         return b'{"state":{"ended":%b,"keys":%b,%b"tunnels":[%b]},"type":"snapshot","version":%d}' % (
             canonical(ended),
             canonical(list(self.jwks)),
@@ -284,6 +315,8 @@ class Snapshot:
         self._hosts: dict[str, TunnelRow] = {}
         self._ended: dict[str, Ended] = {}
         self._organizations: dict[str, Organization] = {}
+        #: By id; see ``challenges.py`` for who answers them.
+        self.challenges: dict[str, Challenge] = {}
         #: Whether the state that is held tells of organizations; one that does not is asked for anew as a whole.
         self.complete = False
         self._wall = wall
@@ -357,6 +390,8 @@ class Snapshot:
         over = [id for id, row in self._ended.items() if row.until <= horizon]
         for id in over:
             del self._ended[id]
+        for id in [id for id, row in self.challenges.items() if row.until <= horizon]:
+            del self.challenges[id]
         return len(over)
 
     def frozen(self) -> FrozenState | None:
@@ -369,6 +404,7 @@ class Snapshot:
             dict(self._tunnels),
             dict(self._ended),
             dict(self._organizations),
+            dict(self.challenges),
             self.complete,
         )
 
@@ -384,11 +420,14 @@ class Snapshot:
         jwks, keys = _keys(state.get("keys"))
         told = _list(state.get("organizations", []), "organizations")
         organizations = {row.id: row for row in map(_organization, told)}
+        asked = {row.id: row for row in map(_challenge, _list(state.get("challenges", []), "challenges"))}
         changes = self._difference(rows, ended, jwks)
         before, self._organizations = self._organizations, organizations
         self.complete = "organizations" in state
         differ = [id for id in before.keys() | organizations.keys() if before.get(id) != organizations.get(id)]
         changes += [Change("organization", id) for id in differ]
+        changes += [Change("challenge", id) for id in self.challenges.keys() | asked.keys()]
+        self.challenges = asked
         self._tunnels, self._ended = rows, ended
         self._hosts = {host: row for row in rows.values() for host in row.hosts}
         self._jwks, self.keys = jwks, keys
@@ -431,6 +470,12 @@ class Snapshot:
             case "organization":
                 organization = _organization(change.get("organization"))
                 return lambda: self._entitle(organization)
+            case "challenge":
+                challenge = _challenge(change.get("challenge"))
+                return lambda: self._ask(challenge)
+            case "challenge_removed":
+                gone = _text(change.get("id"), "id of a removed challenge")
+                return lambda: self._unask(gone)
             case str():
                 log.warning("edge change of an unknown kind is left out", extra={"f": {"kind": kind[:64]}})
                 return None
@@ -467,6 +512,14 @@ class Snapshot:
     def _entitle(self, row: Organization) -> Change:
         self._organizations[row.id] = row
         return Change("organization", row.id)
+
+    def _ask(self, row: Challenge) -> Change:
+        self.challenges[row.id] = row
+        return Change("challenge", row.id)
+
+    def _unask(self, id: str) -> Change:
+        self.challenges.pop(id, None)
+        return Change("challenge", id)
 
     def _announce(self, changes: list[Change]) -> None:
         """A listener that fails may not keep a revocation from the others."""

@@ -1,6 +1,7 @@
 """The public TLS port: every connection is looked at before a handshake begins, then passed through or terminated.
 
-    accept ─► counted ─► ClientHello peeked ─┬─► a live passthrough tunnel has the name: the socket goes there, nothing was read
+    accept ─► counted ─► ClientHello peeked ─┬─► a certificate authority asks whose the name is (RFC 8737): handshake, and no more
+                                             ├─► a live passthrough tunnel has the name: the socket goes there, nothing was read
                                              └─► certificate, client CA and ALPN chosen ─► handshake ─► Visitor
 
 The hello stays in the socket, so that whoever takes the connection reads it as the first bytes. The context is chosen before the
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from portico.kit import proxy_protocol
 from portico.kit.proxy_protocol import Place
+from portico.relay import challenges
 from portico.relay.certificates import ALPN, CertificateStore
 from portico.relay.door import Door
 from portico.relay.exchange import request_id
@@ -80,7 +82,7 @@ ClientCa = Callable[[bytes], tuple[str, str] | None]
 class TlsStats:
     """Plain counters of one port; read by whoever exports them."""
 
-    __slots__ = ("accepted", "failures", "passed_through", "resumed", "versions")
+    __slots__ = ("accepted", "failures", "passed_through", "proved", "resumed", "versions")
 
     def __init__(self) -> None:
         self.accepted = 0
@@ -88,6 +90,8 @@ class TlsStats:
         self.versions: dict[str, int] = {"TLSv1.2": 0, "TLSv1.3": 0}
         self.resumed = 0
         self.passed_through = 0
+        #: Validations of certificate authorities that were answered here.
+        self.proved = 0
         self.failures: dict[str, int] = dict.fromkeys(FAILURES, 0)
 
 
@@ -195,6 +199,7 @@ class Arrival(asyncio.Protocol):
         "met",
         "peer",
         "port",
+        "proving",
         "sock",
         "task",
         "want",
@@ -207,7 +212,7 @@ class Arrival(asyncio.Protocol):
         self.local: Place | None = None
         self.address = plain_address(peer)
         self.deadline = deadline
-        self.draining = False
+        self.draining = self.proving = False
         self.want = 1  # bytes before it is of use to look again
         self.met = self.address not in port.public.introducing
         self.hello: Hello | None = None
@@ -482,7 +487,13 @@ class TlsPort:
         del self._greeting[arrival]
         self._wait_for(arrival, 1)
         arrival.hello = hello
-        if hello.sni is not None and self.passthrough is not None and self._passed_through(arrival, hello):
+        asked = challenges.ALPN in hello.alpn and self.public.challenges.tls(hello.sni)
+        if (
+            not asked
+            and hello.sni is not None
+            and self.passthrough is not None
+            and self._passed_through(arrival, hello)
+        ):
             return
         self._ready.add(arrival)
         if len(self._ready) == 1:
@@ -519,6 +530,8 @@ class TlsPort:
     def _begin(self, arrival: Arrival) -> None:
         hello = arrival.hello
         assert hello is not None
+        if challenges.ALPN in hello.alpn and self._prove(arrival, hello):
+            return
         if hello.alpn and not any(name in ALPN for name in hello.alpn):
             self._alert(arrival, NO_APPLICATION_PROTOCOL, "no_protocol")
             return
@@ -539,6 +552,17 @@ class TlsPort:
         door = Door(b"https", port, hello.sni, certificate.covers, hash_of_ca, peer, arrival.local)
         self._shaking.add(arrival)
         arrival.task = self.loop.create_task(self._shake(arrival, context, door))
+
+    def _prove(self, arrival: Arrival, hello: Hello) -> bool:
+        """Whether it is a validation that we answer: then by the certificate made for it alone, chosen before the handshake."""
+        proof = self.public.challenges.tls(hello.sni)
+        if proof is None:
+            return False
+        arrival.proving = True
+        door = Door(b"https", self.number, hello.sni, lambda host: False)
+        self._shaking.add(arrival)
+        arrival.task = self.loop.create_task(self._shake(arrival, proof.context(EdgeContext), door))
+        return True
 
     async def _shake(self, arrival: Arrival, context: ssl.SSLContext, door: Door) -> None:
         stats = self.stats
@@ -567,6 +591,10 @@ class TlsPort:
         self.stats.versions[version] = self.stats.versions.get(version, 0) + 1
         self.stats.resumed += spoken.session_reused
         self.public.leave(cast("Guest", arrival))
+        if arrival.proving:
+            self.stats.proved += 1
+            transport.close()  # nothing is said on it (RFC 8737, 3)
+            return
         visitor = self.visitor(arrival.door)
         transport.set_protocol(visitor)
         visitor.connection_made(transport)

@@ -35,6 +35,7 @@ class EdgeState:
     tunnels: list[dict[str, Any]]
     ended: list[dict[str, Any]]
     organizations: list[dict[str, Any]] = field(default_factory=list)
+    challenges: list[dict[str, Any]] = field(default_factory=list)
 
     async def digest(self) -> str:
         """The hash of ``contracts/edge-stream.schema.json``: SHA-256 of the canonical JSON of what is compared."""
@@ -51,7 +52,8 @@ class EdgeState:
     async def line(self) -> bytes:
         """The ``snapshot`` line of the stream."""
         parts = [
-            b'{"type":"snapshot","version":%d,"time":%b,"hash":"%b","state":{"keys":%b,"ended":%b,"organizations":%b,"tunnels":['
+            b'{"type":"snapshot","version":%d,"time":%b,"hash":"%b","state":{"keys":%b,"ended":%b,"organizations":%b,'
+            b'"challenges":%b,"tunnels":['
             % (
                 self.version,
                 _canonical(self.time),
@@ -59,6 +61,7 @@ class EdgeState:
                 _canonical(self.keys),
                 _canonical(self.ended),
                 _canonical(self.organizations),
+                _canonical(self.challenges),
             )
         ]
         parts.extend([part async for part in _joined(_canonical(row) for row in self.tunnels)])
