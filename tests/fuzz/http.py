@@ -28,10 +28,12 @@ from portico.agent.recorder import Recorder as Inspected
 from portico.agent.stats import Stats
 from portico.agent.target import Target
 from portico.relay import heads
+from portico.relay.challenges import Challenges
 from portico.relay.door import Door
 from portico.relay.http1 import READ_SIZE, Visitor
 from portico.relay.listeners import PublicServer
 from portico.relay.peers import RemoteTunnel
+from portico.relay.snapshot import Snapshot
 from portico.relay.tally import Tally
 from portico.settings import AgentSettings, RelaySettings, Secret
 from portico.wire import frames as f
@@ -245,6 +247,7 @@ class Server(PublicServer):
         self.tally = Tally()
         self.seconds = 0.0
         self.access = None
+        self.challenges = Challenges(Snapshot())
         self.returning = 0
         self.tunnel = RemoteTunnel(session, 1, {**ANNOUNCED, "policy": policy})
         self.tunnel.settle(None)
