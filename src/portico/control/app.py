@@ -136,7 +136,9 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
     state.relays = RelayDirectory(settings)
     state.tunnels = Tunnels(settings, state.relays, state.redis, quotas)
     state.visitor_passwords = VisitorPasswords(settings, state.sealer)
-    state.agent_sessions = Sessions(settings, state.tunnels, state.relays, state.signing_keys, clock, quotas)
+    state.agent_sessions = Sessions(
+        settings, state.tunnels, state.relays, state.signing_keys, clock, quotas, state.identity
+    )
     state.edge_states = StateReader(state.db, state.tunnels, state.signing_keys)
     state.edge_hub = Hub(settings, state.db, state.edge_states, state.stopping)
     state.identity.keys.on_revoked.append(state.agent_sessions.on_key_revoked)

@@ -41,11 +41,20 @@ async def record(
     come by the hundred a second in one organization: they do not wait for each other's commits at the head of the chain; its
     next writer takes the row in, or the worker a few seconds later.
     """
+    row = _row(caller, action, target, outcome, details or {}, organization)
+    if numbered:
+        store.append(tx, row)
+    else:
+        await store.insert_unnumbered(tx, row)
+
+
+def _row(
+    caller: Caller, action: str, target: str | None, outcome: str, details: dict[str, Any], organization: str | None
+) -> dict[str, Any]:
     tenant = organization or caller.organization
-    details = details or {}
     if caller.acting_operator is not None:
         details = {**details, "support_session": caller.id}
-    row = {
+    return {
         "id": new_id("aud"),
         "organization_id": None if tenant == INSTALLATION else tenant,
         "actor_kind": caller.kind,
@@ -57,10 +66,15 @@ async def record(
         "request_id": caller.request_id,
         "address": caller.address,
     }
-    if numbered:
-        store.append(tx, row)
-    else:
-        await store.insert_unnumbered(tx, row)
+
+
+def unnumbered(caller: Caller, action: str, target: str, details: dict[str, Any]) -> tuple[Any, ...]:
+    """The values of a row that a statement of another domain writes together with the act (``unnumbered_sql``); as ``record``
+    with ``numbered=False``."""
+    return store.unnumbered(_row(caller, action, target, "success", details, None))
+
+
+unnumbered_sql = store.insert_unnumbered_sql
 
 
 async def refused(

@@ -106,11 +106,9 @@ INSERT INTO audit_events
      id, organization_id, at, actor_kind, actor_id, action, target, outcome, request_id)
 VALUES ($1, $2, $3, $4::text::jsonb, $5::text::jsonb, $6, $7, $8::text::jsonb, $9, $10, $11, $12, $13, $14, $15, $16, $17)
 """
-_INSERT_UNNUMBERED = """
-INSERT INTO audit_events
-    (id, organization_id, address, details, actor_kind, actor_id, action, target, outcome, request_id)
-VALUES ($1, $2, $3, $4::text::jsonb, $5, $6, $7, $8, $9, $10)
-"""
+_UNNUMBERED = "id, organization_id, address, details, actor_kind, actor_id, action, target, outcome, request_id"
+#: How many values ``unnumbered`` gives.
+UNNUMBERED_VALUES: Final = 10
 _UNCHAINED = """
 SELECT id, organization_id, date_trunc('milliseconds', at) AS at, actor_kind, actor_id, action, target, outcome,
        details::text AS details, request_id, address
@@ -141,11 +139,26 @@ def append(tx: Tx, row: dict[str, Any]) -> None:
     buffer.append(row)
 
 
+def insert_unnumbered_sql(first: int = 1, condition: str = "true") -> str:
+    """The statement that writes a row without a place in its chain; its values (``unnumbered``) are ``$first`` and following."""
+    types = {"details": "::text::jsonb"}
+    names = _UNNUMBERED.split(", ")
+    values = ", ".join(f"${first + at}{types.get(name, '::text')}" for at, name in enumerate(names))
+    return f"INSERT INTO audit_events ({_UNNUMBERED}) SELECT {values} WHERE {condition}"
+
+
+_INSERT_UNNUMBERED = insert_unnumbered_sql()
+
+
+def unnumbered(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The values of such a row."""
+    details = json.dumps(plain(scrub.value(row["details"])))
+    return (row["id"], row["organization_id"], row["address"], details, *(row[name] for name in _FACTS))
+
+
 async def insert_unnumbered(tx: Tx, row: dict[str, Any]) -> None:
     """Write ``row`` without a place in its chain: whoever extends the chain next gives it one."""
-    details = json.dumps(plain(scrub.value(row["details"])))
-    facts = (row[name] for name in _FACTS)
-    await tx.raw.execute(_INSERT_UNNUMBERED, row["id"], row["organization_id"], row["address"], details, *facts)
+    await tx.raw.execute(_INSERT_UNNUMBERED, *unnumbered(row))
 
 
 async def _flush(tx: Tx) -> None:

@@ -35,7 +35,7 @@ _REMEMBER_SECONDS = 60.0
 _MAX_REMEMBERED = 10_000
 
 _ACCOUNT = f"""
-SELECT o.id, o.name, o.suspended_at, o.delete_after, u.email, k.revoked_at, k.kind, k.scopes, k.allowed_cidrs, m.role,
+SELECT o.name, o.suspended_at, o.delete_after, u.email, k.revoked_at, k.kind, k.scopes, k.allowed_cidrs, m.role,
        r.permissions AS role_permissions, {plans.COLUMNS}
 FROM api_keys k JOIN organizations o ON o.id = k.organization_id {plans.JOIN} LEFT JOIN users u ON u.id = k.user_id
 LEFT JOIN members m ON m.user_id = k.user_id AND m.organization_id = k.organization_id
@@ -44,9 +44,33 @@ WHERE k.id = $1
 """  # noqa: S608 - our own names
 
 
-async def account(reader: Reader, key_id: str) -> Account:
-    """The account behind a key. Raises ``auth.key_invalid`` or ``auth.key_revoked``."""
-    return _account(await reader.raw.fetchrow(_ACCOUNT, key_id))
+# The same with all that a key is authenticated by (as ``store.key_by_digest``), and the mark of it all as ``start_agent_session``
+# compares it under a lock; of one snapshot.
+_MARKED = f"""
+SELECT key_mark(k.id) AS mark, k.id, k.kind, k.organization_id, k.user_id, k.scopes, k.expires_at, k.revoked_at,
+       k.allowed_cidrs, u.email, u.disabled_at, u.email_verified_at, m.role, r.permissions AS role_permissions, o.name,
+       o.suspended_at, o.suspended_reason, o.delete_after, {plans.COLUMNS}
+FROM api_keys k JOIN organizations o ON o.id = k.organization_id {plans.JOIN} LEFT JOIN users u ON u.id = k.user_id
+LEFT JOIN members m ON m.user_id = k.user_id AND m.organization_id = k.organization_id
+LEFT JOIN roles r ON r.id = m.role AND r.organization_id = k.organization_id
+WHERE k.id = $1
+"""  # noqa: S608 - our own names
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """An account as it was a moment ago, the row of its key then, and the mark by which a statement that holds the key tells that
+    all of it is so still."""
+
+    account: Account
+    mark: str
+    key: Any
+
+    def allows(self, permission: str, address: str | None) -> bool:
+        """Whether ``hold_key`` would have found nothing to refuse."""
+        key = self.key
+        fine = standing_of(key) is None and networks.allows(key["allowed_cidrs"], address)
+        return fine and permission in _allowed(key)
 
 
 async def hold_key(tx: Tx, key_id: str, permission: str, address: str | None) -> Account:
@@ -60,7 +84,7 @@ async def hold_key(tx: Tx, key_id: str, permission: str, address: str | None) ->
     row = await tx.raw.fetchrow(_ACCOUNT, key_id)
     found = _account(row)
     check_standing(standing_of(row))
-    allowed = permissions(row["kind"], row["scopes"]) & role_permissions(row["role"], row["role_permissions"])
+    allowed = _allowed(row)
     if not networks.allows(row["allowed_cidrs"], address):
         raise Problem("auth.address_denied")
     if permission not in allowed:
@@ -68,31 +92,51 @@ async def hold_key(tx: Tx, key_id: str, permission: str, address: str | None) ->
     return found
 
 
+def _allowed(row: Any) -> frozenset[str]:
+    return permissions(row["kind"], row["scopes"]) & role_permissions(row["role"], row["role_permissions"])
+
+
 def _account(row: Any) -> Account:
     if row is None:
         raise Problem("auth.key_invalid")
     if row["revoked_at"] is not None:
         raise Problem("auth.key_revoked")
-    return Account(row["id"], row["name"], row["email"], plans.entitlements_in(row))
+    return Account(row["organization"], row["name"], row["email"], plans.entitlements_in(row))
 
 
 class Accounts:
-    """``account`` for show, remembered for a minute: it grants nothing, every request is authenticated on its own."""
+    """Accounts remembered for a minute, by key. They grant nothing: every request is authenticated on its own, and what is made
+    for a key is made by a statement that holds it and compares the mark."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._known: dict[str, tuple[float, Account]] = {}
+        self._known: dict[str, tuple[float, Marked]] = {}
 
     async def of(self, reader: Reader, key_id: str) -> Account:
-        """The account behind a key, at most ``_REMEMBER_SECONDS`` old."""
+        """The account behind a key, at most ``_REMEMBER_SECONDS`` old. Raises ``auth.key_invalid``, ``auth.key_revoked``."""
+        return (await self.marked(reader, key_id)).account
+
+    async def marked(self, reader: Reader, key_id: str) -> Marked:
+        """The same with what the key could do."""
+        if (known := self.recalled(key_id)) is not None:
+            return known
         now = self._clock.monotonic()
-        until, found = self._known.get(key_id, (0.0, None))
-        if found is None or now >= until:
-            found = await account(reader, key_id)
-            if len(self._known) >= _MAX_REMEMBERED:
-                self._known.clear()
-            self._known[key_id] = (now + _REMEMBER_SECONDS, found)
+        row = await reader.raw.fetchrow(_MARKED, key_id)
+        account = _account(row)
+        found = Marked(account, row["mark"], row)
+        if len(self._known) >= _MAX_REMEMBERED:
+            self._known.clear()
+        self._known[key_id] = (now + _REMEMBER_SECONDS, found)
         return found
+
+    def recalled(self, key_id: str) -> Marked | None:
+        """The same if it is remembered."""
+        until, found = self._known.get(key_id, (0.0, None))
+        return found if self._clock.monotonic() < until else None
+
+    def forget(self, key_id: str) -> None:
+        """Read anew at the next question: this was no longer so."""
+        self._known.pop(key_id, None)
 
 
 async def known_organizations(reader: Reader, ids: list[str]) -> set[str]:

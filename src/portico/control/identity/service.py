@@ -400,6 +400,16 @@ class Identity:
         row = await store.key_by_digest(reader, digest(text)) if kind in ("agt", "sk", "opr") else None
         if row is None or key_rules.TOKEN_KIND[row["kind"]] != kind:
             raise Problem("auth.key_invalid")
+        found = self.key_bearer(row, address)
+        self.note_use(row["id"], address)
+        return found
+
+    def note_use(self, key_id: str, address: str | None) -> None:
+        """A key was used now; written later."""
+        self._last_used.at[key_id] = (self.clock.wall(), address)
+
+    def key_bearer(self, row: Any, address: str | None) -> Caller:
+        """The caller behind the row of a key, as ``store.key_by_digest`` has it; raises when it is none now or from there."""
         left = row["role"] is None and row["kind"] != "operator"  # its maker is no member any more
         if row["revoked_at"] is not None or row["disabled_at"] is not None or left:
             raise Problem("auth.key_revoked")
@@ -409,7 +419,6 @@ class Identity:
         if row["allowed_cidrs"] and not networks.allows(row["allowed_cidrs"], address):
             self.elsewhere.note(row, address)
             raise Problem("auth.address_denied")
-        self._last_used.at[row["id"]] = (now, address)
         operator = row["kind"] == "operator"
         allowed = key_rules.permissions(row["kind"], row["scopes"])
         unverified = not operator and self._must_verify(row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -19,14 +19,16 @@ from portico.control.access import (
     InTx,
     Paging,
     Reading,
+    client_address,
     credential_of,
     identify,
+    request_id,
     require,
 )
 from portico.control.requests import Repeatable, UnitOfWork, once, shown
 from portico.control.tunnels import history, policy
 from portico.control.tunnels.service import Tunnels
-from portico.control.tunnels.sessions import AgentFacts, Sessions, TunnelSpec
+from portico.control.tunnels.sessions import AgentFacts, Sessions, TunnelSpec, startable
 from portico.control.tunnels.visitors import VisitorPasswords
 from portico.errors import Problem
 from portico.kit.db import Reader, Tx
@@ -447,21 +449,43 @@ async def open_session(request: Request, credential: Credential, body: SessionBo
             who = await _permitted(request, reader, "agent:connect")
         made = await _all_digested(request, who, [spec.policy for spec in specs])
         specs = [replace(spec, policy=wanted) for spec, wanted in zip(specs, made, strict=True)]
-    again = "idempotency-key" in request.headers
-    if not again and sessions.knows(credential, body.agent_id):
-        async with state.db.read() as reader:
-            who = await _permitted(request, reader, "agent:connect")
-            if (document := await sessions.continued(reader, who, facts, specs)) is not None:
-                return _json(document, 201)
-
-    async def run() -> Response:
-        return _json(await sessions.open(tx, await _permitted(request, tx, "agent:connect"), facts, specs), 201)
-
+    if "idempotency-key" in request.headers:
+        async with state.db.transaction() as tx:
+            who = await _permitted(request, tx, "agent:connect")
+            return await once(request, tx, lambda: _opened(sessions, tx, who, facts, specs))
+    document = await _in_one_statement(request, sessions, credential, facts, specs)
+    if document is not None:
+        return _json(document, 201)
     async with state.db.transaction() as tx:
-        request.state.reader = tx
-        answer = await once(request, tx, run) if again else await run()
-    sessions.remember(credential, body.agent_id)
+        who = await _permitted(request, tx, "agent:connect")
+        answer = await _opened(sessions, tx, who, facts, specs)
+    sessions.remember(credential, body.agent_id, who)
     return answer
+
+
+async def _opened(sessions: Sessions, tx: Tx, who: Caller, facts: AgentFacts, specs: Sequence[TunnelSpec]) -> Response:
+    return _json(await sessions.open(tx, who, facts, specs), 201)
+
+
+async def _in_one_statement(
+    request: Request, sessions: Sessions, credential: str, facts: AgentFacts, specs: Sequence[TunnelSpec]
+) -> dict[str, Any] | None:
+    """The session when that takes one statement: a reconnect, or a new instance with tunnels that exist."""
+    known = sessions.knows(credential, facts.agent_id)
+    if not known and not startable(specs):
+        return None
+    async with request.app.state.db.read() as reader:
+        if not known and (recalled := sessions.recalled(credential, client_address(request))) is not None:
+            who = replace(recalled, request_id=request_id(request), address=client_address(request))
+            if (document := await sessions.started(reader, who, facts, specs)) is not None:
+                request.state.caller = who
+                sessions.remember(credential, facts.agent_id, who)
+                return document
+        who = await _permitted(request, reader, "agent:connect")
+        document = await (sessions.continued if known else sessions.started)(reader, who, facts, specs)
+    if document is not None:
+        sessions.remember(credential, facts.agent_id, who)
+    return document
 
 
 @hot.post("/{session_id}/refresh", response_model=SessionDocument, openapi_extra=_CONNECTS)

@@ -22,6 +22,7 @@ from portico.control.identity import facts, plans
 from portico.control.identity.facts import Account
 from portico.control.identity.plans import Entitlements
 from portico.control.identity.quotas import Quotas
+from portico.control.identity.service import Identity
 from portico.control.identity.signing_keys import SigningKeys
 from portico.control.tunnels import frozen, policy, store
 from portico.control.tunnels.relays import RelayDirectory
@@ -76,8 +77,10 @@ class Sessions:
         keys: SigningKeys,
         clock: Clock,
         quotas: Quotas,
+        identity: Identity,
     ) -> None:
         self._quotas = quotas
+        self._identity = identity
         self._settings = settings
         self._tunnels = tunnels
         self._directory = directory
@@ -85,6 +88,7 @@ class Sessions:
         self._clock = clock
         self._accounts = facts.Accounts(clock)
         self._recent: set[tuple[bytes, str]] = set()
+        self._key_ids: dict[bytes, str] = {}
         self._life = max(settings.session_token_seconds, settings.grant_life_seconds)
         self._refusal_seconds = settings.grant_outage_grace_seconds + _LEEWAY_SECONDS
 
@@ -94,11 +98,31 @@ class Sessions:
         """Whether this process opened a session for that instance lately, so that ``continued`` is worth a try."""
         return (digest(credential), agent_id) in self._recent
 
-    def remember(self, credential: str, agent_id: str) -> None:
+    def remember(self, credential: str, agent_id: str, caller: Caller) -> None:
         """Note that a session was opened. Only a hint: forgetting it costs a few round trips."""
         if len(self._recent) >= _MAX_RECENT:
             self._recent.clear()
-        self._recent.add((digest(credential), agent_id))
+            self._key_ids.clear()
+        mark = digest(credential)
+        self._recent.add((mark, agent_id))
+        self._key_ids[mark] = caller.id
+
+    def recalled(self, credential: str, address: str) -> Caller | None:
+        """Whom the credential belonged to a moment ago, if that is remembered and they could open sessions from ``address``.
+
+        Not authenticated: only ``started`` takes such a caller. Its statement holds the key and compares all that was remembered
+        with what is so; when it is not, the caller is authenticated then.
+        """
+        key_id = self._key_ids.get(digest(credential))
+        held = self._accounts.recalled(key_id) if key_id is not None else None
+        if held is None or not held.allows("agent:connect", address):
+            return None
+        try:
+            found = self._identity.key_bearer(held.key, address)
+            found.check("agent:connect")
+        except Problem:
+            return None
+        return found
 
     # -- verbs
 
@@ -153,6 +177,39 @@ class Sessions:
         session = {"id": found[0]["session"], "generation": found[0]["session_generation"]}
         signer = await self._keys.current_signer(reader)
         return self._answer(signer, key_id, caller, agent, session, rows, account, edges)
+
+    async def started(
+        self, reader: Reader, caller: Caller, agent: AgentFacts, specs: Sequence[TunnelSpec]
+    ) -> dict[str, Any] | None:
+        """``open`` for a new instance with named tunnels that exist as it asks for them, in one statement: what a fleet does that
+        comes back. ``None`` when it is not that, or something has just changed; then ``open`` decides, and says why not."""
+        key_id = _key_of(caller)
+        for spec in specs:
+            self._tunnels.check_shape(spec.protocol, spec.subdomain, spec.remote_port)
+        edges = await self._directory.edges(reader, agent.region)
+        held = await self._accounts.marked(reader, key_id)
+        # What was remembered decides nothing alone: the statement holds the key, and compares the mark of all of it.
+        if held.account.organization != caller.org or not held.allows("agent:connect", caller.address):
+            self._accounts.forget(key_id)
+            return None
+        session, about = new_id("ses"), {"agent_id": agent.agent_id, "hostname": agent.hostname}
+        found = await store.start_session(
+            reader,
+            (session, caller.org, key_id, held.mark, agent.agent_id),
+            (agent.hostname, agent.version, agent.region),
+            caller.address,
+            self._life,
+            (held.account.entitlements.limit("tunnels_online"), self._settings.relay_lease_seconds),
+            [(spec.name or "", spec.protocol, spec.subdomain, spec.remote_port, spec.target) for spec in specs],
+            audit.unnumbered(caller, "agent_session.open", session, about),
+        )
+        if not found:
+            self._accounts.forget(key_id)
+            return None
+        self._identity.note_use(key_id, caller.address)
+        signer = await self._keys.current_signer(reader)
+        begun = {"id": session, "generation": 1}
+        return self._answer(signer, key_id, caller, agent, begun, [_parsed(row) for row in found], held.account, edges)
 
     async def refresh(self, reader: Reader, caller: Caller, session_id: str, agent_id: str) -> dict[str, Any]:
         """New tokens for a live session and its active tunnels. Raises ``session.not_found`` or why the session ended."""
@@ -450,6 +507,12 @@ def _within_key(caller: Caller, now: int, seconds: int) -> int:
     if caller.expires_at is None:
         return seconds
     return max(1, min(seconds, int(caller.expires_at.timestamp()) - now))
+
+
+def startable(specs: Sequence[TunnelSpec]) -> bool:
+    """Whether ``Sessions.started`` is worth a try: every tunnel is named, once, and keeps its policy."""
+    names = {spec.name for spec in specs if spec.name is not None and spec.policy is None}
+    return 0 < len(names) == len(specs)
 
 
 class _Choice:

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from datetime import date, datetime
 from typing import Any, Final
 
+import asyncpg
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
+from portico.control.audit import service as audit
 from portico.kit.batches import delete_in_batches
 from portico.kit.db import Database, HasConnection, Reader, Tx, metadata
 from portico.kit.ids import new_id
@@ -545,6 +547,42 @@ _END_BY_KEY = _END_SESSIONS.format(where="key_id = $1")
 _END_BY_ID = _END_SESSIONS.format(where="id = ANY($1)")
 _END_BY_ORGANIZATION = _END_SESSIONS.format(where="organization_id = $1")
 _END_ONE = _END_SESSIONS.format(where="id = $1 AND key_id = $4 AND organization_id = $5")
+
+
+_START_SESSION = f"""
+WITH opened AS MATERIALIZED (
+    SELECT * FROM start_agent_session($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18)
+), noted AS ({audit.unnumbered_sql(19, "EXISTS (SELECT FROM opened)")})
+SELECT * FROM opened
+"""  # noqa: S608 - our own names
+
+
+async def start_session(
+    reader: Reader,
+    begun: tuple[str, str, str, str, str],
+    facts: tuple[str, str, str | None],
+    address: str | None,
+    life_seconds: int,
+    online: tuple[int | None, float],
+    wanted: Sequence[tuple[str, str, str | None, int | None, str | None]],
+    note: tuple[Any, ...],
+) -> list[Any]:
+    """Start the session ``begun`` (its id, organization, key, mark of the key, agent id) with these tunnels (name, protocol,
+    subdomain, port, target) if they exist and are so: a row for each, in order, or none. Migration 0021 has the function.
+
+    ``online``: how many tunnels may be on line, by a lease of so many seconds. ``note``: the audit row of ``unnumbered``. One
+    statement, so outside a transaction it is its own.
+    """
+    events = [new_id("evt") for _ in wanted]
+    columns = [list(column) for column in zip(*wanted, strict=True)]
+    try:
+        return list(
+            await reader.raw.fetch(
+                _START_SESSION, *begun, *facts, address, float(life_seconds), *online, *columns, events, *note
+            )
+        )
+    except asyncpg.SerializationError:  # a tunnel was stopped or deleted at this moment
+        return []
 
 
 async def open_session(
