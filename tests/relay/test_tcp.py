@@ -536,6 +536,32 @@ class TestPorts:
         await until(lambda: agent.tcp[0].body == b"still")
         newer.close()
 
+    async def test_who_waits_in_the_queue_when_the_agent_gives_the_port_back_is_served(
+        self, relay: Relay, agent: TcpAgent, number: int
+    ) -> None:
+        """As in a relay's restart in order: its agent has another connection, and answers what crosses the UNBIND."""
+        (connection,) = relay.agents.connections
+        # Neither the connections nor the UNBIND let the loop run: the kernel has queued them when the relay hears of it.
+        waiting = [socket.create_connection(("127.0.0.1", number)) for _ in range(3)]
+        waiting[0].sendall(b"early")
+        connection.on_unbind(1, "tunnel.moved", "the tunnel moves to another connection")
+        await until(lambda: not relay.ports.open)
+        await until(lambda: len(agent.tcp) == 3 and any(stream.body == b"early" for stream in agent.tcp))
+        assert all(stream.reset is None for stream in agent.tcp)
+        await until(lambda: not listening(number))
+        for sock in waiting:
+            sock.close()
+
+    async def test_nobody_in_the_queue_is_served_when_the_platform_ends_the_tunnel(
+        self, relay: Relay, agent: TcpAgent, number: int
+    ) -> None:
+        relay.snapshot.apply({"type": "delta", "version": 2, "changes": [{"kind": "tunnel", "tunnel": row(number)}]})
+        with socket.create_connection(("127.0.0.1", number)):
+            change = {"kind": "tunnel", "tunnel": row(number, state="suspended", generation=2)}
+            relay.snapshot.apply({"type": "delta", "version": 3, "changes": [change]})
+            await until(lambda: not listening(number) and not relay.ports.open)
+        assert not agent.tcp
+
     async def test_many_binds_and_ends_leave_no_socket(self, relay: Relay, number: int) -> None:
         agent = await TcpAgent().connect(control_port(relay, 0), session_token())
         numbers = [free_port() for _ in range(5)]

@@ -48,7 +48,8 @@ class LiveTunnel(Governed):
     """A tunnel bound on a connection of this relay."""
 
     __slots__ = (
-        "bind", "bind_bytes", "connection", "counters", "grant", "hosts", "organization_row", "returning", "session", "told",
+        "bind", "bind_bytes", "connection", "counters", "given_back", "grant", "hosts", "organization_row", "returning",
+        "session", "told",
     )  # fmt: skip
 
     def __init__(self, connection: AgentConnection, bind: int, grant: GrantClaims, counters: Counters) -> None:
@@ -63,6 +64,7 @@ class LiveTunnel(Governed):
         self.organization_row: Organization | None = None
         self.told = Told(counters)
         self.returning = False  # it went without a word, or to come again at once
+        self.given_back = False  # by its agent, which still answers what crosses that
 
     def adopt(self, grant: GrantClaims, organization: Organization | None, default_concurrency: int) -> None:
         self.grant = grant
@@ -213,6 +215,7 @@ class AgentConnection:
             timer.cancel()
         live = self.binds.get(bind)
         if live is not None:
+            live.given_back = True
             self.agents.drop(live, detail)
 
     def unbind(self, live: LiveTunnel, code: str, detail: str) -> None:

@@ -11,7 +11,10 @@ closed without a byte, with its reason in the log (``raw.py``).
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from portico.errors import Problem
@@ -22,20 +25,23 @@ from portico.relay.raw import RawServer, RawVisitor
 if TYPE_CHECKING:
     from portico.relay.sessions import Agents, LiveTunnel
 
+log = logging.getLogger("portico.relay.tcp")
+
 #: Seconds between two tries to open a port that somebody still has.
 RETRY_SECONDS: Final = 0.01
 
 
 class Port:
     """One open port and the tunnel behind it; ``live`` is ``None`` for the moment in which a connection of its agent takes
-    over from another, and once the port is closed."""
+    over from another, and once the port is closed. ``last`` then serves who came before that, if its agent gave it back."""
 
-    __slots__ = ("live", "number", "server", "sock", "tunnel")
+    __slots__ = ("last", "live", "number", "server", "sock", "tunnel")
 
     def __init__(self, number: int, live: LiveTunnel, sock: socket.socket) -> None:
         self.number = number
         self.tunnel = live.grant.tun
         self.live: LiveTunnel | None = live
+        self.last: LiveTunnel | None = None
         self.sock = sock
         self.server: asyncio.Server | None = None
 
@@ -54,6 +60,7 @@ class TcpPorts:
         self.loop = raw.loop
         self.open: dict[int, Port] = {}
         self._starting: set[asyncio.Task[None]] = set()
+        self._adopting: set[asyncio.Task[None]] = set()
         self.draining = False
         agents.listen = self.listen
         agents.on_dropped.append(self._dropped)
@@ -95,7 +102,7 @@ class TcpPorts:
         """Listen: from now on visitors queue, and are taken in when the loop gets to it. The reason if that is not possible."""
         port = self.open.get(number)
         if port is not None and port.tunnel == live.grant.tun:
-            port.live = live
+            port.live, port.last = live, None
             return None
         if port is not None:
             return Problem("up.port_taken", f"port {number} is still open for another tunnel")
@@ -112,9 +119,7 @@ class TcpPorts:
 
     async def _serve(self, port: Port) -> None:
         server = await self.loop.create_server(
-            self.raw.public.protocol(Door(b"tcp", port.number), lambda door: TcpVisitor(self, port, door)),
-            sock=port.sock,
-            backlog=self.settings.listen_backlog,
+            self._factory(port), sock=port.sock, backlog=self.settings.listen_backlog
         )
         if self.open.get(port.number) is port:
             port.server = server
@@ -126,12 +131,38 @@ class TcpPorts:
         again meanwhile: a newer connection of its agent takes the port over with what waits in its queue."""
         port = self.open.get(live.grant.port or 0)
         if port is not None and port.live is live:
-            port.live = None
+            port.live, port.last = None, live if live.given_back else None
             self.loop.call_soon(self._reap, port)
 
     def _reap(self, port: Port) -> None:
-        if port.live is None:
+        if port.live is None and self.open.get(port.number) is port:
+            self._take_in(port)
             self._close(port)
+
+    def _take_in(self, port: Port) -> None:
+        """Who waits in the queue of a port that its agent gave back came in time: its agent answers what crosses that."""
+        live = port.last
+        if live is None or live.session.closed:
+            return
+        factory = self._factory(port)
+        with contextlib.suppress(OSError):  # BlockingIOError: nobody else waits
+            for _ in range(self.settings.listen_backlog):
+                sock, _ = port.sock.accept()
+                sock.setblocking(False)
+                task = self.loop.create_task(self._adopt(factory(), sock))
+                self._adopting.add(task)
+                task.add_done_callback(self._adopting.discard)
+
+    async def _adopt(self, visitor: asyncio.BufferedProtocol, sock: socket.socket) -> None:
+        try:
+            await self.loop.connect_accepted_socket(lambda: visitor, sock)
+        except OSError as err:  # it is gone already
+            log.debug("a connection ended before it was taken in: %s", err)
+            sock.close()
+
+    def _factory(self, port: Port) -> Callable[[], asyncio.BufferedProtocol]:
+        """What serves the port's connections."""
+        return self.raw.public.protocol(Door(b"tcp", port.number), lambda door: TcpVisitor(self, port, door))
 
     def _close(self, port: Port) -> None:
         """Close the port. What waits in its queue is reset; connections that were taken in go on."""
@@ -153,7 +184,7 @@ class TcpVisitor(RawVisitor):
     __slots__ = ("port",)
 
     def __init__(self, ports: TcpPorts, port: Port, door: Door) -> None:
-        super().__init__(ports.raw, door, port.live)
+        super().__init__(ports.raw, door, port.live or port.last)
         self.port = port
 
     def place(self) -> dict[str, Any]:
