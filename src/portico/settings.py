@@ -803,6 +803,23 @@ class ApiSettings:
     domain_addresses: tuple[str, ...] = ()
     # Zone in which DNS-01 challenges are answered for domains that delegate `_acme-challenge`; empty: delegation is not offered.
     challenge_zone: str = ""
+    # Resolvers that are asked whether a domain is its owner's, and points here: addresses, ADDRESS:PORT, or `system` for those of
+    # the machine. More than half of them must agree, so that one that lies or is slow decides nothing.
+    dns_resolvers: tuple[str, ...] = ("1.1.1.1", "8.8.8.8", "9.9.9.9")
+    # Seconds for one resolver to answer one question, with all aliases.
+    dns_timeout_seconds: float = 4.0
+    # Questions that one process has on their way at once.
+    dns_concurrency: int = 128
+    # Seconds between two looks at the DNS of a domain with which everything is right.
+    domain_recheck_seconds: float = 21_600.0
+    # Seconds within which a second `verify` of a domain gets the answer of the first.
+    domain_verify_pause_seconds: float = 5.0
+    # Days of failing looks after which a domain is given up: a claim is looked at no longer, a domain in use has `moved`.
+    domain_failing_days: float = 7.0
+    # Days that a domain which has moved is kept, in case that it comes back; then it is deleted.
+    domain_moved_days: float = 7.0
+    # Days that a domain which was lost is shown to who had it.
+    domain_deleted_days: float = 30.0
     # A list of public suffixes (publicsuffix.org) instead of the one that is installed with the server.
     public_suffix_file: Path | None = None
 
@@ -1030,6 +1047,10 @@ class WorkerSettings:
     sweep_exports_seconds: float = 3600.0
     # Seconds between two removals of audit rows past their retention.
     trim_audit_seconds: float = 3600.0
+    # Seconds between two looks for domains whose DNS is to be looked at; how often each is, docs/how-to/custom-domains.md says.
+    check_domains_seconds: float = 5.0
+    # Seconds between two removals of domains that were lost long ago.
+    purge_domains_seconds: float = 3600.0
 
 
 # --- where things are -------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ async def world(app: Any, owner: Account, stranger: Account, relay_key: str) -> 
     return await build_world(app, owner, stranger, relay_key)
 
 
+@pytest.mark.timeout(900)  # thousands of calls, on a machine that may do other things
 async def test_every_cell(app: Any, world: World, document: dict[str, Any]) -> None:
     walk = Walk(app, world, document)
     wrong = await walk.run()

@@ -76,7 +76,7 @@ def worker(
     ] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Background work: maintenance, notifications.
+    """Background work: certificates, maintenance, notifications.
 
     Any number of processes may run the same: each job is one process's at a time.
     """

@@ -124,7 +124,7 @@ def _compose(app: FastAPI, settings: ApiSettings, clock: Clock, db: Database | N
 def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
     """Tunnels and the edge; identity, below them, reaches them by its callbacks alone."""
     quotas = state.identity.quotas
-    state.domains = domains.Domains(settings, clock, quotas)
+    state.domains = domains.Domains(settings, clock, quotas, state.sealer)
     quotas.kinds.update(domains.kinds(settings))
     state.redis = None
     if settings.redis_url is not None:
@@ -172,6 +172,7 @@ def _routes() -> list[BaseRoute]:
     for router in (
         *_TUNNELS,
         domains_api.router,
+        domains_api.looking,
         identity_api.auth,
         identity_api.sessions,
         account_api.router,

@@ -84,6 +84,16 @@ def organization(row: Mapping[str, Any]) -> Change:
     return {"kind": "organization", "organization": dict(row)}
 
 
+def domain(row: Mapping[str, Any]) -> Change:
+    """A domain leads to a tunnel, or leads to it otherwise; ``row`` is all of it."""
+    return {"kind": "domain", "domain": dict(row)}
+
+
+def domain_removed(domain_id: str) -> Change:
+    """A domain leads nowhere any more."""
+    return {"kind": "domain_removed", "id": domain_id}
+
+
 def keys(jwks: Sequence[Mapping[str, Any]]) -> Change:
     """The whole set of public keys that tokens may be signed with."""
     return {"kind": "keys", "keys": [dict(key) for key in jwks]}

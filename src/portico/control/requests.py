@@ -32,7 +32,7 @@ from sqlalchemy.dialects.postgresql import insert
 from portico.control import access
 from portico.errors import Problem
 from portico.kit.batches import delete_in_batches
-from portico.kit.db import Database, Tx, metadata
+from portico.kit.db import Database, Reader, Tx, metadata
 from portico.kit.sealing import Sealer
 
 WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
@@ -211,6 +211,25 @@ async def once(request: Request, tx: Tx, run: Callable[[], Awaitable[Response]])
     response = await run()
     await _remember(tx, caller, key, response, sealer)
     return response
+
+
+async def permitted(request: Request, reader: Reader, permission: str) -> access.Caller:
+    """``access.require(permission)`` on a connection at hand, for routes that open theirs themselves."""
+    request.state.reader = reader
+    who = await access.identify(request)
+    who.check(permission)
+    return who
+
+
+async def writing(
+    request: Request, permission: str, run: Callable[[Tx, access.Caller], Awaitable[Response]]
+) -> Response:
+    """``run`` in a transaction that is committed before the answer leaves; once, for an ``Idempotency-Key``."""
+    async with request.app.state.db.transaction() as tx:
+        who = await permitted(request, tx, permission)
+        if "idempotency-key" in request.headers:
+            return await once(request, tx, lambda: run(tx, who))
+        return await run(tx, who)
 
 
 def _actor(who: access.Caller) -> str:

@@ -37,6 +37,8 @@ def api_settings(database_url: str, **more: Any) -> ApiSettings:
         rate_write_per_minute=0,
         edge_heartbeat_seconds=0.3,
         edge_poll_seconds=0.5,
+        dns_resolvers=("127.0.0.1:9",),
+        dns_timeout_seconds=0.05,
         **more,
     )
 

@@ -8,13 +8,15 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from portico.control.access import Caller, InTx, Paging, Reading, require
+from portico.control.access import Caller, Db, InTx, Paging, Reading, require
 from portico.control.domains import names
 from portico.control.domains.service import Domains
-from portico.control.requests import UnitOfWork
+from portico.control.requests import Repeatable, UnitOfWork, writing
+from portico.kit.db import Tx
 from portico.kit.pages import Page
 
 router = APIRouter(prefix="/domains", tags=["domains"], route_class=UnitOfWork)
+looking = APIRouter(prefix="/domains", tags=["domains"], route_class=Repeatable)
 
 
 async def service(request: Request) -> Domains:
@@ -53,6 +55,15 @@ class DomainBody(BaseModel):
     name: Text
     tls_mode: TlsMode = "terminate"
     failure_policy: FailurePolicy = "standard"
+
+
+class DomainPatch(BaseModel):
+    """What to change; members left out stay."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tls_mode: TlsMode | None = None
+    failure_policy: FailurePolicy | None = None
 
 
 class DnsRecord(BaseModel):
@@ -126,6 +137,33 @@ async def add_domain(tx: InTx, who: Writes, domains: Service, body: DomainBody) 
 async def get_domain(reader: Reading, who: Reads, domains: Service, domain: Id) -> Any:
     """One domain, with its records and what the last look found of each."""
     return await domains.get(reader, who, domain)
+
+
+@router.patch("/{domain}", response_model=Domain)
+async def change_domain(tx: InTx, who: Writes, domains: Service, domain: Id, body: DomainPatch) -> Any:
+    """Change who ends TLS for a domain, or what happens while its certificate fails."""
+    return await domains.change(tx, who, domain, body.tls_mode, body.failure_policy)
+
+
+@looking.post("/{domain}/verify", response_model=Domain)
+async def verify_domain(request: Request, who: Writes, domains: Service, db: Db, domain: Id) -> Response:
+    """Look at the domain's records now. The answer says of each what was found, and what to do about it."""
+    async with db.read() as reader:
+        seen = await domains.row(reader, who, domain)
+    domains.check_open(seen)
+    if domains.recently_checked(seen):
+        return _json(domains.rendering.document(seen))
+    looked = await domains.verification.look(seen)
+    request.state.caller = None  # it took its time: the credential may be revoked by now
+
+    async def run(tx: Tx, who: Caller) -> Response:
+        return _json(await domains.verified(tx, who, seen, looked))
+
+    return await writing(request, "domains:write", run)
+
+
+def _json(document: dict[str, Any]) -> Response:
+    return Response(Domain.model_validate(document).model_dump_json(), media_type="application/json")
 
 
 @router.delete("/{domain}", status_code=204)

@@ -14,13 +14,16 @@ What the certificate is about stands in columns of its own, ``cert_*``. Other pa
 from __future__ import annotations
 
 import secrets
+from datetime import timedelta
 from typing import Any, Final
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.domains import names, store
+from portico.control.domains import edge, failure_policy, names, store
+from portico.control.domains.judging import Looked
 from portico.control.domains.names import Name, NameRules
 from portico.control.domains.rendering import Rendering
+from portico.control.domains.verification import Verification
 from portico.control.identity.org_standing import check_standing, standing
 from portico.control.identity.quotas import Kind, Quotas
 from portico.errors import Problem
@@ -28,6 +31,7 @@ from portico.kit import pages
 from portico.kit.clock import Clock
 from portico.kit.db import Reader, Tx
 from portico.kit.ids import new_id
+from portico.kit.sealing import Sealer
 from portico.settings import ApiSettings
 
 _TOKEN_BYTES: Final = 20
@@ -62,12 +66,13 @@ def kinds(settings: ApiSettings) -> dict[str, Kind]:
 class Domains:
     """The verbs on domains of one organization. One per process."""
 
-    def __init__(self, settings: ApiSettings, clock: Clock, quotas: Quotas) -> None:
+    def __init__(self, settings: ApiSettings, clock: Clock, quotas: Quotas, sealer: Sealer) -> None:
         self._settings = settings
         self._clock = clock
         self._quotas = quotas
         self.rules = NameRules(settings)
         self.rendering = Rendering(settings, self.rules)
+        self.verification = Verification(settings, clock, sealer)
 
     # -- reading
 
@@ -120,12 +125,62 @@ class Domains:
         await audit.record(tx, caller, "domain.add", row.id, details=facts)
         return self.rendering.document(row)
 
+    def recently_checked(self, row: Any) -> bool:
+        """Whether the last look is so fresh that another one would see the same."""
+        pause = timedelta(seconds=self._settings.domain_verify_pause_seconds)
+        return row.checked_at is not None and self._clock.wall() - row.checked_at < pause
+
+    async def verified(self, tx: Tx, caller: Caller, seen: Any, looked: Looked) -> dict[str, Any]:
+        """The domain after a look at ``seen`` that its owner asked for.
+
+        Raises ``domain.not_found``, ``domain.blocked``, ``domain.lost``.
+        """
+        row = await self.verification.apply(tx, caller, seen, looked, manual=True)
+        if row is None:
+            raise Problem("domain.not_found")
+        self.check_open(row)
+        return self.rendering.document(row)
+
+    @staticmethod
+    def check_open(row: Any) -> None:
+        """Raises ``domain.blocked`` or ``domain.lost`` for a domain with which nothing is done any more."""
+        if row.hostname_status == "blocked":
+            raise Problem("domain.blocked")
+        if row.hostname_status == "deleted":
+            raise Problem("domain.lost")
+
+    async def change(
+        self, tx: Tx, caller: Caller, domain_id: str, tls_mode: str | None, failure_policy_: str | None
+    ) -> dict[str, Any]:
+        """Change who ends TLS, and what happens while the certificate fails; ``None`` leaves one as it is.
+
+        Raises ``domain.not_found``, ``domain.blocked``, ``domain.lost``, ``domain.routed``.
+        """
+        row = await self.row(tx, caller, domain_id, lock=True)
+        self.check_open(row)
+        values: dict[str, Any] = {}
+        if tls_mode not in (None, row.tls_mode):
+            if row.tunnel_id is not None:
+                raise Problem("domain.routed", f"{row.name} is routed to a tunnel of the other kind; unroute it first")
+            values["tls_mode"] = tls_mode
+        if failure_policy_ not in (None, row.failure_policy):
+            values["failure_policy"] = failure_policy_
+            values |= failure_policy.left(row)
+        if not values:
+            return self.rendering.document(row)
+        after = await store.update(tx, domain_id, **values)
+        edge.tell(tx, row, after)
+        changed: dict[str, Any] = {name: value for name, value in values.items() if name != "cert_held_at"}
+        await audit.record(tx, caller, "domain.change", domain_id, details={"name": row.name, **changed})
+        return self.rendering.document(after)
+
     async def delete(self, tx: Tx, caller: Caller, domain_id: str) -> None:
         """Let a domain go: relays serve it no longer within 2 s, and its name is free. Raises ``domain.not_found``.
 
         No time must pass before another organization can have it: that one has to prove the name anew."""
         row = await self.row(tx, caller, domain_id, lock=True)
         await store.delete(tx, domain_id)
+        edge.tell(tx, row, None)
         await audit.record(tx, caller, "domain.delete", domain_id, details={"name": row.name})
 
 

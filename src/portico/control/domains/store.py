@@ -7,6 +7,7 @@ that is not proved yet. The columns ``cert_*`` are written by ``certificate_stat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -163,3 +164,46 @@ async def update(tx: Tx, domain: str, **values: Any) -> sa.Row[Any]:
 async def delete(tx: Tx, domain: str) -> None:
     """Delete a domain."""
     await tx.execute(sa.delete(custom_domains).where(_C.id == domain))
+
+
+async def lock_claims(tx: Tx, name: str) -> Sequence[sa.Row[Any]]:
+    """Every claim of a name, held until the transaction ends: whoever decides about it takes all, in one order."""
+    query = sa.select(custom_domains).where(_C.name == name, _ALIVE).order_by(_C.id)
+    return await tx.fetch_all(query.with_for_update())
+
+
+async def routed(reader: Reader) -> Sequence[sa.Row[Any]]:
+    """What relays hold."""
+    return await reader.fetch_all(
+        sa.select(custom_domains).where(_C.tunnel_id.is_not(None), _C.hostname_status.in_(SERVED))
+    )
+
+
+# Organizations take turns: who brings a thousand names at once holds nobody up.
+_DUE = """
+WITH due AS (
+    SELECT id, row_number() OVER (PARTITION BY organization_id ORDER BY next_check_at) AS turn, next_check_at
+    FROM custom_domains WHERE next_check_at <= $1
+), chosen AS (
+    SELECT d.id FROM custom_domains d JOIN due USING (id) WHERE d.next_check_at <= $1
+    ORDER BY due.turn, due.next_check_at LIMIT $2 FOR UPDATE OF d SKIP LOCKED
+)
+UPDATE custom_domains SET next_check_at = $3 WHERE id IN (SELECT id FROM chosen) RETURNING id
+"""
+
+
+async def take_due(tx: Tx, now: datetime, limit: int, again: datetime) -> Sequence[sa.Row[Any]]:
+    """Domains that are to be looked at, each for one worker: whoever dies over one leaves it to others from ``again`` on."""
+    ids = [row["id"] for row in await tx.raw.fetch(_DUE, now, limit, again)]
+    return await tx.fetch_all(sa.select(custom_domains).where(_C.id.in_(ids)))
+
+
+async def purge(tx: Tx, before: datetime, limit: int) -> int:
+    """Forget domains that were lost before a time; how many."""
+    query = """
+        DELETE FROM custom_domains WHERE id IN (
+            SELECT id FROM custom_domains WHERE hostname_status = 'deleted' AND updated_at < $1 LIMIT $2
+            FOR UPDATE SKIP LOCKED)
+    """
+    status: str = await tx.raw.execute(query, before, limit)
+    return int(status.rpartition(" ")[2])

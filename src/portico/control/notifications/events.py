@@ -36,6 +36,18 @@ DISABLED: Final = "channel.disabled"
 #: Topic of the mail with a code, which is no event.
 CODE: Final = "channel.confirm"
 
+
+def _domain(status: str, error: str | None) -> dict[str, Any]:
+    tunnel, domain = "tun_01jd2x8k3nf0v4q5w6e7r8t9ya", "dom_01jd2x8k3nf0v4q5w6e7r8t9ya"
+    return {
+        "domain": domain,
+        "name": "www.example.com",
+        "hostname_status": status,
+        "error": error,
+        "tunnel": tunnel,
+    }
+
+
 EVENTS: Final[dict[str, Event]] = {
     TEST: Event(
         "Somebody pressed the button to test a channel. It goes to that channel, whatever that wants.",
@@ -52,6 +64,29 @@ EVENTS: Final[dict[str, Event]] = {
             "target": "https://hooks.example.com/portico",
             "reason": "the receiver says that it is gone (410)",
         },
+    ),
+    "domain.verified": Event(
+        "A domain was proved to be the organization's, and can be routed to a tunnel.",
+        "The domain {name} is verified ({hostname_status}).",
+        _domain("active", None),
+    ),
+    "domain.failing": Event(
+        "The DNS records of a domain that was verified are not there any more. Nothing changes for some days (7, unless the "
+        "operator set another number); `error` says what is wrong.",
+        "The DNS records of the domain {name} are not right any more: {error}.",
+        _domain("active", "pointing_elsewhere"),
+    ),
+    "domain.moved": Event(
+        "The records of a domain have been wrong for days. It is still served where its visitors come here, and is deleted after "
+        "some more days (7, unless the operator set another number).",
+        "The domain {name} has moved away: {error}.",
+        _domain("moved", "pointing_elsewhere"),
+    ),
+    "domain.lost": Event(
+        "A domain is not the organization's any more: its records stayed wrong, or somebody else proved that it is theirs "
+        "(`error` is `taken_over`).",
+        "The domain {name} was lost: {error}.",
+        _domain("deleted", "taken_over"),
     ),
     "key.leaked": Event(
         "A key was found in public by a secret scanner and revoked. Whoever made it and the owners get a mail, too.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -21,17 +21,16 @@ from portico.control.access import (
     Reading,
     client_address,
     credential_of,
-    identify,
     request_id,
     require,
 )
-from portico.control.requests import Repeatable, UnitOfWork, once, shown
+from portico.control.requests import Repeatable, UnitOfWork, once, permitted, shown, writing
 from portico.control.tunnels import history, policy
 from portico.control.tunnels.service import Tunnels
 from portico.control.tunnels.sessions import AgentFacts, Sessions, TunnelSpec, startable
 from portico.control.tunnels.visitors import VisitorPasswords
 from portico.errors import Problem
-from portico.kit.db import Reader, Tx
+from portico.kit.db import Tx
 from portico.kit.pages import Page
 
 reserved = APIRouter(prefix="/reserved-names", tags=["tunnels"], route_class=UnitOfWork)
@@ -176,16 +175,8 @@ async def _credential(request: Request) -> str:
 
 
 Credential = Annotated[str, Depends(_credential)]
-# Of the routes that ask ``_permitted`` themselves.
+# Of the routes that ask ``permitted`` themselves.
 _CONNECTS: dict[str, Any] = {"security": [{"bearer": []}], **Access(KEYS, ("agent:connect",)).openapi()}
-
-
-async def _permitted(request: Request, reader: Reader, permission: str) -> Caller:
-    """``require(permission)`` on a connection at hand."""
-    request.state.reader = reader
-    who = await identify(request)
-    who.check(permission)
-    return who
 
 
 def _wanted(written: dict[str, Any] | str | None, tunnel: str | None = None) -> policy.Wanted | None:
@@ -213,15 +204,6 @@ async def _all_digested(
     return made
 
 
-async def _writing(request: Request, permission: str, run: Callable[[Tx, Caller], Awaitable[Response]]) -> Response:
-    """``run`` in a transaction that is committed before the answer leaves; once, for an ``Idempotency-Key``."""
-    async with request.app.state.db.transaction() as tx:
-        who = await _permitted(request, tx, permission)
-        if "idempotency-key" in request.headers:
-            return await once(request, tx, lambda: run(tx, who))
-        return await run(tx, who)
-
-
 def _shown(tunnel: dict[str, Any], status: int) -> Response:
     return Response(Tunnel.model_validate(tunnel).model_dump_json(), status, media_type="application/json")
 
@@ -245,7 +227,7 @@ async def create_tunnel(request: Request, who: Writes, tunnels: Service, body: T
         )
         return _shown(made, 201)
 
-    return await _writing(request, "tunnels:write", run)
+    return await writing(request, "tunnels:write", run)
 
 
 @policies.patch("/{tunnel_id}", response_model=Tunnel)
@@ -262,7 +244,7 @@ async def change_tunnel(request: Request, who: Writes, tunnels: Service, tunnel_
     async def run(tx: Tx, who: Caller) -> Response:
         return _shown(await tunnels.update(tx, who, tunnel_id, wanted, body.policy_version), 200)
 
-    return await _writing(request, "tunnels:write", run)
+    return await writing(request, "tunnels:write", run)
 
 
 # -- reading and the rest ----------------------------------------------------------------------------------------------
@@ -446,18 +428,18 @@ async def open_session(request: Request, credential: Credential, body: SessionBo
     specs = [spec.spec() for spec in body.tunnels]
     if any(spec.policy is not None and spec.policy.passwords() for spec in specs):
         async with state.db.read() as reader:
-            who = await _permitted(request, reader, "agent:connect")
+            who = await permitted(request, reader, "agent:connect")
         made = await _all_digested(request, who, [spec.policy for spec in specs])
         specs = [replace(spec, policy=wanted) for spec, wanted in zip(specs, made, strict=True)]
     if "idempotency-key" in request.headers:
         async with state.db.transaction() as tx:
-            who = await _permitted(request, tx, "agent:connect")
+            who = await permitted(request, tx, "agent:connect")
             return await once(request, tx, lambda: _opened(sessions, tx, who, facts, specs))
     document = await _in_one_statement(request, sessions, credential, facts, specs)
     if document is not None:
         return _json(document, 201)
     async with state.db.transaction() as tx:
-        who = await _permitted(request, tx, "agent:connect")
+        who = await permitted(request, tx, "agent:connect")
         answer = await _opened(sessions, tx, who, facts, specs)
     sessions.remember(credential, body.agent_id, who)
     return answer
@@ -481,7 +463,7 @@ async def _in_one_statement(
                 request.state.caller = who
                 sessions.remember(credential, facts.agent_id, who)
                 return document
-        who = await _permitted(request, reader, "agent:connect")
+        who = await permitted(request, reader, "agent:connect")
         document = await (sessions.continued if known else sessions.started)(reader, who, facts, specs)
     if document is not None:
         sessions.remember(credential, facts.agent_id, who)
@@ -493,7 +475,7 @@ async def refresh_session(request: Request, _: Credential, session_id: Id, body:
     """New tokens for a live session, before the old ones expire. Repeating it is harmless."""
     state = request.app.state
     async with state.db.read() as reader:
-        who = await _permitted(request, reader, "agent:connect")
+        who = await permitted(request, reader, "agent:connect")
         return _json(await state.agent_sessions.refresh(reader, who, session_id, body.agent_id), 200)
 
 
@@ -515,7 +497,7 @@ async def add_tunnel(
     async def run(tx: Tx, who: Caller) -> Response:
         return _json(await sessions.add(tx, who, session_id, spec), 201)
 
-    return await _writing(request, "agent:connect", run)
+    return await writing(request, "agent:connect", run)
 
 
 @agent.delete("/{session_id}/tunnels/{tunnel_id}", status_code=204)

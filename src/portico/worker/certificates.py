@@ -1,0 +1,26 @@
+"""The worker `certificates`: what happens to domains and their certificates outside of requests."""
+
+from __future__ import annotations
+
+from portico.control.domains import jobs_verification
+from portico.kit.queue import Work
+from portico.settings import WorkerSettings
+from portico.worker.jobs import Context, Job
+
+
+def jobs(settings: WorkerSettings) -> list[Job]:
+    """Its jobs, at the intervals of the settings; each is harmless when it runs twice."""
+    return [
+        Job(jobs_verification.CHECK, check_domains, settings.check_domains_seconds),
+        Job(jobs_verification.PURGE, purge_domains, settings.purge_domains_seconds),
+    ]
+
+
+async def check_domains(context: Context, work: Work) -> None:
+    """Look at the DNS of domains that are due."""
+    await jobs_verification.check(context.db, context.control, context.clock)
+
+
+async def purge_domains(context: Context, work: Work) -> None:
+    """Forget domains that were lost long ago."""
+    await jobs_verification.purge(context.db, context.control, context.clock)
