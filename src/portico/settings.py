@@ -823,6 +823,30 @@ class ApiSettings:
     # A list of public suffixes (publicsuffix.org) instead of the one that is installed with the server.
     public_suffix_file: Path | None = None
 
+    # == Certificate events
+    # Bytes of one event.
+    cert_event_max_bytes: int = 65_536
+    # Seconds by which an event's time may be off, both ways.
+    cert_event_tolerance_seconds: float = 300.0
+    # Seconds after which every event is refused that is not known to be from its source, whatever was wrong with it.
+    cert_refusal_seconds: float = 0.05
+    # Events that one transaction stores at most; while it commits, the next ones gather.
+    cert_event_group: int = 256
+    # Events that wait in one process for their transaction; more are refused for a moment.
+    cert_event_backlog: int = 4096
+    # Seconds between two records of what was counted of each source: what came, and what was refused why.
+    cert_activity_seconds: float = 1.0
+    # Sources of certificate events in all.
+    cert_sources_max: int = 500
+    # Seconds for which a process trusts its list of sources where it refuses; what it stores is checked anew.
+    cert_source_refresh_seconds: float = 1.0
+    # Seconds for which the keys of a source before a new one are good, when nobody says otherwise.
+    cert_source_grace_seconds: int = 86_400
+    # Seconds that events are kept; what they led to stays.
+    cert_event_keep_seconds: int = 34_560_000
+    # Events that one call replays, or says that it would.
+    cert_replay_max: int = 1000
+
     # == Edge
     # Seconds after its last heartbeat for which a relay counts as live.
     relay_lease_seconds: float = 15.0
@@ -870,6 +894,8 @@ class ApiSettings:
     rate_export_per_minute: int = 60
     # Agent sessions opened, refreshed and changed with one key; a whole fleet may share it. Counted by each process alone.
     rate_agent_per_minute: int = 60_000
+    # Certificate events from one network, good ones or not. Counted by each process alone.
+    rate_events_per_minute: int = 300_000
     # Requests of the console's pages from one network.
     rate_page_per_minute: int = 1200
     # Requests from one network whose credential does not prove good. Those on their way count until they do.
@@ -1051,6 +1077,24 @@ class WorkerSettings:
     check_domains_seconds: float = 5.0
     # Seconds between two removals of domains that were lost long ago.
     purge_domains_seconds: float = 3600.0
+    # Attempts at a certificate event, the first included; after the last that fails it is dead, until it is replayed.
+    cert_event_attempts: int = 8
+    # Seconds below which the pause after a first failure is drawn; the bound doubles with each.
+    cert_event_retry_seconds: float = 5.0
+    # The greatest such bound in seconds.
+    cert_event_retry_max_seconds: float = 900.0
+    # Seconds between two removals of certificate events past their time.
+    clear_cert_events_seconds: float = 3600.0
+    # Seconds between two looks for dead certificate events that are replayed by themselves.
+    cert_auto_replay_seconds: float = 60.0
+    # Events that one such look replays at most; 0: none are.
+    cert_auto_replay_limit: int = 50
+    # Seconds for which an event lies dead before that.
+    cert_auto_replay_cooldown_seconds: float = 900.0
+    # Times that one event is replayed by itself.
+    cert_auto_replay_times: int = 3
+    # Seconds after which an event is too old for that.
+    cert_auto_replay_age_seconds: float = 604_800.0
 
 
 # --- where things are -------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
 from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, ROLES, SUPPORT_PERMISSIONS, Caller, CallerKind
+from portico.control.domains import lifecycle, sources
 from portico.control.identity import operators, tables, tokens
 from portico.control.identity.account_tables import passkeys
 from portico.control.identity.keys import issue
@@ -259,6 +260,8 @@ class World:
             "passkey": self._passkey,
             "role": lambda: self._made("/v1/org/roles", {"name": f"role {self._count}", "permissions": []}),
             "reserved_name": self._reserved_name,
+            "cert_source": self._cert_source,
+            "cert_event": self._cert_event,
             "domain": lambda: self._made("/v1/domains", {"name": f"w{self._count}.example.com"}),
             "session": self._sign_in_session,
             "session_id": self._agent_session,
@@ -294,6 +297,19 @@ class World:
             statement = sa.insert(tables.organization_exports).values(**row, queue_state="done")
             await tx.execute(statement.values(expires_at=now + timedelta(days=1), file="none.zip"))
         return export
+
+    async def _cert_source(self) -> str:
+        wanted = sources.Wanted(f"source {self._count}", "test", ["one"], [], ["*"])
+        async with self.db.transaction() as tx:
+            made = await self.app.state.cert_sources.create(tx, Caller("operator", "installation", None), wanted, None)
+        return str(made["id"])
+
+    async def _cert_event(self) -> str:
+        event = lifecycle.NewEvent(await self.object("domain"), "validation", "started", 1)
+        async with self.db.transaction() as tx:
+            made = await lifecycle.record(tx, event)
+            await tx.raw.execute("UPDATE certificate_lifecycle_events SET queue_state = 'dead' WHERE id = $1", made)
+        return made
 
     async def _channel(self) -> str:
         """One more webhook, beside those that there are: the route replaces them all."""

@@ -3,9 +3,10 @@
     app = create_app(settings)
 
 Everything that lives as long as the process hangs on ``app.state``: ``settings``, ``db``, ``clock``, ``sealer``,
-``signing_keys``, ``identity``, ``domains``, ``authenticate``, ``note_refusal``, ``relays``, ``tunnels``, ``visitor_passwords``,
-``channels``, ``agent_sessions``, ``standing``, ``edge_states``, ``edge_hub``, ``redis`` (None without one), ``trusted_proxies``
-and ``stopping`` (an event set at the first SIGTERM; streams watch it and end themselves).
+``signing_keys``, ``identity``, ``domains``, ``cert_sources``, ``cert_ingest``, ``authenticate``, ``note_refusal``,
+``relays``, ``tunnels``, ``visitor_passwords``, ``channels``, ``agent_sessions``, ``standing``, ``edge_states``,
+``edge_hub``, ``redis`` (None without one), ``trusted_proxies`` and ``stopping`` (an event set at the first SIGTERM; streams
+watch it and end themselves).
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from portico.control.audit import api as audit_api
 from portico.control.audit import service as audit
 from portico.control.console import pages as console_pages
 from portico.control.domains import api as domains_api
+from portico.control.domains import ingest_api, lifecycle_api, source_api
 from portico.control.domains import service as domains
+from portico.control.domains.ingest import Ingest
+from portico.control.domains.sources import Sources
 from portico.control.edge import api as edge_api
 from portico.control.edge.hub import Hub
 from portico.control.edge.state import StateReader
@@ -125,6 +129,8 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
     """Tunnels and the edge; identity, below them, reaches them by its callbacks alone."""
     quotas = state.identity.quotas
     state.domains = domains.Domains(settings, clock, quotas, state.sealer)
+    state.cert_sources = Sources(settings, state.db, clock, state.sealer)
+    state.cert_ingest = Ingest(settings, state.db, clock, state.cert_sources)
     quotas.kinds.update(domains.kinds(settings))
     state.redis = None
     if settings.redis_url is not None:
@@ -171,6 +177,8 @@ def _routes() -> list[BaseRoute]:
     # Tried in this order, which costs microseconds per route passed over: what agents and relays ask comes first.
     for router in (
         *_TUNNELS,
+        ingest_api.router,
+        lifecycle_api.of_domains,
         domains_api.router,
         domains_api.looking,
         identity_api.auth,
@@ -191,6 +199,8 @@ def _routes() -> list[BaseRoute]:
         notifications_api.router,
         audit_api.router,
         *admin_api.routers,
+        source_api.router,
+        lifecycle_api.router,
     ):
         routes.include_router(router, prefix="/v1")
     routes.include_router(identity_api.well_known)
@@ -236,6 +246,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
+        with suppress(Exception):
+            await app.state.cert_ingest.intake.close()
         with suppress(Exception):
             await app.state.identity.write_last_used()
             await app.state.identity.elsewhere.close()

@@ -134,8 +134,11 @@ class Exchange:
         for name in _SINGLE:
             if len(headers.getlist(name)) > 1:
                 raise Problem("request.malformed", f"the header {name} is there twice", hint="Send it once.")
-        edge = scope["path"].startswith("/v1/edge/")
-        limit = self.settings.edge_body_max_bytes if edge else self.settings.request_body_max_bytes
+        limit = self.settings.request_body_max_bytes
+        if scope["path"].startswith("/v1/edge/"):
+            limit = self.settings.edge_body_max_bytes
+        elif scope["path"] == "/v1/domains/cert-events":
+            limit = self.settings.cert_event_max_bytes
         declared = headers.get("content-length", "0")
         if len(declared) > 18 or not declared.isdecimal() or int(declared) > limit:
             raise Problem("request.too_large", f"a body here has at most {limit} bytes", limit=limit)

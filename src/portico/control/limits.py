@@ -5,6 +5,7 @@
     write      POST, PUT, PATCH, DELETE                       by person or key
     export     …/export                                       by person or key
     agent      /v1/agent/…                                    by key, in this process alone
+    events     certificate events                             by network, in this process alone
     page       the console                                    by network
     unknown    a credential that has not proved good yet      by network; taken back when it does
     (none)     /v1/edge/…, health, /openapi.json, keys of tokens
@@ -145,6 +146,7 @@ class Limits:
             "write": settings.rate_write_per_minute,
             "export": settings.rate_export_per_minute,
             "agent": settings.rate_agent_per_minute,
+            "events": settings.rate_events_per_minute,
             "page": settings.rate_page_per_minute,
             "unknown": settings.rate_unknown_per_minute,
         }
@@ -156,6 +158,8 @@ class Limits:
         rate = self._rates.get(name)
         if rate is None:
             return None
+        if name == "events":
+            return self._local(rate, network(client_address(Request(scope))))
         if name in ("auth", "page"):
             return await self._shared(rate, network(client_address(Request(scope))))
         credential = _digest(headers.get("authorization", ""))
@@ -216,6 +220,8 @@ def class_of(method: str, path: str) -> str:
         return "agent"
     if path.startswith(_EXEMPT):
         return ""
+    if path == "/v1/domains/cert-events":
+        return "events"
     if not path.startswith("/v1/"):
         return "page"
     if path.startswith(("/v1/auth/", "/v1/secret-scanning/")):

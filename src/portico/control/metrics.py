@@ -32,7 +32,18 @@ POOL = Metric("portico_api_database_connections", "gauge", "Connections of the p
 HASHES = Metric("portico_api_password_hashes_waiting", "gauge", "Password hashes under way or waiting for their turn.")
 REDIS = Metric("portico_api_redis_up", "gauge", "0 while Redis is left alone after a failure, and without one.")
 
-DECLARED: tuple[Metric, ...] = (REQUESTS, SECONDS, IN_FLIGHT, EDGE_STREAMS, POOL, HASHES, REDIS)
+CERT_EVENTS = Metric(
+    "portico_api_cert_events_total", "counter",
+    "Certificate events that were known to be from their source, by what became of them.", ("outcome",),
+)  # fmt: skip
+CERT_REFUSED = Metric(
+    "portico_api_cert_events_refused_total", "counter",
+    "Certificate events that were not, by the first check that failed; their senders are all told the same.", ("code",),
+)  # fmt: skip
+
+DECLARED: tuple[Metric, ...] = (
+    REQUESTS, SECONDS, IN_FLIGHT, EDGE_STREAMS, POOL, HASHES, REDIS, CERT_EVENTS, CERT_REFUSED,
+)  # fmt: skip
 
 
 def read(state: Any) -> Iterator[Sample]:
@@ -48,3 +59,8 @@ def read(state: Any) -> Iterator[Sample]:
     yield POOL, ("idle",), idle
     yield HASHES, (), state.passwords.waiting
     yield REDIS, (), float(state.redis is not None and state.redis.available)
+    intake = state.cert_ingest.intake
+    for outcome, count in intake.outcomes.items():
+        yield CERT_EVENTS, (outcome,), count
+    for code, count in intake.refusals.items():
+        yield CERT_REFUSED, (code,), count

@@ -5,6 +5,7 @@ from __future__ import annotations
 from portico.control.domains import jobs_verification
 from portico.kit.queue import Work
 from portico.settings import WorkerSettings
+from portico.worker import certificate_events
 from portico.worker.jobs import Context, Job
 
 
@@ -13,6 +14,7 @@ def jobs(settings: WorkerSettings) -> list[Job]:
     return [
         Job(jobs_verification.CHECK, check_domains, settings.check_domains_seconds),
         Job(jobs_verification.PURGE, purge_domains, settings.purge_domains_seconds),
+        *certificate_events.jobs(settings),
     ]
 
 

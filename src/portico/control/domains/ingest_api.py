@@ -1,0 +1,95 @@
+"""``POST /v1/domains/cert-events``: what happened to certificates, signed by who saw it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import BaseModel
+
+from portico.control.access import Caller, anonymous
+from portico.control.domains.event_body import CertEvent
+from portico.control.domains.ingest import Ingest, Received
+from portico.errors import Problem
+from portico.kit import http_signatures
+from portico.kit.http_signatures import Target
+
+router = APIRouter(prefix="/domains", tags=["domains"])
+
+
+class Taken(BaseModel):
+    """What became of the event. `duplicate`: this very event was here before; `unmapped`: its class and action mean nothing
+    here, so it changes nothing."""
+
+    event: str
+    status: Literal["accepted", "duplicate", "unmapped"]
+
+
+def _header(name: str, description: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": False, "description": description, "schema": {"type": "string"}}
+
+
+def _inline(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with its definitions where they are used: what is not a model of FastAPI's has no place among the components."""
+    parts = schema.pop("$defs", {})
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [placed(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        named = parts[value["$ref"].rpartition("/")[2]] if "$ref" in value else {}
+        return {name: placed(each) for name, each in {**named, **value}.items() if name != "$ref"}
+
+    found: dict[str, Any] = placed(schema)
+    return found
+
+
+# The body is signed as it is: it is read here, and nothing parses it before its signature was checked.
+_SHAPE: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": _inline(CertEvent.model_json_schema())}},
+    },
+    "parameters": [
+        _header("X-Cert-Source", "The source, `src_…`; the body's `sourceId` is the same."),
+        _header("Webhook-Id", "The event's id, the same in every attempt; the body's `eventId` is the same."),
+        _header("Webhook-Timestamp", "Standard Webhooks: seconds since 1970 of this attempt."),
+        _header("Webhook-Signature", "Standard Webhooks: `v1,` and base64 HMAC-SHA256, or `v1a,` and base64 Ed25519."),
+        _header("X-Cert-Cluster", "The cluster; needed with X-Cert-Signature."),
+        _header("X-Cert-Signature", "The compact form, `t=…,v1=…`, instead of Webhook-Signature."),
+        _header("Signature-Input", "RFC 9421, instead of both, with Signature and Content-Digest."),
+        _header("Signature", "RFC 9421."),
+        _header("Content-Digest", "RFC 9530."),
+    ],
+    "x-callers": ["anonymous"],
+}
+
+
+@router.api_route("/cert-events", methods=["GET", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+async def other_methods() -> None:
+    """This address is no domain, as the one beside it with a parameter would take it for."""
+    raise Problem("request.method_not_allowed", headers={"Allow": "POST"})
+
+
+@router.post(
+    "/cert-events", response_model=Taken, status_code=202, openapi_extra=_SHAPE, responses={200: {"model": Taken}}
+)
+async def receive(request: Request, who: Annotated[Caller, Depends(anonymous)], response: Response) -> Any:
+    """Take an event in. `202`: it is stored, and applied in a moment; `200`: it was stored before. See
+    docs/certificate-lifecycle.md for the body, and for the three ways to sign it."""
+    ingest: Ingest = request.app.state.cert_ingest
+    fields: dict[str, str] = {}
+    repeated = set()
+    for name, value in request.headers.items():
+        if name in fields:
+            repeated.add(name)
+        fields[name] = value
+    target = Target(
+        request.method, http_signatures.authority(fields.get("host", "")), request.scope["raw_path"].decode("latin-1")
+    )
+    received = Received(target, fields, frozenset(repeated), await request.body(), who.address, who.request_id)
+    taken = await ingest.receive(who, received)
+    if taken.status == "duplicate":
+        response.status_code = 200
+    return {"event": taken.event, "status": taken.status}

@@ -1,0 +1,59 @@
+"""Private keys that somebody sends by mistake, in any clothes that mistakes come in.
+
+Nothing that tells of certificates needs a private key. One that is here all the same must be refused before anything is stored,
+and whoever sent it has to treat it as known to others.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import Any, Final
+
+# The text of a PEM label once everything but capitals is gone: spaces, line ends and dashes hide nothing. (Messages about private
+# keys, in the letters of a sentence, are none.)
+_LABEL: Final = "PRIVATEKEY"
+_NOT_A_LETTER: Final = re.compile(r"[^A-Z]+")
+_AGE: Final = re.compile(r"AGE-SECRET-KEY-1[0-9A-Z]{20,}", re.IGNORECASE)
+_PRIVATE_TEXT: Final = re.compile(r"whsk_[A-Za-z0-9+/=_-]{16,}")
+_BASE64: Final = re.compile(r"[A-Za-z0-9+/_-]{60,}={0,2}")
+# How DER begins, behind the length of the outer sequence: PKCS#8 and PKCS#1 (version 0, then a sequence or an integer), SEC 1.
+_DER: Final = re.compile(
+    rb"\x30(?:[\x00-\x7f]|\x81.|\x82..|\x83...)(?:\x02\x01[\x00\x01](?:\x30|\x02)|\x02\x01\x01\x04)", re.DOTALL
+)
+_JWK_TYPES: Final = frozenset({"RSA", "EC", "OKP", "oct"})
+
+
+def in_text(text: str) -> bool:
+    """Whether a text holds something like a private key."""
+    letters = _NOT_A_LETTER.sub("", text)
+    if _LABEL in letters or _AGE.search(text) or _PRIVATE_TEXT.search(text):
+        return True
+    joined = re.sub(r"\s+", "", text)
+    return any(_is_key(match.group()) for match in _BASE64.finditer(joined))
+
+
+def in_document(document: Any) -> bool:
+    """Whether a JSON value does anywhere: in a string, in a name of a member, or as a JSON Web Key with its private part."""
+    stack = [document]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            if value.get("kty") in _JWK_TYPES and ("d" in value or "k" in value):
+                return True
+            stack.extend(value)
+            stack.extend(value.values())
+        elif isinstance(value, list):
+            stack.extend(value)
+        elif isinstance(value, str) and in_text(value):
+            return True
+    return False
+
+
+def _is_key(text: str) -> bool:
+    try:
+        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_" if set(text) & set("-_") else None)
+    except (binascii.Error, ValueError):
+        return False
+    return _DER.match(raw) is not None or _LABEL in _NOT_A_LETTER.sub("", raw.decode("latin-1"))
