@@ -116,13 +116,19 @@ def is_secret(kind: Any) -> bool:
     return kind is Secret or Secret in typing.get_args(kind)
 
 
+def mounted_secret(path: Path, environ: Mapping[str, str] | None = None) -> bool:
+    """Whether ``path`` lies where a container engine or systemd mounts secrets: its mode is theirs to choose."""
+    environ = os.environ if environ is None else environ
+    folders = [_CONTAINER_SECRETS, *(Path(text) for text in [environ.get("CREDENTIALS_DIRECTORY")] if text)]
+    return any(folder in path.absolute().parents for folder in folders)
+
+
 def check_private(what: str, path: Path, mode: int, environ: Mapping[str, str] | None = None) -> None:
     """Raise ``config.invalid`` when others than owner and group may read or write ``path`` (a group is set on purpose)."""
     environ = os.environ if environ is None else environ
     if not hasattr(os, "geteuid"):  # elsewhere modes say nothing
         return
-    folders = [_CONTAINER_SECRETS, *(Path(text) for text in [environ.get("CREDENTIALS_DIRECTORY")] if text)]
-    if mode & 0o006 and not any(folder in path.absolute().parents for folder in folders):
+    if mode & 0o006 and not mounted_secret(path, environ):
         kind = "read" if mode & 0o004 else "written"
         advice = f"Run: chmod 600 {path} (or 640, for a group). If others had access, replace the secret too."
         raise Problem("config.invalid", f"{what}: {path} can be {kind} by every user", hint=advice)
@@ -413,6 +419,21 @@ class RelaySettings:
     tls_contexts_max: int = 2048
     # Seconds after which a context is made anew, and with it the key of its session tickets.
     tls_context_seconds: float = 43200.0
+    # Private keys of this relay's region (PEM, X25519, mode 0600), more than one while they are rotated; without one no
+    # certificate of a custom domain can be opened here.
+    region_key_files: tuple[Path, ...] = ()
+    # Public keys (Ed25519, base64url) of certificate workers whose manifests are believed; from their operator, never the API.
+    certificate_signers: tuple[str, ...] = ()
+    # Versions of certificates that one question to the control plane asks for (at most 50), some 6 kB each.
+    certificate_fetch_rows: int = 50
+    # Bytes of an answer to it.
+    certificate_fetch_max_bytes: int = 8388608
+    # Seconds for it to be answered.
+    certificate_fetch_timeout_seconds: float = 10.0
+    # Longest pause in seconds before it, or an acknowledgement, is tried again (full jitter).
+    certificate_backoff_max_seconds: float = 5.0
+    # Seconds that a relay which starts catches up before it serves TLS with what it has; not at all without the control plane.
+    certificate_catch_up_seconds: float = 10.0
     # Folder of the development CA (`portico dev-ca`); without it and without certificates HTTPS has one that nobody trusts.
     dev_ca_dir: Path | None = None
     # What opens the key of the development CA; set by `portico up`.
@@ -850,6 +871,13 @@ class ApiSettings:
     # == Edge
     # Seconds after its last heartbeat for which a relay counts as live.
     relay_lease_seconds: float = 15.0
+    # Share of a region's healthy relays that must have staged a certificate before it serves; below 1 the others are waited for
+    # as long as the next setting says, and serve with it when they have it.
+    certificate_switch_share: float = 1.0
+    # Seconds after which that share is enough.
+    certificate_switch_wait_seconds: float = 60.0
+    # Seconds after a switch in which every relay of a region must serve with the certificate; then the region is stale.
+    certificate_stale_seconds: float = 30.0
     # Seconds for which a process trusts its list of live relays.
     relay_cache_seconds: float = 1.0
     # Relays in one edge assignment at most.
@@ -1071,6 +1099,15 @@ class WorkerSettings:
     delete_organizations_seconds: float = 300.0
     # Seconds between two removals of exports that are over.
     sweep_exports_seconds: float = 3600.0
+    # Keys of the certificate worker (PEM, one Ed25519 and one X25519, mode 0600): by them private keys are sealed for relays, and
+    # for nobody else. The same file for every process of this worker; without one certificates of custom domains are not stored.
+    certificate_key_file: Path | None = None
+    # Ids of the regions' keys (`rk_…`) that it wraps for, whatever else is registered; empty: all that are.
+    certificate_region_keys: tuple[str, ...] = ()
+    # Seconds between two looks at whether regions have all certificates; relays' acknowledgements are acted on at once.
+    settle_certificates_seconds: float = 3.0
+    # Seconds between two looks for certificates that are not wrapped for a key of a region yet.
+    rewrap_certificates_seconds: float = 15.0
     # Seconds between two removals of audit rows past their retention.
     trim_audit_seconds: float = 3600.0
     # Seconds between two looks for domains whose DNS is to be looked at; how often each is, docs/how-to/custom-domains.md says.

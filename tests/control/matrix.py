@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sqlalchemy.dialects import postgresql as pg
 
 from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, ROLES, SUPPORT_PERMISSIONS, Caller, CallerKind
@@ -27,6 +28,7 @@ from portico.control.identity.account_tables import passkeys
 from portico.control.identity.keys import issue
 from portico.control.notifications.channels import Wanted
 from portico.control.tunnels import relays
+from portico.kit import envelope
 from portico.kit.ids import digest, new_id, new_token
 from tests.control.conftest import PASSWORD, Account, heartbeat_body
 
@@ -41,6 +43,7 @@ EXAMPLES: dict[str, Any] = {
     "password": PASSWORD,
     "permissions": ["tunnels:read"],
     "plan": "unlimited",
+    "public_key": "Y13l6wOfwSagF7nnieHbchzdUfftP1UV0Y4vTi3XhRo",
     "public_url": heartbeat_body()["public_url"],
     "relay": "relay-1",
     "role": "viewer",
@@ -259,6 +262,8 @@ class World:
             "key": lambda: self._made("/v1/api-keys", {"kind": "api", "name": "x", "scopes": []}),
             "passkey": self._passkey,
             "role": lambda: self._made("/v1/org/roles", {"name": f"role {self._count}", "permissions": []}),
+            "region": self._region,
+            "region_key": lambda: self._text(self._region_key),
             "reserved_name": self._reserved_name,
             "cert_source": self._cert_source,
             "cert_event": self._cert_event,
@@ -378,6 +383,17 @@ class World:
         answer = await self.owner.client.post("/v1/reserved-names", json={"name": name})
         assert answer.status_code == 201, answer.text
         return name
+
+    async def _region(self) -> str:
+        """One without relays, so that its only key can go; the next ``region_key`` is that."""
+        public = X25519PrivateKey.generate().public_key()
+        region, self._region_key = f"region-{self._count}", envelope.key_id(public)
+        async with self.db.transaction() as tx:
+            row = (region, self._region_key, public.public_bytes_raw())
+            await tx.raw.execute(
+                "INSERT INTO certificate_region_keys (region, key_id, public_key) VALUES ($1, $2, $3)", *row
+            )
+        return region
 
     async def _passkey(self) -> str:
         made = new_id("psk")

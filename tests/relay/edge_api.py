@@ -51,6 +51,7 @@ class EdgeApi:
         self.usage: list[dict[str, Any]] = []
         self.heartbeat_times: list[float] = []
         self.on_heartbeat: Callable[[], Awaitable[Answer]] = self._ok
+        self.on_certificates: Callable[[str, dict[str, Any]], Answer] | None = None
         self.on_usage: Callable[[dict[str, Any]], Awaitable[Answer]] = self._count
         self.arrived = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -124,6 +125,8 @@ class EdgeApi:
             self.heartbeats.append(message)
             self.heartbeat_times.append(asyncio.get_running_loop().time())
             return await self.on_heartbeat()
+        if path in ("/v1/edge/certificates", "/v1/edge/acks") and self.on_certificates is not None:
+            return self.on_certificates(path, message)
         assert path == "/v1/edge/usage"
         self.usage.append(message)
         return await self.on_usage(message)

@@ -122,7 +122,7 @@ class TestDeltas:
 
     def test_an_unknown_kind_of_a_newer_control_plane_is_left_out(self, snapshot: Snapshot) -> None:
         snapshot.apply(whole(1))
-        snapshot.apply(delta(2, {"kind": "certificate", "x": 1}, put(row("tun_a", "a.localhost"))))
+        snapshot.apply(delta(2, {"kind": "of_a_newer_one", "x": 1}, put(row("tun_a", "a.localhost"))))
         assert snapshot.version == 2 and snapshot.tunnel("tun_a") is not None
 
     def test_an_unknown_code_becomes_one_that_can_be_rendered(self, snapshot: Snapshot) -> None:

@@ -31,7 +31,7 @@ from portico.control.audit import api as audit_api
 from portico.control.audit import service as audit
 from portico.control.console import pages as console_pages
 from portico.control.domains import api as domains_api
-from portico.control.domains import ingest_api, lifecycle_api, source_api
+from portico.control.domains import distribution_api, ingest_api, lifecycle_api, source_api
 from portico.control.domains import service as domains
 from portico.control.domains.ingest import Ingest
 from portico.control.domains.sources import Sources
@@ -201,6 +201,7 @@ def _routes() -> list[BaseRoute]:
         *admin_api.routers,
         source_api.router,
         lifecycle_api.router,
+        *distribution_api.routers,
     ):
         routes.include_router(router, prefix="/v1")
     routes.include_router(identity_api.well_known)

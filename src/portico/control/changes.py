@@ -109,6 +109,16 @@ def challenge_removed(challenge_id: str) -> Change:
     return {"kind": "challenge_removed", "id": challenge_id}
 
 
+def certificate(row: Mapping[str, Any]) -> Change:
+    """Which versions of a domain's certificate serve and are to be staged; ``row`` is all of it."""
+    return {"kind": "certificate", "certificate": dict(row)}
+
+
+def certificate_removed(domain_id: str) -> Change:
+    """A domain has no certificate any more: relays forget its keys."""
+    return {"kind": "certificate_removed", "domain": domain_id}
+
+
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 

@@ -69,6 +69,11 @@ def _thumbprint(x: str) -> str:
     return _encode(hashlib.sha256(f'{{"crv":"Ed25519","kty":"OKP","x":"{x}"}}'.encode()).digest())
 
 
+def jwk_of(x: str) -> dict[str, str]:
+    """The JWK of a public key that is given as base64url alone; its ``kid`` is its thumbprint (RFC 7638)."""
+    return {"kty": "OKP", "crv": "Ed25519", "x": x, "kid": _thumbprint(x), "use": "sig", "alg": "EdDSA"}
+
+
 class SigningKey:
     """A private Ed25519 key and the ``kid`` under which its public half is published."""
 

@@ -1,6 +1,7 @@
 """All that a relay serves TLS with: the public port's store and what fills it, and the certificate of the agents' port.
 
     files (tls_certificates) ──► CertificateStore ◄── development CA (where no file is for the base domain)
+    vault (custom domains) ─────────┘
     control_tls_cert_file    ──► context of the agents' port
 
 Files are looked at every ``tls_poll_seconds`` and on SIGHUP, in a thread; what is new serves the next connection.
@@ -20,7 +21,7 @@ from portico.errors import Problem
 from portico.kit.tlsfiles import certificate_files
 from portico.relay import development, statefiles
 from portico.relay.certificate_files import CertificateFiles
-from portico.relay.certificates import CertificateStore
+from portico.relay.certificates import VAULT, CertificateStore
 from portico.settings import RelaySettings
 
 log = logging.getLogger("portico.relay.certificates")
@@ -54,7 +55,8 @@ class Certificates:
 
     def fill(self) -> None:
         """Before the port opens. Raises ``config.invalid`` for a named file that is no good."""
-        self.store.register(self._files.name)
+        for name in (self._files.name, VAULT):
+            self.store.register(name)
         self._files.fill(self.store)
         self._develop()
 

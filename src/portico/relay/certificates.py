@@ -2,7 +2,7 @@
 
     CertificateSource ──Certificate──► CertificateStore ──by name──► TlsPort
     (files, development authority,       exact, wildcard,
-     later the edge stream)              the platform's own
+     the vault)                          the platform's own
 
 Everything is in memory. A source puts certificates in and takes them out while connections go on: a connection keeps the context
 that it began with. Private keys enter ``ssl`` through a memfd and are written to no file.
@@ -34,6 +34,8 @@ ALPN: Final = (b"http/1.1",)
 #: Tickets sent after a TLS 1.3 handshake: a browser opens two connections at once.
 TICKETS: Final = 2
 SMALLEST_RSA: Final = 2048
+#: The source of certificates of custom domains (``vault.py``): after files, before what is made here.
+VAULT: Final = "vault"
 #: Sessions of TLS 1.2 clients without tickets that OpenSSL keeps in a context, at 1 kB each, before the context is made anew
 #: (it would keep 20,480, and ``ssl`` has no way to tell it otherwise), and uses of the context between two looks.
 SESSIONS_MAX: Final = 2048
@@ -48,7 +50,8 @@ class CertificateInvalid(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """A leaf with its chain and key. ``pem`` holds the private key, then the chain; it never prints.
+    """A leaf with its chain and key. ``pem`` holds the private key, then the chain; it never prints. It is empty where the key
+    is not kept: ``opened`` has it when a context is made.
 
     ``names`` are exact host names, ``parents`` the domains below which a wildcard covers one label, ``addresses`` IP addresses as
     text; all lower-case. ``fingerprint``: SHA-256 of the leaf, hex.
@@ -61,6 +64,11 @@ class Certificate:
     not_before: dt.datetime
     not_after: dt.datetime
     fingerprint: str
+    opened: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
+
+    def material(self) -> bytes:
+        """Private key and chain. Not to be kept. Raises ``ssl.SSLError`` for a key that does not open any more."""
+        return self.pem if self.opened is None else self.opened()
 
     def covers(self, host: bytes) -> bool:
         """Whether it is for ``host``, normalised (RFC 9525, 6.3: a wildcard stands for exactly one label)."""
@@ -85,7 +93,14 @@ def read(chain: bytes, key: bytes | None = None, passphrase: bytes | None = None
 
 def build(chain: list[x509.Certificate], key: Key) -> Certificate:
     """Of parsed parts: the leaf first, then its chain. Raises :class:`CertificateInvalid`."""
-    leaf = chain[0]
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return describe(chain[0], private + b"".join(one.public_bytes(serialization.Encoding.PEM) for one in chain))
+
+
+def describe(leaf: x509.Certificate, pem: bytes) -> Certificate:
+    """What a leaf says of itself, with the ``pem`` that is served. Raises :class:`CertificateInvalid`."""
     try:
         found = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError):
@@ -94,11 +109,8 @@ def build(chain: list[x509.Certificate], key: Key) -> Certificate:
     addresses = [ipaddress.ip_address(str(ip)).compressed.encode() for ip in found.get_values_for_type(x509.IPAddress)]
     if not hosts and not addresses:
         raise CertificateInvalid("it names no host (subjectAltName)")
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
     return Certificate(
-        pem=private + b"".join(one.public_bytes(serialization.Encoding.PEM) for one in chain),
+        pem=pem,
         names=frozenset(host for host in hosts if not host.startswith(b"*.")),
         parents=frozenset(host[2:] for host in hosts if host.startswith(b"*.")),
         addresses=frozenset(addresses),
@@ -148,7 +160,7 @@ def server_context(
     if not tickets:
         context.options |= ssl.OP_NO_TICKET
     context.num_tickets = tickets
-    load_from_memory(context, certificate.pem)
+    load_from_memory(context, certificate.material())
     if client_ca is not None:
         context.load_verify_locations(cadata=client_ca)
         context.verify_mode = ssl.CERT_OPTIONAL

@@ -64,22 +64,22 @@ def client(settings: RelaySettings) -> httpx.AsyncClient:
     )
 
 
-async def read_start(response: httpx.Response) -> bytes:
-    """The first 64 KiB of a body: answers are small, and one that is not may not fill memory."""
+async def read_start(response: httpx.Response, limit: int = ANSWER_MAX_BYTES) -> bytes:
+    """The first bytes of a body: answers are small, and one that is not may not fill memory."""
     body = bytearray()
     async for chunk in response.aiter_raw():
         body += chunk
-        if len(body) >= ANSWER_MAX_BYTES:
+        if len(body) >= limit:
             break
-    return bytes(body[:ANSWER_MAX_BYTES])
+    return bytes(body[:limit])
 
 
-async def post(http: httpx.AsyncClient, request: httpx.Request, timeout: float) -> bytes:
+async def post(http: httpx.AsyncClient, request: httpx.Request, timeout: float, limit: int = ANSWER_MAX_BYTES) -> bytes:
     """The body of a successful answer. Raises ``LinkRefused``, ``LinkLost``, ``httpx.HTTPError`` or ``TimeoutError``."""
     async with asyncio.timeout(timeout):
         response = await http.send(request, stream=True)
         try:
-            body = await read_start(response)
+            body = await read_start(response, limit)
         finally:
             await response.aclose()
     if not response.is_success:
@@ -197,6 +197,8 @@ class ControlLink:
         self.connected = False
         self.disconnected_since: float | None = monotonic()
         self.refused = False
+        #: Whether the last attempt at the stream came to nothing.
+        self.failed = False
         self.draining = False
         self.silent = False
         self.resyncs = 0
@@ -359,6 +361,7 @@ class ControlLink:
         away = self._monotonic() - (self.disconnected_since or self._monotonic())
         log.info("edge stream is up", extra={"f": {"version": self._snapshot.version, "after_seconds": round(away, 1)}})
         self.connected, self.refused, self.disconnected_since = True, False, None
+        self.failed = False
         self._said.pop("stream", None)
         for callback in self.on_connected:
             callback()
@@ -372,7 +375,7 @@ class ControlLink:
     def _lost(self, what: str, reason: str) -> None:
         if self.connected or self.disconnected_since is None:
             self.disconnected_since = self._monotonic()
-        self.connected = False
+        self.connected, self.failed = False, True
         self._say("stream", what, reason)
 
     def _say(self, loop: str, what: str, reason: str) -> None:

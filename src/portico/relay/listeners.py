@@ -360,6 +360,8 @@ class ControlListener:
         self.agents = agents
         self.peers = peers
         self.refusals: Counter[str] = Counter()
+        #: Whether the certificates that should serve do.
+        self.caught_up: Callable[[], bool] = lambda: True
 
     def __call__(self, request: Any) -> Any:
         path = request.path.split(b"?", 1)[0]
@@ -379,7 +381,7 @@ class ControlListener:
 
     def ready(self) -> bool:
         """Whether visitors and agents should come here."""
-        return self.agents.snapshot.version is not None and not self.agents.draining
+        return self.agents.snapshot.version is not None and not self.agents.draining and self.caught_up()
 
     def _connect(self, request: Any, *, peer: bool) -> Any:
         offered = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]

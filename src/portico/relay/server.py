@@ -39,6 +39,7 @@ from portico.relay.snapshot import Snapshot, SnapshotStore
 from portico.relay.tcp import TcpPorts
 from portico.relay.telling import Teller
 from portico.relay.tls_port import TlsPort
+from portico.relay.vault import Vault
 from portico.settings import RelaySettings
 
 log = logging.getLogger("portico.relay")
@@ -83,6 +84,9 @@ class Relay:
         self.control = listeners.ControlListener(self.agents, self.peers)
         self.metrics: metrics.Listener | None = None
         self.certificates = Certificates(settings, self.public.knows)
+        self.vault = Vault(settings, self.snapshot, self.certificates.store, http=self.http)
+        self.link.on_connected.append(self.vault.tell_again)
+        self.control.caught_up = self.vault.ready
         self.servers: list[asyncio.Server | TlsPort] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = self._cut = False
@@ -115,6 +119,7 @@ class Relay:
         limits.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.certificates.fill()
         self.store.load()
+        await self.vault.load()
         control = self._listen("control", limits.control_host, limits.control_port)
         public = self._listen("public", limits.public_host, limits.public_port)
         https = self._listen("https", limits.https_host, limits.https_port)
@@ -126,6 +131,21 @@ class Relay:
             # Visitors wait in the listening queue meanwhile: what the others hold is better known before the first of them.
             await self._until(lambda: len(self.peers.inbound) >= len(limits.peers), PEERS_SECONDS)
         self.servers.append(await listeners.serve_public(self.public, public, backlog))
+        if limits.access_log != OFF:
+            self.public.access = AccessLog(limits)
+        await self._start_metrics()
+        for work in (
+            self.link.run(),
+            self.vault.run(),
+            self.meter.run(),
+            self.store.run(),
+            self.teller.run(),
+            self._sweep(),
+        ):
+            self._spawn(work)
+        # Who connects meanwhile waits in the listening queue, or is another relay's: a certificate that was switched to while
+        # this one was away is here before the first of them.
+        await self.vault.caught_up(lambda: self.link.connected, lambda: self.link.failed)
         self.servers.append(
             TlsPort(
                 self.public,
@@ -136,11 +156,6 @@ class Relay:
                 passthrough=Passthrough(self.raw, https.getsockname()[1]),
             )
         )
-        if limits.access_log != OFF:
-            self.public.access = AccessLog(limits)
-        await self._start_metrics()
-        for work in (self.link.run(), self.meter.run(), self.store.run(), self.teller.run(), self._sweep()):
-            self._spawn(work)
         self._spawn(self.certificates.run())
         if self.shared_rates is not None:
             self._spawn(self.shared_rates.run())

@@ -40,7 +40,7 @@ JWK_MEMBERS = ("kid", "kty", "crv", "x", "alg", "use")  # all that is kept of a 
 CHUNK_ROWS = 500  # checked between two turns of the loop: some milliseconds
 PRUNE_MARGIN_SECONDS = 300.0  # an ended session is kept this much longer: the clocks of relay and API may differ
 
-Kind = Literal["tunnel", "tunnel_removed", "session_ended", "keys", "organization", "challenge"]
+Kind = Literal["tunnel", "tunnel_removed", "session_ended", "keys", "organization", "challenge", "certificate"]
 
 
 class SnapshotInvalid(ValueError):
@@ -116,9 +116,29 @@ class Challenge:
 
 
 @dataclass(frozen=True, slots=True)
+class CertificateRef:
+    """A version of a domain's certificate by name; ``fingerprint``: SHA-256 of the leaf, hex."""
+
+    id: str
+    version: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateRow:
+    """Which version of a domain's certificate serves, and which is to be held ready; contents are asked for (``vault.py``)."""
+
+    domain: str
+    hostname: str
+    active: CertificateRef | None
+    staged: CertificateRef | None
+    canonical: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
-    """What listeners get: ``id`` of tunnel, session or organization, the ``row`` of a tunnel that exists, the ``code`` of an
-    end."""
+    """What listeners get: ``id`` of tunnel, session, organization or (of a certificate) domain, the ``row`` of a tunnel that
+    exists, the ``code`` of an end."""
 
     kind: Kind
     id: str = ""
@@ -222,6 +242,28 @@ def _organization(value: Any) -> Organization:
     )
 
 
+def _certificate_ref(value: Any) -> CertificateRef | None:
+    if value is None:
+        return None
+    row = _object(value, "a version of a certificate")
+    return CertificateRef(
+        _text(row.get("id"), "id of a certificate"),
+        _whole(row.get("version"), "version of a certificate"),
+        _text(row.get("fingerprint"), "fingerprint of a certificate"),
+    )
+
+
+def _certificate(value: Any) -> CertificateRow:
+    row = _object(value, "a certificate")
+    return CertificateRow(
+        domain=_text(row.get("domain"), "domain of a certificate"),
+        hostname=_text(row.get("hostname"), "host name of a certificate", MAX_HOST_CHARS),
+        active=_certificate_ref(row.get("active")),
+        staged=_certificate_ref(row.get("staged")),
+        canonical=canonical(row),
+    )
+
+
 def _told(row: Organization) -> dict[str, Any]:
     """The row as the stream has it, for the copy on disk."""
     found: dict[str, Any] = {"id": row.id, "version": row.version, "limits": dict(row.limits)}
@@ -272,6 +314,7 @@ class FrozenState:
     ended: Mapping[str, Ended]
     organizations: Mapping[str, Organization] = field(default_factory=dict)
     challenges: Mapping[str, Challenge] = field(default_factory=dict)
+    certificates: Mapping[str, CertificateRow] = field(default_factory=dict)
     #: Whether the control plane told of organizations at all: an earlier one, or a copy of an earlier relay's, does not.
     complete: bool = False
 
@@ -292,7 +335,9 @@ class FrozenState:
         rows = b",".join(row.canonical for row in self.tunnels.values())
         more = b""
         if self.complete:
-            more = b'"organizations":%b,' % canonical([_told(row) for row in self.organizations.values()])
+            certificates = b",".join(row.canonical for row in self.certificates.values())
+            told = canonical([_told(row) for row in self.organizations.values()])
+            more = b'"certificates":[%b],"organizations":%b,' % (certificates, told)
         if self.challenges:
             more += b'"challenges":%b,' % canonical([asdict(row) for row in self.challenges.values()])
         return b'{"state":{"ended":%b,"keys":%b,%b"tunnels":[%b]},"type":"snapshot","version":%d}' % (
@@ -317,6 +362,8 @@ class Snapshot:
         self._organizations: dict[str, Organization] = {}
         #: By id; see ``challenges.py`` for who answers them.
         self.challenges: dict[str, Challenge] = {}
+        #: By domain. Read by whoever holds the contents.
+        self.certificates: dict[str, CertificateRow] = {}
         #: Whether the state that is held tells of organizations; one that does not is asked for anew as a whole.
         self.complete = False
         self._wall = wall
@@ -405,6 +452,7 @@ class Snapshot:
             dict(self._ended),
             dict(self._organizations),
             dict(self.challenges),
+            dict(self.certificates),
             self.complete,
         )
 
@@ -421,6 +469,9 @@ class Snapshot:
         told = _list(state.get("organizations", []), "organizations")
         organizations = {row.id: row for row in map(_organization, told)}
         asked = {row.id: row for row in map(_challenge, _list(state.get("challenges", []), "challenges"))}
+        certificates = {
+            row.domain: row for row in map(_certificate, _list(state.get("certificates", []), "certificates"))
+        }
         changes = self._difference(rows, ended, jwks)
         before, self._organizations = self._organizations, organizations
         self.complete = "organizations" in state
@@ -428,6 +479,9 @@ class Snapshot:
         changes += [Change("organization", id) for id in differ]
         changes += [Change("challenge", id) for id in self.challenges.keys() | asked.keys()]
         self.challenges = asked
+        held, self.certificates = self.certificates, certificates
+        differ = [id for id in held.keys() | certificates.keys() if held.get(id) != certificates.get(id)]
+        changes += [Change("certificate", id) for id in differ]
         self._tunnels, self._ended = rows, ended
         self._hosts = {host: row for row in rows.values() for host in row.hosts}
         self._jwks, self.keys = jwks, keys
@@ -476,6 +530,12 @@ class Snapshot:
             case "challenge_removed":
                 gone = _text(change.get("id"), "id of a removed challenge")
                 return lambda: self._unask(gone)
+            case "certificate":
+                certificate = _certificate(change.get("certificate"))
+                return lambda: self._certify(certificate)
+            case "certificate_removed":
+                domain = _text(change.get("domain"), "domain of a certificate")
+                return lambda: self._uncertify(domain)
             case str():
                 log.warning("edge change of an unknown kind is left out", extra={"f": {"kind": kind[:64]}})
                 return None
@@ -521,6 +581,14 @@ class Snapshot:
         self.challenges.pop(id, None)
         return Change("challenge", id)
 
+    def _certify(self, row: CertificateRow) -> Change:
+        self.certificates[row.domain] = row
+        return Change("certificate", row.domain)
+
+    def _uncertify(self, domain: str) -> Change:
+        self.certificates.pop(domain, None)
+        return Change("certificate", domain)
+
     def _announce(self, changes: list[Change]) -> None:
         """A listener that fails may not keep a revocation from the others."""
         for change in changes:
@@ -559,7 +627,10 @@ class SnapshotStore:
             head, _, body = self._path.read_bytes().partition(b"\n")
             if not self._sound(parse_json(head), body):
                 return False
-            self._snapshot.apply(parse_json(body))
+            message = parse_json(body)
+            self._snapshot.apply(message)
+            # Of an earlier version of this program: what the control plane said beyond it was passed over, so ask for all of it.
+            self._snapshot.complete &= "certificates" in message["state"]
         except FileNotFoundError:
             return False
         except (OSError, SnapshotInvalid) as err:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from portico.control.domains import jobs_verification
+from portico.control.domains import jobs_distribution, jobs_verification, vault
 from portico.kit.queue import Work
 from portico.settings import WorkerSettings
 from portico.worker import certificate_events
@@ -15,6 +15,8 @@ def jobs(settings: WorkerSettings) -> list[Job]:
         Job(jobs_verification.CHECK, check_domains, settings.check_domains_seconds),
         Job(jobs_verification.PURGE, purge_domains, settings.purge_domains_seconds),
         *certificate_events.jobs(settings),
+        Job(jobs_distribution.SETTLE, settle, settings.settle_certificates_seconds),
+        Job(jobs_distribution.REWRAP, rewrap, settings.rewrap_certificates_seconds),
     ]
 
 
@@ -26,3 +28,19 @@ async def check_domains(context: Context, work: Work) -> None:
 async def purge_domains(context: Context, work: Work) -> None:
     """Forget domains that were lost long ago."""
     await jobs_verification.purge(context.db, context.control, context.clock)
+
+
+async def settle(context: Context, work: Work) -> None:
+    """Switch to certificates that every healthy relay has staged, and note which regions lag."""
+    await jobs_distribution.settle(context.db, context.control)
+
+
+async def rewrap(context: Context, work: Work) -> None:
+    """Wrap data keys for keys of regions that were registered since."""
+    await jobs_distribution.rewrap(context.db, context.settings)
+
+
+def check(settings: WorkerSettings) -> None:
+    """Look at the key file when the worker starts; raises ``config.invalid``."""
+    if settings.certificate_key_file is not None:
+        vault.of(settings)

@@ -11,6 +11,7 @@ from typing import Final
 
 import sqlalchemy as sa
 
+from portico.control.domains import vault
 from portico.control.identity import departure, exports
 from portico.control.tunnels import departure as tunnel_departure
 from portico.kit.batches import some
@@ -58,6 +59,7 @@ async def depart(context: Context, organization: str) -> bool:
 
 def steps(context: Context, organization: str) -> Iterator[Step]:
     """In order: what others have to hear of, files, then tables from the leaves to the root."""
+    yield lambda tx: vault.leave(tx, organization, ROWS)
     yield from _below("tunnels", organization)
     yield lambda tx: tunnel_departure.delete_tunnels(tx, organization, ROWS)
     yield lambda tx: exports.drop_all(tx, context.control, organization, ROWS)

@@ -56,6 +56,7 @@ async def serve(
     """
     jobs = choose(settings, names)
     notifications.check(control)
+    certificates.check(settings)
     stopping = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopping.set)

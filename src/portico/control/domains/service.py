@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.domains import edge, failure_policy, names, store
+from portico.control.domains import edge, failure_policy, names, store, vault
 from portico.control.domains.judging import Looked
 from portico.control.domains.names import Name, NameRules
 from portico.control.domains.rendering import Rendering
@@ -179,6 +179,7 @@ class Domains:
 
         No time must pass before another organization can have it: that one has to prove the name anew."""
         row = await self.row(tx, caller, domain_id, lock=True)
+        await vault.remove(tx, domain_id)
         await store.delete(tx, domain_id)
         edge.tell(tx, row, None)
         await audit.record(tx, caller, "domain.delete", domain_id, details={"name": row.name})

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.domains import caa, edge, judging, names, records, store
+from portico.control.domains import caa, edge, judging, names, records, store, vault
 from portico.control.domains.dns import Looks
 from portico.control.domains.judging import Judged, Looked
 from portico.control.domains.names import NameRules
@@ -104,6 +104,8 @@ class Verification:
         after = await store.update(tx, row.id, **values)
         edge.tell(tx, row, after)
         if after.hostname_status != row.hostname_status:
+            if after.hostname_status == "deleted":
+                await vault.remove(tx, row.id)
             facts = {"name": row.name, "from": row.hostname_status, "to": after.hostname_status, "why": after.dns_error}
             await audit.record(tx, caller, "domain.status", row.id, details=facts, organization=row.organization_id)
         await self._notify(tx, row, after)

@@ -1,4 +1,7 @@
-"""Routes for relays: /edge/stream, /edge/heartbeat, /edge/acks, /edge/usage. The credential is a relay key, nothing else."""
+"""Routes for relays: /edge/stream, /edge/certificates, /edge/heartbeat, /edge/acks, /edge/usage.
+
+The credential is a relay key, nothing else.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from fastapi.security import HTTPBearer
 from pydantic import AwareDatetime, BaseModel, Field, StringConstraints
 
 from portico.control.access import RELAYS, Db, credential_of, declare
+from portico.control.domains import replicas, vault
 from portico.control.edge.stream import EdgeStream
 from portico.control.requests import JsonRoute
 from portico.control.tunnels import relays, usage
@@ -124,11 +128,56 @@ class UsageAnswer(BaseModel):
     acknowledged: int
 
 
+class CertificateAckBody(BaseModel):
+    """What a relay made of a version of a certificate: it holds it ready, serves with it, or cannot use it."""
+
+    certificate: ObjectId
+    fingerprint: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    state: Literal["staged", "active", "failed"]
+    reason: Annotated[str | None, Field(max_length=300, pattern=r"^[^\x00]*$")] = None
+    floor: Annotated[
+        Whole | None, Field(description="the newer version that it has served, where this one is refused")
+    ] = None
+
+
 class AckBody(BaseModel):
-    """The version that a relay has applied."""
+    """The version of the stream that a relay has applied, and what became of certificates."""
 
     relay: RelayName
     version: Whole
+    certificates: Annotated[list[CertificateAckBody], Field(max_length=500)] = []
+
+
+class CertificatesBody(BaseModel):
+    """Which versions a relay wants, by the ids in the stream."""
+
+    region: Region
+    certificates: Annotated[list[ObjectId], Field(min_length=1, max_length=50)]
+
+
+class WrapBody(BaseModel):
+    """The data key for one key of the region, HPKE: encapsulated key and ciphertext, base64."""
+
+    key_id: str
+    wrapped: str
+
+
+class Bundle(BaseModel):
+    """A version: the signed manifest, the chain (PEM), and the private key under a data key (base64)."""
+
+    certificate: str
+    domain: str
+    version: int
+    manifest: str
+    chain: str
+    sealed: str
+    wraps: list[WrapBody]
+
+
+class CertificatesAnswer(BaseModel):
+    """Those that are there and have a key."""
+
+    data: list[Bundle]
 
 
 class AckAnswer(BaseModel):
@@ -173,11 +222,21 @@ async def heartbeat(request: Request, db: Db, key: Key, body: HeartbeatBody) -> 
 
 
 @router.post("/acks", response_model=AckAnswer)
-async def acknowledge(db: Db, key: Key, body: AckBody) -> Any:
-    """Note the version that the relay has applied. The heartbeat carries it too."""
+async def acknowledge(request: Request, db: Db, key: Key, body: AckBody) -> Any:
+    """Note the version that the relay has applied (the heartbeat carries it too), and which certificates it holds."""
+    said = [replicas.Said(**row.model_dump()) for row in body.certificates]
     async with db.transaction() as tx:
         await relays.acknowledge(tx, key, body.relay, body.version)
+        if said:
+            await replicas.acknowledge(tx, body.relay, said, replicas.Rules.of(request.app.state.settings))
     return {"ok": True}
+
+
+@router.post("/certificates", response_model=CertificatesAnswer)
+async def certificates(db: Db, key: Key, body: CertificatesBody) -> Any:
+    """Versions of certificates as they are stored: sealed, for whoever has a key of the region."""
+    async with db.read() as reader:
+        return {"data": await vault.bundles(reader, body.certificates, body.region)}
 
 
 @router.post("/usage", response_model=UsageAnswer)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from portico.control import changes
+from portico.control.domains import vault
 from portico.control.identity import plans
 from portico.control.identity.signing_keys import SigningKeys
 from portico.control.tunnels.service import Tunnels
@@ -36,6 +37,7 @@ class EdgeState:
     ended: list[dict[str, Any]]
     organizations: list[dict[str, Any]] = field(default_factory=list)
     challenges: list[dict[str, Any]] = field(default_factory=list)
+    certificates: list[dict[str, Any]] = field(default_factory=list)
 
     async def digest(self) -> str:
         """The hash of ``contracts/edge-stream.schema.json``: SHA-256 of the canonical JSON of what is compared."""
@@ -53,7 +55,7 @@ class EdgeState:
         """The ``snapshot`` line of the stream."""
         parts = [
             b'{"type":"snapshot","version":%d,"time":%b,"hash":"%b","state":{"keys":%b,"ended":%b,"organizations":%b,'
-            b'"challenges":%b,"tunnels":['
+            b'"challenges":%b,"certificates":['
             % (
                 self.version,
                 _canonical(self.time),
@@ -64,6 +66,8 @@ class EdgeState:
                 _canonical(self.challenges),
             )
         ]
+        parts.extend([part async for part in _joined(_canonical(row) for row in self.certificates)])
+        parts.append(b'],"tunnels":[')
         parts.extend([part async for part in _joined(_canonical(row) for row in self.tunnels)])
         parts.append(b"]}}\n")
         return b"".join(parts)
@@ -108,6 +112,7 @@ class StateReader:
                 tunnels=await self._tunnels.edge_rows(reader),
                 ended=await ended_sessions(reader, now),
                 organizations=await plans.told(reader),
+                certificates=await vault.edge_rows(reader),
             )
 
     async def line(self) -> tuple[int, bytes]:

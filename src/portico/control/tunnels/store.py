@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from portico.control.audit import service as audit
+from portico.control.fleet import relays
 from portico.kit.batches import delete_in_batches
 from portico.kit.db import Database, HasConnection, Reader, Tx, metadata
 from portico.kit.ids import new_id
@@ -129,24 +130,6 @@ agent_session_tunnels = sa.Table(
     sa.Column("session_id", sa.Text, sa.ForeignKey("agent_sessions.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("tunnel_id", sa.Text, sa.ForeignKey("tunnels.id", ondelete="CASCADE"), primary_key=True, index=True),
     sa.Column("position", sa.Integer, nullable=False),
-)
-
-relays = sa.Table(
-    "relays",
-    metadata,
-    sa.Column("name", sa.Text, primary_key=True),
-    sa.Column("key_id", sa.Text, nullable=False),
-    sa.Column("region", sa.Text, nullable=False),
-    sa.Column("connect_url", sa.Text, nullable=False),
-    sa.Column("public_url", sa.Text, nullable=False),
-    # The edge change version that it has applied.
-    sa.Column("version", sa.BigInteger, nullable=False),
-    sa.Column("load", JSONB, nullable=False),
-    sa.Column("draining", sa.Boolean, nullable=False),
-    # Digest of the bound set in relay_bindings: an unchanged heartbeat writes one row.
-    sa.Column("bound_digest", sa.LargeBinary),
-    _time("created_at", default=True),
-    _time("seen_at", default=True),
 )
 
 relay_bindings = sa.Table(
