@@ -105,15 +105,19 @@ def prepare() -> None:
 
     chosen = settings.load(settings.ApiSettings)
     from portico.control import bootstrap, migrations
-    from portico.embedded import devca
+    from portico.embedded import certkeys, devca
 
     request = json.load(sys.stdin)
-    devca.ensure(Path(request["home"]), chosen.base_domain)
+    home, region = Path(request["home"]), request["region"]
+    devca.ensure(home, chosen.base_domain)
+    keys = certkeys.ensure(home, region)
 
     async def both() -> None:
         await migrations.upgrade(chosen.database_url.reveal())
-        credentials = await bootstrap.ensure_first(chosen, relays=request["relays"], known=request["known"])
-        sys.stdout.write(json.dumps(bootstrap.document(credentials)))
+        credentials = await bootstrap.ensure_first(
+            chosen, relays=request["relays"], known=request["known"], region_key=(region, keys.region_key)
+        )
+        sys.stdout.write(json.dumps(bootstrap.document(credentials) | {"certificate_keys": keys.document()}))
 
     _run("migrate", chosen.log_level, both())
 

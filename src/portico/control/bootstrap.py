@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from portico.control import changes
 from portico.control.access import Caller
+from portico.control.domains import regions
 from portico.control.identity import installation, operators
 from portico.control.identity.passwords import Passwords
 from portico.control.identity.service import Identity
@@ -62,11 +63,12 @@ async def ensure_first(
     relays: Sequence[str] = (),
     known: Mapping[str, str | None] | None = None,
     relay_key: RelayKey = new_relay_key,
+    region_key: tuple[str, str] | None = None,
 ) -> Credentials:
     """Make what is missing, on a migrated database, and return working credentials.
 
     ``known`` are ``operator_key`` and ``agent_key`` of an earlier start, kept while they are live. Every relay named
-    gets a fresh key.
+    gets a fresh key. ``region_key``: a region, and the public key that certificates are wrapped for there.
     """
     known = known or {}
     limits = PoolLimits(size=2)
@@ -83,6 +85,8 @@ async def ensure_first(
         async with db.transaction() as tx:
             await tx.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY)))
             await signing_keys.rotate(tx)
+            if region_key is not None:
+                await regions.ensure_key(tx, _INSTALLER, *region_key)
             organization, user_id, email = await _organization(tx, identity, hashed, settings)
             return Credentials(
                 organization,

@@ -79,6 +79,8 @@ class Platform:
         self._database_url = self._redis_url = ""
         #: The key of relay to relay: of this run only, in nobody's file.
         self._peer_key = secrets.token_urlsafe(32)
+        #: Files of certificate distribution, and what is public of them (``certkeys.py``).
+        self._keys: dict[str, str] = {}
 
     # -- addresses ---------------------------------------------------------------------------------------------------
 
@@ -95,6 +97,11 @@ class Platform:
     def _at(self, scheme: str, port: int, path: str = "") -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{scheme}://{host}:{port}{path}"
+
+    @property
+    def region(self) -> str:
+        """Of every relay here."""
+        return os.environ.get("PORTICO_REGION") or "local"
 
     @property
     def dev_ca(self) -> Path:
@@ -208,10 +215,12 @@ class Platform:
             "relays": [f"relay-{n}" for n in range(1, self.settings.relays + 1)],
             "known": {key: secretfiles.read_credentials(self.home).get(key) for key in ("operator_key", "agent_key")},
             "home": str(self.home),
+            "region": self.region,
         }
         answer = await run_to_end("migrate", ["prepare"], self.environment(), self.logs, json.dumps(request).encode())
         given: dict[str, Any] = json.loads(answer)
         self.first_admin = given.get("first_admin") or {}
+        self._keys = given["certificate_keys"]
         return given
 
     # -- children ----------------------------------------------------------------------------------------------------
@@ -275,6 +284,9 @@ class Platform:
                 control_port=at.control,
                 peers=",".join(self._at("ws", port, "/v1/peer") for port in others),
                 peer_key=self._peer_key,
+                region=self.region,
+                region_key_files=self._keys["region_file"],
+                certificate_signers=self._keys["signer"],
                 exempt_loopback=1,
                 drain_seconds=_RELAY_DRAIN_SECONDS,
             ),
@@ -294,7 +306,11 @@ class Platform:
         return bool(self.environment().get("PORTICO_SMTP_URL"))
 
     def _worker_unit(self) -> ProcessUnit:
-        environment = self.environment(shutdown_seconds=_RELAY_DRAIN_SECONDS, outbox_dir=str(self.outbox))
+        environment = self.environment(
+            shutdown_seconds=_RELAY_DRAIN_SECONDS,
+            outbox_dir=str(self.outbox),
+            certificate_key_file=self._keys["worker_file"],
+        )
         return ProcessUnit("worker", ["worker"], environment, listeners={"metrics": self._figures["worker"]})
 
     # -- the end -----------------------------------------------------------------------------------------------------

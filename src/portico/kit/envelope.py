@@ -105,6 +105,12 @@ class Keys:
     def ids(self) -> list[str]:
         return sorted(self._keys)
 
+    @property
+    def newest(self) -> tuple[str, X25519PublicKey]:
+        """Id and public half of the key that was named last."""
+        name, key = next(reversed(self._keys.items()))
+        return name, key.public_key()
+
     def holds(self, key_id: str) -> bool:
         return key_id in self._keys
 

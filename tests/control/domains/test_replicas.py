@@ -82,6 +82,13 @@ async def told(db: Database, domain_id: str) -> list[Any]:
     return [c["certificate"] for c in changes if c["kind"] == "certificate" and c["certificate"]["domain"] == domain_id]
 
 
+async def events(db: Database, version: Version) -> list[tuple[Any, ...]]:
+    """What the lifecycle of its domain heard of a version: type, regions that serve, regions, fingerprint."""
+    query = "SELECT event_type, facts::text FROM certificate_lifecycle_events WHERE domain_id = $1 AND revision = $2 ORDER BY id"
+    found = [(row[0], json.loads(row[1])) for row in await rows(db, query, version.domain_id, version.version)]
+    return [(kind, f["regions_active"], f["regions_total"], f.get("fingerprint")) for kind, f in found]
+
+
 async def stored(db: Database, sealer: Vault, name: str, domain_id: str | None = None) -> Version:
     return await store(db, sealer, domain_id or await domain(db, name), name)
 
@@ -113,6 +120,7 @@ class TestSwitch:
         assert await head(db, second) == (second.id, None)
         changes = await told(db, second.domain_id)
         assert len(changes) == before + 1  # one change, the same for all
+        assert await events(db, second) == [("cert.deployed", 2, 2, second.fingerprint)]
         assert changes[-1]["active"]["id"] == second.id and "staged" not in changes[-1]
         assert await states(db, second) == {"eu": "staged", "us": "staged"}
         # Nobody needs the key of the one before any more.
@@ -122,6 +130,10 @@ class TestSwitch:
         assert (await states(db, second))["eu"] == "staged"
         await say(db, "eu-2", second, "active")
         assert await states(db, second) == {"eu": "active", "us": "staged"}
+        assert len(await events(db, second)) == 1
+        await say(db, "us-1", second, "active")
+        await say(db, "us-2", second, "active")
+        assert (await events(db, second))[1:] == [("replica.activated", 2, 2, None)]
 
     async def test_without_any_relay_nothing_switches(self, db: Database, fleet: Fleet, sealer: Vault) -> None:
         for relay in RELAYS:
@@ -166,6 +178,7 @@ class TestSwitch:
         assert await states(db, second) == {"eu": "staged", "us": "failed"}
         found = await rows(db, "SELECT reason FROM cert_region_replicas WHERE state = 'failed'")
         assert found[0]["reason"] == "the wrap does not open"
+        assert await events(db, second) == [("replica.failed", 0, 2, None)]
         assert await say(db, "us-2", second) == [second.domain_id]  # it was mended
 
     async def test_another_fingerprint_is_no_acknowledgement(self, db: Database, fleet: Fleet, sealer: Vault) -> None:

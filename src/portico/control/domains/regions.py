@@ -74,6 +74,15 @@ async def add_key(tx: Tx, caller: Caller, region: str, public_key: str) -> dict[
     return _render(found, await store.missing_wraps(tx, region, name))
 
 
+async def ensure_key(tx: Tx, caller: Caller, region: str, public_key: str) -> None:
+    """As :func:`add_key`, for a key of our own making at every start: where a region has many, the oldest goes."""
+    rows = await store.region_key_rows(tx, region, lock="FOR UPDATE")
+    public = _public(public_key)
+    if envelope.key_id(public) not in [row["key_id"] for row in rows] and len(rows) >= KEYS_PER_REGION:
+        await store.delete_region_key(tx, region, rows[0]["key_id"])
+    await add_key(tx, caller, region, public_key)
+
+
 async def remove_key(tx: Tx, caller: Caller, region: str, name: str, lease_seconds: float) -> None:
     """Wrap for this key no more and forget its wraps. What relays hold they keep until they start anew.
 

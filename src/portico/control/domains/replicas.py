@@ -23,10 +23,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from portico.control.domains import vault
+from portico.control.domains import lifecycle, vault
 from portico.control.domains import vault_store as store
+from portico.control.domains.lifecycle import NewEvent
 from portico.kit import pages
 from portico.kit.db import Database, Reader, Tx
 from portico.settings import ApiSettings
@@ -111,9 +112,36 @@ async def settle(tx: Tx, domain_ids: Sequence[str], rules: Rules) -> list[str]:
     switched = [head["domain_id"] for head in switching]
     if switched:
         await vault.tell(tx, switched)
+        await _deployed(tx, [head["staged_id"] for head in switching], by_version)
         rows = await store.tally(tx, rules.lease_seconds, held)
     await _put(tx, rows, rules)
     return switched
+
+
+async def _deployed(tx: Tx, certificates: Sequence[str], regions: Mapping[str, Sequence[Any]]) -> None:
+    """What began to serve, as events of the domain's lifecycle, in the transaction of the switch."""
+    versions = await store.version_rows(tx, certificates)
+    for id in certificates:
+        row = versions[id]
+        staged = [one for one in regions[id] if one["relays"] and one["staged"] == one["relays"]]
+        await lifecycle.record(
+            tx,
+            NewEvent(
+                row["domain_id"],
+                "deployment",
+                "succeeded",
+                revision=row["version"],
+                serial=row["serial"],
+                fingerprint=row["fingerprint"],
+                issuer=row["issuer"],
+                not_before=row["not_before"],
+                not_after=row["not_after"],
+                regions_active=len(staged),
+                regions_total=len(regions[id]),
+                object=id,
+                key=f"{id}/deployed",
+            ),
+        )
 
 
 async def _switch(tx: Tx, head: Any) -> None:
@@ -132,10 +160,47 @@ async def _put(tx: Tx, rows: Iterable[Any], rules: Rules) -> None:
             (row["id"], row["region"], row["domain_id"], row["version"], state, row["relays"], row["staged"], row["active"],
              reason, state != "active", row["since"], row["acked_at"], row["fleet"])
         )  # fmt: skip
-    for change in await store.put_replicas(tx, found):
+    changed = await store.put_replicas(tx, found)
+    for change in changed:
         if change["state"] in ("failed", "stale"):
             fields = {name: change[name] for name in ("domain_id", "region", "version", "state", "reason")}
             log.warning("a region does not serve a certificate as it should", extra={"f": fields})
+    await _replicated(tx, changed, found)
+
+
+#: What a region's new state is in the table of events, and the code of the trouble. ``staged`` and ``pending`` are on their way.
+_EVENTS: Final = {
+    "active": ("activated", None),
+    "stale": ("lagging", "replica.stale"),
+    "failed": ("failed", "replica.failed"),
+}
+
+
+async def _replicated(tx: Tx, changed: Sequence[Any], rows: Sequence[tuple[Any, ...]]) -> None:
+    """One event for each version of which a region's state changed: the worst of its regions counts."""
+    regions: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        regions[row[0]].append(row[4])
+    for id, change in {change["certificate_id"]: change for change in changed}.items():
+        states = regions[id]
+        worst = next((state for state in ("failed", "stale") if state in states), None)
+        if worst is None and any(state != "active" for state in states):
+            continue
+        action, code = _EVENTS[worst or "active"]
+        event = NewEvent(
+            change["domain_id"],
+            "replication",
+            action,
+            revision=change["version"],
+            error_code=code,
+            error_detail=next(
+                (one["reason"] for one in changed if one["certificate_id"] == id and one["reason"]), None
+            ),
+            regions_active=states.count("active"),
+            regions_total=len(states),
+            object=id,
+        )
+        await lifecycle.record(tx, event)
 
 
 async def acknowledge(tx: Tx, relay: str, said: Sequence[Said], rules: Rules) -> list[str]:
