@@ -44,6 +44,26 @@ async def refused(relay: Relay, token: str | None, headers: dict[str, str] | Non
     return int(response.status), (caught.value.raw_body or b"").decode()
 
 
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("organization.suspended", "the operator of this platform suspended the organization"),
+        ("organization.deleting", "an owner can still take that back"),
+        ("session.revoked", "portico login"),
+        ("session.ended", "start the agent again"),
+    ],
+)
+async def test_the_end_says_what_happened_and_what_to_do(
+    relay: Relay, agent: ScriptedAgent, code: str, says: str
+) -> None:
+    """To who is connected, and to who comes again."""
+    delta(relay, {"kind": "session_ended", "session": "ses_a", "code": code, "until": time.time() + 900})
+    await agent.until(lambda: agent.error is not None, 30)
+    assert agent.error is not None and agent.error[0] == code and says in agent.error[1]
+    status, body = await refused(relay, session_token())
+    assert (status in (401, 403, 404, 410), code in body, says in body) == (True, True, True)
+
+
 class TestConnect:
     async def test_refusals_come_before_the_upgrade(self, relay: Relay) -> None:
         for token, code in (

@@ -22,6 +22,7 @@ from picows import WSCloseCode
 from portico.errors import Problem
 from portico.kit.carrier import Carrier
 from portico.relay.control_link import ControlLink
+from portico.relay.ended import why_ended
 from portico.relay.meter import Counters, Meter
 from portico.relay.policy import Governed, PolicyInvalid
 from portico.relay.snapshot import Change, Organization, Snapshot, TunnelRow
@@ -342,7 +343,7 @@ class Agents:
         )
         ended = self.snapshot.ended(claims.sid)
         if ended is not None:
-            raise Problem(ended.code, "the platform ended this session")
+            raise Problem(ended.code, why_ended(ended.code))
         return claims
 
     def _token_grace(self) -> float:
@@ -572,7 +573,7 @@ class Agents:
         """A change of the edge state reaches what is live at once."""
         if change.kind == "session_ended":
             for connection in [c for c in self.connections if c.claims.sid == change.id]:
-                connection.end(change.code, "the platform ended this session")
+                connection.end(change.code, why_ended(change.code))
             return
         if change.kind == "organization":
             self._entitle(change.id)
