@@ -354,7 +354,7 @@ class World:
 
     async def _mfa_reset(self) -> str:
         path = f"/v1/admin/users/{await self.member('viewer')}/mfa-reset"
-        asked = await call(self.app, "post", path, self.operator_key, {"reason": "lost"})
+        asked = await call(self.app, "post", path, await self._operator(self.operator), {"reason": "lost"})
         return str(json.loads(asked.body)["id"])
 
     async def _support_session(self) -> str:

@@ -1,8 +1,8 @@
 """What operators see of people and do to accounts: disable and enable, end sessions, take second factors away.
 
 An operator acts on an account, never as it: no verb here gives a session, a key or a password. Taking second factors away
-leaves a password that somebody else may know, so it takes two operators: one asks, another one confirms. Acts are in the
-log of the installation, and in that of each organization that the person belongs to.
+leaves a password that somebody else may know, so it takes two operators, both people: one asks, another one confirms.
+Acts are in the log of the installation, and in that of each organization that the person belongs to.
 """
 
 from __future__ import annotations
@@ -153,8 +153,9 @@ class People:
     async def ask_mfa_reset(self, tx: Tx, caller: Caller, user_id: str, reason: str) -> dict[str, Any]:
         """Ask that a person's second factors be taken away; another operator confirms it. The newest request counts.
 
-        Raises ``request.not_found``, ``operator.self``.
+        Raises ``request.not_found``, ``operator.self``, ``operator.second_required``.
         """
+        _a_person(caller)
         if caller.user_id == user_id:
             raise Problem("operator.self")
         await self._lock(tx, user_id)
@@ -187,8 +188,10 @@ class People:
 
         Raises ``request.not_found``, ``operator.second_required``, ``operator.request_over``.
         """
+        _a_person(caller)
         row, now = await self._reset(tx, request, lock=True), self._clock.wall()
-        if caller.id == row.requested_by:
+        # Before keys were left out of this, one may have asked.
+        if caller.id == row.requested_by or row.requested_by.startswith("key_"):
             raise Problem("operator.second_required")
         if caller.user_id == row.user_id:
             raise Problem("operator.self")
@@ -240,6 +243,12 @@ class People:
     async def _record(self, tx: Tx, caller: Caller, act: str, user_id: str, **facts: Any) -> None:
         found = await self._organizations(tx, user_id)
         await operators.record(tx, caller, act, user_id, facts, *(row["id"] for row in found))
+
+
+def _a_person(caller: Caller) -> None:
+    """Raises ``operator.second_required`` for the operator key: whoever holds it may be the other operator, too."""
+    if caller.kind != "person":
+        raise Problem("operator.second_required", "two people are needed; the operator key may be held by either")
 
 
 def _state(row: Any, now: datetime) -> str:
