@@ -60,6 +60,10 @@ PERMISSIONS: Final = frozenset(PERMISSION_TABLE)
 OWNERS_ONLY: Final = frozenset({"organization:delete", "owners:write"})
 
 
+# A role that holds one of these can give itself and others more: giving it needs a person with a recent proof.
+GIVING: Final = frozenset({"members:write", "owners:write", "roles:write", "keys:write"})
+
+
 @dataclass(frozen=True, slots=True)
 class Role:
     """A built-in role: whom it is for, and what it allows."""
@@ -320,6 +324,12 @@ def declare(access: Access) -> Callable[[_Dependency], _Dependency]:
     return mark
 
 
+def again(dependency: object) -> tuple[Callable[[Request, Caller], Any], ...]:
+    """What a dependency checks of a caller, to be checked again for a request that it was not asked for."""
+    found: tuple[Callable[[Request, Caller], Any], ...] = getattr(dependency, "again", ())
+    return found
+
+
 def declared(dependency: object) -> Access | None:
     """What a dependency says about who may call."""
     found = getattr(dependency, "access", None)
@@ -351,6 +361,7 @@ def require(*permissions: str, kinds: tuple[CallerKind, ...] = MEMBERS, act: str
             )
         return who
 
+    check.again = (check,)  # type: ignore[attr-defined]
     return check
 
 
@@ -369,7 +380,8 @@ def require_recent(*permissions: str, seconds: float | None = None, act: str | N
     ``seconds``: that time; by default the setting ``step_up_seconds``. Else as ``require``, and ``auth.step_up_required``.
     """
     people: tuple[CallerKind, ...] = ("person",)
-    admitted = Depends(require(*permissions, kinds=people, act=act))
+    required = require(*permissions, kinds=people, act=act)
+    admitted = Depends(required)
 
     @declare(Access(people, permissions, act, step_up=True))
     async def check(request: Request, who: Caller = admitted) -> Caller:
@@ -377,6 +389,7 @@ def require_recent(*permissions: str, seconds: float | None = None, act: str | N
         check_step_up(who, state.clock.wall(), state.settings.step_up_seconds if seconds is None else seconds)
         return who
 
+    check.again = (*again(required), check)  # type: ignore[attr-defined]
     return check
 
 
@@ -405,6 +418,7 @@ def require_operator(*, step_up: bool = False, act: str | None = None) -> Callab
             check_step_up(who, state.clock.wall(), state.settings.operator_step_up_seconds)
         return who
 
+    check.again = (check,)  # type: ignore[attr-defined]
     return check
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -108,6 +108,12 @@ def _access(dependant: Dependant) -> access.Access | None:
     return None
 
 
+def _again(dependant: Dependant) -> Iterable[Callable[[Request, access.Caller], Any]]:
+    """What the dependencies of a route check of its caller, each of those that say so."""
+    for inner in dependant.dependencies:
+        yield from access.again(inner.call) or _again(inner)
+
+
 class Repeatable(JsonRoute):
     """A route that opens its transactions itself, and takes an Idempotency-Key by calling :func:`once`."""
 
@@ -120,7 +126,7 @@ class UnitOfWork(JsonRoute):
     repeatable = True
 
     def _wrap(self, inner: Handler) -> Handler:
-        return _write(inner) if self.methods and self.methods & WRITES else _read(inner)
+        return _write(inner, self) if self.methods and self.methods & WRITES else _read(inner)
 
 
 def _read(inner: Handler) -> Handler:
@@ -133,13 +139,17 @@ def _read(inner: Handler) -> Handler:
     return handle
 
 
-def _write(inner: Handler) -> Handler:
+def _write(inner: Handler, route: JsonRoute) -> Handler:
+    async def admit(request: Request, who: access.Caller) -> None:
+        for check in _again(route.dependant):
+            await check(request, who)
+
     async def handle(request: Request) -> Response:
         db: Database = request.app.state.db
         async with db.transaction() as tx:
             request.state.reader = tx
             if "idempotency-key" in request.headers:
-                return await once(request, tx, lambda: inner(request))
+                return await once(request, tx, lambda: inner(request), admit)
             return await inner(request)
 
     return handle
@@ -194,8 +204,15 @@ def fingerprint(method: str, path: str, query: str, body: bytes) -> bytes:
     return hashlib.sha256(head + body).digest()
 
 
-async def once(request: Request, tx: Tx, run: Callable[[], Awaitable[Response]]) -> Response:
-    """``run()`` unless this caller already did under the same key; then its stored answer."""
+async def once(
+    request: Request,
+    tx: Tx,
+    run: Callable[[], Awaitable[Response]],
+    admit: Callable[[Request, access.Caller], Awaitable[None]] | None = None,
+) -> Response:
+    """``run()`` unless this caller already did under the same key; then its stored answer, if ``admit`` lets the caller have it:
+    what ``run`` would check first. Rights and proofs end within a session, and an answer may hold what they were asked for.
+    """
     key = request.headers["idempotency-key"]
     if not _KEY.fullmatch(key):
         raise Problem("idempotency.key_invalid")
@@ -207,6 +224,8 @@ async def once(request: Request, tx: Tx, run: Callable[[], Awaitable[Response]])
     mark = bytes.fromhex(sealer.mac("idempotent request", plain.hex()))
     life = timedelta(seconds=request.app.state.settings.idempotency_seconds)
     if not await _claim(tx, caller, key, mark, life):
+        if admit is not None:
+            await admit(request, who)
         return await _replay(tx, caller, key, (mark, plain), sealer)
     response = await run()
     await _remember(tx, caller, key, response, sealer)

@@ -56,6 +56,23 @@ class TestStepUp:
         rows = (await owner.client.get("/v1/audit", params={"action": "session.step_up"})).json()["data"]
         assert [(r["target"], r["outcome"]) for r in rows] == [(owner.session, "success")]
 
+    async def test_a_remembered_answer_asks_for_it_too(
+        self, owner: Account, client: httpx.AsyncClient, clock: MovableClock, connect: Any, db: Database
+    ) -> None:
+        """It may be a secret that only a session with a recent proof is given."""
+        again = {"Idempotency-Key": "once"}
+        assert (await owner.client.post("/v1/dangerous", headers=again)).status_code == 204
+        owner = await _later(owner, client, clock, connect)
+        problem(await owner.client.post("/v1/dangerous", headers=again), 403, "auth.step_up_required")
+        assert (await _step_up(owner, password=PASSWORD)).status_code == 200
+        answer = await owner.client.post("/v1/dangerous", headers=again)
+        assert (answer.status_code, answer.headers["idempotency-replayed"]) == (204, "true")
+        async with db.transaction() as tx:
+            await tx.execute(
+                sa.text("UPDATE members SET role = 'viewer' WHERE user_id = :id").bindparams(id=owner.user)
+            )
+        problem(await owner.client.post("/v1/dangerous", headers=again), 403, "auth.forbidden")
+
     async def test_a_refresh_is_no_proof(
         self, owner: Account, client: httpx.AsyncClient, clock: MovableClock, connect: Any
     ) -> None:

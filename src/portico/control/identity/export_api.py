@@ -54,8 +54,8 @@ async def get_export(export: Id, reader: Reading, service: Service, who: Exporte
     response_class=FileResponse,
     responses={200: {"content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}}}},
 )
-async def download_export(export: Id, db: Db, service: Service, who: Exporter) -> FileResponse:
-    """The file of a finished export."""
+async def download_export(export: Id, db: Db, service: Service, who: Asker) -> FileResponse:
+    """The file of a finished export. As for asking for one, the person must have proved who they are a short time ago."""
     async with db.transaction() as tx:  # who took it is recorded
         path = await service.exports.file(tx, who, export)
     headers = {"Cache-Control": "no-store"}
