@@ -16,7 +16,7 @@ from portico.control.app import create_app
 from portico.control.identity.tables import members
 from portico.kit.db import Database
 from portico.settings import ApiSettings
-from tests.control.conftest import Account
+from tests.control.conftest import Account, MovableClock
 from tests.control.identity.conftest import Join
 from tests.control.test_http import problem
 
@@ -121,6 +121,24 @@ class TestChangeOfRole:
         assert {row["target"] for row in refusals} == {viewer.user, owner.user}
         assert {row["actor"]["id"] for row in refusals} == {admin.user}
         assert refusals[0]["details"] == {"code": "auth.forbidden", "permission": "owners:write"}
+
+    async def test_power_over_others_is_given_by_a_person_with_a_recent_proof(
+        self, owner: Account, join: Join, connect: Any, clock: MovableClock
+    ) -> None:
+        """A session or a key that was stolen makes no accomplice, neither of a member nor by an invitation."""
+        member, custom = await join("viewer"), await make_role(owner, "members:read", "members:write")
+        key = replace(owner, client=connect((await owner.key("api"))["key"]))
+        old = replace(owner)
+        for by, later in ((key, 0), (old, 930)):  # past step_up_seconds, within the leeway of tokens
+            clock.advance(later)
+            for role in ("owner", "admin", custom):
+                problem(await give(by, member, role), 403, "auth.step_up_required")
+                asked = {"email": "new@example.com", "role": role}
+                problem(await by.client.post("/v1/org/invitations", json=asked), 403, "auth.step_up_required")
+            assert (await give(by, member, "developer")).status_code == 200
+            assert (await give(by, member, "viewer")).status_code == 200
+        rows = await audited(owner, "member.change")
+        assert {"code": "auth.step_up_required"} in [row["details"] for row in rows if row["outcome"] == "refused"]
 
     async def test_nobody_gives_what_he_lacks(self, owner: Account, join: Join) -> None:
         role = await make_role(owner, "members:write", "members:read", "tunnels:read")

@@ -229,6 +229,21 @@ class TestTransfer:
             await tx.execute(sa.update(users).where(users.c.id == heir.user).values(disabled_at=sa.func.now()))
         problem(await owner.client.post("/v1/org/transfer", json={"user": heir.user}), 409, "member.unable")
 
+    async def test_nobody_comes_to_own_more_than_one_may(
+        self, owner: Account, join: Join, settings: ApiSettings, client: httpx.AsyncClient, app: Any, db: Database
+    ) -> None:
+        heir = await join("viewer")
+        for number in range(settings.organizations_per_person):
+            answer = await heir.client.post("/v1/organizations", json={"name": f"Mine {number}"})
+            assert answer.status_code == 201, answer.text
+        for answer in (
+            await owner.client.post("/v1/org/transfer", json={"user": heir.user}),
+            await give(owner, heir, "owner"),
+        ):
+            problem(answer, 409, "organization.limit_reached")
+        roles = {m["user"]["id"]: m["role"] for m in (await owner.client.get("/v1/org/members")).json()["data"]}
+        assert roles == {owner.user: "owner", heir.user: "viewer"}
+
     async def test_two_at_once_leave_one_owner(self, owner: Account, join: Join, db: Database) -> None:
         heirs = [await join("viewer"), await join("viewer")]
         answers = await asyncio.gather(

@@ -16,7 +16,7 @@ from sqlalchemy import exc as sa_exc
 from portico.control.access import Caller
 from portico.control.audit import service as audit
 from portico.control.identity import account_store, invitation_store, roster, standing, store, throttle
-from portico.control.identity.members import not_above
+from portico.control.identity.members import Members, not_above
 from portico.control.identity.org_standing import check_standing
 from portico.control.identity.org_standing import standing as stands
 from portico.control.identity.passwords import Passwords
@@ -48,7 +48,9 @@ class Invitations:
         passwords: Passwords,
         sign_ins: SignIns,
         quotas: Quotas,
+        members: Members,
     ) -> None:
+        self._members = members
         self._settings = settings
         self._db = db
         self._clock = clock
@@ -68,10 +70,12 @@ class Invitations:
 
     async def create(self, tx: Tx, caller: Caller, email: str, role_id: str) -> dict[str, Any]:
         """Invite an address. Raises ``auth.forbidden``, ``request.not_found``, ``request.invalid``, ``invitation.member``,
-        ``invitation.exists``, ``invitation.limit_reached``, ``quota.exceeded``, ``auth.throttled``."""
+        ``invitation.exists``, ``invitation.limit_reached``, ``quota.exceeded``, ``auth.throttled``, and
+        ``auth.step_up_required`` for a role with power over others."""
         held = await standing.hold(tx, caller, ("members:write",))
         role = await self._role(tx, caller, role_id)
         not_above(held, role.permissions)
+        self._members.check_giving(caller, role.permissions)
         try:
             mail.address(email)
         except ValueError:
@@ -107,7 +111,9 @@ class Invitations:
         """
         held = await standing.hold(tx, caller, ("members:write",))
         row = await self._one(tx, caller, invitation)
-        not_above(held, (await self._role(tx, caller, row.role)).permissions)
+        permissions = (await self._role(tx, caller, row.role)).permissions
+        not_above(held, permissions)
+        self._members.check_giving(caller, permissions)
         now, token = self._clock.wall(), new_token("inv")
         sends = await invitation_store.sent_again(
             tx, row.id, digest(token), caller.user_id or "", now, now + self._life
@@ -266,6 +272,8 @@ class Invitations:
         now, organization = self._clock.wall(), row.organization_id
         # Open, it has a place among them already, if the plan still has one.
         await self._quotas.claim(tx, organization, "members", 0)
+        if row.role == "owner":
+            await self._members.room_to_own(tx, user_id)
         if not await roster.add(tx, organization, user_id, row.role):
             raise Problem("invitation.member")
         if not await invitation_store.accept(tx, row.id, digest(token), user_id, now):

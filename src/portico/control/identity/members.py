@@ -1,8 +1,9 @@
 """Members of an organization: listed, given another role, removed.
 
 Nobody gives a role that may do more than himself, or touches a member who may do more; so only owners make and unmake
-owners, since ``owners:write`` is theirs alone. Changes of one organization take turns on its row, and each looks at the
-caller's rights again under that lock: of two owners who demote each other at once one succeeds.
+owners, since ``owners:write`` is theirs alone; and a role with power over others is given by a person with a recent proof.
+Changes of one organization take turns on its row, and each looks at the caller's rights again under that lock: of two owners
+who demote each other at once one succeeds.
 
 What a member may not do any more ends with the change: keys are limited by their maker's role whenever they are used,
 agent sessions end in the same transaction when the role has no ``agent:connect``, and with a member who leaves end the
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from portico.control.access import Caller
+from portico.control.access import GIVING, Caller, check_step_up
 from portico.control.audit import service as audit
 from portico.control.identity import invitation_store, roster, standing, store
 from portico.control.identity.keys import Keys
@@ -22,6 +23,7 @@ from portico.errors import Problem
 from portico.kit import pages
 from portico.kit.clock import Clock
 from portico.kit.db import Reader, Tx
+from portico.settings import ApiSettings
 
 _CONNECT = "agent:connect"
 
@@ -29,7 +31,8 @@ _CONNECT = "agent:connect"
 class Members:
     """The verbs on members."""
 
-    def __init__(self, clock: Clock, keys: Keys) -> None:
+    def __init__(self, settings: ApiSettings, clock: Clock, keys: Keys) -> None:
+        self._settings = settings
         self._clock = clock
         self._keys = keys
 
@@ -40,7 +43,8 @@ class Members:
         return document
 
     async def change(self, tx: Tx, caller: Caller, user_id: str, role_id: str) -> dict[str, Any]:
-        """Give a member another role. Raises ``request.not_found``, ``auth.forbidden``, ``member.last_owner``."""
+        """Give a member another role. Raises ``request.not_found``, ``auth.forbidden``, ``member.last_owner``,
+        ``auth.step_up_required`` for one with power over others (``check_giving``), ``organization.limit_reached``."""
         held = await self.hold(tx, caller, "members:write")
         row = await self._member(tx, caller, user_id)
         before = roster.role_in(row)
@@ -49,6 +53,9 @@ class Members:
             raise Problem("request.not_found", "there is no such role")
         not_above(held, before.permissions | wanted.permissions)
         if wanted.id != before.id:
+            self.check_giving(caller, wanted.permissions - before.permissions)
+            if wanted.id == "owner":
+                await self.room_to_own(tx, user_id)
             await self._not_the_last_owner(tx, row, wanted)
             keys = await roster.lock_keys_of(tx, caller.org, [user_id])
             await roster.set_role(tx, caller.org, user_id, wanted.id)
@@ -85,7 +92,7 @@ class Members:
     async def transfer(self, tx: Tx, caller: Caller, user_id: str, role_id: str) -> dict[str, Any]:
         """Make a member an owner in the caller's place, who is given another role, in one step; the new owner.
 
-        Raises ``request.not_found``, ``auth.forbidden``, ``member.unable``.
+        Raises ``request.not_found``, ``auth.forbidden``, ``member.unable``, ``organization.limit_reached``.
         """
         await self.hold(tx, caller, "owners:write")
         new, old = await self._member(tx, caller, user_id), await self._member(tx, caller, caller.user_id or "")
@@ -94,6 +101,8 @@ class Members:
             raise Problem("request.not_found", "there is no such role to keep")
         if new.disabled_at is not None or new.user_id == old.user_id:
             raise Problem("member.unable")
+        if new.role != "owner":
+            await self.room_to_own(tx, new.user_id)
         keys = await roster.lock_keys_of(tx, caller.org, [old.user_id])
         await roster.set_role(tx, caller.org, new.user_id, "owner")
         await roster.set_role(tx, caller.org, old.user_id, given.id)
@@ -101,6 +110,18 @@ class Members:
         facts = {"owner": new.user_id, "before": old.user_id, "role": given.name}
         await audit.record(tx, caller, "organization.transfer", caller.org, details=facts)
         return _render(await self._member(tx, caller, user_id))
+
+    def check_giving(self, caller: Caller, given: frozenset[str]) -> None:
+        """Raises ``auth.step_up_required`` when ``given`` has power over others and the caller is not a person who proved a
+        short time ago who they are: a stolen session or key makes no accomplice."""
+        if GIVING & given:
+            check_step_up(caller, self._clock.wall(), self._settings.step_up_seconds)
+
+    async def room_to_own(self, tx: Tx, user_id: str) -> None:
+        """Raises ``organization.limit_reached`` when the person owns as many organizations as one may."""
+        limit = self._settings.organizations_per_person
+        if await roster.count_owned(tx, user_id) >= limit:
+            raise Problem("organization.limit_reached", f"a person owns at most {limit} organizations", limit=limit)
 
     async def hold(self, tx: Tx, caller: Caller, permission: str) -> frozenset[str]:
         """What the caller may do now, while roles and members stay as they are until the transaction ends."""
