@@ -868,6 +868,101 @@ class ApiSettings:
     # Events that one call replays, or says that it would.
     cert_replay_max: int = 1000
 
+    # == Certificates by ACME
+    # Whether the terms of the certificate authority (CA) are agreed to: no certificate is ordered before.
+    acme_agree_terms: bool = False
+    # Directory of the CA that certificates come from.
+    acme_directory: str = "https://acme-v02.api.letsencrypt.org/directory"
+    # Directory of that CA's staging, where a name is tried again after a failure before the CA's limits are spent on it; empty:
+    # there is none, but for Let's Encrypt, whose own is used.
+    acme_staging_directory: str = ""
+    # Directories of CAs that are asked, in this order, when the one before them cannot or will not issue.
+    acme_fallback_directories: tuple[str, ...] = ()
+    # Mail addresses that CAs may write to.
+    acme_contacts: tuple[str, ...] = ()
+    # External accounts that CAs demand: HOST=KEY_ID:HMAC_KEY, comma separated; HOST is that of the directory.
+    acme_external_accounts: Secret | None = None
+    # Certificate profiles: HOST=PROFILE, comma separated; a CA that is not named gives its default one.
+    acme_profiles: tuple[str, ...] = ()
+    # Authorities that a CA's own address is trusted by; empty: the system's.
+    acme_ca_file: Path | None = None
+    # How names are proved, best first: http-01, tls-alpn-01, dns-01. Wildcards are always proved by dns-01.
+    acme_challenges: tuple[str, ...] = ("http-01", "tls-alpn-01", "dns-01")
+    # Port on which CAs look for http-01; another one than 80 only with a CA of one's own.
+    acme_http_port: int = 80
+    # Port on which CAs look for tls-alpn-01; another one than 443 only with a CA of one's own.
+    acme_tls_port: int = 443
+    # Seconds for a CA to answer a request.
+    acme_timeout_seconds: float = 30.0
+    # Bytes of an answer of a CA.
+    acme_answer_max_bytes: int = 1_048_576
+    # Times that a request is made anew, since its nonce was refused.
+    acme_nonce_retries: int = 10
+    # Seconds between two looks at how a validation or an order stands, when the CA does not say.
+    acme_poll_seconds: float = 1.0
+    # Seconds between two such looks at most, whatever the CA says.
+    acme_poll_max_seconds: float = 20.0
+    # Seconds for a CA to validate a name, or to issue.
+    acme_patience_seconds: float = 180.0
+    # Seconds for every healthy relay to have a challenge before an attempt is given back.
+    acme_relays_seconds: float = 30.0
+    # Seconds that relays answer a challenge at most.
+    acme_challenge_seconds: float = 3600.0
+    # Seconds of one look, before an order, whether a challenge can be reached.
+    acme_reach_seconds: float = 10.0
+    # Certificates that are being ordered at once, by all workers; organizations take turns.
+    acme_open_orders: int = 200
+    # Names of one look for what is due.
+    acme_sweep_names: int = 1000
+    # Seconds between two questions when to renew a certificate (ARI), a tenth more or less.
+    acme_ari_seconds: float = 36_000.0
+    # Such questions of one round.
+    acme_ari_names: int = 500
+    # Share of its lifetime that a certificate has left when it is renewed, where its CA does not say when.
+    acme_renew_share: float = 0.3333
+    # The same share of a certificate that lives for less than acme_short_days.
+    acme_renew_share_short: float = 0.5
+    # Days of life below which a certificate is a short one.
+    acme_short_days: float = 10.0
+    # Pauses in seconds after the first, the second… failure in a row, a tenth more or less; the last one holds for all later.
+    acme_retry_seconds: tuple[float, ...] = (60, 600, 6000, 86_400)
+    # The same where nothing was asked of a CA, since the name does not lead here.
+    acme_unready_seconds: tuple[float, ...] = (60, 120, 300, 600, 1800, 3600)
+    # Seconds between two orders of a name that people ask for by `retry`.
+    acme_retry_pause_seconds: float = 60.0
+    # Failures of a CA in a row after which the next one is asked.
+    acme_fallback_after: int = 2
+    # Orders of an account that a CA allows in 3 hours: a bucket that fills evenly, as the next three; all are Let's Encrypt's.
+    acme_budget_orders: int = 300
+    # Certificates of a registered domain that a CA allows in 7 days.
+    acme_budget_domain: int = 50
+    # Certificates of the same names that a CA allows in 7 days.
+    acme_budget_names: int = 5
+    # Failed validations of a name that a CA allows in an hour.
+    acme_budget_failures: int = 5
+    # Days that orders which are over are kept.
+    acme_keep_days: int = 90
+    # Who writes TXT records for dns-01: rfc2136, exec; empty: nobody, and dns-01 is not used.
+    acme_dns: str = ""
+    # Zones besides challenge_zone in which that may write, for names of one's own that delegate nothing.
+    acme_dns_zones: tuple[str, ...] = ()
+    # Server of the zone that takes updates by RFC 2136: ADDRESS or ADDRESS:PORT.
+    acme_dns_server: str = ""
+    # Name of the key that signs updates (TSIG).
+    acme_dns_key_name: str = ""
+    # That key, in base64; none: updates are not signed.
+    acme_dns_key: Secret | None = None
+    # Its algorithm.
+    acme_dns_key_algorithm: str = "hmac-sha256"
+    # Program that is run for exec, without a shell, as: PROGRAM present|cleanup NAME VALUE.
+    acme_dns_program: Path | None = None
+    # Seconds that the server or the program may take.
+    acme_dns_seconds: float = 60.0
+    # Seconds until resolvers must see a record that was written.
+    acme_dns_seen_seconds: float = 120.0
+    # Seconds that resolvers may keep a TXT record.
+    acme_dns_ttl: int = 60
+
     # == Edge
     # Seconds after its last heartbeat for which a relay counts as live.
     relay_lease_seconds: float = 15.0
@@ -1108,6 +1203,22 @@ class WorkerSettings:
     settle_certificates_seconds: float = 3.0
     # Seconds between two looks for certificates that are not wrapped for a key of a region yet.
     rewrap_certificates_seconds: float = 15.0
+    # Orders of certificates that one process has in hand at once; at most half are one organization's.
+    order_concurrency: int = 16
+    # Attempts at an order of a certificate.
+    order_max_attempts: int = 12
+    # Seconds that one of them may take.
+    order_timeout_seconds: float = 900.0
+    # Seconds below which the pause after a first failed attempt is drawn; the bound doubles with each.
+    order_retry_seconds: float = 2.0
+    # The greatest such bound in seconds; and the longest that an order waits for a CA in one go.
+    order_retry_max_seconds: float = 3600.0
+    # Seconds between two looks for domains whose certificate is due.
+    sweep_certificates_seconds: float = 10.0
+    # Seconds between two rounds of questions when to renew certificates (each is asked about every acme_ari_seconds).
+    ask_renewals_seconds: float = 30.0
+    # Seconds between two removals of old orders.
+    tidy_certificates_seconds: float = 3600.0
     # Seconds between two removals of audit rows past their retention.
     trim_audit_seconds: float = 3600.0
     # Seconds between two looks for domains whose DNS is to be looked at; how often each is, docs/how-to/custom-domains.md says.

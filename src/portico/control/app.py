@@ -30,8 +30,8 @@ from portico.control.access import PUBLIC
 from portico.control.audit import api as audit_api
 from portico.control.audit import service as audit
 from portico.control.console import pages as console_pages
+from portico.control.domains import acme_api, distribution_api, ingest_api, lifecycle_api, source_api
 from portico.control.domains import api as domains_api
-from portico.control.domains import distribution_api, ingest_api, lifecycle_api, source_api
 from portico.control.domains import service as domains
 from portico.control.domains.ingest import Ingest
 from portico.control.domains.sources import Sources
@@ -180,6 +180,7 @@ def _routes() -> list[BaseRoute]:
         ingest_api.router,
         lifecycle_api.of_domains,
         domains_api.router,
+        acme_api.router,
         domains_api.looking,
         identity_api.auth,
         identity_api.sessions,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from portico.control.domains import jobs_distribution, jobs_verification, vault
 from portico.kit.queue import Work
 from portico.settings import WorkerSettings
-from portico.worker import certificate_events
+from portico.worker import certificate_events, certificate_orders
 from portico.worker.jobs import Context, Job
 
 
@@ -15,6 +15,7 @@ def jobs(settings: WorkerSettings) -> list[Job]:
         Job(jobs_verification.CHECK, check_domains, settings.check_domains_seconds),
         Job(jobs_verification.PURGE, purge_domains, settings.purge_domains_seconds),
         *certificate_events.jobs(settings),
+        *certificate_orders.jobs(settings),
         Job(jobs_distribution.SETTLE, settle, settings.settle_certificates_seconds),
         Job(jobs_distribution.REWRAP, rewrap, settings.rewrap_certificates_seconds),
     ]

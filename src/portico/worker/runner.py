@@ -17,7 +17,7 @@ from portico.kit.clock import SystemClock
 from portico.kit.db import Database, PoolLimits
 from portico.kit.queue_runner import KindRunner, Pace, Schedules, Served, Wakes
 from portico.settings import ApiSettings, WorkerSettings
-from portico.worker import certificates, maintenance, notifications
+from portico.worker import certificate_orders, certificates, maintenance, notifications
 from portico.worker import metrics as worker_metrics
 from portico.worker.jobs import Context, Job
 
@@ -56,6 +56,7 @@ async def serve(
     """
     jobs = choose(settings, names)
     notifications.check(control)
+    certificate_orders.check(settings, control)
     certificates.check(settings)
     stopping = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):

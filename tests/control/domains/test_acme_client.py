@@ -190,7 +190,7 @@ async def _answering(*answers: bytes) -> tuple[asyncio.Server, str]:
         (b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n" + b"x" * 900, "ca_unreadable"),
         (b"HTTP/1.1 302 Found\r\nLocation: http://169.254.169.254/\r\nContent-Length: 0\r\n\r\n", "ca_error"),
         (b"HTTP/1.1 503 Busy\r\nRetry-After: 120\r\nContent-Length: 0\r\n\r\n", "server_internal"),
-        (b"HTTP/1.1 429 Slow\r\nRetry-After: 120\r\nContent-Length: 0\r\n\r\n", "rate_limited"),
+        (b"HTTP/1.1 429 Slow\r\nRetry-After: 120\r\nContent-Length: 0\r\n\r\n", "ca_busy"),
         (b"", "ca_unreachable"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{", "ca_unreachable"),
     ],

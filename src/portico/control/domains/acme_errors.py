@@ -43,11 +43,12 @@ _TYPES: Final = {
     "unsupportedIdentifier": "unsupported_identifier",
     "userActionRequired": "user_action_required",
 }
-#: Our own: no answer was had, the answer is none of a CA, nothing can be reached that would have to be.
+#: Our own: no answer was had, the answer is none of a CA, or one that says no more than "too many" (no limit of ACME's).
 UNREACHABLE: Final = "ca_unreachable"
+BUSY: Final = "ca_busy"
 UNREADABLE: Final = "ca_unreadable"
 #: What another attempt at the same step may well mend, since nothing about the request was wrong.
-TRANSIENT: Final = frozenset({UNREACHABLE, UNREADABLE, "server_internal", "bad_nonce", "order_not_ready"})
+TRANSIENT: Final = frozenset({UNREACHABLE, UNREADABLE, BUSY, "server_internal", "bad_nonce", "order_not_ready"})
 #: What another CA may do better.
 OF_THE_CA: Final = TRANSIENT | {
     "rate_limited", "rejected_identifier", "external_account_required", "user_action_required", "invalid_profile",
@@ -96,7 +97,7 @@ def _code(kind: Any, status: int) -> str:
     if isinstance(kind, str) and kind.startswith(_URN) and (known := _TYPES.get(kind.removeprefix(_URN))) is not None:
         return known
     if status == 429:
-        return "rate_limited"
+        return BUSY
     return "server_internal" if status >= 500 or status == 408 else "ca_error"
 
 

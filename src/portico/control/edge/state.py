@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from portico.control import changes
-from portico.control.domains import vault
+from portico.control.domains import acme_store, vault
 from portico.control.identity import plans
 from portico.control.identity.signing_keys import SigningKeys
 from portico.control.tunnels.service import Tunnels
@@ -112,6 +112,7 @@ class StateReader:
                 tunnels=await self._tunnels.edge_rows(reader),
                 ended=await ended_sessions(reader, now),
                 organizations=await plans.told(reader),
+                challenges=await acme_store.open_challenges(reader),
                 certificates=await vault.edge_rows(reader),
             )
 
