@@ -867,6 +867,18 @@ class ApiSettings:
     cert_event_keep_seconds: int = 34_560_000
     # Events that one call replays, or says that it would.
     cert_replay_max: int = 1000
+    # Seconds after its end in which a certificate incident that comes back is the same one.
+    cert_incident_reopen_seconds: float = 86_400.0
+    # Seconds in which people are not told again of an incident that comes back, unless it is worse.
+    cert_incident_cooldown_seconds: float = 1800.0
+    # Share of a certificate's life by which its renewal may be late before that is a warning.
+    cert_sla_warning_share: float = 0.05
+    # Share of a certificate's life by which its renewal may be late before the objective is missed.
+    cert_sla_breach_share: float = 0.10
+    # Address of the operator's automation, which is told of certificate incidents; empty: none is.
+    cert_runbook_url: str | None = None
+    # Secret (`whsec_` and base64 of 24 to 64 bytes) with which what it is told is signed.
+    cert_runbook_secret: Secret | None = None
 
     # == Certificates by ACME
     # Whether the terms of the certificate authority (CA) are agreed to: no certificate is ordered before.
@@ -1243,6 +1255,8 @@ class WorkerSettings:
     cert_auto_replay_times: int = 3
     # Seconds after which an event is too old for that.
     cert_auto_replay_age_seconds: float = 604_800.0
+    # Seconds between two looks for certificate incidents that only the clock changes.
+    cert_watch_seconds: float = 60.0
 
 
 # --- where things are -------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sqlalchemy.dialects import postgresql as pg
 
 from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, ROLES, SUPPORT_PERMISSIONS, Caller, CallerKind
-from portico.control.domains import lifecycle, sources
+from portico.control.domains import incident_store, lifecycle, sources
 from portico.control.identity import operators, tables, tokens
 from portico.control.identity.account_tables import passkeys
 from portico.control.identity.keys import issue
@@ -267,6 +267,7 @@ class World:
             "reserved_name": self._reserved_name,
             "cert_source": self._cert_source,
             "cert_event": self._cert_event,
+            "cert_incident": self._cert_incident,
             "domain": lambda: self._made("/v1/domains", {"name": f"w{self._count}.example.com"}),
             "session": self._sign_in_session,
             "session_id": self._agent_session,
@@ -308,6 +309,20 @@ class World:
         async with self.db.transaction() as tx:
             made = await self.app.state.cert_sources.create(tx, Caller("operator", "installation", None), wanted, None)
         return str(made["id"])
+
+    async def _cert_incident(self) -> str:
+        domain, now = await self.object("domain"), self.app.state.clock.wall()
+        row = {
+            "id": new_id("cin"),
+            "domain_id": domain,
+            "organization_id": self.owner.organization,
+            "hostname": "x.example",
+        }
+        row |= {"incident_class": "issuance", "tier": 2, "status": "open", "opened_at": now, "changed_at": now}
+        row["conditions"] = {"state": {"tier": 2, "code": "x", "detail": None, "mark": "x"}}
+        async with self.db.transaction() as tx:
+            await incident_store.add(tx, row)
+        return str(row["id"])
 
     async def _cert_event(self) -> str:
         event = lifecycle.NewEvent(await self.object("domain"), "validation", "started", 1)

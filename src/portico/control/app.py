@@ -3,10 +3,10 @@
     app = create_app(settings)
 
 Everything that lives as long as the process hangs on ``app.state``: ``settings``, ``db``, ``clock``, ``sealer``,
-``signing_keys``, ``identity``, ``domains``, ``cert_sources``, ``cert_ingest``, ``authenticate``, ``note_refusal``,
-``relays``, ``tunnels``, ``visitor_passwords``, ``channels``, ``agent_sessions``, ``standing``, ``edge_states``,
-``edge_hub``, ``redis`` (None without one), ``trusted_proxies`` and ``stopping`` (an event set at the first SIGTERM; streams
-watch it and end themselves).
+``signing_keys``, ``identity``, ``domains``, ``cert_sources``, ``cert_ingest``, ``cert_incidents``, ``authenticate``,
+``note_refusal``, ``relays``, ``tunnels``, ``visitor_passwords``, ``channels``, ``agent_sessions``, ``standing``,
+``edge_states``, ``edge_hub``, ``redis`` (None without one), ``trusted_proxies`` and ``stopping`` (an event set at the first
+SIGTERM; streams watch it and end themselves).
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from portico.control.access import PUBLIC
 from portico.control.audit import api as audit_api
 from portico.control.audit import service as audit
 from portico.control.console import pages as console_pages
-from portico.control.domains import acme_api, distribution_api, ingest_api, lifecycle_api, source_api
+from portico.control.domains import acme_api, distribution_api, incident_api, ingest_api, lifecycle_api, source_api
 from portico.control.domains import api as domains_api
 from portico.control.domains import service as domains
+from portico.control.domains.incidents import Incidents
 from portico.control.domains.ingest import Ingest
 from portico.control.domains.sources import Sources
 from portico.control.edge import api as edge_api
@@ -130,7 +131,8 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
     quotas = state.identity.quotas
     state.domains = domains.Domains(settings, clock, quotas, state.sealer)
     state.cert_sources = Sources(settings, state.db, clock, state.sealer)
-    state.cert_ingest = Ingest(settings, state.db, clock, state.cert_sources)
+    state.cert_incidents = Incidents(settings, state.sealer, clock)
+    state.cert_ingest = Ingest(settings, state.db, clock, state.cert_sources, state.cert_incidents)
     quotas.kinds.update(domains.kinds(settings))
     state.redis = None
     if settings.redis_url is not None:
@@ -179,6 +181,7 @@ def _routes() -> list[BaseRoute]:
         *_TUNNELS,
         ingest_api.router,
         lifecycle_api.of_domains,
+        incident_api.of_domains,
         domains_api.router,
         acme_api.router,
         domains_api.looking,
@@ -203,6 +206,7 @@ def _routes() -> list[BaseRoute]:
         source_api.router,
         lifecycle_api.router,
         *distribution_api.routers,
+        incident_api.router,
     ):
         routes.include_router(router, prefix="/v1")
     routes.include_router(identity_api.well_known)

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from portico.control.domains import runbooks
 from portico.control.identity import facts
 from portico.control.notifications import mail, reach, smtp
 from portico.control.notifications.outgoing import ChannelDriver, ChannelMail, Health
@@ -28,15 +29,20 @@ MAIL, WEBHOOK, SLACK = (outbox.kind(driver) for driver in (mail.DRIVER, "webhook
 
 def jobs(settings: WorkerSettings) -> list[Job]:
     """One job kind for each driver."""
+    kept = limits(settings)
+    return [Job(MAIL, deliver_mail, limits=kept), *(Job(kind, deliver, limits=kept) for kind in (WEBHOOK, SLACK))]
+
+
+def limits(settings: WorkerSettings) -> dict[str, Any]:
+    """How messages are delivered, whichever way out it is."""
     ladder = settings.delivery_retry_seconds
-    limits: dict[str, Any] = {
+    return {
         "ladder": ladder,
         "max_attempts": len(ladder) + 1,
         "concurrency": settings.delivery_concurrency,
         "lane_places": settings.destination_concurrency,
         "group_places": max(1, settings.delivery_concurrency // 2),
     }
-    return [Job(MAIL, deliver_mail, limits=limits), *(Job(kind, deliver, limits=limits) for kind in (WEBHOOK, SLACK))]
 
 
 async def deliver_mail(context: Context, work: Work) -> None:
@@ -51,8 +57,8 @@ async def deliver_mail(context: Context, work: Work) -> None:
 async def deliver(context: Context, work: Work) -> None:
     """To where the message's channel leads at this moment."""
     sealer = Sealer(context.control.master_key)
-    client, hosts = _client(context.control), context.control.slack_hosts
-    await _deliver(context, work, ChannelDriver(context.db, context.clock, sealer, client, hosts))
+    to, hosts = client(context.control), context.control.slack_hosts
+    await _deliver(context, work, ChannelDriver(context.db, context.clock, sealer, to, hosts))
 
 
 async def _deliver(context: Context, work: Work, driver: outbox.Driver) -> None:
@@ -63,7 +69,8 @@ async def _deliver(context: Context, work: Work, driver: outbox.Driver) -> None:
 
 # Settings do not change while a process lives, and reading certificates takes a while.
 @functools.lru_cache(maxsize=8)
-def _client(settings: ApiSettings) -> Client:
+def client(settings: ApiSettings) -> Client:
+    """The client for addresses that people name; raises ``config.invalid``."""
     return reach.client_of(settings)
 
 
@@ -74,4 +81,5 @@ def _server(settings: ApiSettings) -> smtp.Server | None:
 
 def check(settings: ApiSettings) -> Sequence[object]:
     """Look at the settings of the ways out when the worker starts, not at the first message; raises ``config.invalid``."""
-    return _client(settings), _server(settings)
+    runbooks.check(settings)
+    return client(settings), _server(settings)

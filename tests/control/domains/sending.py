@@ -100,7 +100,7 @@ async def make_source(operator: httpx.AsyncClient, client: httpx.AsyncClient, cl
     return Sender(client, made["id"], SigningKey.of(made["key"]["id"], made["key"]["secret"]), clock)
 
 
-async def apply_all(db: Any, follow: Any = None) -> int:
+async def apply_all(db: Any, follow: Any = None, now: datetime | None = None) -> int:
     """Apply everything that waits, as the worker does; how many events it were."""
     count = 0
     while True:
@@ -108,7 +108,7 @@ async def apply_all(db: Any, follow: Any = None) -> int:
         if not found:
             return count
         for work in found:
-            await lifecycle.apply(work, follow)
+            await lifecycle.apply(work, now or datetime.now(UTC), follow)
             count += 1
 
 

@@ -166,9 +166,9 @@ async def test_a_worker_that_lost_its_lease_changes_nothing(app: Any, sender: Se
     (work,), _ = await queue.claim(app.state.db, lifecycle.KIND, Limits(lease_seconds=0), 1)
     (other,), _ = await queue.claim(app.state.db, lifecycle.KIND, Limits(), 1, suspect=True)
     with pytest.raises(LeaseLost):
-        await lifecycle.apply(work)
+        await lifecycle.apply(work, datetime.now(UTC))
     assert (await domain(app.state.db, held)).cert_failures == 0
-    await lifecycle.apply(other)
+    await lifecycle.apply(other, datetime.now(UTC))
     assert (await domain(app.state.db, held)).cert_failures == 1
 
 

@@ -29,8 +29,11 @@ from portico.control.access import Caller
 from portico.control.audit import service as audit
 from portico.control.domains import event_store as store
 from portico.control.domains import key_material
-from portico.control.domains.event_body import CertEvent
+from portico.control.domains import store as domain_store
+from portico.control.domains.event_body import CertEvent, Subject
 from portico.control.domains.event_mapping import type_of
+from portico.control.domains.incidents import Condition, Incidents
+from portico.control.domains.service import covering
 from portico.control.domains.sources import Source, Sources
 from portico.errors import Problem
 from portico.kit import networks, queue
@@ -380,8 +383,10 @@ def _row(verified: Verified, event: CertEvent, digest: str) -> dict[str, Any]:
 class Ingest:
     """The whole of ``POST /v1/domains/cert-events``."""
 
-    def __init__(self, settings: ApiSettings, db: Database, clock: Clock, sources: Sources) -> None:
-        self._settings, self._db = settings, db
+    def __init__(
+        self, settings: ApiSettings, db: Database, clock: Clock, sources: Sources, incidents: Incidents
+    ) -> None:
+        self._settings, self._db, self._incidents = settings, db, incidents
         self.verifier = Verifier(settings, sources, clock)
         self.intake = Intake(settings, db, clock)
 
@@ -422,6 +427,8 @@ class Ingest:
             if outcome is not None:
                 self.intake.came(source, "", outcome, shown, key)
                 await self._note(caller, source, shown, problem)
+            if problem.code == "cert.key_material":
+                await self._alarm(verified, body, problem)
             raise
         self.intake.came(source, event.cluster_id, found.status, shown, key)
         return found
@@ -433,6 +440,28 @@ class Ingest:
         details = {"code": problem.code, "event": event, "members": problem.extra.get("members", [])}
         who = replace(caller, id=source)
         await audit.refused(self._db, who, "cert_event.ingest", source, details, organization=audit.INSTALLATION)
+
+    async def _alarm(self, verified: Verified, body: bytes, problem: Problem) -> None:
+        """A key that was sent is known to others: an incident of the domain that it was sent about, if that can be told."""
+        name = hostname_in(body)
+        if name is None or not verified.source.speaks_for(name):
+            return
+        async with self._db.transaction() as tx:
+            domain = await covering(tx, name)
+            domain = await domain_store.find(tx, domain.id, lock=True) if domain is not None else None
+            if domain is not None:
+                detail = f"{verified.source.id} sent a private key with an event; replace it"
+                mark = hashlib.sha256(body).hexdigest()
+                condition = Condition(1, "key_material", detail, mark)
+                await self._incidents.settle(tx, domain, "integrity", "key_material", condition, verified.source.id)
+
+
+def hostname_in(body: bytes) -> str | None:
+    """The name that a body is about, whatever else is in it."""
+    try:
+        return Subject.model_validate(json.loads(body)["subject"]).hostname
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
 
 
 _OUTCOME_OF: Final = {

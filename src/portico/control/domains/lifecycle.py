@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from portico.control.domains import event_store, names
+from portico.control.domains import event_store, failure_policy, names
 from portico.control.domains import store as domain_store
 from portico.control.domains.certificate_state import Event, Registers, derive
 from portico.control.domains.event_mapping import type_of
@@ -120,7 +120,7 @@ def _text(value: datetime) -> str:
 Follow = Callable[[Tx, Any, Registers, Event], Awaitable[None]]
 
 
-async def apply(work: Work, follow: Follow | None = None) -> None:
+async def apply(work: Work, now: datetime, follow: Follow | None = None) -> None:
     """The handler of the queue: one event into the state of its domain."""
     row = work.row
     event_type = type_of(row["callback_class"], row["callback_action"])
@@ -138,7 +138,9 @@ async def apply(work: Work, follow: Follow | None = None) -> None:
         written = after.written()
         changed = written != domain.cert_applied
         if changed:
-            await domain_store.update(tx, domain.id, cert_applied=written, **derive(after).columns())
+            state = derive(after)
+            held = failure_policy.recorded(domain, state.failures, now)
+            await domain_store.update(tx, domain.id, cert_applied=written, **state.columns(), **held)
         if follow is not None:
             await follow(tx, domain, after, event)
         await event_store.settled(tx, work.id, "applied" if changed else "superseded", domain.id, event_type)

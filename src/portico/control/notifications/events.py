@@ -48,6 +48,18 @@ def _domain(status: str, error: str | None) -> dict[str, Any]:
     }
 
 
+_INCIDENT: Final = {
+    "incident": "cin_01jd2x8k3nf0v4q5w6e7r8t9ya",
+    "domain": "dom_01jd2x8k3nf0v4q5w6e7r8t9ya",
+    "hostname": "www.example.com",
+    "class": "renewal",
+    "tier": 3,
+    "status": "open",
+    "code": "dns",
+    "detail": "the challenge's record was not found",
+    "reopened": 0,
+}
+
 EVENTS: Final[dict[str, Event]] = {
     TEST: Event(
         "Somebody pressed the button to test a channel. It goes to that channel, whatever that wants.",
@@ -87,6 +99,32 @@ EVENTS: Final[dict[str, Event]] = {
         "(`error` is `taken_over`).",
         "The domain {name} was lost: {error}.",
         _domain("deleted", "taken_over"),
+    ),
+    "certificate.renewal_late": Event(
+        "A certificate was not renewed when it was due: once as `warning`, once as `breach` of the objective.",
+        "The renewal of the certificate of {hostname} is late ({level}); it ends at {not_after}.",
+        {
+            "domain": "dom_01jd2x8k3nf0v4q5w6e7r8t9ya",
+            "hostname": "www.example.com",
+            "level": "warning",
+            "due_at": "2030-01-10T00:00:00+00:00",
+            "not_after": "2030-02-10T00:00:00+00:00",
+        },
+    ),
+    "certificate_incident.opened": Event(
+        "Something is wrong with a domain's certificate. Tier 1 is the worst; `reopened` counts how often it came back.",
+        "Incident (tier {tier}) with the certificate of {hostname}, {class}: {code}. {detail}",
+        _INCIDENT,
+    ),
+    "certificate_incident.escalated": Event(
+        "An incident with a domain's certificate became worse, whether or not somebody has acknowledged it.",
+        "The incident with the certificate of {hostname}, {class}, is of tier {tier} now: {code}. {detail}",
+        {**_INCIDENT, "tier": 1, "status": "acknowledged"},
+    ),
+    "certificate_incident.resolved": Event(
+        "An incident with a domain's certificate is over, by a later success or by hand.",
+        "The incident with the certificate of {hostname}, {class}, is over.",
+        {**_INCIDENT, "status": "resolved"},
     ),
     "key.leaked": Event(
         "A key was found in public by a secret scanner and revoked. Whoever made it and the owners get a mail, too.",
