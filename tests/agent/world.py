@@ -10,7 +10,7 @@ from portico.agent.api import Api
 from portico.agent.client import Agent, Events, Tunnel
 from portico.errors import Problem
 from portico.settings import AgentSettings, Secret
-from portico.wire.session import Sink, Stream
+from portico.wire.session import Session, Sink, Stream
 from tests.agent.api_server import KEY, TestApi
 from tests.agent.harness import Relay
 
@@ -34,6 +34,8 @@ class Hello:
 
         self.task = asyncio.ensure_future(answer())
         return None
+
+    def quick(self, session: Session, ident: int, payload: bytes) -> None: ...
 
     def on_open(self, stream: Stream, info: dict[str, Any]) -> Sink | None:
         return None

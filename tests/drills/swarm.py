@@ -16,7 +16,7 @@ from portico.agent.api import Api
 from portico.agent.client import Agent, Events, Tunnel
 from portico.kit import loop
 from portico.settings import AgentSettings, agent_settings
-from portico.wire.session import Sink, Stream
+from portico.wire.session import Session, Sink, Stream
 
 #: Agents that begin at once: the first start is not what is drilled.
 STARTS_AT_ONCE = 20
@@ -33,6 +33,8 @@ class Answers:
         stream.send_response(200, [b"OK", b"Content-Length", b"%d" % len(self._body)], end=False)
         stream.send_data(self._body, end=True)
         return None
+
+    def quick(self, session: Session, ident: int, payload: bytes) -> None: ...
 
     def on_open(self, stream: Stream, info: dict[str, Any]) -> Sink | None:
         return None

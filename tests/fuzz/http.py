@@ -238,7 +238,6 @@ class Server(PublicServer):
     def __init__(self, settings: RelaySettings, session: Session, policy: Mapping[str, Any] = NO_POLICY) -> None:
         self.settings = settings
         self.loop = asyncio.get_running_loop()
-        self.now = 0.0
         self.buffer = memoryview(bytearray(READ_SIZE))
         self.buffer_view = self.buffer[:]
         self.head_view = self.buffer_view
@@ -257,6 +256,7 @@ class Server(PublicServer):
         self.by_host = {}
         self.idle_seconds = settings.idle_timeout_seconds
         self.first_byte_seconds = settings.first_byte_timeout_seconds or math.inf
+        self.tick(0.0)
         self._draining = False
 
     def find(self, host: bytes) -> Any:

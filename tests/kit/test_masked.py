@@ -186,6 +186,8 @@ class Echo:
         self.back, self.got, self.out = back, [], []  # type: ignore[var-annotated]
         self.wake = lambda: None
 
+    bulky = True
+
     def feed(self, message: bytes | memoryview) -> bool:
         (self.out if self.back else self.got).append(self._frame(bytes(message)) if self.back else bytes(message))
         self.wake()

@@ -232,7 +232,7 @@ async def play(script: list[Step]) -> Any:
         elif event == "full":
             server.tunnel.concurrency = 0 if server.tunnel.concurrency else 100
         elif event == "expire" and visitor.deadline < visitor.NEVER:
-            server.now = visitor.deadline + 1
+            server.tick(visitor.deadline + 1)
             visitor.expire()
         elif event == "lose":
             wire.closed = True

@@ -552,6 +552,33 @@ class TestLazyAtTheRelay:
         assert not session.streams
         assert session.recv_unreturned == 20
 
+    @pytest.mark.parametrize("body", [b"", b"x", b"four"])
+    def test_a_short_one_at_the_end_of_a_message(self, body: bytes) -> None:
+        session, events, owner = self.opened()
+        session.receive(f.frame(f.PING, 0, bytes(8)) + answer(1, body, response=f.encode_response(200, [b""])))
+        assert (owner.wholes, events.events, session.streams) == ([(f.encode_response(200, [b""]), body)], [], {})
+
+    @pytest.mark.parametrize("cut", range(1, 20))
+    def test_one_that_is_cut_short_is_nobodys(self, cut: int) -> None:
+        session, _, owner = self.opened()
+        again = Owner(session, Recorder())
+        again.ident = session.open_lazy(f.U32.pack(7), b"GET\0/", b"\0A\0", b"1", again)
+        assert not session.feed(answer(1) + answer(again.ident)[:-cut])
+        assert (len(owner.wholes), again.wholes) == (1, [])
+
+    @pytest.mark.parametrize("head", [b"\xff\xff", b"\0\x08"])
+    def test_a_head_longer_than_its_frame_is_not_read_beyond_it(self, head: bytes) -> None:
+        session, _, owner = self.opened()
+        assert not session.feed(f.frame(f.ANSWER, 1, head + b"\0\xc8abc") + bytes(4 * LARGE))
+        assert owner.wholes == []
+
+    def test_one_that_its_owner_leaves_goes_on_behind_it(self) -> None:
+        session, _, first = self.opened(takes=False)
+        second = Owner(session, Recorder())
+        second.ident = session.open_lazy(f.U32.pack(7), b"GET\0/", b"\0A\0", b"1", second)
+        session.receive(answer(1) + f.frame(f.PING, 0, bytes(8)) + answer(second.ident))
+        assert (first.made, second.made, len(second.wholes), session.streams) == (1, 0, 1, {})
+
     def test_a_large_one_comes_alone(self) -> None:
         session, events, owner = self.opened()
         session.receive(memoryview(answer(1, bytes(2 * LARGE))))
@@ -638,22 +665,34 @@ class TestLazyAtTheRelay:
         assert len(owner.wholes) == 1
 
 
+def asked_for(ident: int, bind: int) -> bytes:
+    return f.frame(f.REQUEST, ident, f.encode_request(bind, [b"GET", b"/"]), f.F_END)
+
+
+class Taking:
+    """Who takes the requests of one bind."""
+
+    def __init__(self, owner: Owner | None) -> None:
+        self.owner = owner
+        self.asked: list[int] = []
+
+    def quick(self, session: Session, ident: int, payload: bytes) -> Owner | None:
+        f.decode_request(payload)
+        self.asked.append(ident)
+        if self.owner is not None:
+            self.owner.ident = ident
+        return self.owner
+
+
 class TestLazyAtTheAgent:
     REQUEST = f.frame(f.REQUEST, 3, f.encode_request(1, [b"GET", b"/", b"A", b"1"]), f.F_END)
 
     def quick(self, state: str = "greeted", **limits: int) -> tuple[Session, Recorder, Owner, list[int]]:
         session, events = session_in(state, "agent", **limits)
         owner = Owner(session, events)
-        asked: list[int] = []
-
-        def take(ident: int, payload: bytes) -> Owner:
-            f.decode_request(payload)
-            asked.append(ident)
-            owner.ident = ident
-            return owner
-
-        session.quick = take
-        return session, events, owner, asked
+        taking = Taking(owner)
+        session.answers, session.quick = True, {1: taking}
+        return session, events, owner, taking.asked
 
     def test_the_answer_is_one_frame(self) -> None:
         session, events, owner, asked = self.quick()
@@ -678,9 +717,27 @@ class TestLazyAtTheAgent:
 
     def test_one_that_is_not_taken_is_a_usual_one(self) -> None:
         session, events, _, _ = self.quick()
-        session.quick = lambda ident, payload: None
+        session.quick = {1: Taking(None)}
         session.receive(self.REQUEST)
         assert events.events == [("request", 3, 1, [b"GET", b"/", b"A", b"1"], f.F_END)]
+
+    def test_nor_is_one_for_another_bind(self) -> None:
+        session, events, _, asked = self.quick()
+        session.receive(asked_for(3, bind=2) + asked_for(4, bind=1))
+        assert (asked, events.events) == ([4], [("request", 3, 2, [b"GET", b"/"], f.F_END)])
+
+    @pytest.mark.parametrize("payload", [b"", b"\0", b"\0\0\0", b"\0\0\0\1"])
+    def test_what_follows_a_short_one_is_not_its_own(self, payload: bytes) -> None:
+        """The bytes behind a frame that is too short would be read as its bind."""
+        session, events, _, asked = self.quick()
+        assert not session.feed(f.frame(f.REQUEST, 3, payload, f.F_END) + b"\0\0\0\1" * 8)
+        assert (asked, session.streams, events.events) == ([], {}, [])
+
+    @pytest.mark.parametrize("cut", range(1, 20))
+    def test_one_that_is_cut_short_is_not_taken(self, cut: int) -> None:
+        session, _, owner, asked = self.quick()
+        assert not session.feed(asked_for(1, bind=1) + self.REQUEST[:-cut])
+        assert (asked, session.streams, owner.made) == ([1], {}, 1)
 
     @pytest.mark.parametrize(
         ("frame", "told"),

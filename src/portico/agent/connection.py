@@ -13,7 +13,7 @@ import asyncio
 import logging
 import os
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
@@ -40,6 +40,7 @@ SMALL = 16_384
 HEAD_READ = 65_536
 #: Answers without the usual framing, and refusals, which a :class:`hints.HostHint` wants to see.
 _NOT_LEARNED = frozenset((204, 304, 400, 403))
+_known: Final = KNOWN_ANSWERS.get
 #: One receive buffer for all connections of a loop: bytes are used before the next read.
 RECEIVE_BYTES = 131_072
 
@@ -50,7 +51,7 @@ class TargetConnection(asyncio.BufferedProtocol):
     lazy: Literal[True] = True
     __slots__ = (
         "asked", "chunked", "close_after", "complete", "exchange", "fields", "fresh_parser", "head", "head_bytes",
-        "head_view", "held",
+        "head_size", "head_view", "held",
         "held_end", "idle_since", "junk", "left", "lost", "parser", "pool", "raw", "reading_paused", "reason",
         "reused", "skip_body", "transport", "unknown", "view", "write_paused", "writing_since",
     )  # fmt: skip
@@ -65,6 +66,7 @@ class TargetConnection(asyncio.BufferedProtocol):
         self.parser: Any = HttpResponseParser(self)
         self.reused = self.lost = self.write_paused = self.reading_paused = False
         self.idle_since = self.writing_since = 0.0
+        self.head_size = 0  # of the last answer, in bytes
         self.unknown = b""  # the first read of an answer whose head was not known
         #: Session, stream id, forwarder, method, target, bytes written and when, and the request's own id, of a request that
         #: nothing was heard of.
@@ -127,18 +129,29 @@ class TargetConnection(asyncio.BufferedProtocol):
         assert self.asked is not None
         session, ident, forwarder, method, target, out, started, request = self.asked
         if nbytes <= SMALL:
-            data = bytes(self.view[:nbytes])
-            head, ended, body = data.partition(b"\r\n\r\n")
-            known = KNOWN_ANSWERS.get(head) if ended else None
-            if known is not None and known[0] == len(body) <= session.send_credit and not session.congested:
-                self.asked = None
-                session.answer(ident, known[1], body)
-                now = perf_counter()
-                if forwarder.tap is not None:
-                    forwarder.tap.whole(out, started, now, known[2], known[1], body)
-                forwarder.stats.answered(method, target, known[2], started, now, request)
-                self.pool.release(self, now)
-                return True
+            data = self.view[:nbytes].tobytes()
+            size = self.head_size
+            known = _known(data[:size])  # heads of one app are mostly of one size
+            if known is None and (size := data.find(b"\r\n\r\n") + 4) != self.head_size:
+                self.head_size = size
+                known = _known(data[:size])
+            if known is not None and not session.congested:
+                length, payload, status = known
+                if length == nbytes - size <= session.send_credit:
+                    self.asked = None
+                    body = data[size:]
+                    session.answer(ident, payload, body)
+                    now = perf_counter()
+                    if forwarder.tap is not None:
+                        forwarder.tap.whole(out, started, now, status, payload, body)
+                    forwarder.stats.answered(method, target, status, started, now, request)
+                    pool = self.pool
+                    if pool.waiting or len(pool.idle) >= pool.idle_max:
+                        pool.release(self, now)
+                    else:  # as `release` does; the timer runs while there are connections
+                        self.idle_since = now
+                        pool.idle.append(self)
+                    return True
             self.unknown = data
         self.materialise()
         return False
@@ -162,10 +175,11 @@ class TargetConnection(asyncio.BufferedProtocol):
     def _learn(self, exchange: Exchange) -> None:
         """Remember the head of an answer that came in one read, ended by its length and kept the connection."""
         data, self.unknown = self.unknown, b""
-        head, _, body = data.partition(b"\r\n\r\n")
+        size = data.find(b"\r\n\r\n") + 4
+        head = data[:size]
         known = self.head
         status = exchange.status
-        if known is None or known.length != len(body) or self.close_after or self.junk or self.held:
+        if known is None or known.length != len(data) - size or self.close_after or self.junk or self.held:
             return
         if status >= 200 and status not in _NOT_LEARNED and KNOWN_ANSWERS.worth(head):
             response = f.encode_response(status, known.fields)

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any, cast
 
 from portico.agent.connection import TargetConnection
-from portico.agent.heads import METHODS_KNOWN, PLAIN_PARTS, HeadError, RequestWriter
+from portico.agent.heads import ID_PREFIX, METHODS_KNOWN, PLAIN_TARGETS, HeadError, RequestWriter
 from portico.agent.hints import HostHint
 from portico.agent.pool import Pool
 from portico.agent.raw import RawPipe
@@ -49,6 +49,7 @@ class Forwarder:
         self.stats = stats
         self.pool = Pool(target, tls_context(target, tls_verify), settings)
         self.writer = RequestWriter(target.authority.encode("ascii"))
+        self.known = self.writer.known.get
 
     def on_request(self, stream: Stream, head: list[bytes], flags: int) -> Sink | None:
         """Start serving one request."""
@@ -59,24 +60,27 @@ class Forwarder:
 
     def quick(self, session: Session, ident: int, payload: bytes) -> TargetConnection | None:
         """Serve a request with known fields on an idle connection; nothing is kept of it but what that connection notes."""
-        pool = self.pool
-        if not pool.idle:
+        idle = self.pool.idle
+        parts = payload[4:].split(b"\0", 2)
+        if not idle or len(parts) != 3:
             return None
-        fields, _, last = payload.rpartition(b"\0")
-        method, _, fields = fields[4:].partition(b"\0")
-        target, _, fields = fields.partition(b"\0")
-        known = self.writer.known.get(fields)
-        if known is None or method not in METHODS_KNOWN or not PLAIN_PARTS(target + b"\0" + last):
+        method, target, fields = parts
+        fields, _, last = fields.rpartition(b"\0")
+        known = self.known(fields)
+        if known is None or method not in METHODS_KNOWN or not PLAIN_TARGETS[target]:
             return None
-        connection = pool.idle.pop()
-        if connection.transport.is_closing():
+        if last[:4] != ID_PREFIX or not last[4:].isalnum():
+            return None
+        connection = idle.pop()
+        transport = connection.transport
+        if transport.is_closing():
             connection.abort()
             return None
         out = b"".join((method, b" ", target, known, last, b"\r\n\r\n"))
         # What is known has the request's id last, or is none of a relay's of ours.
         connection.asked = (session, ident, self, method, target, out, perf_counter(), last)
-        self.stats.open += 1
-        connection.transport.write(out)
+        self.stats.begun += 1
+        transport.write(out)
         return connection
 
     def reveal(self) -> None:

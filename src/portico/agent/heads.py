@@ -39,8 +39,27 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _METHODS_WITH_BODY = frozenset((b"POST", b"PUT", b"PATCH"))
 #: Methods whose request has no body here and whose answer has the usual framing.
 METHODS_KNOWN = frozenset((b"GET", b"OPTIONS", b"DELETE"))
-#: A target and a request id without octets that either must not have.
-PLAIN_PARTS = re.compile(rb"[^\x00-\x20\x7f]+\0[^\x00-\x20\x7f]*").fullmatch
+#: What ids of requests begin with; letters and digits follow.
+ID_PREFIX = b"req_"
+_PLAIN_TARGET = re.compile(rb"[^\x00-\x20\x7f]+").fullmatch
+#: Targets that are remembered, and bytes of one that is.
+_TARGETS_MAX, _TARGET_BYTES_MAX = 4096, 512
+
+
+class PlainTargets(dict[bytes, bool]):
+    """Request target → whether it has no octet that it must not have; the latest good ones are kept."""
+
+    def __missing__(self, target: bytes) -> bool:
+        if _PLAIN_TARGET(target) is None:
+            return False
+        if len(target) <= _TARGET_BYTES_MAX:
+            if len(self) >= _TARGETS_MAX:
+                self.clear()
+            self[target] = True
+        return True
+
+
+PLAIN_TARGETS = PlainTargets()
 
 
 class HeadError(ValueError):
@@ -225,7 +244,7 @@ class KnownAnswer(NamedTuple):
     status: int
 
 
-#: Head in bytes, up to the empty line at its end, of an answer that keeps its connection → what it means.
+#: Head in bytes, with the empty line at its end, of an answer that keeps its connection → what it means.
 KNOWN_ANSWERS: Memo[KnownAnswer] = Memo(2048, 2048)
 
 _PLAIN_CONNECTION = frozenset((b"keep-alive", b"Keep-Alive", b"upgrade", b"Upgrade"))

@@ -14,7 +14,6 @@ from picows.url import WSParsedURL
 
 from portico.agent import proxy as proxies
 from portico.agent.api import VERSION, problem_of
-from portico.agent.forward import Forwarder
 from portico.agent.transport import trust
 from portico.errors import Problem
 from portico.kit.carrier import Carrier
@@ -22,7 +21,7 @@ from portico.kit.dial import connect_tcp, reason
 from portico.settings import AgentSettings
 from portico.wire import frames as f
 from portico.wire.counts import Counts
-from portico.wire.session import Lazy, Session, Sink, Stream
+from portico.wire.session import Lazy, Quick, Session, Sink, Stream
 
 #: The ping whose answer says that the relay has read all that was sent before it; no time stamp is negative as this is.
 GOODBYE = b"\xffgoodbye"
@@ -33,7 +32,7 @@ def _endless(stream: Stream | Lazy) -> bool:
     return isinstance(stream, Stream) and (stream.tcp or (stream.upgrade and stream.answered))
 
 
-class Serves(Protocol):
+class Serves(Quick, Protocol):
     """Takes the streams of one tunnel."""
 
     def on_request(self, stream: Stream, head: list[bytes], flags: int) -> Sink | None: ...
@@ -88,7 +87,7 @@ class Link:
             max_window=settings.stream_window_max_bytes,
             growth=settings.window_growth_budget_bytes,
         )
-        self.session.quick = self._quick
+        self.session.quick = self.bound
         self.carrier = Carrier(
             self.session,
             ping_interval=settings.ping_interval_seconds,
@@ -277,13 +276,6 @@ class Link:
             stream.reset(f.NO_SUCH_BIND, "no such tunnel on this agent")
             return None
         return serves.on_request(stream, head, flags)
-
-    def _quick(self, ident: int, payload: bytes) -> Lazy | None:
-        """See :attr:`Session.quick`. A target that remembers heads serves the request, if the relay takes ANSWER."""
-        if len(payload) <= 4 or not self.session.answers:
-            return None
-        serves = self.bound.get(f.U32.unpack_from(payload)[0])
-        return serves.quick(self.session, ident, payload) if isinstance(serves, Forwarder) else None
 
     def on_open(self, stream: Stream, bind: int, info: dict[str, Any]) -> Sink | None:
         serves = self.bound.get(bind)

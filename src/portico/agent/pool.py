@@ -39,7 +39,9 @@ class Pool:
         self.dialling = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._closed = self._retired = False
+        self._closed = False
+        #: Idle connections that are kept; none once no new requests are expected.
+        self.idle_max = settings.target_idle_max
 
     @property
     def view(self) -> memoryview:
@@ -76,7 +78,7 @@ class Pool:
             if not exchange.over:
                 exchange.attach(connection)
                 return
-        if self._closed or self._retired or len(self.idle) >= self.settings.target_idle_max:
+        if len(self.idle) >= self.idle_max:
             connection.abort()
             return
         connection.idle_since = now
@@ -185,6 +187,7 @@ class Pool:
     def close(self) -> None:
         """Close idle connections now; those in use close when they are done."""
         self._closed = True
+        self.idle_max = 0
         for connection in list(self.idle):
             connection.abort()
         self.idle.clear()
@@ -199,7 +202,7 @@ class Pool:
 
     def retire(self) -> None:
         """No new requests are expected: keep no connection longer than its request."""
-        self._retired = True
+        self.idle_max = 0
         for connection in list(self.idle):
             connection.abort()
 

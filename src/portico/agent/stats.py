@@ -48,38 +48,45 @@ class Stats:
     """What one tunnel, or all of an agent, served."""
 
     def __init__(self) -> None:
-        self.total = 0
-        self.open = 0
+        self.begun = self.total = 0
         self.last_failure = ""
         self.failures = 0
         self.records: deque[tuple[bytes, bytes, int, float, float, bytes]] = deque(maxlen=RECORDS)
-        self.written = 0
+        self._without_record = 0  # of the total; below 0: records of what is not over
         self.rate_1 = self.rate_5 = 0.0
         self._sampled_total = 0
         self._sampled_at = time.monotonic()
 
+    @property
+    def open(self) -> int:
+        """Requests and connections under way."""
+        return self.begun - self.total
+
+    @property
+    def written(self) -> int:
+        """Records that there ever were."""
+        return self.total - self._without_record
+
     def opened(self) -> None:
         """A request or connection began."""
-        self.open += 1
+        self.begun += 1
 
     def closed(self) -> None:
         """A request or connection ended."""
-        self.open -= 1
         self.total += 1
+        self._without_record += 1
 
     def done(self, method: bytes, path: bytes, status: int, started: float, ident: bytes = b"") -> None:
         """A request was answered; ``started`` is a :func:`time.perf_counter` value."""
         self.records.append((method, path, status, started, time.perf_counter(), ident))
-        self.written += 1
+        self._without_record -= 1
 
     def answered(
         self, method: bytes, path: bytes, status: int, started: float, ended: float, ident: bytes = b""
     ) -> None:
         """A request was answered and is over: ``done`` and ``closed``."""
-        self.open -= 1
         self.total += 1
         self.records.append((method, path, status, started, ended, ident))
-        self.written += 1
 
     def failed(self, detail: str) -> None:
         """The target could not answer."""

@@ -25,7 +25,7 @@ from portico.errors import Problem
 from portico.kit.sockets import keep_alive, reset_transport
 from portico.settings import AgentSettings
 from portico.wire import frames as f
-from portico.wire.session import Sink, Stream
+from portico.wire.session import Session, Sink, Stream
 
 #: A write that the target takes within this many seconds is no sign of a slow reader.
 STALL_SECONDS: Final = 0.02
@@ -68,6 +68,9 @@ class TcpForwarder:
         """No relay asks for it: what comes in here is a connection."""
         stream.reset(f.NO_SUCH_BIND, "this tunnel carries connections")
         return None
+
+    def quick(self, session: Session, ident: int, payload: bytes) -> None:
+        """Requests are no connections."""
 
     def on_open(self, stream: Stream, info: dict[str, Any]) -> Sink | None:
         """Start serving one connection."""

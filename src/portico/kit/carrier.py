@@ -23,7 +23,11 @@ _PAD = bytes(HEADROOM)
 _JOIN = bytearray()
 _STAMP = Struct("!d")
 
+_BINARY = WSMsgType.BINARY
+
 MAX_MESSAGE = 1_048_576
+#: Messages up to this size are copied as they come; of larger ones the session takes parts.
+COPIED = 16_384
 #: Small frames are joined into messages of at most about this many bytes.
 JOIN_LIMIT = 262_144
 #: Messages from this size on are masked by us (see :mod:`portico.kit.masked`).
@@ -40,11 +44,14 @@ class Peer(Protocol):
     wake: Callable[[], None]
     heard: float
     began: float
+    bulky: bool
 
     def feed(self, message: bytes | memoryview) -> bool:
         """Take one message; ``False`` ends the connection after what is queued was sent."""
 
-    def take(self) -> list[bytes | bytearray]: ...
+    def take(self) -> list[bytes | bytearray]:
+        """What is queued: small frames, and, if :attr:`bulky` is set, large ones."""
+
     def next_turn(self) -> None:
         """What was taken is with the transport."""
 
@@ -100,8 +107,9 @@ class Carrier(WSListener):
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
         kind = frame.msg_type
-        if kind == WSMsgType.BINARY and frame.fin:
-            self.on_message(frame.get_payload_as_memoryview())
+        if kind == _BINARY and frame.fin:
+            small = frame.payload_size <= COPIED
+            self.on_message(frame.get_payload_as_bytes() if small else frame.get_payload_as_memoryview())
         elif kind in (WSMsgType.CLOSE, WSMsgType.PING, WSMsgType.PONG):
             self.on_control(kind.value, frame.get_payload_as_bytes())
         else:
@@ -151,8 +159,22 @@ class Carrier(WSListener):
         transport = self.transport
         if transport is None or self._ended:
             return
-        parts = self.session.take()
-        self.session.began = 0.0
+        session = self.session
+        bulky = session.bulky
+        parts = session.take()
+        session.began = 0.0
+        if bulky:
+            self._send_each(parts)
+        elif parts:
+            message = _JOIN.join((_PAD, *parts))  # nearly always that is all
+            if len(message) <= JOIN_LIMIT + HEADROOM:
+                self._send(message)
+            else:
+                self._send_each(parts)
+        session.next_turn()
+
+    def _send_each(self, parts: list[bytes | bytearray]) -> None:
+        """Large frames as messages of their own, small ones joined as far as they fit."""
         small: list[bytes] = [_PAD]
         size = 0
         for part in parts:
@@ -169,16 +191,16 @@ class Carrier(WSListener):
             size += len(part)
         if size:
             self._send(_JOIN.join(small))
-        self.session.next_turn()
 
     def _send(self, message: bytearray) -> None:
-        assert self.transport is not None
-        if len(message) >= MASK_FROM and self.transport.is_client_side:
-            self.transport.underlying_transport.writelines(masked(memoryview(message)[HEADROOM:]))
+        transport = self.transport
+        assert transport is not None
+        if len(message) >= MASK_FROM and transport.is_client_side:
+            transport.underlying_transport.writelines(masked(memoryview(message)[HEADROOM:]))
         else:
             # The one picows call that never keeps a reference to a buffer of ours, and frames it in place.
-            self.transport.send_reuse_external_bytearray(WSMsgType.BINARY, message, HEADROOM)
-        if self.transport.underlying_transport.get_write_buffer_size() > MAX_UNSENT:
+            transport.send_reuse_external_bytearray(_BINARY, message, HEADROOM)
+        if transport.underlying_transport.get_write_buffer_size() > MAX_UNSENT:
             self.abort("the other side does not read")
 
     # ── ending ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -30,10 +30,10 @@ from portico.settings import RelaySettings
 
 if TYPE_CHECKING:
     from portico.relay.exchange import Exchange
-    from portico.relay.heads import KnownAnswer, KnownHead
+    from portico.relay.heads import KnownAnswer
     from portico.relay.peers import RemoteTunnel
     from portico.relay.raw import RawVisitor
-    from portico.relay.repeats import Repeats
+    from portico.relay.repeats import Asked, Repeats
     from portico.relay.sessions import LiveTunnel
 
 log = logging.getLogger("portico.relay.access_log")
@@ -153,7 +153,7 @@ class AccessLog:
         self,
         visitor: Repeats,
         tunnel: LiveTunnel | RemoteTunnel,
-        asked: tuple[int, bytes, KnownHead, bytes, float],
+        asked: Asked,
         known: KnownAnswer,
         sent: int,
         took: float,
@@ -161,7 +161,7 @@ class AccessLog:
         """A request that took the short way, which had a whole answer."""
         if not self.wants(failed=known.kind >= 4):
             return
-        _, plain, head, ident, _ = asked
+        _, plain, head, ident, _, _ = asked
         noted = visitor.noted
         if noted[0] is not tunnel or noted[1] is not head:
             visitor.noted = noted = (tunnel, head, _who(tunnel, head.host), _client(visitor, visitor.address))

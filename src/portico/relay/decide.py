@@ -149,11 +149,14 @@ class Step(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """The steps of one tunnel under one policy: all of them, in order; and by scope, for who asked the first part before."""
+    """The steps of one tunnel under one policy: all of them, in order; by scope, for who asked the first part before; and
+    what is left of the second for who asks the last step of all (6) by opening the stream.
+    """
 
     checks: tuple[Check, ...]
     connection: tuple[Check, ...]
     request: tuple[Check, ...]
+    opening: tuple[Check, ...]
 
 
 def host_assigned(facts: Facts) -> str | None:
@@ -284,6 +287,7 @@ def chain(tunnel: Governed, *, raw: bool = False) -> Chain:
         tuple(step.check for step in steps),
         tuple(step.check for step in steps if step.scope == "connection"),
         tuple(step.check for step in steps if step.scope == "request"),
+        tuple(step.check for step in steps if step.scope == "request" and step.check is not agent_reachable),
     )
 
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 import itertools
 import re
 import secrets
+from collections.abc import Iterator
+from operator import add
 from time import monotonic as clock
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from portico.relay import client_address, heads
 from portico.relay.decide import PASSWORD, decide
@@ -57,13 +59,22 @@ ANSWERED, REFUSED, LEFT, BROKEN = "answered", "refused", "visitor_left", "broken
 
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,3})?")
 
-ID_SERIAL = itertools.count(1)
-ID_PREFIX = b"req_" + secrets.token_hex(6).encode()
+
+def _ids() -> Iterator[bytes]:
+    """A prefix of this process and a serial number, in hexadecimal; put together in C, since every request has one."""
+    prefix = b"req_" + secrets.token_hex(6).encode()
+    ends = [b"%03x" % low for low in range(4096)]
+    beginnings = (itertools.repeat(prefix + b"%07x" % high) for high in itertools.count())
+    return itertools.chain.from_iterable(map(add, beginning, ends) for beginning in beginnings)
+
+
+#: Ids of requests. Unique over processes and restarts; also what ties log lines of visitor, relay, agent and target together.
+IDS: Final = _ids()
 
 
 def request_id() -> bytes:
-    """Unique over processes and restarts; also what ties log lines of visitor, relay, agent and target together."""
-    return b"%b%010x" % (ID_PREFIX, next(ID_SERIAL))
+    """The next one of :data:`IDS`."""
+    return next(IDS)
 
 
 class Exchange:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from portico.kit.memo import Memo
@@ -256,7 +257,8 @@ def wire_fields(fields: Sequence[bytes]) -> bytes:
     return payload
 
 
-class KnownHead(NamedTuple):
+@dataclass(slots=True, eq=False)
+class KnownHead:
     """The fields of a request without a body, as the parser read them: what is the same when they come again."""
 
     host: bytes

@@ -53,6 +53,7 @@ NO_CERTIFICATE: Final = (
 #: Digits of a Content-Length: more is no length of anything.
 MAX_LENGTH_DIGITS: Final = 18
 
+_known_head: Final = heads.KNOWN_HEADS.get
 _METHODS_REFUSED = frozenset((b"CONNECT", b"PRI"))
 
 
@@ -131,8 +132,8 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         data = self.server.buffer[:nbytes]
         if self.resting:
-            line, _, section = bytes(data).partition(b"\r\n")
-            known = heads.KNOWN_HEADS.get(section)
+            line, _, section = data.tobytes().partition(b"\r\n")
+            known = _known_head(section)
             if known is None and self.own is not None and self.own[0] == section:
                 known = self.own[1]
             try:

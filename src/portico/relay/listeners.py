@@ -99,12 +99,12 @@ class PublicServer:
         self.challenges = Challenges(snapshot)
         self.agents = agents
         self.loop = asyncio.get_running_loop()
-        self.now = self.loop.time()
         self.buffer = memoryview(bytearray(READ_SIZE))
         self.buffer_view = self.buffer[:]
         self.head_view = self.buffer[:HEAD_READ]
         self.idle_seconds = settings.idle_timeout_seconds
         self.first_byte_seconds = settings.first_byte_timeout_seconds or math.inf
+        self.tick(self.loop.time())
         self.connections: set[Guest] = set()
         self.returning = 0  # repeated requests of connections that had asked before
         self.turned_away: set[Guest] = set()
@@ -182,8 +182,15 @@ class PublicServer:
             if self._by_address[address] <= 0:
                 del self._by_address[address]
 
+    def tick(self, now: float) -> None:
+        """Take the time (of the loop), and with it the deadlines that begin now: of a visitor who may ask, and of an answer."""
+        self.now = now
+        self.idle_at = now + self.idle_seconds
+        self.first_byte_at = now + self.first_byte_seconds
+
     def _sweep(self) -> None:
-        before, self.now = self.now, self.loop.time()
+        before = self.now
+        self.tick(self.loop.time())
         if self.now - before > STOOD_STILL_SECONDS:
             self.holding.stood_still()
         for visitors in (self.connections, self.turned_away):

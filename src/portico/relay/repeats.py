@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 from portico.kit.gone import GONE
 from portico.kit.metrics import REQUEST_SECONDS
 from portico.relay import challenges, credentials, heads
-from portico.relay.exchange import ID_PREFIX, ID_SERIAL, Exchange
+from portico.relay.exchange import IDS, Exchange
+from portico.relay.heads import PLAIN_LINES
 from portico.relay.policy import OPEN, Compiled
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from portico.relay.decide import Chain
     from portico.relay.door import Door
     from portico.relay.http1 import Visitor
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from portico.relay.peers import RemoteTunnel
     from portico.relay.sessions import LiveTunnel
     from portico.wire.session import Stream
+
+    Asked = tuple[int, bytes, heads.KnownHead, bytes, float, LiveTunnel | RemoteTunnel]
 
 
 class Repeats:
@@ -51,18 +56,21 @@ class Repeats:
     skipped = b""  # the field that frames a body which the parser took for what follows an upgrade
     forwarded = (b"", b"")  # a host, and its forwarding fields
     resting = True  # between two requests, with nothing of the next one in the parser
-    #: Stream id, method and target, head, request id and beginning (monotonic seconds) of a request that nothing special was
-    #: heard of.
-    asked: tuple[int, bytes, heads.KnownHead, bytes, float] | None = None
-    tunnel: LiveTunnel | RemoteTunnel | None = None  # of ``asked``
+    #: Stream id, method and target, head, request id, beginning (monotonic seconds) and tunnel of a request that nothing special
+    #: was heard of.
+    asked: Asked | None = None
+    tunnel: LiveTunnel | RemoteTunnel | None = None  # of the request that is decided on, or was
     tallied: list[list[int]]  # what is counted of requests of this connection's protocol, see ``tally.py``
     tls: str | None = None  # the version of TLS, where it is logged
     noted: tuple[Any, Any, str, str] = (None, None, "", "")  # see ``AccessLog.whole``
     candidate = cast("heads.KnownHead", None)  # the known head that is decided on, and then that of :attr:`asked`
     #: A head with a password of ours: nobody remembers it but the connection that it comes by, for as long as that is open.
     own: tuple[bytes, heads.KnownHead] | None = None
-    #: The head of the last request that was a known one, the policy that it fell under, and its fields with ours behind them.
-    repeated: tuple[heads.KnownHead | None, Compiled, bytes] = (None, OPEN, b"")
+    #: The head of the last request that was a known one, the chain and the policy that it fell under, and its fields with ours
+    #: behind them.
+    repeated: tuple[heads.KnownHead | None, Chain | None, Compiled, bytes] = (None, None, OPEN, b"")
+    #: RESPONSE payload → the head of an answer, if it is known under that policy.
+    answer_of: Callable[[bytes], heads.KnownAnswer | None]
     #: A tunnel's chain (each has one of its own) and the host for which all that is the same for every request of this
     #: connection was found good.
     cleared: tuple[Chain | None, bytes] = (None, b"")
@@ -86,44 +94,58 @@ class Repeats:
 
         ``False``: something about it is special, and nothing was done.
         """
-        plain = heads.PLAIN_LINES[line]
+        plain = PLAIN_LINES[line]
         server = self.server
-        host = known.host
-        self.tunnel = tunnel = server.find(host)
+        self.tunnel = tunnel = server.by_host.get(known.host) or server.find(known.host)
         if plain is None or tunnel is None or (server.challenges.open and challenges.PATH in plain):
             return False
-        policy = tunnel.policy
         self.candidate = known
-        chain = tunnel.chain
-        if self.cleared[0] is not chain or self.cleared[1] != host:
-            for check in chain.connection:
-                if check(self) is not None:
-                    return False
-            self.cleared = (chain, host)
-        for check in chain.request:
+        policy, chain = tunnel.policy, tunnel.chain
+        last_known, last_chain, last_policy, fields = self.repeated
+        again = last_known is known and last_chain is chain and last_policy is policy
+        if not again and not self._cleared(chain, known.host):
+            return False
+        for check in chain.opening:
             if check(self) is not None:
                 return False
-        for_known, for_policy, fields = self.repeated
-        if for_known is not None:
+        if not again:
+            fields = self._repeat(known, chain, policy)
+        if last_known is not None:
             server.returning += 1
-        if for_known is not known or for_policy is not policy:
-            edit = policy.request
-            fields = (known.wire if edit is None else heads.wire_fields(edit(known.fields))) + self.forwarding(host)
-            self.repeated = (known, policy, fields)
-        rid = b"%b%010x" % (ID_PREFIX, next(ID_SERIAL))
+        rid = next(IDS)
         session = tunnel.session
-        ident = session.open_lazy(tunnel.bind_bytes, plain, fields, rid, self)
-        began = session.began
-        if not began:  # the first that is sent with the next message
-            session.began = began = clock()
-        self.asked = (ident, plain, known, rid, began)
+        try:
+            ident = session.open_lazy(tunnel.bind_bytes, plain, fields, rid, self)
+        except OverflowError:
+            return False
+        began = session.began or clock()
+        session.began = began  # of the first that is sent with the next message
+        self.asked = (ident, plain, known, rid, began, tunnel)
         self.resting = False
         if tunnel.rates is not None:
             tunnel.rates.take(self.address, server.loop.time())
         tunnel.inflight += 1
         tunnel.counters.requests += 1
-        self.deadline = server.now + server.first_byte_seconds
+        self.deadline = server.first_byte_at
         return True
+
+    def _cleared(self, chain: Chain, host: bytes) -> bool:
+        """Whether the steps pass whose answer is the same for all requests of this connection to a host."""
+        if self.cleared[0] is not chain or self.cleared[1] != host:
+            for check in chain.connection:
+                if check(self) is not None:
+                    return False
+            self.cleared = (chain, host)
+        return True
+
+    def _repeat(self, known: heads.KnownHead, chain: Chain, policy: Compiled) -> bytes:
+        """Remember what is made of a known head under a policy: its fields, with ours behind them."""
+        edit = policy.request
+        fields = known.wire if edit is None else heads.wire_fields(edit(known.fields))
+        fields += self.forwarding(known.host)
+        self.repeated = (known, chain, policy, fields)
+        self.answer_of = policy.answers.get
+        return fields
 
     # The facts of a decision on a request with known fields; the host is a live one.
     standing: str | None = "active"
@@ -149,30 +171,31 @@ class Repeats:
 
     def on_whole(self, response: bytes, body: bytes) -> bool:
         """The whole answer to what was asked: written at once when its head is a known one."""
-        tunnel, asked = self.tunnel, self.asked
-        assert tunnel is not None and asked is not None
-        # The memo is the policy's under which it was asked, as `repeated` has it.
-        known = self.repeated[1].answers.get(response)
-        if known is None or known.length != len(body) or self.draining or self.paused:
+        known, asked = self.answer_of(response), self.asked
+        if known is None or asked is None:
+            return False
+        text, length, kind = known
+        if length != len(body) or self.draining or self.paused:
             return False
         self.asked = None
+        _, _, head, _, began, tunnel = asked
         tunnel.inflight -= 1
         if tunnel.line is not None:
             tunnel.line.freed()
         server = self.server
-        if asked[2].keep_alive:
-            data = known.text + body
+        if head.keep_alive:
+            data = text + body
             self.resting = True
-            self.deadline = server.now + server.idle_seconds
+            self.deadline = server.idle_at
             self.transport.write(data)
         else:
-            data = known.text[:-2] + b"Connection: close\r\n\r\n" + body
+            data = text[:-2] + b"Connection: close\r\n\r\n" + body
             self.transport.write(data)
             self._close()
         tunnel.counters.bytes_out += len(data)
         # What every request costs to be counted: two sums, a bucket, and the look for a log.
-        took = tunnel.session.heard - asked[4]
-        self.tallied[known[2]][bisect_left(REQUEST_SECONDS, took)] += 1
+        took = tunnel.session.heard - began
+        self.tallied[kind][bisect_left(REQUEST_SECONDS, took)] += 1
         server.seconds += took
         if server.access is not None:
             server.access.whole(self, tunnel, asked, known, len(data), took)
@@ -180,15 +203,14 @@ class Repeats:
 
     def materialise(self) -> Stream:
         """The exchange of what was asked, since something else than a whole answer happened to it."""
-        tunnel, asked = self.tunnel, self.asked
-        assert tunnel is not None and asked is not None
-        self.asked = None
-        ident, plain, known, rid, began = asked
+        asked, self.asked = self.asked, None
+        assert asked is not None
+        ident, plain, known, rid, began, tunnel = asked
         method, _, target = plain.partition(b"\0")
         exchange = Exchange(cast("Visitor", self), known.host, method, target, known.fields)
         exchange.wire, exchange.id, exchange.tunnel = known.wire, rid, tunnel
         exchange.began = began
-        exchange.policy = self.repeated[1]
+        exchange.policy = self.repeated[2]
         exchange.started = exchange.counted = exchange.received = True
         exchange.keep_alive = known.keep_alive
         self.current = exchange

@@ -165,6 +165,13 @@ class EdgeObject(ssl.SSLObject):
             _Pace.free_at = max(_Pace.free_at, began) + took * (1 + _Pace.pause)
         self.outgoing = self.sock = None
 
+    def shorten(self) -> None:
+        """Let event loops call the functions that these methods do nothing but call: four frames less for a small request, and
+        two for each 16 KiB of a body."""
+        below = getattr(self, "_sslobj", None)
+        if below is not None:
+            self.read, self.write, self.pending = below.read, below.write, below.pending  # type: ignore[method-assign]
+
 
 class EdgeContext(ssl.SSLContext):
     """Makes :class:`EdgeObject`."""
@@ -183,6 +190,7 @@ class EdgeContext(ssl.SSLContext):
         if isinstance(made, EdgeObject):
             made.outgoing = outgoing
             made.sock = _SOCKET.get()
+            made.shorten()
         return made
 
 

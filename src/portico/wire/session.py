@@ -18,7 +18,8 @@ The hot path (REQUEST, RESPONSE, DATA, END, CREDIT) calls the sink directly and 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from struct import Struct
 from typing import Any, ClassVar, Literal, Protocol
 
 from portico.wire import counts
@@ -34,6 +35,11 @@ _PAD = bytes(HEADROOM)
 _EMPTY = bytearray()
 pack = f.HEADER.pack
 unpack = f.HEADER.unpack_from
+#: The same with type and flags as one number, and with the four bytes behind it: with what an ANSWER or a REQUEST begins.
+_HOT = Struct("!HIII")
+_unpack_hot = _HOT.unpack_from
+_HOT_SIZE = _HOT.size
+_HOT_ANSWER, _HOT_REQUEST = ANSWER << 8, REQUEST << 8 | F_END
 _SESSION_RETURN = f.SESSION_WINDOW // 4
 #: A reader that took this many bytes is fast in itself: kernel buffers, which make every reader look fast at first, are
 #: smaller. Until then a stream leaves half of the growth budget alone, so that many slow readers cannot use it up.
@@ -87,6 +93,14 @@ class Lazy(Protocol):
 
     def materialise(self) -> Stream:
         """Make the stream with :meth:`Session.make` and return it."""
+
+
+class Quick(Protocol):
+    """Serves requests of one bind at an agent."""
+
+    def quick(self, session: Session, ident: int, payload: bytes) -> Lazy | None:
+        """Take a REQUEST without a body whose fields it knows, or return ``None``: then the head is decoded and the handler
+        hears of it. It may take only what is valid."""
 
 
 class Handler(Protocol):
@@ -220,6 +234,7 @@ class Stream:
             last = end and start + f.MAX_PAYLOAD >= len(data)
             header = f.HEADER.pack(f.DATA, f.F_END if last else 0, self.id, len(chunk))
             # One allocation that is never zero-filled: half the cost of bytearray(size) and a copy.
+            self.session.bulky = True
             self.session.put(_EMPTY.join((_PAD, header, chunk)))
 
     def send_end(self, trailers: Sequence[bytes] = ()) -> None:
@@ -327,6 +342,8 @@ class Session:
         self.turn = TURN
         self.spare = 0
         self.out: list[bytes | bytearray] = []
+        #: Whether a frame in :attr:`out` is to be a message of its own.
+        self.bulky = False
         self.congested = False
         self.closed = False
         self.greeted = False
@@ -342,9 +359,8 @@ class Session:
         #: Whether the other side takes ANSWER, or COUNTS (its HELLO said so).
         self.answers = False
         self.counts = False
-        #: Agent: takes a REQUEST (id, payload) without a body whose fields it knows, or returns ``None``: then the head is
-        #: decoded and the handler hears of it. It may take only what is valid.
-        self.quick: Callable[[int, bytes], Lazy | None] | None = None
+        #: Agent: who takes requests whose fields it knows, by bind, if the relay takes ANSWER.
+        self.quick: Mapping[int, Quick] = {}
 
     # ── output ────────────────────────────────────────────────────────────────────────────────────────────────────
     def put(self, part: bytes | bytearray) -> None:
@@ -359,6 +375,7 @@ class Session:
     def take(self) -> list[bytes | bytearray]:
         """The frames queued since the last call."""
         out, self.out = self.out, []
+        self.bulky = False
         return out
 
     def control(self, kind: int, ident: int, **body: Any) -> None:
@@ -401,18 +418,17 @@ class Session:
     def open_lazy(self, bind: bytes, line: bytes, fields: bytes, last: bytes, owner: Lazy) -> int:
         """Relay: a request without a body, for a payload (in four parts) that fits and that the caller answers for.
 
-        Returns the id.
-
-        The caller has looked whether the session takes another stream.
+        Returns the id; raises ``OverflowError`` at a limit.
         """
+        streams = self.streams
         ident = self.last_stream + 1
-        if ident >= 2**32:
+        if self.closed or len(streams) >= self.max_streams or ident >= 2**32:
             raise OverflowError("no more streams on this session")
         self.last_stream = ident
-        self.streams[ident] = owner
+        streams[ident] = owner
+        payload = bind + line + fields + last
         out = self.out
-        size = len(bind) + len(line) + len(fields) + len(last)
-        out.append(b"".join((pack(REQUEST, F_END, ident, size), bind, line, fields, last)))
+        out.append(pack(REQUEST, F_END, ident, len(payload)) + payload)
         if len(out) == 1:
             self.wake()
         return ident
@@ -431,11 +447,11 @@ class Session:
 
         The other side takes ANSWER, and head and body fit into a frame and into the session's credit.
         """
-        size = len(body)
-        self.send_credit -= size
+        payload = head + body
+        self.send_credit -= len(body)
         del self.streams[ident]
         out = self.out
-        out.append(pack(ANSWER, 0, ident, len(head) + size) + head + body)
+        out.append(pack(ANSWER, 0, ident, len(payload)) + payload)
         if len(out) == 1:
             self.wake()
 
@@ -537,40 +553,65 @@ class Session:
             self._one(bytes(message[:HEADER_SIZE]), bytes(message[HEADER_SIZE:]))
             return
         data = bytes(message)
-        at = answered = 0
-        streams, quick = self.streams, self.quick
+        at = 0
         hot = self._hot()
+        usual = self._answers if self.relay else self._requests
         while at < size and not self.closed:
+            if data[at] == hot:
+                before, at = at, usual(data, at, size)
+                if at != before:
+                    continue
             if size - at < HEADER_SIZE:
                 raise WireError("message ends within a frame header")
-            kind, flags, ident, length = unpack(data, at)
             start = at + HEADER_SIZE
-            at = start + length
-            # What messages are made of, without a further call; whatever is special about a frame is said below.
-            if kind == hot and at <= size and length <= MAX_PAYLOAD:
-                if flags == F_END:
-                    if quick is not None and ident > self.last_stream and len(streams) < self.max_streams:
-                        owner = quick(ident, data[start:at])
-                        if owner is not None:
-                            self.last_stream = ident
-                            streams[ident] = owner
-                            continue
-                elif kind == ANSWER and not flags and length >= 2:
-                    asked = streams.get(ident)
-                    body = start + 2 + (data[start] << 8 | data[start + 1])
-                    lazy = asked is not None and asked.lazy and body <= at
-                    if lazy and asked.on_whole(data[start + 2 : body], data[body:at]):  # type: ignore[union-attr]
-                        del streams[ident]
-                        answered += at - body
-                        continue
+            at = start + unpack(data, at)[3]
             self._one(data[start - HEADER_SIZE : start], data[start:at])
             hot = self._hot()
-        if answered:
-            self._received(answered)
 
     def _hot(self) -> int:
-        """The type of frame that :meth:`receive` looks out for; none before HELLO."""
-        return -1 if not self.greeted else ANSWER if self.relay else REQUEST
+        """The type of frame that messages are mostly made of; none before HELLO."""
+        return -1 if not self.greeted else ANSWER if self.relay else REQUEST if self.answers else -1
+
+    # Frames in which all is as usual, without a call for each. What is special about one, if only that it is short, is said
+    # by the ordinary way: both return where the first such begins.
+
+    def _answers(self, data: bytes, at: int, size: int) -> int:
+        """Relay: whole answers to lazy requests."""
+        streams, last, taken = self.streams, size - _HOT_SIZE, 0
+        while at <= last:
+            kind, ident, length, more = _unpack_hot(data, at)
+            start = at + HEADER_SIZE
+            end = start + length
+            body = start + 2 + (more >> 16)
+            if kind != _HOT_ANSWER or not body <= end <= size or length > MAX_PAYLOAD:
+                break
+            asked = streams.get(ident)
+            if asked is None or isinstance(asked, Stream) or not asked.on_whole(data[start + 2 : body], data[body:end]):
+                break
+            del streams[ident]
+            taken += end - body
+            at = end
+        if taken:
+            self._received(taken)
+        return at
+
+    def _requests(self, data: bytes, at: int, size: int) -> int:
+        """Agent: requests without a body for binds that :attr:`quick` knows."""
+        streams, quick, last = self.streams, self.quick, size - _HOT_SIZE
+        while at <= last and len(streams) < self.max_streams:
+            kind, ident, length, bind = _unpack_hot(data, at)
+            start = at + HEADER_SIZE
+            end = start + length
+            if kind != _HOT_REQUEST or not 4 < length <= MAX_PAYLOAD or end > size or ident <= self.last_stream:
+                break
+            serves = quick.get(bind)
+            owner = serves.quick(self, ident, data[start:end]) if serves is not None else None
+            if owner is None:
+                break
+            self.last_stream = ident
+            streams[ident] = owner
+            at = end
+        return at
 
     def _one(self, header: bytes, payload: bytes) -> None:
         """One frame, which may be cut short or have a length that it must not have."""
