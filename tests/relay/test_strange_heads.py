@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -45,11 +46,12 @@ async def test_the_session_survives(agent: ScriptedAgent, visit: Visit, head: by
 async def test_a_fault_of_the_relay_is_named_and_costs_one_request(
     relay: Relay, agent: ScriptedAgent, visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(host: bytes) -> None:
-        raise RuntimeError("made for this test")
+    class Broken(dict[bytes, Any]):
+        def get(self, *_: Any) -> Any:
+            raise RuntimeError("made for this test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(relay.public, "find", broken)
+        patch.setattr(relay.public, "by_host", Broken())
         client = await visit(LINE + b"\r\n")
         status, fields, _ = await client.response()
         assert (status, fields[b"portico-error"]) == (502, [b"edge.internal"])

@@ -383,6 +383,63 @@ class TestPace:
         assert await answer(reader) == b""
         assert len(tls(relay)._ready) == 2
 
+    async def test_a_handshake_that_stood_still_puts_off_others_for_a_moment_only(
+        self, relay: Relay, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As one does in a process that was stopped, or one that comes in crumbs: their times would add up to minutes."""
+        monkeypatch.setattr(tls_port._Pace, "free_at", 0.0)
+        context = tls_port.EdgeContext(ssl.PROTOCOL_TLS_SERVER)
+        stopped = context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True)
+        real, ago = time.monotonic, [3600.0]
+        with monkeypatch.context() as patch, pytest.raises(ssl.SSLWantReadError):
+            patch.setattr(tls_port.time, "monotonic", lambda: real() - (ago.pop() if ago else 0.0))
+            stopped.do_handshake()
+        assert 0 < tls_port._Pace.free_at <= time.monotonic() + tls_port.LONGEST_PAUSE
+        await presented(relay, "localhost")
+
+    async def test_a_fault_at_one_handshake_does_not_stop_the_line(
+        self, relay: Relay, raw: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = tls(relay)
+        monkeypatch.setattr(tls_port._Pace, "free_at", time.monotonic() + 0.2)
+        for _ in range(3):
+            await raw(recorded("curl"))
+        await until(lambda: len(one._ready) == 3)
+        begin, faults = one._begin, iter((True,))
+
+        def broken(arrival: Any) -> None:
+            if next(faults, False):
+                raise RuntimeError("made for this test")
+            begin(arrival)
+
+        monkeypatch.setattr(one, "_begin", broken)
+        relay.public.loop.set_exception_handler(lambda loop, context: None)
+        await until(lambda: not one._ready)
+        await presented(relay, "localhost")
+
+    def test_an_ipv6_network_waits_behind_itself(self, relay: Relay) -> None:
+        """One customer has all addresses of it."""
+
+        def arrival(address: str) -> tls_port.Arrival:
+            return tls_port.Arrival(tls(relay), socket.socket(), (address, 1), 0.0)
+
+        turns = tls_port.Turns()
+        for address in ("2001:db8::1", "2001:db8::2", "2001:db8::3", "2001:db8:0:1::1"):
+            turns.add(arrival(address))
+        assert turns.drop("2001:db8::9") is None, "it has most of them itself"
+        dropped = turns.drop("198.51.100.1")
+        assert dropped is not None and dropped.address == "2001:db8::3"
+        assert [turns.pop().address for _ in range(3)] == ["2001:db8::1", "2001:db8:0:1::1", "2001:db8::2"]
+
+    async def test_accepting_pauses_for_a_moment_at_most(self, relay: Relay, raw: Any) -> None:
+        one = tls(relay)
+        relay.public.returning += 1
+        one._spent = 3600
+        await raw(recorded("curl"))
+        await until(lambda: one.stats.accepted == 1)
+        await raw(recorded("curl"))
+        await until(lambda: one.stats.accepted == 2, 30)
+
     async def test_accepting_pauses_while_others_ask(self, relay: Relay, raw: Any) -> None:
         """For a multiple of what it took; the connections wait in the kernel, and none is lost."""
         one = tls(relay)

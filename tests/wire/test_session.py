@@ -9,7 +9,19 @@ import pytest
 
 from portico.wire import frames as f
 from portico.wire.frames import WireError
-from portico.wire.session import FIRST, HEADROOM, KEPT, LARGE, PROVEN, QUANTUM, Session, Stream
+from portico.wire.session import (
+    DEAD_MOST,
+    FIRST,
+    HEADROOM,
+    KEEPS_QUANTUM,
+    KEPT,
+    LARGE,
+    PROVEN,
+    QUANTUM,
+    TURN,
+    Session,
+    Stream,
+)
 from tests.wire.recorder import Recorder, parse
 from tests.wire.vectors import AGENT_HELLO, session_in
 
@@ -327,6 +339,93 @@ class TestFlowControl:
                 streams[ident - 1].wait()
         assert turns == [[1, 2, 3, 4], [5, 6, 1, 2], [3, 4, 5, 6], [1, 2, 3, 4]]
         assert streams[6].sendable() == f.STREAM_WINDOW
+
+    def test_what_streams_left_of_their_turns_does_not_go_at_once(self) -> None:
+        """A hundred that had a turn and little to send, and then much: of that, a turn has no more than of others' bulk."""
+        session, events = session_in("greeted", "relay")
+        streams = [session.open_request(1, POST, 0, events.sink(ident)) for ident in range(100)]
+        for stream in streams:
+            stream.send_data(bytes(FIRST))
+            session.receive(f.frame(f.CREDIT, stream.id, f.U32.pack(8 * QUANTUM)))
+            session.turn = 0
+            stream.wait()
+        while session.waiting:
+            session.take()
+            session.next_turn()
+            for _, ident in events.events:
+                streams[ident].send_data(b"x")
+            events.events.clear()
+        session.take()
+        session.next_turn()
+        before, session.turn = session.send_credit, 0
+        for stream in streams:
+            stream.send_data(bytes(stream.sendable()))
+        assert before - session.send_credit < (KEEPS_QUANTUM + 1) * TURN
+
+    def test_a_turn_has_no_more_than_its_quantum(self) -> None:
+        """Its credit may be sixteen times as much; what is above the turn's own room waits for the next."""
+        session, events = session_in("greeted", "relay")
+        stream = session.open_request(1, POST, 0, events.sink(1))
+        stream.send_data(bytes(FIRST))
+        session.receive(f.frame(f.CREDIT, 1, f.U32.pack(16 * QUANTUM)))
+        session.turn = 0
+        stream.wait()
+        session.next_turn()
+        session.turn = 0
+        assert (events.events, stream.sendable()) == ([("credit", 1)], QUANTUM)
+        stream.send_data(bytes(1000))
+        assert (session.turn, stream.sendable()) == (0, QUANTUM - 1000)
+        stream.send_data(bytes(QUANTUM))  # who did not ask pays with the turn
+        assert (session.turn, stream.sendable()) == (-1000, 0)
+
+    def test_a_stream_without_credit_has_no_turn_and_hears_of_its_credit(self) -> None:
+        session, events = session_in("greeted", "relay")
+        stream = session.open_request(1, POST, 0, events.sink(1))
+        stream.send_data(bytes(FIRST))
+        session.turn = 0
+        stream.wait()
+        stream.send_data(bytes(f.STREAM_WINDOW - FIRST))  # though it waits
+        session.next_turn()
+        assert (session.turn, events.events) == (TURN, [])
+        session.receive(f.frame(f.CREDIT, 1, f.U32.pack(10)))
+        assert (events.events, stream.sendable()) == ([("credit", 1)], 10)
+
+    @pytest.mark.parametrize("first", [0, FIRST], ids=["first bytes", "bulk"])
+    def test_streams_that_end_while_they_wait_do_not_pile_up(self, first: int) -> None:
+        """The peer reads next to nothing, and visitors come and go."""
+        session, events = session_in("greeted", "relay")
+        session.pause()
+        session.spare = 0
+        kept = session.open_request(1, POST, 0, events.sink(0))
+        kept.wait()
+        for number in range(1, 2000):
+            stream = session.open_request(1, POST, 0, events.sink(number))
+            if first:
+                session.send_credit += first
+                stream.send_data(bytes(first))
+            stream.wait()
+            stream.reset(f.CANCELLED)
+            session.take()
+            assert len(session.waiting) + len(session.urgent) < 2 * DEAD_MOST
+        session.resume()
+        assert events.events == [("credit", 0)]
+
+    def test_who_goes_on_may_end_all_others(self) -> None:
+        session, events = session_in("greeted", "relay")
+        session.pause()
+        session.spare = 0
+        streams: list[Stream] = []
+
+        class Ends(Recorder):
+            def on_credit(self) -> None:
+                for stream in streams[1:]:
+                    stream.reset(f.CANCELLED)
+
+        for number in range(DEAD_MOST + 2):
+            streams.append(session.open_request(1, POST, 0, events.sink(number) if number else Ends()))
+            streams[-1].wait()
+        session.resume()
+        assert (events.events, list(session.urgent), list(session.waiting)) == ([], [], [])
 
     def test_first_bytes_go_into_a_congested_connection_and_few_of_them(self) -> None:
         session, events = session_in("greeted", "relay")

@@ -69,7 +69,7 @@ class Forwarder:
         known = self.known(fields)
         if known is None or method not in METHODS_KNOWN or not PLAIN_TARGETS[target]:
             return None
-        if last[:4] != ID_PREFIX or not last[4:].isalnum():
+        if not ((last[:4] == ID_PREFIX and last[4:].isalnum()) or last.isalnum()):
             return None
         connection = idle.pop()
         transport = connection.transport

@@ -39,7 +39,7 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _METHODS_WITH_BODY = frozenset((b"POST", b"PUT", b"PATCH"))
 #: Methods whose request has no body here and whose answer has the usual framing.
 METHODS_KNOWN = frozenset((b"GET", b"OPTIONS", b"DELETE"))
-#: What ids of requests begin with; letters and digits follow.
+#: What a relay's ids of requests begin with; letters and digits follow.
 ID_PREFIX = b"req_"
 _PLAIN_TARGET = re.compile(rb"[^\x00-\x20\x7f]+").fullmatch
 #: Targets that are remembered, and bytes of one that is.

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from portico.kit import proxy_protocol
+from portico.kit.networks import network
 from portico.kit.proxy_protocol import Place
 from portico.relay import challenges
 from portico.relay.certificates import ALPN, CertificateStore
@@ -60,6 +61,9 @@ PAUSE_AMONG_OTHERS: Final = 4.0
 OTHERS_SECONDS: Final = 0.25
 #: The shortest pause of accepting: loops count milliseconds, and what is owed adds up until it is as much.
 SHORTEST_PAUSE: Final = 0.002
+#: The longest one, whatever is owed: who sends a handshake in crumbs, each of which is looked at, would else put off all others
+#: for as long as he did, and so would a process that stood still in the middle of one.
+LONGEST_PAUSE: Final = 0.25
 #: Seconds without accepting after the process ran out of descriptors or memory.
 OUT_OF_RESOURCES_SECONDS: Final = 1.0
 _OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -107,7 +111,8 @@ class _Pace:
 
 
 class Turns:
-    """Those who wait for their handshake. Addresses take turns: one that brings thousands waits behind itself."""
+    """Those who wait for their handshake. Addresses take turns: one that brings thousands waits behind itself. An IPv6 client has
+    a whole network of them, so networks do."""
 
     def __init__(self) -> None:
         self._by_address: OrderedDict[str, deque[Arrival]] = OrderedDict()
@@ -117,7 +122,7 @@ class Turns:
         return self._count
 
     def add(self, arrival: Arrival) -> None:
-        self._by_address.setdefault(arrival.address, deque()).append(arrival)
+        self._by_address.setdefault(network(arrival.address), deque()).append(arrival)
         self._count += 1
 
     def pop(self) -> Arrival:
@@ -131,6 +136,7 @@ class Turns:
 
     def drop(self, than: str) -> Arrival | None:
         """The last one of the address that has most, for one of ``than`` that there is no room for; ``None``: none has more."""
+        than = network(than)
         address = max(self._by_address, key=lambda one: len(self._by_address[one]), default=than)
         if address == than or len(self._by_address[address]) <= 1 + len(self._by_address.get(than, ())):
             return None
@@ -161,8 +167,9 @@ class EdgeObject(ssl.SSLObject):
             self.outgoing = self.sock = None
             raise
         finally:
-            took = time.monotonic() - began
-            _Pace.free_at = max(_Pace.free_at, began) + took * (1 + _Pace.pause)
+            now = time.monotonic()
+            owed = max(_Pace.free_at, began) + (now - began) * (1 + _Pace.pause)
+            _Pace.free_at = min(owed, max(_Pace.free_at, now + LONGEST_PAUSE))
         self.outgoing = self.sock = None
 
     def shorten(self) -> None:
@@ -340,7 +347,7 @@ class TlsPort:
         if not self._others_ask():
             self._spent = 0.0
             return
-        owed = self._spent * PAUSE_AMONG_OTHERS
+        owed = min(self._spent * PAUSE_AMONG_OTHERS, LONGEST_PAUSE)
         if owed >= SHORTEST_PAUSE:
             self._spent = 0.0
             self.loop.remove_reader(self.sock)
@@ -528,12 +535,14 @@ class TlsPort:
             self.loop.call_later(pause, self._begin_some)
             return
         _Pace.pause = PAUSE_AMONG_OTHERS if self._others_ask() else PAUSE_ALONE
-        for _ in range(min(HANDSHAKES_PER_TICK, len(ready))):
-            arrival = ready.pop()
-            if not arrival.is_closing():
-                self._begin(arrival)
-        if ready:
-            self.loop.call_soon(self._begin_some)
+        try:
+            for _ in range(min(HANDSHAKES_PER_TICK, len(ready))):
+                arrival = ready.pop()
+                if not arrival.is_closing():
+                    self._begin(arrival)
+        finally:  # nobody else would: those who come find a line that moves, or none
+            if ready:
+                self.loop.call_soon(self._begin_some)
 
     def _begin(self, arrival: Arrival) -> None:
         hello = arrival.hello

@@ -48,6 +48,10 @@ PROVEN = 8_388_608
 FIRST = 16_384
 #: Bytes of bulk that one turn of the loop takes up, and what a stream may send of it that had to wait.
 TURN, QUANTUM = 262_144, 65_536
+#: Turns for which a stream keeps what it did not use of its quantum.
+KEEPS_QUANTUM = 4
+#: Streams that ended while they waited, above which they are taken out of the line at once, if they are half of it.
+DEAD_MOST = 256
 #: Bytes of the session's credit that bulk leaves to first bytes, and of these, what goes into a connection that is congested.
 KEPT = 1_048_576
 
@@ -156,6 +160,7 @@ class Stream:
     waits = False
     sent = 0
     quantum = 0  # what is left of it
+    had_turn = 0  # when it was granted
     send_credit = f.STREAM_WINDOW
     recv_credit = f.STREAM_WINDOW
     window = f.STREAM_WINDOW
@@ -174,12 +179,20 @@ class Stream:
         if self.sent < FIRST:
             if session.congested and session.spare <= 0:
                 return 0
-        elif session.congested or (session.turn <= 0 and self.quantum <= 0):
+        elif session.congested:
             return 0
         else:
             room -= KEPT
+            if session.turn <= 0:
+                granted = self.granted()
+                if room > granted:
+                    room = granted
         credit = self.send_credit
         return credit if credit < room else room if room > 0 else 0
+
+    def granted(self) -> int:
+        """What is left of its quantum, which is for a few turns: kept for ever, those of many streams would go at once."""
+        return self.quantum if self.session.turns - self.had_turn <= KEEPS_QUANTUM else 0
 
     def wait(self) -> None:
         """Ask for one :meth:`Sink.on_credit` when more can be sent."""
@@ -215,10 +228,12 @@ class Stream:
         self.send_credit -= size
         session.send_credit -= size
         self.sent += size
-        if self.quantum > 0:
+        granted = self.granted()
+        if size <= granted:
             self.quantum -= size
         else:
-            session.turn -= size
+            session.turn -= size - granted
+            self.quantum = 0
         if session.congested:
             session.spare -= size
         if size < LARGE:
@@ -311,7 +326,9 @@ class Stream:
         session.growth += self.window - f.STREAM_WINDOW
         self.window = f.STREAM_WINDOW
         session.streams.pop(self.id, None)
-        self.waits = False
+        if self.waits:
+            self.waits = False
+            session.left_line()
         self.sink = IGNORE
 
 
@@ -340,6 +357,8 @@ class Session:
         self.urgent: deque[Stream] = deque()
         self.waiting: deque[Stream] = deque()
         self.turn = TURN
+        self.turns = 0  # so far
+        self.dead = 0  # streams that ended while they waited
         self.spare = 0
         self.out: list[bytes | bytearray] = []
         #: Whether a frame in :attr:`out` is to be a message of its own.
@@ -484,6 +503,7 @@ class Session:
     def next_turn(self) -> None:
         """What was put was taken, and a turn of the loop is over."""
         self.turn = TURN
+        self.turns += 1
         if self.waiting or self.urgent:
             self._wake_waiting()
 
@@ -499,6 +519,8 @@ class Session:
     def _wake_waiting(self) -> None:
         """Tell waiting streams, in the order in which they began to wait, while there is room."""
         for _ in range(len(self.urgent)):
+            if not self.urgent:  # who heard that it may go on ended others
+                break
             if self.send_credit <= 0 or (self.congested and self.spare <= 0):
                 return
             stream = self.urgent.popleft()
@@ -512,10 +534,21 @@ class Session:
                 self.wake()
                 return
             stream = waiting.popleft()
-            if stream.waits:
+            if stream.waits and stream.send_credit > 0:
                 self.turn -= QUANTUM
-                stream.quantum = QUANTUM
+                stream.quantum, stream.had_turn = QUANTUM, self.turns
                 self._go_on(stream)
+
+    def left_line(self) -> None:
+        """A stream ended that waited. It is found out when its turn comes, but that may be long in coming: a peer that reads next
+        to nothing, and visitors who come and go, would pile them up."""
+        self.dead += 1
+        if self.dead > DEAD_MOST and 2 * self.dead > len(self.urgent) + len(self.waiting):
+            self.dead = 0
+            for line in (self.urgent, self.waiting):
+                alive = [stream for stream in line if stream.waits]
+                line.clear()
+                line.extend(alive)
 
     def _go_on(self, stream: Stream) -> None:
         """One that is over by now, or used its credit meanwhile, does not."""
