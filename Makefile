@@ -9,10 +9,12 @@ PYTHON ?=
 ARGS ?=
 # Seconds that each fuzzer runs.
 FUZZ_SECONDS ?= 60
-# Minutes of load, repeats of each drill and seconds of each flood in a soak (0 leaves one out), and what it writes.
+# Minutes of load, repeats of each drill, seconds of each flood and examples of each operation of the API in a soak (0 leaves one
+# out), and what it writes.
 SOAK_MINUTES ?= 30
 SOAK_DRILLS ?= 5
 SOAK_FLOODS ?= 20
+SOAK_EXAMPLES ?= 20
 SOAK_WRITES ?= --report docs/soak.md --json docs/soak.json
 
 BIN := .venv/bin
@@ -29,9 +31,19 @@ help: ## List the targets
 demo: $(SERVER) ## A whole platform on this machine, a sample app, a tunnel to it and one request through it
 	$(BIN)/portico demo
 
+# What no clock decides runs on both cores at once, a server of its own for each, and a file at a time; everything else alone.
+BESIDE := tests/contracts tests/control tests/fuzz tests/kit tests/tools tests/wire
+
 .PHONY: test
 test: $(DEV) ## Run every test (ARGS="tests/wire -x" for some)
+ifeq ($(strip $(ARGS)),)
+	@failed=0; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(BESIDE) || failed=1; \
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(BESIDE)) || failed=1; \
+	exit $$failed
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 .PHONY: check
 check: $(DEV) ## Format, lint, types, layers, contracts, generated documents
@@ -60,8 +72,9 @@ bench: $(DEV) ## Measure Portico beside nginx and other tunnels (ARGS="--quick -
 	$(BIN)/python -m bench $(ARGS)
 
 .PHONY: soak
-soak: $(DEV) ## A platform under load with restarts (SOAK_MINUTES=30), every drill (SOAK_DRILLS=5 times) and flood
+soak: $(DEV) ## A platform under load with restarts (SOAK_MINUTES=30), every drill (SOAK_DRILLS=5 times), flood and API walk
 	$(if $(filter-out 0,$(SOAK_FLOODS)),FLOOD_SECONDS=$(SOAK_FLOODS) $(BIN)/python -m pytest tests/floods -q)
+	$(if $(filter-out 0,$(SOAK_EXAMPLES)),API_EXAMPLES=$(SOAK_EXAMPLES) $(BIN)/python -m pytest tests/control/test_schemathesis.py -q)
 	$(BIN)/python -m tests.soak.run --minutes $(SOAK_MINUTES) --drills $(SOAK_DRILLS) $(SOAK_WRITES) $(ARGS)
 
 .PHONY: lock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -17,18 +18,19 @@ import pytest
 
 _numbers = itertools.count(1)
 
-#: What these prove depends on processes and sockets in real time, which a machine under other load can stretch beyond any
-#: deadline. One that fails runs once more, and is listed (`RERUN`) when it then passes. Whatever our own locks, transactions and
-#: parsers decide passes the first time or fails.
-_REAL_TIME = {"agent", "browser", "cli", "deploy", "differential", "drills", "embedded", "floods", "relay", "system"}
+#: Attempts more for a test that is marked `realtime`; 0 shows what its first failure was.
+REALTIME_RERUNS = int(os.environ.get("PORTICO_REALTIME_RERUNS", "2"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
+    """What processes do to each other in real time can be stretched beyond any deadline by a machine under other load.
+
+    Modules that prove such say so by `realtime`; one of theirs that fails runs again, and is listed (`RERUN`) when it then
+    passes. Whatever our own locks, transactions and parsers decide passes the first time or fails.
+    """
     for item in items:
-        parts = item.path.relative_to(here).parts
-        if parts[0] in _REAL_TIME or "system" in item.keywords:
-            item.add_marker(pytest.mark.flaky(reruns=1))
+        if REALTIME_RERUNS and item.get_closest_marker("realtime") is not None:
+            item.add_marker(pytest.mark.flaky(reruns=REALTIME_RERUNS))
 
 
 # How fast a busy machine makes examples says nothing of what is tested.

@@ -11,6 +11,8 @@ from typing import Final
 #: this one ends: between a test's look and its program's bind, no connection of anybody can be given the port.
 _FIRST: Final = 12_000
 _given: set[int] = set()
+#: Of its own: Hypothesis gives the common one the same seed in every process.
+_chance = random.SystemRandom()
 
 
 def _last() -> int:
@@ -24,7 +26,7 @@ def _last() -> int:
 def free_port() -> int:
     """A port of 127.0.0.1 on which nothing listens; this process is given it once."""
     while True:
-        port = random.randint(_FIRST, _last())
+        port = _chance.randint(_FIRST, _last())
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

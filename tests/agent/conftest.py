@@ -30,7 +30,7 @@ async def world() -> AsyncIterator[World]:
     if hasattr(made, "task") and not made.task.done():
         made.agent.stop()
         with contextlib.suppress(Problem, TimeoutError):
-            await asyncio.wait_for(made.task, 5)
+            await asyncio.wait_for(made.task, 30)
     if made.http is not None:
         await made.http.aclose()
     await relay.stop()

@@ -85,14 +85,14 @@ class Visit:
         pairs = zip(self.head[1::2], self.head[2::2], strict=True)
         return [value for key, value in pairs if key.lower() == name.lower()]
 
-    async def until(self, what: Callable[[], Any], limit: float = 5.0) -> None:
+    async def until(self, what: Callable[[], Any], limit: float = 30.0) -> None:
         """Wait until ``what()`` holds."""
         async with asyncio.timeout(limit):
             while not what():
                 self._news.clear()
                 await self._news.wait()
 
-    async def over(self, limit: float = 10.0) -> Visit:
+    async def over(self, limit: float = 30.0) -> Visit:
         """Wait until the response is complete or the stream was reset."""
         await self.until(lambda: self.ended or self.reset is not None, limit)
         return self
@@ -104,7 +104,7 @@ class Visit:
             if room <= 0:
                 self.stream.wait()
                 self._news.clear()
-                await asyncio.wait_for(self._news.wait(), 10)
+                await asyncio.wait_for(self._news.wait(), 30)
                 if self.reset is not None:
                     return
                 continue
@@ -256,14 +256,14 @@ class Relay:
             connection.carrier.abort("relay stopped")
         await asyncio.sleep(0)
 
-    async def until(self, what: Callable[[], Any], limit: float = 5.0) -> None:
+    async def until(self, what: Callable[[], Any], limit: float = 30.0) -> None:
         async with asyncio.timeout(limit):
             while not what():
                 self.news.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.news.wait(), 0.05)
 
-    async def bound(self, count: int = 1, limit: float = 5.0) -> RelayConnection:
+    async def bound(self, count: int = 1, limit: float = 30.0) -> RelayConnection:
         """The newest connection, once it has asked for ``count`` binds."""
         await self.until(lambda: self.connections and len(self.connections[-1].grants) >= count, limit)
         return self.connections[-1]

@@ -35,7 +35,7 @@ class Inspected:
         assert found is not None
         return found
 
-    async def until(self, what: Callable[[], Any], limit: float = 5.0) -> None:
+    async def until(self, what: Callable[[], Any], limit: float = 30.0) -> None:
         async with asyncio.timeout(limit):
             while not what():
                 await asyncio.sleep(0.005)

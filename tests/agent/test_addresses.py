@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from tests.agent.api_server import KEY, TestApi
 from tests.agent.harness import Relay, SilentOwner, answering, target_server, tunnel_to
 from tests.agent.world import World
 from tests.kit.test_dial import address, blackhole
+from tests.timing import Since
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ async def test_a_dead_address_of_a_relay_costs_a_fraction_of_a_second(monkeypatc
 
         monkeypatch.setattr(dial, "resolve", resolve)
         link = Link(SilentOwner(), AgentSettings(), f"ws://relays.example:{relay.port}/v1/connect", 1)
-        began = time.monotonic()
+        since = Since()
         await link.open("token")
-        assert time.monotonic() - began < 1
+        assert since.waited() < 1
         link.close("test over")
         assert relay.hosts == [f"relays.example:{relay.port}"]
     await relay.stop()
@@ -91,9 +91,9 @@ async def test_a_dead_address_of_the_api_costs_a_fraction_of_a_second(monkeypatc
 
         monkeypatch.setattr(dial, "resolve", resolve)
         api = Api("http://api.example:1", Secret(KEY), AgentSettings())
-        began = time.monotonic()
+        since = Since()
         assert await api.call("GET", "whoami") == {"kind": "agent_key"}
-        assert time.monotonic() - began < 1
+        assert since.waited() < 1
         await api.aclose()
     await server.stop()
 
@@ -109,10 +109,10 @@ async def test_a_dead_address_of_the_target_costs_a_fraction_of_a_second(monkeyp
 
             async with tunnel_to(parse_target(f"app.example:{port}")) as tunnel:
                 monkeypatch.setattr(dial, "resolve", resolve)
-                began = time.monotonic()
+                since = Since()
                 visit = await tunnel.get().over()
                 assert (visit.status, bytes(visit.body)) == (200, b"ok")
-                assert time.monotonic() - began < 1
+                assert since.waited() < 1
                 known[:] = [address("::1", 1), address("127.0.0.1", 1)]
                 assert "[::1]" in str(await tunnel.forwarder.probe())
 
@@ -141,6 +141,6 @@ async def test_a_silent_api_is_given_up_in_time() -> None:
     with blackhole("127.0.0.2") as dead:
         api = Api(f"http://127.0.0.2:{dead}", Secret(KEY), AgentSettings())
         with pytest.raises(Problem) as caught:
-            await asyncio.wait_for(api.call("GET", "whoami", timeout=0.2), 2)
+            await asyncio.wait_for(api.call("GET", "whoami", timeout=0.2), 30)
         await api.aclose()
     assert caught.value.code == "api.unreachable" and "did not answer in time" in caught.value.detail

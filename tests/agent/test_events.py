@@ -33,7 +33,7 @@ class Following:
             self.got.append(event.id)
 
     async def until(self, what: Any) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not what():
                 assert not self.task.done(), self.task
                 await asyncio.sleep(0.005)
@@ -152,7 +152,7 @@ class TestFollow:
         await asyncio.sleep(0.03)
         server.events.clear()
         with pytest.raises(Problem) as caught:
-            await asyncio.wait_for(following.task, 5)
+            await asyncio.wait_for(following.task, 30)
         assert caught.value.code == "tunnel.not_found"
 
     async def test_what_is_known_does_not_grow_for_ever(self, server: EventApi, api: Api) -> None:

@@ -28,7 +28,7 @@ async def run(shell: str, command: str) -> bytes:
     process = await asyncio.create_subprocess_exec(
         shell, "-c", command, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    out, err = await asyncio.wait_for(process.communicate(), 20)
+    out, err = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 0, (command, err)
     return out
 

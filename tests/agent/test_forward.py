@@ -154,7 +154,7 @@ class TestRequestBody:
             await visit.over()
             assert visit.reset is not None and visit.reset[0] == f.REQUEST_INVALID
             if len(sent) < 5:
-                await asyncio.wait_for(ended.wait(), 5)
+                await asyncio.wait_for(ended.wait(), 30)
             assert not tunnel.forwarder.pool.open
 
     async def test_expect_continue_is_the_targets_to_answer(self) -> None:
@@ -586,23 +586,23 @@ class TestUnreachable:
             visit = tunnel.get()
             await asyncio.sleep(0.05)
             visit.stream.reset(f.CANCELLED, "left")
-            await asyncio.wait_for(ended.wait(), 2)
+            await asyncio.wait_for(ended.wait(), 30)
             assert tunnel.forwarder.stats.open == 0 and not tunnel.forwarder.pool.open
 
 
 class TestPool:
     async def test_parallel_requests_do_not_wait_for_each_other(self) -> None:
+        together = asyncio.Barrier(20)
+
         async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             while True:
                 await read_head(reader)
-                await asyncio.sleep(0.2)
+                await together.wait()  # nobody is answered before all have asked
                 writer.write(OK)
 
         async with target_server(handler) as port, tunnel_to(local(port)) as tunnel:
-            started = asyncio.get_running_loop().time()
             for visit in [tunnel.get() for _ in range(20)]:
                 assert (await visit.over()).status == 200
-            assert asyncio.get_running_loop().time() - started < 1.0
 
     async def test_above_the_limit_requests_wait_in_order(self) -> None:
         together = most = 0
@@ -635,7 +635,7 @@ class TestPool:
         settings = AgentSettings(target_idle_seconds=0.05)
         async with target_server(handler) as port, tunnel_to(local(port), settings) as tunnel:
             await tunnel.get().over()
-            await asyncio.wait_for(closed.wait(), 3)
+            await asyncio.wait_for(closed.wait(), 30)
             assert not tunnel.forwarder.pool.idle and not tunnel.forwarder.pool.open
 
     async def test_unix_socket(self, tmp_path: Any) -> None:
@@ -747,8 +747,8 @@ class TestUpgrade:
             await visit.until(lambda: visit.status)
             await visit.send(b"words", end=ended)
             visit.stream.reset(f.CANCELLED)
-            assert await asyncio.wait_for(seen.get(), 5) == "words"
-            assert await asyncio.wait_for(seen.get(), 5) == ("end" if ended else "reset")
+            assert await asyncio.wait_for(seen.get(), 30) == "words"
+            assert await asyncio.wait_for(seen.get(), 30) == ("end" if ended else "reset")
 
 
 async def test_a_tcp_connection_is_refused() -> None:
@@ -851,7 +851,7 @@ async def test_a_lost_session_ends_requests_at_the_target() -> None:
         tunnel.get()
         await asyncio.sleep(0.05)
         tunnel.relay.carrier.abort("cut")
-        await asyncio.wait_for(ended.wait(), 2)
+        await asyncio.wait_for(ended.wait(), 30)
 
 
 async def test_unknown_bind() -> None:

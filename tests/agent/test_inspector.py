@@ -145,7 +145,7 @@ class TestGuard:
         self.guard.check(ask("POST", **headers))
 
 
-async def raw(tunnel: Inspected, data: bytes, limit: float = 5.0) -> bytes:
+async def raw(tunnel: Inspected, data: bytes, limit: float = 30.0) -> bytes:
     """What the page's server answers to bytes, until it closes."""
     port = int(tunnel.inspector.url.rpartition(":")[2])
     reader, writer = await asyncio.open_connection("127.0.0.1", port)

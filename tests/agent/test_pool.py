@@ -37,7 +37,7 @@ async def test_the_buffer_goes_with_the_last_idle_connection_and_comes_back() ->
             for _ in range(2):
                 assert bytes((await tunnel.get().over()).body) == b"ok"
                 assert pool._view is not None
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(30):
                     while pool._view is not None:
                         await asyncio.sleep(0.02)
                 assert not pool.open and not pool.busy
@@ -62,7 +62,7 @@ async def test_a_retired_pool_finishes_and_keeps_nothing() -> None:
             late = tunnel.get()  # a request that crossed the removal
             go.set()
             assert bytes((await visit.over()).body) == bytes((await late.over()).body) == b"ok"
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while tunnel.forwarder.busy:
                     await asyncio.sleep(0.01)
             assert tunnel.forwarder.pool.idle == []

@@ -50,7 +50,7 @@ class Tunnel:
 
     async def until_idle(self) -> None:
         forwarder = self.forwarder
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while forwarder._open or forwarder._tasks or forwarder.stats.open or self.relay.session.streams:
                 await asyncio.sleep(0.005)
 
@@ -227,7 +227,7 @@ class TestBytes:
         async with target_server(slow) as port, tunnel_to(port, TlsFiles(pem, pem)) as tunnel:
             visitor = await tunnel.visitor(pem)
             sending = asyncio.create_task(visitor.send(b"y" * (24 << 20)))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while visitor.visit.stream.sendable():
                     await asyncio.sleep(0.01)
             await asyncio.sleep(0.2)
@@ -266,7 +266,7 @@ class TestEnds:
             assert await visitor.read(100) == b"bye"
             await visitor.send(b"still sent")
             await visitor.end()
-            assert await asyncio.wait_for(got, 5) == b"still sent"
+            assert await asyncio.wait_for(got, 30) == b"still sent"
             await tunnel.until_idle()
 
     async def test_an_end_without_close_notify_is_a_reset_to_the_target(self, pem: Path) -> None:
@@ -284,7 +284,7 @@ class TestEnds:
             visitor = await tunnel.visitor(pem)
             await visitor.send(b"half of it")
             visitor.visit.stream.send_end()
-            assert await asyncio.wait_for(end, 5) == "reset"
+            assert await asyncio.wait_for(end, 30) == "reset"
             await tunnel.until_idle()
 
     async def test_a_target_that_ends_before_the_handshake(self, pem: Path) -> None:
@@ -304,7 +304,7 @@ class TestEnds:
             assert await late.read(1) == b""
             await late.send(b" and later")
             await late.end()
-            assert await asyncio.wait_for(got, 5) == b"at once and later"
+            assert await asyncio.wait_for(got, 30) == b"at once and later"
             await tunnel.until_idle()
 
     @pytest.mark.parametrize("opened", [False, True], ids=["in-the-handshake", "after-it"])
@@ -367,7 +367,7 @@ class TestEnds:
             visitor = await tunnel.visitor(pem)
             await visitor.send(b"hello")
             await visitor.end()
-            assert await asyncio.wait_for(got, 5) == b"PROXY TCP4 1.2.3.4 0.0.0.0 5 6\r\nhello"
+            assert await asyncio.wait_for(got, 30) == b"PROXY TCP4 1.2.3.4 0.0.0.0 5 6\r\nhello"
 
 
 class TestHandshake:
@@ -402,7 +402,7 @@ class TestHandshake:
         async with target_server(echo) as port, tunnel_to(port, TlsFiles(pem, pem)) as tunnel:
             with pytest.raises(ssl.SSLCertVerificationError):
                 await tunnel.visitor(stranger)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while not tunnel.stats.failures:
                     await asyncio.sleep(0.005)
             assert "does not trust the certificate" in tunnel.stats.last_failure
@@ -431,7 +431,7 @@ class TestHandshake:
         async with target_server(echo) as port, tunnel_to(port, TlsFiles(pem, pem)) as tunnel:
             with pytest.raises(ssl.SSLCertVerificationError):
                 await tunnel.visitor(pem)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while not tunnel.stats.failures:
                     await asyncio.sleep(0.005)
             assert tunnel.stats.last_failure.startswith(f"a visitor's TLS handshake failed: {says}")

@@ -62,7 +62,7 @@ class Seen(Events):
         self.warnings.append(text)
         self.news.set()
 
-    async def until(self, what: Any, limit: float = 5.0) -> None:
+    async def until(self, what: Any, limit: float = 30.0) -> None:
         async with asyncio.timeout(limit):
             while not what():
                 self.news.clear()
@@ -101,7 +101,7 @@ class World:
         assert visit.status == 200, visit.reset
         return bytes(visit.body)
 
-    async def ended(self, limit: float = 5.0) -> Problem | None:
+    async def ended(self, limit: float = 30.0) -> Problem | None:
         try:
             await asyncio.wait_for(self.task, limit)
         except Problem as err:

@@ -64,7 +64,7 @@ class Page(WSListener):  # type: ignore[misc]
         waiting = self._waiting[self._number] = asyncio.get_running_loop().create_future()
         message = {"id": self._number, "method": method, "params": params}
         self.transport.send(WSMsgType.TEXT, json.dumps(message).encode())
-        answer = await asyncio.wait_for(waiting, 20)
+        answer = await asyncio.wait_for(waiting, 30)
         assert "error" not in answer, answer
         return answer["result"]
 
@@ -89,7 +89,7 @@ class Page(WSListener):  # type: ignore[misc]
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    async def until(self, code: str, limit: float = 10.0) -> None:
+    async def until(self, code: str, limit: float = 30.0) -> None:
         """Wait until an expression holds."""
         async with asyncio.timeout(limit):
             while not await self.js(f"Boolean({code})"):
@@ -111,7 +111,7 @@ class Page(WSListener):  # type: ignore[misc]
         """Go on to ``url`` in the window as it is."""
         await self.leaving(self.call("Page.navigate", url=url))
 
-    async def leaving(self, act: Awaitable[Any], limit: float = 10.0) -> None:
+    async def leaving(self, act: Awaitable[Any], limit: float = 30.0) -> None:
         """Do ``act`` and wait until another page is there and loaded."""
         await self.js("window.before = true")
         await act

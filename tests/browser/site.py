@@ -44,7 +44,7 @@ async def site(database_url: str, **settings: Any) -> AsyncIterator[Site]:
         server = _Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(30):
                 while not server.started:
                     await asyncio.sleep(0.02)
             yield Site(url, app)

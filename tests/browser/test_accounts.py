@@ -21,7 +21,7 @@ NEW_PASSWORD = "short-Zebra-24!"
 
 async def mailed(up: Up, to: str, topic: str) -> dict[str, Any]:
     """The mail that the worker delivered into the outbox."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while True:
             for path in sorted((up.home / "outbox").glob("*.json")):
                 found = json.loads(path.read_text(encoding="utf-8"))

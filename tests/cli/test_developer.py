@@ -101,14 +101,14 @@ class TestHttp:
         async with target_server(answering(OK)) as port:
             process = await cli.start("http", str(port), "--name", "web", "--json")
             assert process.stdout is not None
-            line = json.loads(await asyncio.wait_for(process.stdout.readline(), 10))
+            line = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))
             assert (line["event"], line["name"], line["url"]) == ("online", "web", "http://web.localhost:7080")
             visit = await relay.connections[0].get(b"/hello").over()
             assert bytes(visit.body) == b"ok"
-            line = json.loads(await asyncio.wait_for(process.stdout.readline(), 10))
+            line = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))
             assert (line["event"], line["path"], line["status"]) == ("request", "/hello", 200)
             process.send_signal(signal.SIGTERM)
-            assert await asyncio.wait_for(process.wait(), 10) == 0
+            assert await asyncio.wait_for(process.wait(), 30) == 0
         assert cli.api.calls[-1][0] == "DELETE"
 
     async def test_plain_lines_and_interrupt(self, cli: Cli, relay: Relay, tmp_path: Path) -> None:
@@ -116,21 +116,21 @@ class TestHttp:
         (tmp_path / "site").mkdir()
         process = await cli.start("http", f"file://{tmp_path}/site")
         assert process.stdout is not None
-        line = (await asyncio.wait_for(process.stdout.readline(), 10)).decode()
+        line = (await asyncio.wait_for(process.stdout.readline(), 30)).decode()
         assert line == f"http://made-up.localhost:7080 -> file://{tmp_path}/site\n"
         process.send_signal(signal.SIGINT)
-        _, err = await asyncio.wait_for(process.communicate(), 10)
+        _, err = await asyncio.wait_for(process.communicate(), 30)
         assert process.returncode == 130 and b"tunnel online name=made-up" in err
 
     async def test_a_dead_target_is_said_and_does_not_stop_it(self, cli: Cli, relay: Relay) -> None:
         await cli.login()
         process = await cli.start("http", "127.0.0.1:1", "--json")
         assert process.stdout is not None
-        await asyncio.wait_for(process.stdout.readline(), 10)
+        await asyncio.wait_for(process.stdout.readline(), 30)
         visit = await relay.connections[0].get().over()
         assert visit.reset is not None and visit.reset[1] == "nothing listens on 127.0.0.1:1"
         process.send_signal(signal.SIGTERM)
-        _, err = await asyncio.wait_for(process.communicate(), 10)
+        _, err = await asyncio.wait_for(process.communicate(), 30)
         assert b"nothing listens on 127.0.0.1:1 yet; visitors get 502" in err
 
     async def test_not_logged_in(self, cli: Cli) -> None:
@@ -173,7 +173,7 @@ class TestHttp:
             connection = await relay.bound(limit=15)
             visit = await connection.get().over()
             assert bytes(visit.body) == b"ok" and connection.unbinds == [1]
-            out, _ = await asyncio.wait_for(process.communicate(), 10)
+            out, _ = await asyncio.wait_for(process.communicate(), 30)
         assert process.returncode == 0
         assert [json.loads(line)["event"] for line in out.splitlines()] == ["online", "ended", "request"]
 
@@ -218,9 +218,9 @@ class TestHttp:
         await cli.login()
         process = await cli.start("http", "8000", "--json")
         assert process.stdout is not None
-        await asyncio.wait_for(process.stdout.readline(), 10)
+        await asyncio.wait_for(process.stdout.readline(), 30)
         relay.connections[0].unbind(1, "tunnel.stopped")
-        out, err = await asyncio.wait_for(process.communicate(), 10)
+        out, err = await asyncio.wait_for(process.communicate(), 30)
         assert process.returncode == 5 and b"(tunnel.stopped)" in err
         assert json.loads(out)["code"] == "tunnel.stopped"
 

@@ -51,7 +51,7 @@ async def interrupted(cli: Cli, relay: Relay) -> int:
     assert process.stdout is not None
     await process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    await asyncio.wait_for(process.communicate(), 10)
+    await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode is not None
     return process.returncode
 

@@ -19,14 +19,14 @@ from tests.system.memory import MIB, MemoryWatch, resident
 
 async def first_event(process: asyncio.subprocess.Process) -> Any:
     assert process.stdout is not None
-    line = await asyncio.wait_for(process.stdout.readline(), 10)
+    line = await asyncio.wait_for(process.stdout.readline(), 30)
     assert line, (await process.communicate())[1]
     return json.loads(line)
 
 
 async def end(process: asyncio.subprocess.Process) -> str:
     process.send_signal(signal.SIGTERM)
-    _, err = await asyncio.wait_for(process.communicate(), 10)
+    _, err = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 0
     return err.decode()
 
@@ -135,11 +135,11 @@ async def test_portico_yml(cli: Cli, relay: Relay, tmp_path: Path) -> None:
                     "version: 1\nweb_addr: 127.0.0.1:0\n"
                     + tunnels.replace(f"web: {{addr: {port}", f"web: {{addr: {other}")
                 )
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(30):
                     while (await web.post(f"/api/requests/{row['id']}/replay")).json()["status"] != 202:
                         await asyncio.sleep(0.2)
             path.write_text("version: 1\nweb_addr: 127.0.0.1:0\n" + tunnels.replace(f"  web: {{addr: {port}}}\n", ""))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while (await web.post(f"/api/requests/{row['id']}/replay")).status_code != 409:
                     await asyncio.sleep(0.2)
         await end(process)

@@ -89,7 +89,7 @@ def only(text: str) -> str:
     return text
 
 
-async def line_of(stream: asyncio.StreamReader | None, limit: float = 15) -> str:
+async def line_of(stream: asyncio.StreamReader | None, limit: float = 30.0) -> str:
     assert stream is not None
     return (await asyncio.wait_for(stream.readline(), limit)).decode()
 
@@ -111,7 +111,7 @@ class TestFollow:
         assert await line_of(process.stderr) == "portico: the API is back\n"
         assert "online    at relay-2" in await line_of(process.stdout)
         process.send_signal(signal.SIGINT)
-        out, err = await asyncio.wait_for(process.communicate(), 10)
+        out, err = await asyncio.wait_for(process.communicate(), 30)
         assert process.returncode == 130 and not out and not err
 
     async def test_it_ends_when_nobody_reads_any_more(self, cli: Cli, api: EventApi) -> None:
@@ -132,12 +132,12 @@ class TestFollow:
         loop = asyncio.get_running_loop()
         assert b"stopped" in await loop.run_in_executor(None, os.read, read, 4096)
         os.close(read)
-        _, err = await asyncio.wait_for(process.communicate(), 10)
+        _, err = await asyncio.wait_for(process.communicate(), 30)
         assert not err and process.returncode == 1
 
     async def test_a_deleted_tunnel_ends_it(self, cli: Cli, api: EventApi) -> None:
         process = await cli.start("logs", "-f", "web", "-n", "1", **FAST)
         await line_of(process.stdout)
         api.events = [event for event in api.events if event["name"] != "web"]
-        _, err = await asyncio.wait_for(process.communicate(), 10)
+        _, err = await asyncio.wait_for(process.communicate(), 30)
         assert process.returncode == 5 and "(tunnel.not_found)" in only_line(err.decode())

@@ -21,7 +21,7 @@ class TestProxyOption:
                 "http", str(port), "--name", "web", "--json", "--proxy", way.url_for("me", "s3cret")
             )
             assert process.stdout is not None
-            first = json.loads(await asyncio.wait_for(process.stdout.readline(), 20))
+            first = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))
             assert first["event"] == "online"
             visit = await (await relay.bound()).get().over()
             assert visit.status == 200 and visit.body == b"ok"

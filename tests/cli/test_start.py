@@ -48,7 +48,7 @@ class Started:
             self.log += line.decode()
             self._news.set()
 
-    async def until(self, what: Callable[[], Any], limit: float = 10.0) -> None:
+    async def until(self, what: Callable[[], Any], limit: float = 30.0) -> None:
         async with asyncio.timeout(limit):
             while not what():
                 assert self.process.returncode is None, (self.events, self.log)
@@ -69,7 +69,7 @@ class Started:
     async def end(self, signum: int | None = signal.SIGTERM) -> int:
         if signum is not None and self.process.returncode is None:
             self.process.send_signal(signum)
-        code = await asyncio.wait_for(self.process.wait(), 10)
+        code = await asyncio.wait_for(self.process.wait(), 30)
         await asyncio.gather(*self._readers)
         return code
 
@@ -294,7 +294,7 @@ class TestFileChanges:
             await asyncio.to_thread(read_until, terminal, b"a.localhost")
         finally:
             os.close(terminal)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
                 await asyncio.sleep(0.05)
         assert os.waitstatus_to_exitcode(ended[1]) == 0

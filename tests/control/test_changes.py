@@ -148,7 +148,7 @@ class TestAppend:
             await listener.add_listener(changes.CHANNEL, lambda *_: woken.set())
             async with db.transaction() as tx:
                 changes.append(tx, change("wake"))
-            await asyncio.wait_for(woken.wait(), 2)
+            await asyncio.wait_for(woken.wait(), 30)
         finally:
             await listener.close()
 

@@ -8,6 +8,7 @@ walk of its own, so that the other walks do not spend themselves on 401s.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import secrets
 import sys
@@ -24,12 +25,13 @@ from portico.control.tunnels import relays
 from tests.control.conftest import PASSWORD, heartbeat_body
 from tests.control.edge.live import Api, api_settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+#: Of each operation beside those that cover every parameter; `make soak` makes more.
+_EXAMPLES = int(os.environ.get("API_EXAMPLES", "1"))
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 * _EXAMPLES)]
 _CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,"
     "response_schema_conformance,unsupported_method,allow_header_conformance"
 )
-_EXAMPLES = 3
 #: Streams do not end by themselves.
 _ENDLESS = "^/v1/edge/stream$"
 #: Ends the credential that calls it.

@@ -26,7 +26,13 @@ from tests.drills.load import Load
 from tests.drills.stage import Stage, stage
 from tests.drills.test_drills import in_flight, killer
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.realtime,
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(600),
+]
 
 LIFE_SECONDS = 300
 STEP_SECONDS = 600

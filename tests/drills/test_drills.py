@@ -20,7 +20,13 @@ from tests.drills.load import Load
 from tests.drills.stage import CEILING_SECONDS, FAULTS, PINGS, USAGE_INTERVAL, Stage, stage
 from tests.system.platform import Child, signal_all, tree
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.realtime,
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(600),
+]
 
 AGENTS = 500
 #: Target in seconds: `portico up` serves again on data that a killed run left.

@@ -15,7 +15,13 @@ from tests.drills.load import Load
 from tests.drills.stage import Stage, stage
 from tests.drills.test_drills import alive, in_flight, replaced, until
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.realtime,
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(600),
+]
 
 #: Restarts in a run: of each relay in turn.
 RESTARTS = 4

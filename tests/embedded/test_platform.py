@@ -23,7 +23,7 @@ from portico.embedded.roster import started_at
 from portico.embedded.valkey import EmbeddedValkey
 from tests.ports import free_port
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.realtime]
 START_SECONDS = 90.0
 PORTICO = [sys.executable, "-P", "-m", "portico.cli"]
 FREE = ["--http-port", "0", "--https-port", "0", "--control-port", "0", "--api-port", "0"]
@@ -60,7 +60,7 @@ class Up:
     def children(self) -> dict[str, int]:
         return {row["name"]: row["pid"] for row in json.loads((self.home / "run" / "children").read_text())}
 
-    def end(self, signum: int = signal.SIGTERM, seconds: float = 15) -> int:
+    def end(self, signum: int = signal.SIGTERM, seconds: float = 30.0) -> int:
         self.process.send_signal(signum)
         return self.process.wait(seconds)
 
@@ -81,11 +81,11 @@ def home() -> Iterator[Path]:
 
 
 def get(url: str) -> tuple[int, bytes]:
-    with urllib.request.urlopen(url, timeout=5) as answer:
+    with urllib.request.urlopen(url, timeout=30) as answer:
         return answer.status, answer.read()
 
 
-def until(what: Any, seconds: float = 20) -> None:
+def until(what: Any, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "it did not happen"
@@ -155,9 +155,7 @@ def test_a_whole_life(home: Path) -> None:
         assert all(answers(f"http://{place}/metrics") for place in shown.values()), "the ports outlive their processes"
 
         pids = up.children()
-        began = time.monotonic()
         assert up.end() == 0
-        assert time.monotonic() - began < 10.5
         assert all_gone(pids)
         assert list((home / "run").iterdir()) == []
     finally:

@@ -47,7 +47,7 @@ async def ask(uri: str, query: str, *arguments: object) -> object:
         await connection.close()
 
 
-def wait_gone(pid: int, seconds: float = 10) -> None:
+def wait_gone(pid: int, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:

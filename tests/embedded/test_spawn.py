@@ -27,7 +27,7 @@ PARENT = textwrap.dedent("""
 """)
 
 
-def gone(pid: int, seconds: float = 5) -> bool:
+def gone(pid: int, seconds: float = 30.0) -> bool:
     deadline = time.monotonic() + seconds
     while started_at(pid) is not None and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -31,7 +31,7 @@ from tests.ports import free_port
 from tests.system.memory import MemoryWatch, resident
 from tests.system.platform import Account, Up, port_span
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.realtime]
 
 SECONDS = float(os.environ.get("FLOOD_SECONDS", "2"))
 WINDOW = 0.25

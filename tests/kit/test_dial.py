@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from portico.kit import dial
+from tests.timing import PATIENCE_SECONDS
 
 
 @contextlib.contextmanager
@@ -59,8 +60,8 @@ class TestRace:
         with listener() as sock:
             port = sock.getsockname()[1]
             began = time.monotonic()
-            found = await dial.race([address("127.0.0.2", 1), address("::1", 1), address("127.0.0.1", port)], delay=5)
-            assert time.monotonic() - began < 1
+            found = await dial.race([address("127.0.0.2", 1), address("::1", 1), address("127.0.0.1", port)], delay=600)
+            assert time.monotonic() - began < PATIENCE_SECONDS
             assert found.getpeername() == ("127.0.0.1", port)
             found.close()
 
@@ -69,7 +70,7 @@ class TestRace:
             before = open_sockets()
             began = time.monotonic()
             found = await dial.race([address("127.0.0.2", dead), address("::1", sock.getsockname()[1])])
-            assert dial.ATTEMPT_DELAY <= time.monotonic() - began < 1
+            assert dial.ATTEMPT_DELAY <= time.monotonic() - began < PATIENCE_SECONDS
             assert found.getpeername()[0] == "::1"
             found.close()
             assert open_sockets() == before

@@ -206,13 +206,15 @@ def test_verification_costs_little_more_than_the_signature(key: SigningKey, keys
     raw = base64.urlsafe_b64decode(signature + "==")
 
     def seconds(call: Any) -> float:
-        best = 1.0
-        for _ in range(5):
-            start = time.perf_counter()
-            for _ in range(50):
-                call()
-            best = min(best, time.perf_counter() - start)
-        return best
+        start = time.thread_time()
+        for _ in range(50):
+            call()
+        return time.thread_time() - start
 
-    bare = seconds(lambda: key.public.verify(raw, signing_input.encode()))
-    assert seconds(lambda: jwt.verify(token, keys, typ=TYP)) < 2 * bare
+    bare = whole = 1.0
+    for _ in range(50):  # in turn, so that a machine that is busy for a while does not see to one of them alone
+        bare = min(bare, seconds(lambda: key.public.verify(raw, signing_input.encode())))
+        whole = min(whole, seconds(lambda: jwt.verify(token, keys, typ=TYP)))
+        if whole < 2 * bare:
+            break
+    assert whole < 2 * bare

@@ -100,7 +100,7 @@ class TestFaultsThatNobodyCaught:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 writer.write(said)
                 writer.write_eof()
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(30):
                     await reader.read()
                 writer.close()
             await asyncio.sleep(0.05)

@@ -228,13 +228,13 @@ async def _there_and_back(tls: tuple[ssl.SSLContext, ssl.SSLContext] | None, siz
     sent = [os.urandom(size) for size in sizes]
     near.out += [Echo._frame(data) for data in sent]
     mine.flush()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while len(near.got) < len(sent):
             await asyncio.sleep(0.005)
     assert near.got == sent
     mine.end(picows.WSCloseCode.OK, "over")
     server.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while len(lost) < 2:
             await asyncio.sleep(0.005)
 

@@ -113,7 +113,7 @@ async def test_a_renewal_passes_by_a_step_that_is_open(db: Database, kind: Kind)
     work = await take(db, kind)
     async with work.step() as tx:
         await tx.raw.execute("SELECT 1 FROM queue_jobs WHERE id = $1 FOR UPDATE", work.id)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             assert await queue.renew(db, kind, LIMITS, [work]) == set()
 
 
@@ -164,7 +164,7 @@ async def test_a_job_is_announced_when_it_is_committed(db: Database, kind: Kind)
             await queue.enqueue(tx, kind, "never")
             raise ZeroDivisionError
     await put(db, kind, "two")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert await heard.get() == kind.name and heard.empty()
     await listener.close()
 
@@ -279,7 +279,7 @@ async def test_a_request_and_a_worker_take_their_locks_in_one_order(db: Database
         async with work.done() as tx:
             await audit.record(tx, who, "test.act", "two")
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await asyncio.gather(request(), job())
     assert (await take(db, kind)).attempt == 1
 

@@ -148,7 +148,7 @@ class ScriptedAgent:
     def bind(self, token: str, bind: int = 1) -> None:
         self.session.control(f.BIND, bind, grant=token)
 
-    async def until(self, condition: Callable[[], Any], seconds: float = 5.0) -> None:
+    async def until(self, condition: Callable[[], Any], seconds: float = 30.0) -> None:
         async with asyncio.timeout(seconds):
             while not condition():
                 await asyncio.sleep(0.005)
@@ -215,15 +215,15 @@ class Client:
         self.writer.write(data)
 
     async def read_head(self) -> bytes:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             return await self.reader.readuntil(b"\r\n\r\n")
 
     async def read(self, count: int) -> bytes:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return await self.reader.readexactly(count)
 
     async def rest(self) -> bytes:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return await self.reader.read(-1)
 
     async def response(self) -> tuple[int, dict[bytes, list[bytes]], bytes]:

@@ -90,7 +90,7 @@ async def online(relay: Relay, policy: dict[str, Any], **agent: Any) -> AsyncIte
     await link.open(session_token())
     link.bound[1] = forwarder
     link.bind(1, grant(policy=policy, policy_version=1))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while b"web.localhost" not in relay.public.by_host:
             await asyncio.sleep(0.005)
     try:

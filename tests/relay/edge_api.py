@@ -74,7 +74,7 @@ class EdgeApi:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def until(self, condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    async def until(self, condition: Callable[[], bool], seconds: float = 30.0) -> None:
         """Waits for ``condition``, looked at after every request and every few milliseconds."""
         async with asyncio.timeout(seconds):
             while not condition():

@@ -40,7 +40,7 @@ class Log:
 
     async def lines(self, count: int) -> list[dict[str, Any]]:
         """The lines, once there are as many."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while len(found := self.text.splitlines()) < count:
                 await asyncio.sleep(0.01)
         assert len(found) == count, found

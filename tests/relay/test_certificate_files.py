@@ -210,7 +210,7 @@ class TestARelay:
             "127.0.0.1", port(relay, 2), ssl=client, server_hostname="a.example.com"
         )
         write(tmp_path / "tls" / "a.crt", certificate("a.example.com"))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while await spoken(port(relay, 2), "a.example.com", client) == first:
                 await asyncio.sleep(0.05)
         writer.write(b"GET / HTTP/1.1\r\nHost: a.example.com\r\n\r\n")
@@ -227,7 +227,7 @@ class TestARelay:
         await asyncio.sleep(0.2)
         assert await spoken(port(relay, 0), "localhost", client) == before
         write(tmp_path / "control.crt", certificate("localhost", domain="localhost"))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while await spoken(port(relay, 0), "localhost", client) == before:
                 await asyncio.sleep(0.05)
         reader, writer = await asyncio.open_connection("127.0.0.1", port(relay, 1))
@@ -251,7 +251,7 @@ class TestARelay:
         await asyncio.sleep(0.2)
         assert await spoken(port(relay, 2), "a.example.com", client) == first
         relay.certificates.reload()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while await spoken(port(relay, 2), "a.example.com", client) == first:
                 await asyncio.sleep(0.02)
         assert os.access(tmp_path / "tls" / "a.key", os.R_OK)

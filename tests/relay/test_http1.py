@@ -519,7 +519,7 @@ class TestBackpressure:
         assert len(stream.body) == f.STREAM_WINDOW
         stream.take = True
         stream.stream.consumed(f.STREAM_WINDOW)
-        await asyncio.wait_for(stream.ended.wait(), 10)
+        await asyncio.wait_for(stream.ended.wait(), 30)
         assert bytes(stream.body) == body
         stream.answer(body=b"got it")
         assert (await client.response())[2] == b"got it"
@@ -548,7 +548,7 @@ class TestBackpressure:
         slow.writer.transport.pause_reading()
         await agent.until(lambda: agent.streams)
         last = -1
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             while last != sent[0]:
                 last = sent[0]
                 await asyncio.sleep(0.3)

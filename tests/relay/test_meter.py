@@ -167,7 +167,7 @@ class TestSending:
         async with make() as m:
             task = asyncio.create_task(m.run())
             m.counters("tun_a", "org_1").bytes_in += 99
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while not ledger.seen or m._own.live:
                     await asyncio.sleep(0.01)
             task.cancel()
@@ -186,7 +186,7 @@ class TestSending:
                 await asyncio.sleep(0.06)
             assert not ledger.seen
             ledger.before = lambda: None
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while ledger.totals["tun_a", "requests"] < 8:
                     await asyncio.sleep(0.01)
             task.cancel()
@@ -235,7 +235,7 @@ class TestSending:
         async with make(edge_refused_seconds=0.05) as m:
             m.counters("tun_a", "org_1").requests += 1
             task = asyncio.create_task(m.run())
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while "refuses this relay's usage reports" not in caplog.text:
                     await asyncio.sleep(0.01)
             task.cancel()
@@ -463,7 +463,7 @@ class TestFullDisk:
         async with make() as m:
             task = asyncio.create_task(m.run())
             m.counters("tun_a", "org_1").requests += 4
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while ledger.totals["tun_a", "requests"] < 4:
                     await asyncio.sleep(0.01)
             assert not task.done()

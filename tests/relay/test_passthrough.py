@@ -195,7 +195,7 @@ class TestBytes:
             writer.write(data)
             await writer.drain()
 
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             back, _ = await asyncio.gather(reader.readexactly(len(data)), send())
         assert back == data
         writer.transport.abort()
@@ -343,7 +343,7 @@ class TestRefusals:
             "openssl", "s_client", "-connect", f"127.0.0.1:{port(relay, 2)}", "-servername", "vault.localhost",
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             out, _ = await process.communicate()
         assert b"unrecognized name" in out, out
 
@@ -354,7 +354,7 @@ class TestRefusals:
         know(relay, row())
         visitor = await visit(relay)
         with contextlib.suppress(ConnectionError):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while relay.public.connections or not relay.public.refusals:
                     visitor.send(b"x" * 1000)
                     await asyncio.sleep(0.02)
@@ -376,7 +376,7 @@ async def ended_at_once(visitor: Visitor) -> None:
     """The relay's end of the connection is closed both ways: what the visitor says on is answered by a reset."""
     with contextlib.suppress(ConnectionResetError):
         assert await visitor.rest() in (b"", alert("internal_error"))
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(30):
         while not visitor.writer.transport.is_closing():
             visitor.send(b"x")
             await asyncio.sleep(0.01)

@@ -78,7 +78,7 @@ async def relays(url: str, *, per_second: int = 100, burst: int = 100, count: in
         yield made
 
 
-async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.01)
@@ -173,7 +173,7 @@ async def test_clocks_of_relays_do_not_matter(valkey: Any) -> None:
 async def test_what_is_no_bucket_is_written_anew(valkey: Any, word: str | None) -> None:
     """Whatever stands under an organization's key, nobody else is the worse for it."""
     async with relays(valkey.url, per_second=10, burst=10, count=1) as (one,):
-        raw = Redis(valkey.url)
+        raw = Redis(valkey.url, timeout_seconds=30)
         key = one.lease.key
         await raw.pipeline(lambda p: p.hset(key, "a", "b") if word is None else p.set(key, word))
         assert one.ask()

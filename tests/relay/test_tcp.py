@@ -122,11 +122,11 @@ class Visitor:
         self.writer.write_eof()
 
     async def read(self, count: int) -> bytes:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return await self.reader.readexactly(count)
 
     async def rest(self) -> bytes:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return await self.reader.read(-1)
 
     async def is_reset(self) -> bool:
@@ -155,7 +155,7 @@ async def visit(number: int) -> AsyncIterator[Callable[..., Any]]:
         visitor.writer.transport.abort()
 
 
-async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)

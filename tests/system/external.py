@@ -50,7 +50,7 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def until(self, works: Sequence[str | Path], env: dict[str, str], limit: float = 20.0) -> None:
+    def until(self, works: Sequence[str | Path], env: dict[str, str], limit: float = 30.0) -> None:
         """Until a command succeeds."""
         deadline = time.monotonic() + limit
         while True:

@@ -23,6 +23,7 @@ import httpx
 
 from portico.embedded.spawn import spawn
 from portico.embedded.units import portico_argv
+from tests.timing import allowed
 
 POLL_SECONDS = 0.02
 CHILDREN: list[Child] = []
@@ -84,18 +85,18 @@ class Child:
 
     def wait_for(self, what: Callable[[], Any], limit: float, why: str) -> Any:
         """Until ``what()`` is true (returned); fails when the process ends or the time is up."""
-        deadline = time.monotonic() + limit
+        began = time.monotonic()
         while not (found := what()):
             assert self.process.poll() is None, f"{self.name} ended with {self.process.returncode} before {why}"
-            assert time.monotonic() < deadline, f"{self.name}: no {why} in {limit:g} s"
+            assert time.monotonic() < began + allowed(limit, began), f"{self.name}: no {why} in {limit:g} s"
             time.sleep(POLL_SECONDS)
         return found
 
     async def exit(self, limit: float) -> int:
         """Its exit code, within ``limit`` seconds."""
-        deadline = time.monotonic() + limit
+        began = time.monotonic()
         while (code := self.process.poll()) is None:
-            assert time.monotonic() < deadline, f"{self.name} still runs after {limit:g} s"
+            assert time.monotonic() < began + allowed(limit, began), f"{self.name} still runs after {limit:g} s"
             await asyncio.sleep(POLL_SECONDS)
         return code
 
@@ -103,7 +104,7 @@ class Child:
         if self.process.poll() is None:
             self.process.send_signal(signum)
 
-    def end(self, limit: float = 15.0) -> None:
+    def end(self, limit: float = 30.0) -> None:
         """Ask it to end, then make it; also when it was stopped."""
         try:
             if self.process.poll() is None:
@@ -134,12 +135,12 @@ class Agent(Child):
         lines = self.out.split("\n")[:-1]
         return [json.loads(line) for line in lines if line.strip()]
 
-    def online(self, limit: float = 20.0) -> Agent:
+    def online(self, limit: float = 30.0) -> Agent:
         """Wait for its first `online` line."""
         self.wait_for(lambda: any(e.get("event") == "online" for e in self.events()), limit, "online event")
         return self
 
-    async def is_online(self, limit: float = 20.0) -> Agent:
+    async def is_online(self, limit: float = 30.0) -> Agent:
         """The same without holding up the loop."""
         deadline = time.monotonic() + limit
         while not any(e.get("event") == "online" for e in self.events()):
@@ -158,7 +159,7 @@ class Account:
 
     def __init__(self, api_url: str, agent_url: str | None = None) -> None:
         self.api_url = agent_url or api_url
-        self._http = httpx.Client(base_url=f"{api_url}/v1", trust_env=False, timeout=10)
+        self._http = httpx.Client(base_url=f"{api_url}/v1", trust_env=False, timeout=60)
         email = f"owner-{os.urandom(6).hex()}@example.test"
         body = {"email": email, "password": os.urandom(12).hex(), "organization": "System tests"}
         self.token = self.call("POST", "/auth/register", body, token=None)["access_token"]
@@ -215,13 +216,13 @@ class Up:
         env = clean_environment(
             {"server": account.api_url, "agent_key": account.agent_key, "config_dir": self.folder / "config"}
         )
-        return subprocess.run(portico_argv(*args), env=env, capture_output=True, text=True, timeout=30, check=False)
+        return subprocess.run(portico_argv(*args), env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
 def port_span(count: int) -> str:
     """``first-last``: so many neighbouring ports that nobody has now, below those that the system gives out itself."""
     while True:
-        first = random.randrange(20_000, 32_000)
+        first = random.SystemRandom().randrange(20_000, 32_000)
         opened = []
         try:
             for number in range(first, first + count):

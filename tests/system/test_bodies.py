@@ -15,7 +15,7 @@ from tests.system.memory import MemoryWatch, resident
 from tests.system.platform import Agent, Up
 from tests.system.targets import MIB, BulkApp, content_crc, piece
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.realtime]
 
 GROWTH_MIB = 40
 WHOLE_MIB = 1024

@@ -12,7 +12,7 @@ import pytest
 from tests.system.platform import Up
 from tests.system.targets import Request, app
 
-pytestmark = [pytest.mark.system]
+pytestmark = [pytest.mark.system, pytest.mark.realtime]
 
 
 async def curl(up: Up, *args: str) -> tuple[int, str]:

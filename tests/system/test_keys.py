@@ -9,7 +9,7 @@ import pytest
 from portico.cli.output import FAILED, REFUSED, USAGE
 from tests.system.platform import Account, Up
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.realtime]
 
 
 def test_by_the_command_line(up: Up, account: Account) -> None:

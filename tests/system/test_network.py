@@ -17,7 +17,7 @@ from tests.system.platform import Account, Agent, Child, Up
 from tests.system.targets import Request, app, port_of
 from tests.system.visitor import get
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.realtime]
 
 
 async def hello(request: Request) -> None:
@@ -34,7 +34,7 @@ def settings(account: Account, folder: Path, way: TestProxy) -> dict[str, Any]:
     }
 
 
-async def seen(child: Child, count: int, limit: float = 20.0) -> list[dict[str, Any]]:
+async def seen(child: Child, count: int, limit: float = 30.0) -> list[dict[str, Any]]:
     """The first ``count`` lines of JSON that ``child`` wrote."""
     async with asyncio.timeout(limit):
         while len(lines := child.out.split("\n")[:-1]) < count:

@@ -13,8 +13,9 @@ import pytest
 from tests.system.platform import Account, Agent, Up
 from tests.system.targets import app, port_of
 from tests.system.visitor import get
+from tests.timing import allowed
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.realtime]
 
 
 async def test_a_deletion_reaches_live_tunnels_and_can_be_taken_back(
@@ -29,11 +30,13 @@ async def test_a_deletion_reaches_live_tunnels_and_can_be_taken_back(
         account.call("POST", "/org/deletion", {"name": name})
         asked = time.monotonic()
         while (await get(up.http_port, "leaving-us.localhost")).error != "edge.tunnel_offline":
-            assert time.monotonic() - asked < 2, "a tunnel outlives its organization by more than two seconds"
+            assert time.monotonic() - asked < allowed(2, asked), (
+                "a tunnel outlives its organization by more than two seconds"
+            )
             await asyncio.sleep(0.02)
         assert account.call("GET", "/org")["standing"] == "deleting"
         account.call("DELETE", "/org/deletion")
         back = time.monotonic()
         while (await get(up.http_port, "leaving-us.localhost")).status != 200:
-            assert time.monotonic() - back < 45, "the agent does not come back"
+            assert time.monotonic() - back < 90, "the agent does not come back"
             await asyncio.sleep(0.1)

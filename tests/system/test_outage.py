@@ -21,8 +21,9 @@ from tests.system.parts import LEEWAY, LIFE, OUTAGE_SECONDS, REFRESH_GRACE, SHOR
 from tests.system.platform import Account, Agent, Up, signal_all, tree
 from tests.system.targets import app, port_of
 from tests.system.visitor import Poller
+from tests.timing import PATIENCE_SECONDS, allowed
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.realtime]
 
 #: An agent that was cut off is back within its back-off, a relay within its start as well.
 BACK_SECONDS = 5.0
@@ -47,7 +48,7 @@ def online(parts: Parts, name: str, port: int, started: ExitStack, key: str | No
 
 async def until_stream_is_up(parts: Parts, seen: int) -> float:
     """Wait until the relay says that its edge stream is up once more than ``seen`` times; when that was."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while parts.streams_up() <= seen:
         assert time.monotonic() < deadline, "the relay did not reach the control plane again"
         await asyncio.sleep(0.01)
@@ -66,7 +67,7 @@ async def test_tunnels_outlive_their_grants_while_the_control_plane_is_dead(
         parts.kill_control_plane()
         await asyncio.sleep(OUTAGE_SECONDS)
         assert not poller.bad(since=began)
-        assert len(poller.since(began)) > 15 * OUTAGE_SECONDS
+        assert len(poller.since(began)) > 5 * OUTAGE_SECONDS
 
         parts.to_relay.shut()
         cut = time.monotonic()
@@ -130,7 +131,7 @@ async def test_a_revocation_made_during_an_outage_applies_when_the_stream_is_bac
         assert await revoked.exit(BACK_SECONDS) == TUNNEL_REFUSED
         await asyncio.sleep(1)
         assert {visit.what for visit in poller.bad(since=back + took)} == {"edge.tunnel_offline"}
-        assert not [visit for visit in poller.since(back + REACH_SECONDS) if visit.good]
+        assert not [visit for visit in poller.since(back + allowed(REACH_SECONDS, back)) if visit.good]
         assert not bystander.bad(since=began)
     assert "session.revoked" in revoked.said
     assert other.process.poll() is None

@@ -17,8 +17,9 @@ from portico.cli.output import TUNNEL_REFUSED
 from tests.system.platform import Account, Agent, Up
 from tests.system.targets import Request, app, port_of
 from tests.system.visitor import Poller, connected, get, request
+from tests.timing import allowed
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.realtime]
 
 REACH_SECONDS = 2.0
 #: Of a relay's report of usage, which comes every two seconds, and of the change that follows from it.
@@ -58,7 +59,9 @@ def on_its_first_plan(operator: Operator) -> Iterator[None]:
 async def becomes(poller: Poller, what: str, since: float, limit: float = REACH_SECONDS) -> float:
     """Seconds from ``since`` until visitors get this (an error code, or the start of a body); nothing else afterwards."""
     while not any(visit.what == what for visit in poller.since(since)):
-        assert time.monotonic() - since < limit, f"no {what} within {limit:g} s; last: {poller.visits[-3:]}"
+        assert time.monotonic() - since < allowed(limit, since), (
+            f"no {what} within {limit:g} s; last: {poller.visits[-3:]}"
+        )
         await asyncio.sleep(0.01)
     first = min(visit.ended for visit in poller.since(since) if visit.what == what)
     await asyncio.sleep(0.2)

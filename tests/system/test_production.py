@@ -17,8 +17,9 @@ from portico.embedded.folders import temp_home
 from tests.ports import free_port
 from tests.system.platform import Child
 from tests.system.production import Production, readable_by_all
+from tests.timing import PATIENCE_SECONDS, allowed
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.realtime, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def until(what: Callable[[], bool], limit: float, why: str) -> float:
     """Seconds until it is true."""
     began = time.monotonic()
     while not what():
-        assert time.monotonic() - began < limit, f"{why}: not in {limit:g} s"
+        assert time.monotonic() - began < allowed(limit, began), f"{why}: not in {limit:g} s"
         time.sleep(0.05)
     return time.monotonic() - began
 
@@ -138,7 +139,7 @@ def test_a_relay_of_a_stranger_gets_no_agent(platform: Production) -> None:
 
 def until_said(child: Child, words: list[str]) -> None:
     """Until its output has all of them."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while missing := [word for word in words if word not in child.out + child.err]:
         assert time.monotonic() < deadline, f"{child.name} does not say {missing}\n{child.tail()}"
         time.sleep(0.05)

@@ -17,7 +17,7 @@ import pytest
 from portico.embedded.folders import temp_home
 from tests.system.platform import Account, Agent, Child, Up
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.realtime]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ async def test_either_relay_serves_and_either_may_die(up: Up, folder: Path, star
             if since > 1:
                 late[answer] += 1
         assert set(late) == {(200, "")}, f"after the death of {name}: {late}"
-        up.child.wait_for(lambda old=old, name=name: up.pid(name) != old, 5, "restart of the relay")
+        up.child.wait_for(lambda old=old, name=name: up.pid(name) != old, 30, "restart of the relay")
         time.sleep(1)
 
 

@@ -22,11 +22,13 @@ from tests.conftest import sql
 from tests.system.platform import Account, Agent, Child, Up
 from tests.system.targets import Request, app, listener, port_of
 from tests.system.visitor import Poller, connected, get, request
+from tests.timing import PATIENCE_SECONDS, allowed
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.realtime]
 
-#: How long two agents fight over a name.
-CONTEST_SECONDS = float(os.environ.get("PORTICO_TEST_CONTEST_SECONDS", "30"))
+#: How long two agents fight over a name, and how often at least.
+CONTEST_SECONDS = float(os.environ.get("PORTICO_TEST_CONTEST_SECONDS", "12"))
+CONTESTS = 3
 #: A holder that is gone or silent is replaced within the relay's take-over probe (2 s) and the start of a process.
 TAKEOVER_SECONDS = 5.0
 REACH_SECONDS = 2.0
@@ -52,11 +54,11 @@ async def contest(
     up: Up, account: Account, folder: Path, port: int, name: str, key: str | None, until: float, started: ExitStack
 ) -> list[tuple[int, str]]:
     """Start a second agent for ``name`` again and again; how each of them ended and what it said."""
-    ends = []
-    while time.monotonic() < until:
+    ends: list[tuple[int, str]] = []
+    while time.monotonic() < until or len(ends) < CONTESTS:
         child = Agent(account, folder, port, name, key)
         started.callback(child.end)
-        ends.append((await child.exit(15), child.said))
+        ends.append((await child.exit(PATIENCE_SECONDS), child.said))
         await asyncio.sleep(1.0)
     return ends
 
@@ -84,9 +86,9 @@ async def test_two_agents_on_one_name_do_not_flap(
         for poller in (two_keys, one_key):
             answers = Counter((visit.status, visit.what) for visit in poller.visits)
             assert set(answers) == {(200, "first")}, answers
-            assert len(poller.visits) > 10 * CONTEST_SECONDS
+            assert len(poller.visits) > 3 * CONTEST_SECONDS
     for side in ends:
-        assert len(side) >= CONTEST_SECONDS / 10
+        assert len(side) >= CONTESTS
         for code, said in side:
             assert code == TUNNEL_REFUSED, said
             assert "tunnel.in_use" in said, said
@@ -254,13 +256,13 @@ async def test_the_platforms_word_ends_a_live_session(
             last_good = max(visit.began for visit in poller.visits if visit.good)
             if code == "session.revoked":  # it is over, with all that is in flight
                 with pytest.raises((EOFError, OSError)):
-                    await asyncio.wait_for(stream.chunk(), REACH_SECONDS)
+                    await asyncio.wait_for(stream.chunk(), PATIENCE_SECONDS)
             stream.close()
             exit_code = await agent.exit(EXIT_SECONDS)
             # The agent may be gone within one beat of the poller; what visitors are told from now on is the question.
             await poller.until(good=False, since=time.monotonic(), limit=REACH_SECONDS)
         print(f"{what} took effect after {took * 1000:.0f} ms")
-        assert last_good - began < REACH_SECONDS
+        assert last_good - began < allowed(REACH_SECONDS, began)
         refused = poller.since(last_good + 0.001)
         # A request that was in flight when the session ended was not answered by its agent any more.
         assert {visit.what for visit in refused if visit.began > began + took} == {offline}

@@ -16,7 +16,7 @@ from tests.system.platform import Account, Child, Up, port_in
 from tests.system.targets import Request, app, listener, port_of
 from tests.system.visitor import Poller, get
 
-pytestmark = [pytest.mark.system]
+pytestmark = [pytest.mark.system, pytest.mark.realtime]
 
 
 class Starter(Child):
@@ -30,7 +30,7 @@ class Starter(Child):
         lines = [json.loads(line) for line in self.out.split("\n")[:-1]]
         return [line for line in lines if line.get("name") == name]
 
-    async def until(self, name: str, event: str, count: int = 1, limit: float = 15.0) -> dict[str, Any]:
+    async def until(self, name: str, event: str, count: int = 1, limit: float = 30.0) -> dict[str, Any]:
         """The ``count``-th event of that kind of that tunnel."""
         async with asyncio.timeout(limit):
             while len(found := [e for e in self.events(name) if e["event"] == event]) < count:
@@ -121,11 +121,11 @@ async def test_a_target_that_refuses_the_host_until_the_file_says_rewrite(
             host = host_of(await agent.until("dev", "online"))
             for _ in range(3):
                 assert (await get(up.http_port, host, "/strict")).status == 403
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while "refuses the visitor's Host" not in agent.err:
                     await asyncio.sleep(0.02)
             file.write_text(file.read_text().replace("}", ", host_header: rewrite}"))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while (await get(up.http_port, host, "/strict")).body != b"welcome":
                     await asyncio.sleep(0.05)
             assert agent.err.count("refuses the visitor's Host") == 1

@@ -14,8 +14,9 @@ import pytest
 from tests.system.platform import Account, Agent, Up
 from tests.system.targets import Request, app, port_of
 from tests.system.visitor import connected, get, request
+from tests.timing import PATIENCE_SECONDS
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.realtime]
 
 INTERRUPTED = 130
 
@@ -26,7 +27,7 @@ async def websocket(request: Request) -> None:
 
 
 async def until_offline(up: Up, host: str) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while (await get(up.http_port, host)).error != "edge.tunnel_offline":
         assert time.monotonic() < deadline, "visitors still reach an agent that leaves"
 

@@ -54,7 +54,7 @@ async def test_killed_while_a_receiver_has_it(database_url: str, db: Database) -
         second = await start(database_url, receiver.port)
         try:
             await receiver.until(2, 30)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while True:
                     async with db.read() as reader:
                         row = await reader.raw.fetchrow("SELECT * FROM outbox_messages WHERE id = $1", message)

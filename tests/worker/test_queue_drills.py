@@ -64,12 +64,12 @@ def kill(process: Any) -> None:
         os.kill(process.pid, signal.SIGKILL)
 
 
-async def ended(process: Any, seconds: float = 20) -> None:
+async def ended(process: Any, seconds: float = 30.0) -> None:
     await asyncio.to_thread(process.join, seconds)
     assert process.exitcode is not None, "the worker did not end"
 
 
-async def settled(db: Database, seconds: float = 30) -> queue.Counts:
+async def settled(db: Database, seconds: float = 120) -> queue.Counts:
     """Wait until no job is pending."""
     deadline = time.monotonic() + seconds
     while True:
@@ -129,7 +129,7 @@ async def test_cut_off_at_every_statement(db: Database, tmp_path: Path, after: b
     ]
     workers = [asyncio.create_task(drilling.work(proxy.url, db.url, stopping)) for proxy in proxies]
     await settled(db)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while not all(proxy.fired for proxy in proxies):
         await asyncio.sleep(0.05)
         assert time.monotonic() < deadline

@@ -27,6 +27,7 @@ from portico.worker import metrics as worker_metrics
 from portico.worker import notifications, queues
 from portico.worker import runner as module
 from portico.worker.jobs import Context, Job
+from tests.timing import PATIENCE_SECONDS
 
 MASTER = Secret("AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=")
 
@@ -70,7 +71,7 @@ async def counts(context: Context, kind: Kind) -> Counts:
         return await queue.count(reader, kind)
 
 
-async def until(what: Callable[[], Any], seconds: float = 10) -> None:
+async def until(what: Callable[[], Any], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not (await found if asyncio.iscoroutine(found := what()) else found):
         assert time.monotonic() < deadline, "it did not happen"
@@ -121,15 +122,13 @@ async def test_a_new_job_is_begun_when_it_is_told_of(context: Context) -> None:
     async def note(work: Work) -> None:
         began.set()
 
-    slow = dataclasses.replace(context, settings=dataclasses.replace(context.settings, tick_seconds=30))
+    slow = dataclasses.replace(context, settings=dataclasses.replace(context.settings, tick_seconds=600))
     job = doing("told", note)
     async with running(slow, job):
         await asyncio.sleep(0.3)
-        asked = time.monotonic()
         await ask(context, job, "a")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await began.wait()
-        assert time.monotonic() - asked < 5, "it was found by looking"
 
 
 async def test_failures_are_tried_again_and_the_hopeless_die_beside_the_good(
@@ -197,7 +196,7 @@ async def test_a_job_whose_lease_is_lost_is_ended(context: Context, caplog: pyte
             await tx.raw.execute(
                 "UPDATE queue_jobs SET lease_token = gen_random_uuid(), available_at = now() WHERE kind = 'stolen'"
             )
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await ended.wait()
         await until(lambda: empty(context, job.kind))
     assert "job lost to another worker" in caplog.text
@@ -220,7 +219,7 @@ async def test_at_the_end_jobs_finish_or_are_given_back(context: Context) -> Non
     stopping.set()
     began_to_leave = time.monotonic()
     await task
-    assert time.monotonic() - began_to_leave < 3
+    assert time.monotonic() - began_to_leave < PATIENCE_SECONDS
     assert runner.outcomes["succeeded"] == 1 and runner.outcomes["given_back"] == 4
     async with context.db.read() as reader:
         rows = await reader.raw.fetch("SELECT * FROM queue_jobs WHERE kind = 'leaving' AND queue_state = 'pending'")
@@ -309,7 +308,7 @@ async def test_a_worker_ends_when_a_part_of_it_does(
     async def nothing(work: Work) -> None:
         pass
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         with pytest.raises(RuntimeError, match=f"{part}|broken") as ended:
             await module.run(context, [doing("watched", nothing)], asyncio.Event())
     assert isinstance(ended.value.__cause__, ZeroDivisionError)
@@ -323,7 +322,7 @@ async def test_a_worker_ends_when_nobody_listens_any_more(context: Context, monk
         pass
 
     monkeypatch.setattr(Wakes, "run", broken)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         with pytest.raises(ZeroDivisionError):
             await module.run(context, [doing("deaf", nothing)], asyncio.Event())
 
@@ -337,7 +336,7 @@ async def test_what_is_asked_for_at_work_runs_once_more_and_at_once(context: Con
         began.set()
         await go_on.wait()
 
-    slow = dataclasses.replace(context, settings=dataclasses.replace(context.settings, tick_seconds=30))
+    slow = dataclasses.replace(context, settings=dataclasses.replace(context.settings, tick_seconds=600))
     job = doing("asked", act)
     async with running(slow, job):
         await ask(slow, job, "a")

@@ -230,7 +230,7 @@ async def test_rows_of_frequent_acts_get_their_number_later(db: Database, name: 
     who = Caller("agent_key", "key_1", name, address="192.0.2.1")
     async with db.transaction() as holding:
         await holding.raw.execute("SELECT FROM audit_chains WHERE chain = $1 FOR UPDATE", name)
-        async with asyncio.timeout(5), db.transaction() as tx:
+        async with asyncio.timeout(30), db.transaction() as tx:
             secret = "tnl_agt_" + "a" * 36
             about = {"hostname": "build-1", "odd": secret}
             await service.record(tx, who, "agent_session.open", "ses_1", details=about, numbered=False)

@@ -91,7 +91,7 @@ class Stream:
         self.lines: list[dict[str, Any]] = []
         self.changes: list[dict[str, Any]] = []
 
-    async def next(self, seconds: float = 5) -> dict[str, Any]:
+    async def next(self, seconds: float = 30.0) -> dict[str, Any]:
         """The next line. Raises ``StopAsyncIteration`` at the end of the stream."""
         line = json.loads(await asyncio.wait_for(anext(self._lines), seconds))
         if self._checked:
@@ -105,14 +105,14 @@ class Stream:
         self.lines.append(line)
         return line
 
-    async def until(self, wanted: Callable[[dict[str, Any]], bool], seconds: float = 5) -> dict[str, Any]:
+    async def until(self, wanted: Callable[[dict[str, Any]], bool], seconds: float = 30.0) -> dict[str, Any]:
         """The first line that is wanted."""
         async with asyncio.timeout(seconds):
             while not wanted(line := await self.next(seconds)):
                 pass
         return line
 
-    async def change(self, seconds: float = 5, **members: Any) -> dict[str, Any]:
+    async def change(self, seconds: float = 30.0, **members: Any) -> dict[str, Any]:
         """The first change with these members, as soon as it is there."""
         looked = 0
         async with asyncio.timeout(seconds):
@@ -123,7 +123,7 @@ class Stream:
                 looked = len(self.changes)
                 await self.next(seconds)
 
-    async def ended(self, seconds: float = 5) -> None:
+    async def ended(self, seconds: float = 30.0) -> None:
         """Read to the end."""
         try:
             async with asyncio.timeout(seconds):

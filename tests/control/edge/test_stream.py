@@ -17,6 +17,7 @@ from portico.control.edge.hub import Line, Subscription
 from portico.control.tunnels import relays
 from tests.control.conftest import heartbeat_body
 from tests.control.edge.live import Api, api_settings, following
+from tests.timing import Since
 
 
 async def new_tunnel(person: httpx.AsyncClient, **more: Any) -> dict[str, Any]:
@@ -141,7 +142,7 @@ class TestRevocation:
         ):
             await here.next()
             await there.next()
-            start = time.monotonic()
+            since = Since()
             if how in ("key", "session"):
                 assert (await person.delete(f"/v1/api-keys/{made['key']}")).status_code == 204
             elif how == "stop":
@@ -150,7 +151,7 @@ class TestRevocation:
                 assert (await person.delete(f"/v1/tunnels/{made['tunnel']}")).status_code == 204
             for stream in (here, there):
                 await stream.change(2, **expected[how])
-            assert time.monotonic() - start < 2
+            assert since.waited() < 2
 
     async def test_without_notifications_polling_finds_it(
         self, api: Api, edge: httpx.AsyncClient, person: httpx.AsyncClient
@@ -209,13 +210,13 @@ class TestEnds:
         async with Api(api_settings(database_url)).running() as stopping, stopping.client(key[1]) as edge:
             async with following(edge) as stream:
                 await stream.next()
-                start = time.monotonic()
+                since = Since()
                 stopping.app.state.stopping.set()
                 while (line := await stream.next())["type"] == "heartbeat":
                     pass  # one may have been under way
                 assert line == {"type": "goodbye", "retry_after_ms": 0}
-                await stream.ended(2)
-                assert time.monotonic() - start < 1
+                await stream.ended()
+                assert since.waited() < 1
             refused = await edge.get("/v1/edge/stream")
             assert (refused.status_code, refused.json()["code"]) == (503, "service.unavailable")
 
@@ -230,8 +231,8 @@ class TestEnds:
             await kept.next()
             async with api.app.state.db.transaction() as tx:
                 assert await relays.revoke_key(tx, operator, key[0])
-            await doomed.ended(3)
-            assert (await kept.next(3))["type"] == "heartbeat"
+            await doomed.ended()
+            assert (await kept.next())["type"] == "heartbeat"
             refused = await edge.get("/v1/edge/stream")
             assert (refused.status_code, refused.json()["code"]) == (401, "edge.relay_key_revoked")
 
@@ -239,7 +240,7 @@ class TestEnds:
         async with following(edge) as stream:
             await stream.next()
             assert len(api.app.state.edge_hub._streams) == 1
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(30):
             while api.app.state.edge_hub._streams:
                 await asyncio.sleep(0.02)
 
@@ -272,7 +273,7 @@ class TestEnds:
                     async with strict.app.state.db.transaction() as tx:
                         changes.append(tx, *many)
                     await quick.until(lambda line: line["type"] == "delta")
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(30):
                     while len(hub._streams) > 1:
                         await asyncio.sleep(0.05)
                 assert (await quick.until(lambda line: line["type"] == "heartbeat"))["version"] == quick.version
@@ -349,7 +350,7 @@ def _when_back(edge: httpx.AsyncClient, version: int) -> Any:
 
     @asynccontextmanager
     async def attempts() -> Any:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while (await edge.post("/v1/edge/heartbeat", json=heartbeat_body())).status_code != 200:
                 await asyncio.sleep(0.05)
             await asyncio.sleep(0.5)
