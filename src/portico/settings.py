@@ -1211,6 +1211,21 @@ class WorkerSettings:
     certificate_key_file: Path | None = None
     # Ids of the regions' keys (`rk_…`) that it wraps for, whatever else is registered; empty: all that are.
     certificate_region_keys: tuple[str, ...] = ()
+    # Where visitors of each region arrive, as REGION=HOST:PORT: what is served there for custom domains is looked at by TLS;
+    # empty: nothing is.
+    certificate_probe_targets: tuple[str, ...] = ()
+    # CA bundle that visitors are taken to trust, for certificates of a private CA; empty means the public ones.
+    certificate_probe_ca_file: Path | None = None
+    # Seconds between two such looks at everything.
+    certificate_probe_seconds: float = 300.0
+    # Seconds for one handshake of it.
+    certificate_probe_timeout_seconds: float = 10.0
+    # Handshakes of it at once.
+    certificate_probe_concurrency: int = 16
+    # Domains of it whose results are written together.
+    certificate_probe_batch: int = 200
+    # Seconds after a switch before a domain is looked at.
+    certificate_probe_settled_seconds: float = 60.0
     # Seconds between two looks at whether regions have all certificates; relays' acknowledgements are acted on at once.
     settle_certificates_seconds: float = 3.0
     # Seconds between two looks for certificates that are not wrapped for a key of a region yet.

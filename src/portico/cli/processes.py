@@ -108,7 +108,7 @@ def prepare() -> None:
     from portico.embedded import certkeys, devca
 
     request = json.load(sys.stdin)
-    home, region = Path(request["home"]), request["region"]
+    home, region = Path(request["home"]), request.get("region", "local")
     devca.ensure(home, chosen.base_domain)
     keys = certkeys.ensure(home, region)
 

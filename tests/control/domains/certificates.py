@@ -28,10 +28,10 @@ def authority() -> Authority:
     return Authority.make("example.com", dt.datetime.now(dt.UTC))
 
 
-def issued(*names: str) -> tuple[bytes, bytes]:
+def issued(*names: str, by: Authority | None = None) -> tuple[bytes, bytes]:
     """Chain and key, PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
-    made = authority().issue([x509.DNSName(name) for name in names], key.public_key(), dt.datetime.now(dt.UTC))
+    made = (by or authority()).issue([x509.DNSName(name) for name in names], key.public_key(), dt.datetime.now(dt.UTC))
     return made.public_bytes(serialization.Encoding.PEM), key.private_bytes(*FORM)
 
 
