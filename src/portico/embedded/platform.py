@@ -103,6 +103,11 @@ class Platform:
         """Of every relay here."""
         return os.environ.get("PORTICO_REGION") or "local"
 
+    def _visitors(self) -> str:
+        """Where visitors of our region arrive, for the look at what they are served."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.region}={host}:{self.relay(1).https}"
+
     @property
     def dev_ca(self) -> Path:
         """The certificate of the authority behind our HTTPS."""
@@ -310,6 +315,7 @@ class Platform:
             shutdown_seconds=_RELAY_DRAIN_SECONDS,
             outbox_dir=str(self.outbox),
             certificate_key_file=self._keys["worker_file"],
+            certificate_probe_targets=os.environ.get("PORTICO_CERTIFICATE_PROBE_TARGETS") or self._visitors(),
         )
         return ProcessUnit("worker", ["worker"], environment, listeners={"metrics": self._figures["worker"]})
 

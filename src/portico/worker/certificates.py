@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from portico.control.domains import jobs_distribution, jobs_verification, vault
+from portico.control.domains import jobs_distribution, jobs_verification, probe, vault
+from portico.control.domains.incidents import Incidents
 from portico.kit.queue import Work
+from portico.kit.sealing import Sealer
 from portico.settings import WorkerSettings
 from portico.worker import certificate_events, certificate_orders
 from portico.worker.jobs import Context, Job
@@ -18,6 +20,7 @@ def jobs(settings: WorkerSettings) -> list[Job]:
         *certificate_orders.jobs(settings),
         Job(jobs_distribution.SETTLE, settle, settings.settle_certificates_seconds),
         Job(jobs_distribution.REWRAP, rewrap, settings.rewrap_certificates_seconds),
+        Job(jobs_distribution.PROBE, look, settings.certificate_probe_seconds),
     ]
 
 
@@ -41,7 +44,15 @@ async def rewrap(context: Context, work: Work) -> None:
     await jobs_distribution.rewrap(context.db, context.settings)
 
 
+async def look(context: Context, work: Work) -> None:
+    """See what the public edge serves for every domain."""
+    incidents = Incidents(context.control, Sealer(context.control.master_key), context.clock)
+    await jobs_distribution.look(context.db, context.settings, incidents)
+
+
 def check(settings: WorkerSettings) -> None:
-    """Look at the key file when the worker starts; raises ``config.invalid``."""
+    """Look at the key file and at where to look when the worker starts; raises ``config.invalid``."""
     if settings.certificate_key_file is not None:
         vault.of(settings)
+    probe.targets(settings.certificate_probe_targets)
+    probe.trusted(settings.certificate_probe_ca_file)

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from portico.control.domains import probe_store as store
+from portico.control.domains import store as domain_store
+from portico.control.domains.incidents import Condition, Incidents
 from portico.errors import Problem
 from portico.kit.db import Database, Tx
 from portico.settings import WorkerSettings
@@ -56,6 +58,25 @@ class Seen:
 
 #: Tells of a domain's fault, or that it has none any more: (tx, domain id, the fault or ``None``).
 Tell = Callable[[Tx, str, Any | None], Awaitable[None]]
+#: Tiers of what is found: visitors are turned away, or are served with something else than they should be.
+_TIERS: Final = {"wrong_certificate": 2}
+
+
+def telling(incidents: Incidents) -> Tell:
+    """Faults become conditions of the domain's incident of the class ``integrity``, and end with a good look."""
+
+    async def tell(tx: Tx, domain_id: str, fault: Any | None) -> None:
+        domain = await domain_store.find(tx, domain_id, lock=True)
+        if domain is None:
+            return
+        condition = None
+        if fault is not None:
+            mark = f"{fault['region']}/{fault['outcome']}/{fault['fingerprint']}"
+            detail = f"visitors of the region {fault['region']}: {fault['detail'] or fault['outcome']}"
+            condition = Condition(_TIERS.get(fault["outcome"], 1), f"probe_{fault['outcome']}", detail, mark)
+        await incidents.settle(tx, domain, "integrity", "probe", condition, "probe")
+
+    return tell
 
 
 def targets(values: Sequence[str]) -> list[Target]:
@@ -151,21 +172,21 @@ async def run(db: Database, settings: WorkerSettings, tell: Tell) -> dict[str, i
 
 
 async def _record(db: Database, found: Sequence[Any], domains: Sequence[str], tell: Tell) -> None:
+    """Keep what was found and tell of what it means, in one transaction: a worker that dies has done both or neither."""
+    outcomes: dict[str, list[Any]] = {}
+    for row in found:
+        outcomes.setdefault(row[0], []).append(row)
     async with db.transaction() as tx:
+        before = await store.failures(tx, domains)
+        for domain_id in domains:
+            looks = outcomes[domain_id]
+            wrong = [row for row in looks if row[2] not in ("good", "unreachable")]
+            fault = next((row for row in wrong if before.get((domain_id, row[1]), 0) + 1 >= LOOKS), None)
+            was_wrong = any(before.get((domain_id, row[1]), 0) >= LOOKS for row in looks)
+            if fault is not None:
+                document = dict(zip(("domain", "region", "outcome", "fingerprint", "detail"), fault, strict=True))
+                log.warning("the public edge serves a wrong certificate", extra={"f": document})
+                await tell(tx, domain_id, document)
+            elif was_wrong and all(row[2] == "good" for row in looks):
+                await tell(tx, domain_id, None)
         await store.put(tx, found)
-        faults = await store.faults(tx, domains, LOOKS)
-    good = {row[0] for row in found} - {row[0] for row in found if row[2] != "good"}
-    for domain_id in domains:
-        fault = faults.get(domain_id)
-        if fault is None and domain_id not in good:
-            continue  # not wrong for long enough, or out of reach
-        if fault is not None:
-            fields = {
-                "domain": domain_id,
-                "region": fault["region"],
-                "outcome": fault["outcome"],
-                "why": fault["detail"],
-            }
-            log.warning("the public edge serves a wrong certificate", extra={"f": fields})
-        async with db.transaction() as tx:
-            await tell(tx, domain_id, fault)

@@ -43,10 +43,6 @@ ON CONFLICT (domain_id, region) DO UPDATE
 SET outcome = excluded.outcome, fingerprint = excluded.fingerprint, detail = excluded.detail, checked_at = now(),
     failures = CASE excluded.outcome WHEN 'good' THEN 0 WHEN 'unreachable' THEN p.failures ELSE p.failures + 1 END
 """
-_FAULTS = """
-SELECT domain_id, region, outcome, detail, fingerprint FROM certificate_probes
-WHERE domain_id = ANY($1) AND failures >= $2 AND outcome <> 'good' ORDER BY domain_id, region
-"""
 
 
 async def due(reader: HasConnection, after: str, limit: int, settled_seconds: float) -> list[Any]:
@@ -59,9 +55,8 @@ async def put(tx: Tx, rows: Sequence[tuple[str, str, str, str | None, str | None
     await tx.raw.execute(_PUT, *(list(column) for column in zip(*rows, strict=True)))
 
 
-async def faults(reader: HasConnection, domain_ids: Sequence[str], failures: int) -> dict[str, Any]:
-    """By domain: the first region whose certificate is wrong for so many looks in a row."""
-    found: dict[str, Any] = {}
-    for row in await reader.raw.fetch(_FAULTS, list(domain_ids), failures):
-        found.setdefault(row["domain_id"], row)
-    return found
+async def failures(reader: HasConnection, domain_ids: Sequence[str]) -> dict[tuple[str, str], int]:
+    """(domain, region) → for how many looks in a row its certificate has been wrong; absent: never looked at."""
+    query = "SELECT domain_id, region, failures FROM certificate_probes WHERE domain_id = ANY($1)"
+    rows = await reader.raw.fetch(query, list(domain_ids))
+    return {(row["domain_id"], row["region"]): row["failures"] for row in rows}
