@@ -818,6 +818,8 @@ class ApiSettings:
     # == Domains
     # Domains that an organization may have, whatever its plan.
     domains_per_organization: int = 1000
+    # Domains that may lead to one tunnel.
+    domains_per_tunnel: int = 100
     # Name of the public edge that customers' CNAME records point to; empty: `edge` below base_domain. It must resolve to relays.
     domain_cname: str = ""
     # Addresses of the public edge, for domains at which no CNAME may stand; empty: those that domain_cname resolves to.

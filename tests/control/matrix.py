@@ -423,6 +423,9 @@ class World:
         return str(json.loads(answer.body)["session"])
 
     async def _agent_session(self) -> str:
+        # A walk takes longer than a relay's heartbeat is believed.
+        beat = await call(self.app, "post", "/v1/edge/heartbeat", self.relay_key, heartbeat_body("matrix"))
+        assert beat.status == 200, beat.body
         key = await self.key(self.owner, "agent", [])
         answer = await call(self.app, "post", "/v1/agent/sessions", key, {"agent_id": "agt-0123456789"})
         assert answer.status == 201, answer.body

@@ -36,7 +36,7 @@ def whole(version: int, *ids: str) -> dict[str, Any]:
     message = {
         "type": "snapshot",
         "version": version,
-        "state": {"keys": [KEY], "tunnels": [row(id) for id in ids], "ended": [], "organizations": []},
+        "state": {"keys": [KEY], "tunnels": [row(id) for id in ids], "ended": [], "organizations": [], "domains": []},
     }
     reference = Snapshot()
     reference.apply(message)

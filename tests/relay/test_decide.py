@@ -56,6 +56,7 @@ class Tunnel:
     rates: object | None = None
     line: Any = None
     barred: Any = None
+    strict: bool = False
     policy: Policy = field(default_factory=Policy)
 
     @property
@@ -73,6 +74,7 @@ class Facts:
     certified: bool = False
     verdict: str = "valid"
     waits: float = 0.0
+    valid_until: float | None = None
 
     @property
     def secure(self) -> bool:
@@ -116,6 +118,16 @@ def misdirected(facts: Facts) -> None:
 
 def redirected(facts: Facts) -> None:
     facts.tunnel.policy.plain_http = "redirect"
+
+
+def strictly(seconds: float) -> Callable[[Facts], None]:
+    """A host that is served by HTTPS alone, with a certificate that is good for so long."""
+
+    def fault(facts: Facts) -> None:
+        facts.tunnel.strict = True
+        facts.valid_until = time.time() + seconds
+
+    return fault
 
 
 def password(verdict: str) -> Callable[[Facts], None]:
@@ -164,6 +176,8 @@ FAULTS = [
     Fault("host", "edge.tunnel_offline", offline),
     Fault("tls_mode", "edge.tls_mode_mismatch", misdirected, *HEADS),
     Fault("tls_mode", "edge.https_redirect", redirected, "http"),
+    Fault("certificate", "edge.tls_mode_mismatch", strictly(60), "http"),
+    Fault("certificate", "edge.certificate_unavailable", strictly(-1), "https", "websocket"),
     Fault("standing", "edge.account_suspended", suspended),
     Fault("standing", "edge.quota_exceeded", used_up),
     Fault("credentials", "edge.auth_required", uncertified, *HEADS),
@@ -286,7 +300,8 @@ def test_the_limit_is_a_number_of_requests(inflight: int, passes: bool) -> None:
 def test_what_cannot_refuse_is_left_out_of_a_chain() -> None:
     open_tunnel, ruled = Tunnel(), Tunnel(policy=Policy(users=("alice",), addresses=Rules(True)))
     used_up(Facts(ruled))
-    assert len(open_tunnel.chain.checks) == len(decide.STEPS) - 3
+    strictly(60)(Facts(ruled))
+    assert len(open_tunnel.chain.checks) == len(decide.STEPS) - 4
     assert ruled.chain.checks == tuple(step.check for step in decide.STEPS)
 
 
@@ -313,7 +328,7 @@ def test_the_page_says_what_the_code_does() -> None:
             assert f"{catalogue()[fault.code].status} " in page
             assert fault.code in page
     assert [step.name for step in decide.STEPS] == [
-        *("host", "tls_mode", "standing", "credentials", "address", "room", "agent")
+        *("host", "tls_mode", "certificate", "standing", "credentials", "address", "room", "agent")
     ]
     for step in decide.STEPS:
         assert step.name in page

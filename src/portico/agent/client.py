@@ -21,6 +21,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from portico.agent.api import VERSION, Api, Grant, SessionInfo
 from portico.agent.link import Link, Serves
@@ -87,6 +88,16 @@ class Tunnel:
     @property
     def name(self) -> str:
         return self.grant.name if self.grant is not None else str(self.spec.get("name") or "")
+
+
+def _public(spec: dict[str, Any], url: str) -> str:
+    """The URL that is shown: by the domain of the user's own that the tunnel was asked to serve, where there is one."""
+    domain = spec.get("domain")
+    if not domain or not url:
+        return url
+    parts = urlsplit(url)
+    port = f":{parts.port}" if parts.port is not None else ""
+    return f"{parts.scheme}://{str(domain).strip().rstrip('.').lower()}{port}"
 
 
 def _asked(tunnel: Tunnel) -> dict[str, Any]:
@@ -225,7 +236,7 @@ class Agent:
                 grant = info.grants[index]
             if grant is not None:
                 tunnel.grant = grant
-                tunnel.url = grant.url
+                tunnel.url = _public(tunnel.spec, grant.url)
             elif tunnel.grant is None and tunnel.name and tunnel.agreed is None:
                 self._spawn(self._admit(tunnel))  # it was added while this answer was on its way
         self.info = info
@@ -540,6 +551,7 @@ class Agent:
             return
         if link is not self.link:
             return
+        url = _public(tunnel.spec, url)
         renewed = tunnel.link is link and tunnel.state == "online" and url in ("", tunnel.url)
         tunnel.link, tunnel.url = link, url or tunnel.url
         tunnel.attempt, tunnel.problem, tunnel.was_online = 0, None, True

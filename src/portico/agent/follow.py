@@ -27,7 +27,7 @@ def tunnel_options(declared: Declared) -> TunnelOptions:
     """A tunnel of a file as the agent takes it."""
     values = declared.values
     spec: dict[str, Any] = {"name": declared.name, "protocol": values.get("protocol", "http")}
-    spec |= {key: values[key] for key in ("subdomain", "remote_port", "policy") if key in values}
+    spec |= {key: values[key] for key in ("subdomain", "domain", "remote_port", "policy") if key in values}
     tls, target = None, values["addr"]
     if "tls_cert" in values:
         tls = TlsFiles(values["tls_cert"], values["tls_key"], values.get("tls_alpn", ()))

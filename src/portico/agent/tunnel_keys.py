@@ -183,6 +183,14 @@ class Key:
     shape: str = "one"
 
 
+def _domain(text: str, folder: Path) -> str:
+    """A domain by its look; whether it is the organization's, the platform knows."""
+    found = text.strip().rstrip(".")
+    if not found or len(found) > 253 or "." not in found or any(c in found for c in "/:@ ") or not found.isprintable():
+        raise ValueError(f"{text!r} is not a domain, such as www.example.com")
+    return found
+
+
 def _missing(name: str, sentence: str) -> Key:
     return Key(name, refusal=sentence)
 
@@ -243,7 +251,8 @@ TUNNEL = (
     Key("ttl", "duration", lambda text, folder: parse_duration(text),
         "The tunnel ends itself this long after it came online, such as `90s`, `15m` or `1h30m`.", "it stays", "2h"),
     _missing("pool", "several agents behind one tunnel do not exist yet; one agent serves a tunnel, another takes over"),
-    _missing("domain", "domains of your own do not exist yet; use subdomain"),
+    Key("domain", "name", _domain, "Domain of your own that leads to the tunnel, once it is verified (`portico domains`).",
+        "none", "www.example.com", only=("http", "tls")),
     Key("basic_auth", "NAME:PASSWORD or list", _short_for_policy("basic_auth", many=True),
         "Visitors need one of these passwords. A file that is shared is no place for one: `policy_file` can name one that is "
         "not.", "nobody needs one", "alice:secret", only=("http",), shape="many"),

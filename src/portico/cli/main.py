@@ -31,6 +31,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "ls": "tunnel",
         "stop": "tunnel",
         "rm": "tunnel",
+        "domains": "domains",
         "logs": "logs",
         "login": "account",
         "logout": "account",

@@ -11,6 +11,7 @@ from portico.cli import policy_options
 from portico.cli.account import ProxyOption, ServerOption
 from portico.cli.tcp import ProxyProtocolOption
 from portico.cli.tunnel import (
+    DomainOption,
     JsonLinesOption,
     LogLevelOption,
     NameOption,
@@ -34,6 +35,7 @@ def tls(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="8443, host:port, tls://host:port or unix:/path")],
     name: NameOption = None,
     subdomain: SubdomainOption = None,
+    domain: DomainOption = None,
     tls_cert: Annotated[
         Path | None,
         typer.Option(
@@ -89,7 +91,7 @@ def tls(
     if print_policy:
         policy_options.show(policy, json)
         return
-    spec = spec_of("tls", policy, name=name, subdomain=subdomain)
+    spec = spec_of("tls", policy, name=name, subdomain=subdomain, domain=domain)
     typed = agent_options(region=region, log_level=log_level, proxy=proxy)
     serve(TunnelOptions(parsed, spec, ttl=seconds, proxy_protocol=proxy_protocol or 0, tls=files), typed, server, json)
 

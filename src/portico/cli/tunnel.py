@@ -21,6 +21,10 @@ NameOption = Annotated[str | None, typer.Option("--name", help="Name of the tunn
 SubdomainOption = Annotated[
     str | None, typer.Option("--subdomain", help="Subdomain of the URL [the name].", show_default=False)
 ]
+DomainOption = Annotated[
+    str | None,
+    typer.Option("--domain", help="Domain of your own that leads here (portico domains).", show_default=False),
+]
 RegionOption = Annotated[str | None, typer.Option("--region", help="Preferred region.", show_default=False)]
 JsonLinesOption = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
 LogLevelOption = Annotated[
@@ -46,6 +50,7 @@ def http(
     ],
     name: NameOption = None,
     subdomain: SubdomainOption = None,
+    domain: DomainOption = None,
     basic_auth: policy_options.BasicAuth = None,
     allow_cidr: policy_options.AllowCidr = None,
     deny_cidr: policy_options.DenyCidr = None,
@@ -105,7 +110,7 @@ def http(
         return
     from portico.agent.app import TunnelOptions
 
-    spec = spec_of("http", policy, name=name, subdomain=subdomain)
+    spec = spec_of("http", policy, name=name, subdomain=subdomain, domain=domain)
     typed = agent_options(region=region, log_level=log_level, inspect=inspect, proxy=proxy)
     serve(TunnelOptions(parsed, spec, target_tls_verify, ttl=seconds), typed, server, json, qr=qr)
 

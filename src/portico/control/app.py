@@ -60,9 +60,9 @@ from portico.control.limits import Limits
 from portico.control.notifications import api as notifications_api
 from portico.control.notifications.channels import Channels
 from portico.control.tunnels import api as tunnels_api
+from portico.control.tunnels import domain_api, relays, usage_api
 from portico.control.tunnels import jobs as tunnels_jobs
 from portico.control.tunnels import quotas as tunnel_quotas
-from portico.control.tunnels import relays, usage_api
 from portico.control.tunnels.relays import RelayDirectory
 from portico.control.tunnels.service import Tunnels
 from portico.control.tunnels.sessions import Sessions
@@ -143,7 +143,7 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
         )
     state.limits = Limits(settings, state.redis, clock.monotonic)
     state.relays = RelayDirectory(settings)
-    state.tunnels = Tunnels(settings, state.relays, state.redis, quotas)
+    state.tunnels = Tunnels(settings, state.relays, state.redis, quotas, state.domains)
     state.visitor_passwords = VisitorPasswords(settings, state.sealer)
     state.agent_sessions = Sessions(
         settings, state.tunnels, state.relays, state.signing_keys, clock, quotas, state.identity
@@ -185,6 +185,7 @@ def _routes() -> list[BaseRoute]:
         domains_api.router,
         acme_api.router,
         domains_api.looking,
+        domain_api.router,
         identity_api.auth,
         identity_api.sessions,
         account_api.router,

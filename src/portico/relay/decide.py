@@ -4,6 +4,8 @@
     |---|-------------|-----------------------------------------------|-----------------------------------------------------|
     | 1 | host        | is the host mapped to an active tunnel?       | 404 edge.host_unassigned, edge.tunnel_offline       |
     | 2 | tls_mode    | is the connection's TLS mode valid for it?    | 421 edge.tls_mode_mismatch, 308 edge.https_redirect |
+    |   | certificate | does its owner want HTTPS with a good         | 421 edge.tls_mode_mismatch, 308 edge.https_redirect |
+    |   |             | certificate alone (a domain under `strict`)?  | 503 edge.certificate_unavailable                    |
     |   | standing    | may its owner serve?                          | 403 edge.account_suspended,                         |
     |   |             |                                               | 429 edge.quota_exceeded                             |
     | 3 | credentials | are the visitor's credentials there and good? | 401 edge.auth_required, edge.auth_invalid,          |
@@ -75,12 +77,15 @@ class Barred(Protocol):
 
 
 class Governed(Protocol):
-    """What has a policy. ``barred``: what its organization's standing says against it."""
+    """What has a policy. ``barred``: what its organization's standing says against it. ``strict``: a domain leads to it that is
+    served by HTTPS with a good certificate alone."""
 
     @property
     def policy(self) -> Policy: ...
     @property
     def barred(self) -> Barred | None: ...
+    @property
+    def strict(self) -> bool: ...
 
 
 class Line(Protocol):
@@ -115,6 +120,7 @@ class Facts(Protocol):
     stopped, suspended), ``None`` when it knows none. ``secure``: whether the visitor's side is encrypted. ``address``: the
     client's. ``certified``: whether a client certificate was presented and verified against ``door.client_ca``. ``password()``:
     the verdict on the password (missing, valid, invalid, throttled, or need). ``wait()``: seconds until the rates have room.
+    ``valid_until``: of a host that is served by HTTPS with a good certificate alone, until when (unix seconds) it is good.
     """
 
     @property
@@ -133,6 +139,8 @@ class Facts(Protocol):
     def certified(self) -> bool: ...
     def password(self) -> str: ...
     def wait(self) -> float: ...
+    @property
+    def valid_until(self) -> float | None: ...
 
 
 Check = Callable[[Facts], str | None]
@@ -186,6 +194,16 @@ def tls_mode(facts: Facts) -> str | None:
     if not facts.secure and tunnel.policy.plain_http != "allow":
         return "edge.https_redirect" if tunnel.policy.plain_http == "redirect" else "edge.tls_mode_mismatch"
     return None
+
+
+def certificate_good(facts: Facts) -> str | None:
+    """A domain whose owner wants it so is served by HTTPS alone, and while its certificate is good: until a time that relays know
+    beforehand, so that it holds without the control plane."""
+    if (tunnel := facts.tunnel) is None or (until := facts.valid_until) is None:
+        return None
+    if not facts.secure:
+        return "edge.https_redirect" if tunnel.policy.plain_http == "redirect" else "edge.tls_mode_mismatch"
+    return "edge.certificate_unavailable" if time.time() >= until else None
 
 
 def standing_good(facts: Facts) -> str | None:
@@ -259,6 +277,10 @@ def _guarded(tunnel: Governed) -> bool:
     return tunnel.policy.users is not None or tunnel.policy.client_ca is not None
 
 
+def _strict(tunnel: Governed) -> bool:
+    return tunnel.strict
+
+
 def _barred(tunnel: Governed) -> bool:
     return tunnel.barred is not None
 
@@ -270,6 +292,7 @@ def _ruled(tunnel: Governed) -> bool:
 STEPS: tuple[Step, ...] = (
     Step("host", host_assigned, _always, "connection", "closed"),
     Step("tls_mode", tls_mode, _always, "connection", "closed"),
+    Step("certificate", certificate_good, _strict, "request", "closed"),
     Step("standing", standing_good, _barred, "request", "open"),
     Step("credentials", credentials_valid, _guarded, "request", "closed"),
     Step("address", address_allowed, _ruled, "connection", "closed"),

@@ -136,6 +136,11 @@ class Exchange:
         return self.conn.server.standing(self.host)
 
     @property
+    def valid_until(self) -> float | None:
+        """Until when its host may be served, by HTTPS alone; ``None``: there is no such rule."""
+        return self.conn.server.valid_until(self.host)
+
+    @property
     def door(self) -> Door:
         return self.conn.door
 

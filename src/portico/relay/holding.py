@@ -61,7 +61,8 @@ class Holding:
     def take(self, waiting: Waiting, code: str) -> bool:
         """Whether the request, which would be refused with ``code``, waits now; it hears ``go_on`` when its
         tunnel is there (and has room) or the time is up."""
-        host = waiting.host
+        # Hosts below a wildcard wait together, as it is the wildcard whose tunnel comes back.
+        host = self._snapshot.above(waiting.host) or waiting.host
         full = code != "edge.tunnel_offline"
         if full:
             until = max(self._catching_up.get(host, 0.0), self._stood_still)

@@ -237,8 +237,17 @@ class PublicServer:
 
     # ── look-ups and answers ──────────────────────────────────────────────────────────────────────────────────────
     def find(self, host: bytes) -> LiveTunnel | RemoteTunnel | None:
-        """The live tunnel of a normalised host, here or on a peer."""
-        return self.by_host.get(host) or self._remote.get(host)
+        """The live tunnel of a normalised host, here or on a peer; of a host that has none by itself, that of the wildcard
+        right above it."""
+        found = self.by_host.get(host) or self._remote.get(host)
+        if found is None and self.snapshot.wildcards and (above := self.snapshot.above(host)) is not None:
+            found = self.by_host.get(above) or self._remote.get(above)
+        return found
+
+    def valid_until(self, host: bytes) -> float | None:
+        """Until when (unix seconds) a host may be served, by HTTPS alone; ``None``: there is no such rule."""
+        domain = self.snapshot.domain_for_host(host.decode("ascii", "replace"))
+        return None if domain is None else domain.valid_until
 
     def knows(self, host: bytes) -> bool:
         """Whether a normalised host is anybody's, live or not."""

@@ -139,6 +139,7 @@ class Inbound(_Quiet):
             log.error("a peer's tunnel has a policy that this relay cannot read", extra={"f": fields})
             return
         remote.bar(self.peers.agents.snapshot.organization(remote.organization))
+        remote.strict = self.peers.strict(remote.tunnel)
         remote.settle(self.peers.rates_of(remote))
         self.tunnels[bind] = remote
         self.peers.add(remote)
@@ -480,6 +481,12 @@ class Peers:
 
     def _on_change(self, change: Change) -> None:
         """The standing of an organization changed: visitors of its tunnels on peers are decided on here."""
+        if change.kind == "domain":
+            for remote in {remote for places in self._places.values() for remote in places}:
+                if remote.tunnel in change.tunnels:
+                    remote.strict = self.strict(remote.tunnel)
+                    remote.settle(self.rates_of(remote))
+            return
         if change.kind != "organization":
             return
         row = self.agents.snapshot.organization(change.id)
@@ -487,6 +494,10 @@ class Peers:
             if remote.organization == change.id:
                 remote.bar(row)
                 remote.settle(self.rates_of(remote))
+
+    def strict(self, tunnel: str) -> bool:
+        """Whether a domain that is served by HTTPS with a good certificate alone leads to a tunnel."""
+        return any(domain.valid_until is not None for domain in self.agents.snapshot.domains_of(tunnel))
 
     def hops(self) -> int:
         """Requests of peers under way."""

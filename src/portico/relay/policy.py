@@ -181,6 +181,7 @@ class Governed:
         "policy_version",
         "rates",
         "raw",
+        "strict",
     )
 
     def __init__(self, *, raw: bool = False, passthrough: bool = False) -> None:
@@ -195,6 +196,7 @@ class Governed:
         self.inflight = 0
         self.rates: TunnelRates | None = None
         self.line: Line | None = None
+        self.strict = False  # a domain that is served by HTTPS with a good certificate alone leads to it
         self.chain = decide.chain(self, raw=self.raw)
 
     def govern(self, version: int, document: Mapping[str, Any]) -> bool:

@@ -82,6 +82,7 @@ class RawVisitor(asyncio.BufferedProtocol):
 
     NEVER: Final = math.inf
     secure = certified = False
+    valid_until: float | None = None
     host = b""
     __slots__ = (
         "address", "began", "closed", "closing", "code", "counted", "deadline", "door", "draining", "eof", "got", "heard", "id",

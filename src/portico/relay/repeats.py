@@ -155,6 +155,11 @@ class Repeats:
         return self.candidate.host
 
     @property
+    def valid_until(self) -> float | None:
+        """Until when its host may be served, by HTTPS alone; ``None``: there is no such rule."""
+        return self.server.valid_until(self.candidate.host)
+
+    @property
     def secure(self) -> bool:
         return not self.plain
 

@@ -14,7 +14,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from picows import WSCloseCode
@@ -25,7 +25,7 @@ from portico.relay.control_link import ControlLink
 from portico.relay.ended import why_ended
 from portico.relay.meter import Counters, Meter
 from portico.relay.policy import Governed, PolicyInvalid
-from portico.relay.snapshot import Change, Organization, Snapshot, TunnelRow
+from portico.relay.snapshot import Change, Domain, Organization, Snapshot, TunnelRow
 from portico.relay.telling import Told
 from portico.settings import RelaySettings
 from portico.wire import frames as f
@@ -67,10 +67,23 @@ class LiveTunnel(Governed):
         self.returning = False  # it went without a word, or to come again at once
         self.given_back = False  # by its agent, which still answers what crosses that
 
-    def adopt(self, grant: GrantClaims, organization: Organization | None, default_concurrency: int) -> None:
+    def adopt(
+        self,
+        grant: GrantClaims,
+        organization: Organization | None,
+        default_concurrency: int,
+        domains: Iterable[Domain] = (),
+    ) -> None:
         self.grant = grant
-        self.hosts = tuple(host.host.encode() for host in grant.hosts)
+        self.lead(domains)
         self.entitle(organization, default_concurrency)
+
+    def lead(self, domains: Iterable[Domain]) -> None:
+        """Take the domains that lead here, beside the hosts of the grant; :meth:`settle` is called after it."""
+        domains = tuple(domains)
+        named = (*(host.host for host in self.grant.hosts), *(domain.host for domain in domains))
+        self.hosts = tuple(dict.fromkeys(host.encode() for host in named))
+        self.strict = any(domain.valid_until is not None for domain in domains)
 
     def entitle(self, organization: Organization | None, default_concurrency: int) -> None:
         """Take what holds for its organization; :meth:`settle` is called after it."""
@@ -437,7 +450,8 @@ class Agents:
             self.by_tunnel[grant.tun] = connection.binds[bind] = live
             self.poke()
         self._unmap(live)
-        live.adopt(grant, self.snapshot.organization(grant.org), self.settings.default_concurrency)
+        domains = self.snapshot.domains_of(grant.tun)
+        live.adopt(grant, self.snapshot.organization(grant.org), self.settings.default_concurrency, domains)
         live.settle(self.rates_of(live))
         for host in live.hosts:
             self.by_host[host] = live
@@ -578,6 +592,10 @@ class Agents:
         if change.kind == "organization":
             self._entitle(change.id)
             return
+        if change.kind == "domain":
+            for tunnel in change.tunnels:
+                self._lead(tunnel)
+            return
         live = self.by_tunnel.get(change.id)
         if live is None:
             return
@@ -592,6 +610,19 @@ class Agents:
             else:
                 code = _STATE_CODES.get(change.row.state, "tunnel.stopped")
                 self._end(live, code, f"the tunnel is {change.row.state}")
+
+    def _lead(self, tunnel: str) -> None:
+        """Domains that lead to a tunnel have changed: what comes from now on goes by them. Peers, and who waits, are told."""
+        live = self.by_tunnel.get(tunnel)
+        if live is None:
+            return
+        self._unmap(live)
+        live.lead(self.snapshot.domains_of(tunnel))
+        live.settle(self.rates_of(live))
+        for host in live.hosts:
+            self.by_host[host] = live
+        for callback in self.on_bound:
+            callback(live)
 
     def _new_policy(self, live: LiveTunnel, row: TunnelRow) -> None:
         """A new policy holds for what comes from now on; one that cannot be read leaves the old one as it is."""

@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -40,7 +40,9 @@ JWK_MEMBERS = ("kid", "kty", "crv", "x", "alg", "use")  # all that is kept of a 
 CHUNK_ROWS = 500  # checked between two turns of the loop: some milliseconds
 PRUNE_MARGIN_SECONDS = 300.0  # an ended session is kept this much longer: the clocks of relay and API may differ
 
-Kind = Literal["tunnel", "tunnel_removed", "session_ended", "keys", "organization", "challenge", "certificate"]
+Kind = Literal[
+    "tunnel", "tunnel_removed", "session_ended", "keys", "organization", "challenge", "certificate", "domain"
+]  # fmt: skip
 
 
 class SnapshotInvalid(ValueError):
@@ -51,6 +53,7 @@ class OutOfOrder(SnapshotInvalid):
     """A delta that does not follow the state held; only a new snapshot helps."""
 
 
+_NONE: Mapping[str, Any] = {}
 _NO_POLICY: Mapping[str, Any] = {}  # one for all: most tunnels have none
 
 
@@ -72,6 +75,17 @@ class TunnelRow:
     @property
     def active(self) -> bool:
         return self.state == "active"
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """A customer's name that leads to a tunnel: a host, or ``*.`` and what it stands below. ``valid_until`` (unix seconds): it is
+    served by HTTPS alone, and only until then; ``None``: like any other host."""
+
+    id: str
+    host: str
+    tunnel: str
+    valid_until: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +151,14 @@ class CertificateRow:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What listeners get: ``id`` of tunnel, session, organization or (of a certificate) domain, the ``row`` of a tunnel that
-    exists, the ``code`` of an end."""
+    """What listeners get: ``id`` of tunnel, session, organization, domain or (of a certificate) its domain, the ``row`` of a
+    tunnel that exists, the ``code`` of an end, the ``tunnels`` that a domain led or leads to."""
 
     kind: Kind
     id: str = ""
     row: TunnelRow | None = None
     code: str = ""
+    tunnels: tuple[str, ...] = ()
 
 
 Listener = Callable[[Change], None]
@@ -284,6 +299,22 @@ def _challenge(value: Any) -> Challenge:
     )
 
 
+def _domain(value: Any) -> Domain:
+    row = _object(value, "a domain")
+    return Domain(
+        id=_text(row.get("id"), "id of a domain"),
+        host=_text(row.get("host"), "host of a domain", MAX_HOST_CHARS),
+        tunnel=_text(row.get("tunnel"), "tunnel of a domain"),
+        valid_until=_number(row["valid_until"], "valid_until") if "valid_until" in row else None,
+    )
+
+
+def _domain_told(row: Domain) -> dict[str, Any]:
+    """The row as the stream has it, for the copy on disk."""
+    found: dict[str, Any] = {"id": row.id, "host": row.host, "tunnel": row.tunnel}
+    return found if row.valid_until is None else {**found, "valid_until": row.valid_until}
+
+
 def _known(code: str, fallback: str) -> str:
     """A control plane newer than this relay may name codes that this one cannot render."""
     return code if code in catalogue() else fallback
@@ -315,7 +346,8 @@ class FrozenState:
     organizations: Mapping[str, Organization] = field(default_factory=dict)
     challenges: Mapping[str, Challenge] = field(default_factory=dict)
     certificates: Mapping[str, CertificateRow] = field(default_factory=dict)
-    #: Whether the control plane told of organizations at all: an earlier one, or a copy of an earlier relay's, does not.
+    domains: Mapping[str, Domain] = field(default_factory=dict)
+    #: Whether the control plane told of organizations and domains at all: an earlier one, or an earlier relay's copy, does not.
     complete: bool = False
 
     def digest(self, at: float = 0.0) -> str:
@@ -338,6 +370,7 @@ class FrozenState:
             certificates = b",".join(row.canonical for row in self.certificates.values())
             told = canonical([_told(row) for row in self.organizations.values()])
             more = b'"certificates":[%b],"organizations":%b,' % (certificates, told)
+            more += b'"domains":%b,' % canonical([_domain_told(row) for row in self.domains.values()])
         if self.challenges:
             more += b'"challenges":%b,' % canonical([asdict(row) for row in self.challenges.values()])
         return b'{"state":{"ended":%b,"keys":%b,%b"tunnels":[%b]},"type":"snapshot","version":%d}' % (
@@ -360,19 +393,45 @@ class Snapshot:
         self._hosts: dict[str, TunnelRow] = {}
         self._ended: dict[str, Ended] = {}
         self._organizations: dict[str, Organization] = {}
+        self._domains: dict[str, Domain] = {}
+        self._domain_hosts: dict[str, Domain] = {}
+        self._routed: dict[str, dict[str, Domain]] = {}
+        #: How many of the domains are wildcards; none, almost everywhere.
+        self.wildcards = 0
         #: By id; see ``challenges.py`` for who answers them.
         self.challenges: dict[str, Challenge] = {}
         #: By domain. Read by whoever holds the contents.
         self.certificates: dict[str, CertificateRow] = {}
-        #: Whether the state that is held tells of organizations; one that does not is asked for anew as a whole.
+        #: Whether the state that is held tells of organizations and domains; one that does not is asked for anew as a whole.
         self.complete = False
         self._wall = wall
         self._listeners: list[Listener] = []
         self._applied: list[Callable[[], None]] = []
 
     def tunnel_for_host(self, host: str) -> TunnelRow | None:
-        """The tunnel that owns ``host`` (lower-case, without port), active or not."""
-        return self._hosts.get(host)
+        """The tunnel that owns ``host`` (lower-case, without port), or that a domain of this name leads to; active or not."""
+        found = self._hosts.get(host)
+        if found is None and (domain := self.domain_for_host(host)) is not None:
+            found = self._tunnels.get(domain.tunnel)
+        return found
+
+    def domain_for_host(self, host: str) -> Domain | None:
+        """The domain of this name, else the wildcard right above it."""
+        found = self._domain_hosts.get(host)
+        if found is None and self.wildcards:
+            found = self._domain_hosts.get(f"*.{host.partition('.')[2]}")
+        return found
+
+    def above(self, host: bytes) -> bytes | None:
+        """The wildcard by which a host is somebody's that is nobody's by its own name."""
+        text = host.decode("ascii", "replace")
+        if not self.wildcards or text in self._hosts or (found := self.domain_for_host(text)) is None:
+            return None
+        return found.host.encode() if found.host.startswith("*.") else None
+
+    def domains_of(self, tunnel: str) -> Iterable[Domain]:
+        """The domains that lead to a tunnel."""
+        return self._routed.get(tunnel, _NONE).values()
 
     def tunnel(self, id: str) -> TunnelRow | None:
         return self._tunnels.get(id)
@@ -453,6 +512,7 @@ class Snapshot:
             dict(self._organizations),
             dict(self.challenges),
             dict(self.certificates),
+            dict(self._domains),
             self.complete,
         )
 
@@ -472,9 +532,10 @@ class Snapshot:
         certificates = {
             row.domain: row for row in map(_certificate, _list(state.get("certificates", []), "certificates"))
         }
+        domains = {row.id: row for row in map(_domain, _list(state.get("domains", []), "domains"))}
         changes = self._difference(rows, ended, jwks)
         before, self._organizations = self._organizations, organizations
-        self.complete = "organizations" in state
+        self.complete = "organizations" in state and "domains" in state
         differ = [id for id in before.keys() | organizations.keys() if before.get(id) != organizations.get(id)]
         changes += [Change("organization", id) for id in differ]
         changes += [Change("challenge", id) for id in self.challenges.keys() | asked.keys()]
@@ -483,6 +544,9 @@ class Snapshot:
         differ = [id for id in held.keys() | certificates.keys() if held.get(id) != certificates.get(id)]
         changes += [Change("certificate", id) for id in differ]
         self._tunnels, self._ended = rows, ended
+        for id in self._domains.keys() - domains.keys():
+            changes.append(self._unroute(id))
+        changes += [self._route(row) for row in domains.values() if self._domains.get(row.id) != row]
         self._hosts = {host: row for row in rows.values() for host in row.hosts}
         self._jwks, self.keys = jwks, keys
         self.prune()
@@ -536,6 +600,12 @@ class Snapshot:
             case "certificate_removed":
                 domain = _text(change.get("domain"), "domain of a certificate")
                 return lambda: self._uncertify(domain)
+            case "domain":
+                leads = _domain(change.get("domain"))
+                return lambda: self._route(leads)
+            case "domain_removed":
+                over = _text(change.get("id"), "id of a removed domain")
+                return lambda: self._unroute(over)
             case str():
                 log.warning("edge change of an unknown kind is left out", extra={"f": {"kind": kind[:64]}})
                 return None
@@ -588,6 +658,26 @@ class Snapshot:
     def _uncertify(self, domain: str) -> Change:
         self.certificates.pop(domain, None)
         return Change("certificate", domain)
+
+    def _route(self, row: Domain) -> Change:
+        before = self._unroute(row.id).tunnels
+        self._domains[row.id] = self._domain_hosts[row.host] = row
+        self._routed.setdefault(row.tunnel, {})[row.id] = row
+        self.wildcards += row.host.startswith("*.")
+        return Change("domain", row.id, tunnels=tuple(dict.fromkeys((*before, row.tunnel))))
+
+    def _unroute(self, id: str) -> Change:
+        row = self._domains.pop(id, None)
+        if row is None:
+            return Change("domain", id)
+        self.wildcards -= row.host.startswith("*.")
+        if (holder := self._domain_hosts.get(row.host)) is not None and holder.id == id:
+            del self._domain_hosts[row.host]  # else the name has gone to another claim of it
+        left = self._routed.get(row.tunnel, {})
+        left.pop(id, None)
+        if not left:
+            self._routed.pop(row.tunnel, None)
+        return Change("domain", id, tunnels=(row.tunnel,))
 
     def _announce(self, changes: list[Change]) -> None:
         """A listener that fails may not keep a revocation from the others."""

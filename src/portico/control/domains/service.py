@@ -14,6 +14,7 @@ What the certificate is about stands in columns of its own, ``cert_*``. Other pa
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Final
 
@@ -35,6 +36,8 @@ from portico.kit.sealing import Sealer
 from portico.settings import ApiSettings
 
 _TOKEN_BYTES: Final = 20
+#: The states in which a domain is served when it leads to a tunnel.
+SERVED: Final = store.SERVED
 
 
 async def find(reader: Reader, domain_id: str) -> Any | None:
@@ -46,6 +49,12 @@ async def by_name(reader: Reader, name: str) -> Any | None:
     """The domain that holds exactly this name (A-labels; ``*.…`` for a wildcard); ``None`` when nobody proved it."""
     found = await store.holder(reader, [name])
     return found[0] if found else None
+
+
+async def leave_tunnels(tx: Tx, tunnels: Sequence[str]) -> None:
+    """Tunnels are being deleted: their domains lead nowhere, and stay their organization's."""
+    for row in await store.leading_to(tx, tunnels, lock=True):
+        edge.tell(tx, row, await store.update(tx, row.id, tunnel_id=None))
 
 
 async def covering(reader: Reader, hostname: str) -> Any | None:
@@ -92,6 +101,34 @@ class Domains:
         if found is None:
             raise Problem("domain.not_found")
         return found
+
+    async def claim(self, reader: Reader, caller: Caller, text: str, *, lock: bool = False) -> Any | None:
+        """The organization's domain of this name, as people write it; ``None`` when it has none."""
+        try:
+            name = self.rules.parse(text).name
+        except Problem:
+            return None
+        found = await store.named(reader, caller.org, name)
+        return await store.one(reader, caller.org, found.id, lock=True) if found is not None and lock else found
+
+    async def names_of(self, reader: Reader, tunnels: Sequence[str]) -> dict[str, list[str]]:
+        """The names of the domains that lead to each of some tunnels."""
+        found: dict[str, list[str]] = {}
+        for row in await store.leading_to(reader, tunnels):
+            found.setdefault(row.tunnel_id, []).append(row.name)
+        return found
+
+    async def number_of(self, reader: Reader, tunnel: str) -> int:
+        """How many domains lead to a tunnel."""
+        return len(await store.leading_to(reader, [tunnel]))
+
+    # -- for tunnels, above
+
+    async def lead(self, tx: Tx, row: Any, tunnel: str | None) -> Any:
+        """Lead a domain that the transaction holds to a tunnel, or nowhere, and tell relays; the row after it."""
+        after = await store.update(tx, row.id, tunnel_id=tunnel)
+        edge.tell(tx, row, after)
+        return after
 
     # -- writing
 

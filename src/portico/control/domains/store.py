@@ -207,3 +207,10 @@ async def purge(tx: Tx, before: datetime, limit: int) -> int:
     """
     status: str = await tx.raw.execute(query, before, limit)
     return int(status.rpartition(" ")[2])
+
+
+async def leading_to(reader: Reader, tunnels: Sequence[str], *, lock: bool = False) -> Sequence[sa.Row[Any]]:
+    """The domains of some tunnels, by name."""
+    order = _C.id if lock else _C.name
+    query = sa.select(custom_domains).where(_C.tunnel_id.in_(tunnels)).order_by(order)
+    return await reader.fetch_all(query.with_for_update() if lock else query)

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from portico.control import changes
 from portico.control.domains import acme_store, vault
+from portico.control.domains.edge import rows as domain_rows
 from portico.control.identity import plans
 from portico.control.identity.signing_keys import SigningKeys
 from portico.control.tunnels.service import Tunnels
@@ -38,6 +39,7 @@ class EdgeState:
     organizations: list[dict[str, Any]] = field(default_factory=list)
     challenges: list[dict[str, Any]] = field(default_factory=list)
     certificates: list[dict[str, Any]] = field(default_factory=list)
+    domains: list[dict[str, Any]] = field(default_factory=list)
 
     async def digest(self) -> str:
         """The hash of ``contracts/edge-stream.schema.json``: SHA-256 of the canonical JSON of what is compared."""
@@ -55,7 +57,7 @@ class EdgeState:
         """The ``snapshot`` line of the stream."""
         parts = [
             b'{"type":"snapshot","version":%d,"time":%b,"hash":"%b","state":{"keys":%b,"ended":%b,"organizations":%b,'
-            b'"challenges":%b,"certificates":['
+            b'"challenges":%b,"domains":%b,"certificates":['
             % (
                 self.version,
                 _canonical(self.time),
@@ -64,6 +66,7 @@ class EdgeState:
                 _canonical(self.ended),
                 _canonical(self.organizations),
                 _canonical(self.challenges),
+                _canonical(self.domains),
             )
         ]
         parts.extend([part async for part in _joined(_canonical(row) for row in self.certificates)])
@@ -114,6 +117,7 @@ class StateReader:
                 organizations=await plans.told(reader),
                 challenges=await acme_store.open_challenges(reader),
                 certificates=await vault.edge_rows(reader),
+                domains=await domain_rows(reader),
             )
 
     async def line(self) -> tuple[int, bytes]:

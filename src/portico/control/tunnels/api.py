@@ -27,7 +27,8 @@ from portico.control.access import (
 from portico.control.requests import Repeatable, UnitOfWork, once, permitted, shown, writing
 from portico.control.tunnels import history, policy
 from portico.control.tunnels.service import Tunnels
-from portico.control.tunnels.sessions import AgentFacts, Sessions, TunnelSpec, startable
+from portico.control.tunnels.sessions import AgentFacts, Sessions, startable
+from portico.control.tunnels.spec import TunnelSpec
 from portico.control.tunnels.visitors import VisitorPasswords
 from portico.errors import Problem
 from portico.kit.db import Tx
@@ -84,12 +85,6 @@ PolicyVersion = Annotated[
 ]
 
 
-def _check_domain(domain: str | None) -> None:
-    """Raises ``tunnel.domain_unavailable``: served under another name than was asked for, a tunnel would be no use."""
-    if domain is not None:
-        raise Problem("tunnel.domain_unavailable", f"{domain[:80]!r} is not a domain of your organization")
-
-
 class Body(BaseModel):
     """A request body: a member that nobody reads is a mistake of the caller's, and said so."""
 
@@ -138,6 +133,7 @@ class Tunnel(BaseModel):
     subdomain: str | None
     remote_port: int | None
     url: str
+    domains: Annotated[list[str], Field(description="Domains of one's own that lead to it, beside `url`")]
     state: Literal["offline", "online", "stopped", "suspended"]
     frozen: Annotated[
         str | None, Field(description="The limit or feature of the plan for want of which it is suspended")
@@ -211,7 +207,6 @@ def _shown(tunnel: dict[str, Any], status: int) -> Response:
 @policies.post("", response_model=Tunnel, status_code=201)
 async def create_tunnel(request: Request, who: Writes, tunnels: Service, body: TunnelBody) -> Response:
     """Make a tunnel, and so reserve its name and subdomain. It goes online when an agent session names it."""
-    _check_domain(body.domain)
     wanted = await _digested(request, who, _wanted(body.policy))
 
     async def run(tx: Tx, who: Caller) -> Response:
@@ -224,6 +219,7 @@ async def create_tunnel(request: Request, who: Writes, tunnels: Service, body: T
             remote_port=body.remote_port,
             target=body.target,
             wanted=wanted,
+            domain=body.domain,
         )
         return _shown(made, 201)
 
@@ -345,9 +341,8 @@ class SpecBody(BaseModel):
     policy: Document | None = None
 
     def spec(self) -> TunnelSpec:
-        _check_domain(self.domain)
         wanted = _wanted(self.policy, self.name)
-        return TunnelSpec(self.protocol, self.name, self.subdomain, self.target, wanted, self.remote_port)
+        return TunnelSpec(self.protocol, self.name, self.subdomain, self.target, wanted, self.remote_port, self.domain)
 
 
 class SessionBody(BaseModel):

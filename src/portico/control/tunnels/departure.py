@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 from portico.control import changes
+from portico.control.domains.service import leave_tunnels
 from portico.control.identity.exports import Source, json_line, rows_of
 from portico.control.tunnels import claim_store, policy, store
 from portico.kit.db import Reader, Tx
@@ -46,6 +47,7 @@ async def delete_tunnels(tx: Tx, organization: str, rows: int) -> int:
     Their names and ports cool down, and relays are told.
     """
     found = await store.some_tunnels(tx, organization, rows)
+    await leave_tunnels(tx, [row.id for row in found])
     for row in found:
         await store.delete_tunnel(tx, organization, row.id)
         if row.port is not None:

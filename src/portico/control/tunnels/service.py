@@ -22,12 +22,14 @@ from sqlalchemy.exc import IntegrityError
 from portico.control import changes
 from portico.control.access import Caller, Standing
 from portico.control.audit import service as audit
+from portico.control.domains.service import Domains, leave_tunnels
 from portico.control.identity import plans
 from portico.control.identity.org_standing import check_standing, standing
 from portico.control.identity.plans import Entitlements
 from portico.control.identity.quotas import Quotas
 from portico.control.tunnels import claim_store, names, policy, presence, store
 from portico.control.tunnels.addresses import Addresses
+from portico.control.tunnels.domain_routes import DomainRoutes
 from portico.control.tunnels.frozen import Frozen
 from portico.control.tunnels.name_rules import NameRules
 from portico.control.tunnels.ports import Ports
@@ -52,8 +54,17 @@ class _NotFree(Exception):
 class Tunnels:
     """The verbs on tunnels of one organization."""
 
-    def __init__(self, settings: ApiSettings, directory: RelayDirectory, redis: Redis | None, quotas: Quotas) -> None:
+    def __init__(
+        self,
+        settings: ApiSettings,
+        directory: RelayDirectory,
+        redis: Redis | None,
+        quotas: Quotas,
+        domains: Domains,
+    ) -> None:
         self._settings = settings
+        self._domains = domains
+        self.domains = DomainRoutes(settings, domains)
         self._quotas = quotas
         self._directory = directory
         self._redis = redis
@@ -104,9 +115,12 @@ class Tunnels:
         )
         sessions = list({place.session for place in places.values()})
         machines = await store.hostnames(reader, organization, sessions) if sessions else {}
-        return [self._document(row, places.get(row.id), machines) for row in rows]
+        led = await self._domains.names_of(reader, [row.id for row in rows]) if rows else {}
+        return [self._document(row, places.get(row.id), machines, led.get(row.id, [])) for row in rows]
 
-    def _document(self, row: Any, place: presence.Place | None, machines: dict[str, str]) -> dict[str, Any]:
+    def _document(
+        self, row: Any, place: presence.Place | None, machines: dict[str, str], domains: list[str]
+    ) -> dict[str, Any]:
         state = row.state if row.state != "active" else "online" if place else "offline"
         state = _HELD.get(row.held, state if row.frozen is None else "suspended")
         agent = None
@@ -119,6 +133,7 @@ class Tunnels:
             "subdomain": row.subdomain,
             "remote_port": row.port,
             "url": self.addresses.url(row._mapping),
+            "domains": domains,
             "state": state,
             "target": row.target,
             "frozen": row.frozen,
@@ -142,12 +157,13 @@ class Tunnels:
         remote_port: int | None = None,
         target: str | None = None,
         wanted: policy.Wanted | None = None,
+        domain: str | None = None,
     ) -> dict[str, Any]:
-        """A new tunnel.
+        """A new tunnel; ``domain`` leads to it from the start.
 
         Raises ``tunnel.name_taken``, ``tunnel.subdomain_taken``, ``tunnel.name_invalid``, ``tunnel.name_reserved``,
         ``tunnel.limit_reached``, ``tunnel.policy_invalid``, ``tunnel.protocol_unavailable``, ``tunnel.port_invalid``,
-        ``tunnel.port_taken``, ``tunnel.ports_exhausted``.
+        ``tunnel.port_taken``, ``tunnel.ports_exhausted``, and what ``DomainRoutes.attach`` raises.
         """
         row = await self.insert(
             tx,
@@ -161,6 +177,8 @@ class Tunnels:
         )
         if row is None:
             raise Problem("tunnel.name_taken", f"there is already a tunnel named {name}")
+        if domain is not None:
+            await self.domains.attach(tx, caller, row._mapping, domain)
         return (await self._render(tx, caller.org, [row]))[0]
 
     async def insert(
@@ -337,6 +355,7 @@ class Tunnels:
         Subdomain and port go to no other organization before they have cooled down."""
         await store.lock_set(tx, caller.org)
         row = await self._lock(tx, caller, tunnel_id)
+        await leave_tunnels(tx, [tunnel_id])
         await store.delete_tunnel(tx, caller.org, tunnel_id)
         if row.port is not None:
             await store.free_port(tx, row.port)

@@ -27,6 +27,7 @@ from portico.control.identity.signing_keys import SigningKeys
 from portico.control.tunnels import frozen, policy, store
 from portico.control.tunnels.relays import RelayDirectory
 from portico.control.tunnels.service import Tunnels, kind_of
+from portico.control.tunnels.spec import TunnelSpec
 from portico.errors import Problem
 from portico.kit import networks
 from portico.kit.clock import Clock
@@ -42,18 +43,6 @@ _LEEWAY_SECONDS: Final = 2 * grants.DEFAULT_LEEWAY_SECONDS
 _TOLD: Final = ("session.revoked", "organization.suspended", "organization.deleting")
 _INSERT_ATTEMPTS: Final = 3
 _MAX_RECENT: Final = 50_000
-
-
-@dataclass(frozen=True, slots=True)
-class TunnelSpec:
-    """One tunnel as an agent asks for it. ``policy`` None keeps what the tunnel has."""
-
-    protocol: str
-    name: str | None = None
-    subdomain: str | None = None
-    target: str | None = None
-    policy: policy.Wanted | None = None
-    remote_port: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +122,7 @@ class Sessions:
         """
         key_id = _key_of(caller)
         edges = await self._directory.edges(tx, agent.region)
+        specs = await self._tunnels.domains.named(tx, caller, specs)
         account = await facts.hold_key(tx, key_id, "agent:connect", caller.address)
         if account.entitlements.limit("tunnels_online") is not None:
             await store.lock_set(tx, caller.org)
@@ -228,6 +218,7 @@ class Sessions:
     async def add(self, tx: Tx, caller: Caller, session_id: str, spec: TunnelSpec) -> dict[str, Any]:
         """One more tunnel in a live session: ``{"grants": [one]}``. Raises as ``open`` does, and ``session.not_found``."""
         key_id = _key_of(caller)
+        spec = (await self._tunnels.domains.named(tx, caller, [spec]))[0]
         account = await facts.hold_key(tx, key_id, "agent:connect", caller.address)
         if account.entitlements.limit("tunnels_online") is not None:
             await store.lock_set(tx, caller.org)
@@ -411,6 +402,8 @@ class Sessions:
         if spec.policy is not None:
             wanted["policy"] = spec.policy
         changed = await self._tunnels.apply(tx, caller, row, wanted)
+        if spec.domain is not None:
+            await self._tunnels.domains.attach(tx, caller, row, spec.domain)
         return row if changed is None else {**changed._mapping, "position": row["position"]}
 
     async def _bind_exactly(self, tx: Tx, session_id: str, rows: list[dict[str, Any]], others: list[str]) -> None:
@@ -510,8 +503,8 @@ def _within_key(caller: Caller, now: int, seconds: int) -> int:
 
 
 def startable(specs: Sequence[TunnelSpec]) -> bool:
-    """Whether ``Sessions.started`` is worth a try: every tunnel is named, once, and keeps its policy."""
-    names = {spec.name for spec in specs if spec.name is not None and spec.policy is None}
+    """Whether ``Sessions.started`` is worth a try: every tunnel is named, once, and keeps its policy and domains."""
+    names = {spec.name for spec in specs if spec.name is not None and spec.policy is None and spec.domain is None}
     return 0 < len(names) == len(specs)
 
 
@@ -570,8 +563,9 @@ def _origins(key_id: str, hostname: str, specs: Sequence[TunnelSpec]) -> list[st
 
 
 def _fits(row: dict[str, Any], spec: TunnelSpec) -> bool:
-    """Whether a bound tunnel is what the spec in its place asks for, by name and in everything that the spec says."""
-    return row["name"] == spec.name and _suits(row, spec)
+    """Whether a bound tunnel is what the spec in its place asks for, by name and in everything that the spec says; where domains
+    lead is not in the row."""
+    return row["name"] == spec.name and spec.domain is None and _suits(row, spec)
 
 
 def _suits(row: dict[str, Any], spec: TunnelSpec) -> bool:
