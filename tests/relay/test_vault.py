@@ -144,6 +144,7 @@ class TestTwoPhases:
         control.store.add(second)
         await control.tell(active=first, staged=second)
         assert (await control.said(second, "staged"))["fingerprint"] == second.made.fingerprint
+        assert relay.vault.counts() == {"served": 1, "staged": 1, "refused": 0, "behind": 0}
         assert await served(relay) == first.made.fingerprint
         # From here on nobody answers but the stream: what is held is enough.
         control.store.down = True
@@ -160,6 +161,7 @@ class TestTwoPhases:
         await control.tell(active=second)
         await until(relay.vault.behind)
         assert not relay.vault.ready() and not relay.control.ready()
+        assert relay.vault.counts()["behind"] == 1
         assert await served(relay) == first.made.fingerprint
         control.store.add(second)
         control.store.down = False

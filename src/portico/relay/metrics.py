@@ -108,12 +108,19 @@ EDGE_TUNNELS = Metric("portico_relay_edge_tunnels", "gauge", "Tunnels in the edg
 EDGE_RESYNCS = Metric(
     "portico_relay_edge_resyncs_total", "counter", "Whole snapshots asked for because a line did not fit."
 )
+CERTIFICATES = Metric(
+    "portico_relay_certificates",
+    "gauge",
+    "Custom domains by their certificate: served, staged (held ready for the switch), refused (versions that cannot be used here), "
+    "behind (something newer should serve and is on its way).",
+    ("state",),
+)
 
 DECLARED: tuple[Metric, ...] = (
     REQUESTS, HEAD_SECONDS, WHOLE_SECONDS, REFUSALS, SHORT_FAULTS, BYTES, FAILURES, CONNECTIONS, ACCEPTED, RAW, ACCESS_LINES,
     HANDSHAKES, RESUMED, TLS_FAILURES, SHARED_LEASES, SHARED_UP, SESSIONS, TUNNELS,
     STREAMS, AGENT_REFUSALS, PEERS, HOPS, HELD, PASSWORDS, PASSWORDS_WAITING, USAGE_BATCHES, USAGE_BYTES, EDGE_UP,
-    EDGE_VERSION, EDGE_BEHIND, EDGE_TUNNELS, EDGE_RESYNCS,
+    EDGE_VERSION, EDGE_BEHIND, EDGE_TUNNELS, EDGE_RESYNCS, CERTIFICATES,
 )  # fmt: skip
 
 
@@ -195,3 +202,5 @@ def _control_plane(relay: Relay) -> Iterator[Sample]:
     yield EDGE_BEHIND, (), max(0, link.heard_version - held)
     yield EDGE_TUNNELS, (), len(relay.snapshot)
     yield EDGE_RESYNCS, (), link.resyncs
+    for state, count in relay.vault.counts().items():
+        yield CERTIFICATES, (state,), count

@@ -120,6 +120,16 @@ class Vault:
         rows = self._snapshot.certificates
         return sum(len(domain.refused) for id, domain in self._domains.items() if id in rows)
 
+    def counts(self) -> dict[str, int]:
+        """Domains by how they are, for metrics."""
+        rows = self._snapshot.certificates
+        return {
+            "served": len(self),
+            "staged": sum(domain.ready is not None for domain in self._domains.values()),
+            "refused": self.refusals,
+            "behind": sum(self._lacks_active(rows.get(id)) for id in self._dirty),
+        }
+
     def behind(self) -> bool:
         """Whether a version should serve that is not here yet, and may still come."""
         return any(self._lacks_active(self._snapshot.certificates.get(id)) for id in self._dirty)
