@@ -111,8 +111,8 @@ EDGE_RESYNCS = Metric(
 CERTIFICATES = Metric(
     "portico_relay_certificates",
     "gauge",
-    "Custom domains by their certificate: served, staged (held ready for the switch), refused (versions that cannot be used here), "
-    "behind (something newer should serve and is on its way).",
+    "Custom domains by certificate: served, staged (ready for the switch), refused (versions that cannot be used here), behind "
+    "(something newer should serve).",
     ("state",),
 )
 
