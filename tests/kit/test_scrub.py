@@ -18,7 +18,7 @@ SECRETS = [
 ]
 
 
-@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize("secret", SECRETS, ids=map(str, range(len(SECRETS))))  # the same in every process
 def test_secrets_are_masked_wherever_they_stand(secret: str) -> None:
     found = scrub.value({"a": [f"before {secret} after", {"b": secret}], secret: 1, "c": (secret,)})
     assert secret not in str(found)
