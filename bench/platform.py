@@ -128,6 +128,11 @@ def queue(ground: Ground, repeats: int) -> Figures:
     return _program("bench.queue")
 
 
+def cert_ingest(ground: Ground, repeats: int) -> Figures:
+    """Certificate events that one API process takes in; see bench/cert_ingest.py."""
+    return _program("bench.cert_ingest")
+
+
 def _program(module: str) -> Figures:
     """What a benchmark that is a program of its own says in JSON."""
     argv = [sys.executable, "-m", module, "--json"]
@@ -149,4 +154,5 @@ MEASURES: dict[str, Callable[[Ground, int], Figures]] = {
     "agents": agents,
     "grants": grants,
     "queue": queue,
+    "cert-ingest": cert_ingest,
 }

@@ -222,6 +222,8 @@ PLATFORM: tuple[tuple[str, str, str, str], ...] = (
     ("grants", "per_second", "sessions with one grant, one API process", "/s"),
     ("grants", "cpu_us", "CPU of the API process for each", "µs"),
     ("queue", "per_second", "jobs that do nothing, one worker process", "/s"),
+    ("cert-ingest", "per_second", "certificate events stored, one API process", "/s"),
+    ("cert-ingest", "cpu_ms", "CPU of the API process for each", "ms"),
 )
 
 

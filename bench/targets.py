@@ -78,4 +78,5 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target("grants on one API process", "/s", 500, _platform("grants", "per_second"), least=True),
     Target("jobs of the queue, one worker process", "/s", 2000, _platform("queue", "per_second"), least=True),
+    Target("certificate events on one API process", "/s", 1000, _platform("cert-ingest", "per_second"), least=True),
 )

@@ -82,8 +82,8 @@ log = logging.getLogger(__name__)
 _FIRST_RETRY_SECONDS = 1.0
 
 _TUNNELS = (
-    tunnels_api.hot, edge_api.router, tunnels_api.agent, tunnels_api.tunnels, tunnels_api.policies, tunnels_api.events,
-    tunnels_api.reserved,
+    tunnels_api.hot, ingest_api.router, edge_api.router, tunnels_api.agent, tunnels_api.tunnels, tunnels_api.policies,
+    tunnels_api.events, tunnels_api.reserved,
 )  # fmt: skip
 
 health = APIRouter(tags=["health"])
@@ -179,7 +179,6 @@ def _routes() -> list[BaseRoute]:
     # Tried in this order, which costs microseconds per route passed over: what agents and relays ask comes first.
     for router in (
         *_TUNNELS,
-        ingest_api.router,
         lifecycle_api.of_domains,
         incident_api.of_domains,
         domains_api.router,

@@ -82,7 +82,6 @@ class Received:
     repeated: frozenset[str]
     body: bytes
     address: str | None
-    request_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,9 @@ _BASE64: Final = re.compile(r"[A-Za-z0-9+/_-]{60,}={0,2}")
 _DER: Final = re.compile(
     rb"\x30(?:[\x00-\x7f]|\x81.|\x82..|\x83...)(?:\x02\x01[\x00\x01](?:\x30|\x02)|\x02\x01\x01\x04)", re.DOTALL
 )
-_JWK_TYPES: Final = frozenset({"RSA", "EC", "OKP", "oct"})
+# Between texts that are looked at together: neither a label nor base64 goes on across it.
+_APART: Final = "\n|Q|\n"
+_JWK_TYPES: Final = ("RSA", "EC", "OKP", "oct")
 
 
 def in_text(text: str) -> bool:
@@ -36,19 +38,19 @@ def in_text(text: str) -> bool:
 
 def in_document(document: Any) -> bool:
     """Whether a JSON value does anywhere: in a string, in a name of a member, or as a JSON Web Key with its private part."""
-    stack = [document]
+    stack, texts = [document], []
     while stack:
         value = stack.pop()
-        if isinstance(value, dict):
-            if value.get("kty") in _JWK_TYPES and ("d" in value or "k" in value):
+        if isinstance(value, str):
+            texts.append(value)
+        elif isinstance(value, dict):
+            if "kty" in value and value["kty"] in _JWK_TYPES and ("d" in value or "k" in value):
                 return True
-            stack.extend(value)
+            texts.extend(value)
             stack.extend(value.values())
         elif isinstance(value, list):
             stack.extend(value)
-        elif isinstance(value, str) and in_text(value):
-            return True
-    return False
+    return in_text(_APART.join(texts))
 
 
 def _is_key(text: str) -> bool:
