@@ -18,6 +18,20 @@ from tests.agent.world import FAST, World
 from tests.timing import Since
 
 
+@pytest.mark.parametrize(
+    ("domain", "url", "shown"),
+    [
+        (None, "https://web.localhost:7443", "https://web.localhost:7443"),
+        ("WWW.Example.com.", "https://web.localhost:7443", "https://www.example.com:7443"),
+        ("www.example.com", "tls://web.portico.test:443", "tls://www.example.com:443"),
+        ("www.example.com", "https://web.portico.test", "https://www.example.com"),
+        ("www.example.com", "", ""),
+    ],
+)
+def test_a_tunnel_is_shown_by_its_own_domain(domain: str | None, url: str, shown: str) -> None:
+    assert client._public({"protocol": "http", "domain": domain}, url) == shown
+
+
 class TestStart:
     async def test_online(self, world: World) -> None:
         await world.start().online()

@@ -150,6 +150,21 @@ class TestValues:
         assert options.spec == {"name": "ssh", "protocol": "tcp", "remote_port": 7105}
         assert (options.target.url, options.proxy_protocol) == ("tcp://localhost:22", 2)
 
+    def test_a_domain_of_ones_own(self, tmp_path: Path) -> None:
+        tunnels = "  shop: {addr: 8000, domain: www.example.com.}\n  all: {addr: 1, domain: '*.bücher.example'}\n"
+        config = parsed(tmp_path, f"version: 1\ntunnels:\n{tunnels}")
+        assert config.faults == []
+        assert [tunnel_options(config.tunnels[name]).spec["domain"] for name in ("shop", "all")] == [
+            "www.example.com", "*.bücher.example",
+        ]  # fmt: skip
+        for wrong in ("www", "https://www.example.com", "a b.example.com", "you@example.com"):
+            faults = parsed(tmp_path, f"version: 1\ntunnels:\n  a: {{addr: 1, domain: '{wrong}'}}\n").faults
+            assert [f"{wrong!r} is not a domain" in fault.message for fault in faults] == [True]
+        faults = parsed(
+            tmp_path, "version: 1\ntunnels:\n  a: {protocol: tcp, addr: 1, domain: www.example.com}\n"
+        ).faults
+        assert "only a tunnel with protocol: http or tls has it" in faults[0].message
+
     def test_tls(self, tmp_path: Path) -> None:
         both = certificate(tmp_path, "localhost")[1]
         text = (

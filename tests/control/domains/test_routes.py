@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
 
 from portico.control import changes
-from portico.control.domains import store
+from portico.control.domains import failure_policy, lifecycle, store
+from portico.control.domains.lifecycle import NewEvent
 from tests.control.conftest import Account
+from tests.control.domains.sending import apply_all
 from tests.control.domains.test_domains import add, fresh, set_status
 from tests.control.test_http import problem
 
@@ -175,3 +178,53 @@ class TestAgents:
         added = await agent.post(f"/v1/agent/sessions/{session}/tunnels", json={"domain": domain["name"]})
         assert added.status_code == 201, added.text
         assert (await agent.get(f"/v1/domains/{domain['id']}")).json()["tunnel"] == added.json()["grants"][0]["tunnel"]
+
+
+class TestFailurePolicies:
+    """Events of certificates, through the queue that everybody uses, to what relays hear and what may be tried."""
+
+    async def _events(self, app: Any, *events: NewEvent) -> None:
+        async with app.state.db.transaction() as tx:
+            for event in events:
+                await lifecycle.record(tx, event)
+        await apply_all(app.state.db)
+
+    async def test_relays_know_until_when_a_strict_domain_may_be_served(self, app: Any, owner: Account) -> None:
+        domain, made = await good(app, owner, failure_policy="strict"), await tunnel(owner.client)
+        await route(owner, domain, made["id"])
+        since, start = await now(app), datetime.now(UTC).replace(microsecond=0)
+        life: dict[str, Any] = {"serial": "01", "not_before": start, "not_after": start + timedelta(days=90)}
+        await self._events(app, NewEvent(domain["id"], "deployment", "succeeded", 1, **life))
+        await self._events(app, NewEvent(domain["id"], "renewal", "failed", 2, error_code="caa"))
+        await self._events(app, NewEvent(domain["id"], "revocation", "succeeded", 1, serial="01"))
+        assert [change["domain"]["valid_until"] for change in await told(app, since)] == [
+            int(life["not_after"].timestamp()), 0,
+        ]  # fmt: skip
+
+    async def test_hold_holds_from_the_first_failure_to_a_success(self, app: Any, owner: Account) -> None:
+        domain = await good(app, owner, failure_policy="hold")
+
+        async def held() -> Any:
+            return (await owner.client.get(f"/v1/domains/{domain['id']}")).json()["certificate"]["held_at"]
+
+        await self._events(app, NewEvent(domain["id"], "issuance", "requested", 1))
+        assert await held() is None
+        await self._events(app, NewEvent(domain["id"], "issuance", "failed", 1, error_code="dns"))
+        first = await held()
+        assert first is not None
+        async with app.state.db.read() as reader:
+            assert not failure_policy.may_try(await store.find(reader, domain["id"]))
+        await self._events(app, NewEvent(domain["id"], "issuance", "failed", 2, error_code="dns"))
+        assert await held() == first
+        await self._events(app, NewEvent(domain["id"], "deployment", "succeeded", 3, serial="02"))
+        assert await held() is None
+
+    async def test_a_failure_of_before_holds_nothing(self, app: Any, owner: Account) -> None:
+        domain = await good(app, owner)
+        await self._events(app, NewEvent(domain["id"], "issuance", "failed", 1, error_code="dns"))
+        await owner.client.patch(f"/v1/domains/{domain['id']}", json={"failure_policy": "hold"})
+        async with app.state.db.read() as reader:
+            assert failure_policy.may_try(await store.find(reader, domain["id"]))
+        await self._events(app, NewEvent(domain["id"], "issuance", "failed", 2, error_code="dns"))
+        async with app.state.db.read() as reader:
+            assert not failure_policy.may_try(await store.find(reader, domain["id"]))

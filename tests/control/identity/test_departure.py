@@ -84,7 +84,7 @@ class TestExport:
         problem(await owner.client.get(f"/v1/org/exports/{export}/download"), 409, "export.not_ready")
         await maintenance.export_organization(context, await job(db, export))
         found = await content(owner, export)
-        assert found.keys() == exports.SOURCES.keys() | {"tunnels", "tunnel_usage", "usage"}
+        assert found.keys() == exports.SOURCES.keys() | {"domains", "tunnels", "tunnel_usage", "usage"}
         assert {m["email"] for m in found["members"]} == {owner.email, member.email}
         assert [t["name"] for t in found["tunnels"]] == ["web"]
         assert [(k["id"], "digest" in k) for k in found["keys"]] == [(key["id"], False)]
