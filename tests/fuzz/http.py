@@ -30,7 +30,7 @@ from portico.agent.target import Target
 from portico.relay import heads
 from portico.relay.challenges import Challenges
 from portico.relay.door import Door
-from portico.relay.http1 import READ_SIZE, Visitor
+from portico.relay.http1 import BULK_READ, Visitor
 from portico.relay.listeners import PublicServer
 from portico.relay.peers import RemoteTunnel
 from portico.relay.snapshot import Snapshot
@@ -238,8 +238,8 @@ class Server(PublicServer):
     def __init__(self, settings: RelaySettings, session: Session, policy: Mapping[str, Any] = NO_POLICY) -> None:
         self.settings = settings
         self.loop = asyncio.get_running_loop()
-        self.buffer = memoryview(bytearray(READ_SIZE))
-        self.buffer_view = self.buffer[:]
+        self.buffer = memoryview(bytearray(BULK_READ))
+        self.bulk_view = self.buffer_view = self.buffer[:]
         self.head_view = self.buffer_view
         self.connections, self.turned_away = set(), set()
         self.refusals: Counter[str] = Counter()

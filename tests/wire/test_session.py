@@ -359,11 +359,10 @@ class TestFlowControl:
         session.next_turn()
         before, session.turn = session.send_credit, 0
         for stream in streams:
-            stream.send_data(bytes(stream.sendable()))
-        assert before - session.send_credit < (KEEPS_QUANTUM + 1) * TURN
+            stream.send_data(bytes(min(stream.sendable(), 2 * QUANTUM)))  # as much as a read brings
+        assert before - session.send_credit <= 2 * (KEEPS_QUANTUM + 1) * TURN
 
-    def test_a_turn_has_no_more_than_its_quantum(self) -> None:
-        """Its credit may be sixteen times as much; what is above the turn's own room waits for the next."""
+    def test_what_a_read_brings_above_the_quantum_is_paid_by_the_turn(self) -> None:
         session, events = session_in("greeted", "relay")
         stream = session.open_request(1, POST, 0, events.sink(1))
         stream.send_data(bytes(FIRST))
@@ -372,10 +371,10 @@ class TestFlowControl:
         stream.wait()
         session.next_turn()
         session.turn = 0
-        assert (events.events, stream.sendable()) == ([("credit", 1)], QUANTUM)
+        assert events.events == [("credit", 1)]
         stream.send_data(bytes(1000))
-        assert (session.turn, stream.sendable()) == (0, QUANTUM - 1000)
-        stream.send_data(bytes(QUANTUM))  # who did not ask pays with the turn
+        assert session.turn == 0 < stream.sendable()
+        stream.send_data(bytes(QUANTUM))
         assert (session.turn, stream.sendable()) == (-1000, 0)
 
     def test_a_stream_without_credit_has_no_turn_and_hears_of_its_credit(self) -> None:

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("portico.relay.http1")
 
-#: Bytes of body that one read may take.
+#: Bytes of body that one read may take, and that may be kept of a request until there is credit for them.
 READ_SIZE: Final = 65_536
+#: The same where all of it can go on at once: nothing of it is kept.
+BULK_READ: Final = 131_072
 #: The same where no body is due: a read is parsed in one go, and 64 KiB of pipelined requests held the loop for 15 ms.
 HEAD_READ: Final = 4096
 #: Bytes of a request body that are read and thrown away after a refusal, before the connection is cut.
@@ -124,6 +126,8 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
         current = self.current
         if current is not None and current.sending and (self.raw or self.parsing is current):
             room = current.credit_room()
+            if room >= BULK_READ:
+                return self.server.bulk_view
             if 0 < room < READ_SIZE:
                 return self.server.buffer[:room]
             return self.server.buffer_view
@@ -244,7 +248,7 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
         except httptools.HttpParserError:
             self.fault = self.fault or "edge.bad_request"
         if self.parsing is not None and not self.in_head and not self.parsing.received:
-            self.quiet_bytes += len(data)
+            self.quiet_bytes = max(0, self.quiet_bytes + len(data))
             if self.quiet_bytes > self.server.settings.max_head_bytes and self.parsing.with_body:
                 self.fault = self.fault or "edge.head_too_large"
         if self.in_head:
@@ -366,7 +370,7 @@ class Visitor(Repeats, asyncio.BufferedProtocol):
             self.queue.append(exchange)
 
     def on_body(self, body: bytes) -> None:
-        self.quiet_bytes = -READ_SIZE  # a read that brought body is not quiet, however it ends
+        self.quiet_bytes = -BULK_READ  # a read that brought body is not quiet, however it ends
         self.body_at = self.server.now
         if self.parsing is not None:
             self.parsing.body(body)

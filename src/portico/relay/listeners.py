@@ -30,7 +30,7 @@ from portico.relay.door import Door
 from portico.relay.exchange import Exchange
 from portico.relay.heads import STATUS_LINES
 from portico.relay.holding import Holding
-from portico.relay.http1 import HEAD_READ, READ_SIZE, Visitor, plain_address
+from portico.relay.http1 import BULK_READ, HEAD_READ, READ_SIZE, Visitor, plain_address
 from portico.relay.introduction import Introduction
 from portico.relay.peers import Peers, RemoteTunnel
 from portico.relay.proxied import ProxiedVisitor
@@ -99,8 +99,8 @@ class PublicServer:
         self.challenges = Challenges(snapshot)
         self.agents = agents
         self.loop = asyncio.get_running_loop()
-        self.buffer = memoryview(bytearray(READ_SIZE))
-        self.buffer_view = self.buffer[:]
+        self.buffer = memoryview(bytearray(BULK_READ))
+        self.bulk_view, self.buffer_view = self.buffer[:], self.buffer[:READ_SIZE]
         self.head_view = self.buffer[:HEAD_READ]
         self.idle_seconds = settings.idle_timeout_seconds
         self.first_byte_seconds = settings.first_byte_timeout_seconds or math.inf

@@ -46,7 +46,8 @@ _SESSION_RETURN = f.SESSION_WINDOW // 4
 PROVEN = 8_388_608
 #: Bytes of a stream that go ahead of bulk.
 FIRST = 16_384
-#: Bytes of bulk that one turn of the loop takes up, and what a stream may send of it that had to wait.
+#: Bytes of bulk that one turn of the loop takes up, and what a stream may send of it that had to wait; its last read may be
+#: larger, which the turn pays for.
 TURN, QUANTUM = 262_144, 65_536
 #: Turns for which a stream keeps what it did not use of its quantum.
 KEEPS_QUANTUM = 4
@@ -179,14 +180,10 @@ class Stream:
         if self.sent < FIRST:
             if session.congested and session.spare <= 0:
                 return 0
-        elif session.congested:
+        elif session.congested or (session.turn <= 0 and self.granted() <= 0):
             return 0
         else:
             room -= KEPT
-            if session.turn <= 0:
-                granted = self.granted()
-                if room > granted:
-                    room = granted
         credit = self.send_credit
         return credit if credit < room else room if room > 0 else 0
 
