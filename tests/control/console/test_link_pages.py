@@ -23,14 +23,16 @@ async def _reset_token(browser: httpx.AsyncClient, app: Any, email: str) -> str:
     return (await last(app, email, "account.reset")).token
 
 
-async def test_opening_a_link_uses_nothing_up_and_hides_it(owner: Account, connect: Any, app: Any) -> None:
+async def test_opening_a_link_uses_nothing_up_and_hides_it(
+    owner: Account, connect: Any, sign_in: SignIn, app: Any
+) -> None:
     token = (await last(app, owner.email, "account.verify")).token
     for _ in range(2):  # a mail scanner, and its second look
         scanner = connect()
         page = await scanner.get(f"/verify-email?token={token}", follow_redirects=True)
         assert page.url.query == b""
         assert token not in page.text
-    browser = connect()
+    browser = await sign_in(owner)
     first = await browser.get(f"/verify-email?token={token}")
     assert first.status_code == 303
     assert first.headers["location"] == "/verify-email"
@@ -54,15 +56,38 @@ async def test_a_link_that_is_none(browser: httpx.AsyncClient, link: Any) -> Non
     for token in ("x" * 500, "€", "a\r\nSet-Cookie: b=c", '";', "", new_token("ev"), new_token("pr")):
         first = await browser.get(link.path, params={"token": token})
         assert first.status_code == 303 and len(first.headers.get_list("set-cookie")) == 1
-        page = await browser.get(link.path)
-        form = {"form_token": form_token(page), "password": NEW}
+        assert (await browser.get(link.path)).status_code == 200
+        form = {"form_token": form_token(await browser.get("/sign-in")), "password": NEW}
         answer = await browser.post(link.path, data=form)
         assert answer.status_code == 400 and "This link is over" in answer.text
 
 
-async def test_another_site_cannot_use_a_link_that_is_open(
-    owner: Account, browser: httpx.AsyncClient, app: Any
+async def test_who_is_not_signed_in_signs_in_or_takes_the_account_over(
+    owner: Account, stranger: Account, browser: httpx.AsyncClient, sign_in: SignIn, app: Any
 ) -> None:
+    token = (await last(app, owner.email, "account.verify")).token
+    other = await sign_in(stranger)
+    page = await other.get(f"/verify-email?token={token}", follow_redirects=True)
+    assert "You are signed in to another one" in page.text and "Verify address</button>" not in page.text
+    page = await browser.get(f"/verify-email?token={token}", follow_redirects=True)
+    assert 'href="/sign-in?next=/verify-email"' in page.text
+    refused = await browser.post("/verify-email", data={"form_token": form_token(page)})  # the button of another page
+    assert (refused.status_code, "Not signed in" in problem_text(refused)) == (403, True)
+    # Signed in, the browser comes back, and has the link still.
+    page = await browser.get("/sign-in?next=/verify-email")
+    form = {"form_token": form_token(page), "email": owner.email, "password": PASSWORD, "next": "/verify-email"}
+    page = await browser.post("/sign-in", data=form, follow_redirects=True)
+    assert "Verify address</button>" in page.text
+    # Somebody who reads the mail and did not make the account.
+    page = await other.get("/verify-email")
+    taken = await other.post("/verify-email", data={"form_token": form_token(page), "password": NEW})
+    assert taken.status_code == 303 or "Address verified" in taken.text
+    page = await browser.get("/account/security")
+    assert page.status_code == 303 and page.headers["location"].startswith("/sign-in")
+
+
+async def test_another_site_cannot_use_a_link_that_is_open(owner: Account, sign_in: SignIn, app: Any) -> None:
+    browser = await sign_in(owner)
     token = (await last(app, owner.email, "account.verify")).token
     page = await browser.get(f"/verify-email?token={token}", follow_redirects=True)
     answer = await browser.post(
@@ -113,6 +138,8 @@ async def test_another_address(owner: Account, sign_in: SignIn, connect: Any, ap
     token = (await last(app, form["email"], "account.change_email")).token
     other = connect()
     page = await other.get(f"/change-email?token={token}", follow_redirects=True)
-    done = await other.post("/change-email", data={"form_token": form_token(page)})
+    assert "Change address</button>" not in page.text and 'href="/sign-in?next=/change-email"' in page.text
+    page = await browser.get(f"/change-email?token={token}", follow_redirects=True)
+    done = await browser.post("/change-email", data={"form_token": form_token(page)})
     assert f"<strong>{form['email']}</strong>" in done.text
     assert form["email"] in (await browser.get("/account/security")).text

@@ -96,9 +96,10 @@ async def test_ends_with_the_session(
     await thief.finds_nothing(db)
 
 
-async def test_who_signs_out_may_still_follow_the_link(thief: Thief) -> None:
+async def test_who_signs_out_may_still_follow_the_link_when_signed_in_again(thief: Thief) -> None:
     assert (await thief.client.post("/v1/auth/logout")).status_code == 204
-    answer = await thief.out.post("/v1/auth/email/confirm", json={"token": thief.link})
+    problem(await thief.out.post("/v1/auth/email/confirm", json={"token": thief.link}), 403, "auth.link_unproved")
+    answer = await thief.owner.client.post("/v1/auth/email/confirm", json={"token": thief.link})
     assert answer.json() == {"email": thief.address}
 
 

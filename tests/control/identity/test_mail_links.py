@@ -38,7 +38,7 @@ async def _login(client: httpx.AsyncClient, email: str, password: str = PASSWORD
 
 async def _verified(account: Account, client: httpx.AsyncClient, app: Any) -> None:
     letter = await last(app, account.email, "account.verify")
-    assert (await _post(client, "email/verify", token=letter.token)).status_code == 200
+    assert (await _post(account.client, "email/verify", token=letter.token)).status_code == 200
 
 
 async def _audit(db: Database, action: str) -> list[Any]:
@@ -56,10 +56,10 @@ class TestVerify:
         (letter,) = await letters(app, owner.email)
         assert letter.topic == "account.verify"
         assert "Acme" in letter.text
-        answer = await _post(client, "email/verify", token=letter.token)
+        answer = await _post(owner.client, "email/verify", token=letter.token)
         assert answer.status_code == 200
         assert answer.json() == {"email": owner.email}
-        problem(await _post(client, "email/verify", token=letter.token), 400, "auth.link_invalid")
+        problem(await _post(owner.client, "email/verify", token=letter.token), 400, "auth.link_invalid")
         async with db.read() as reader:
             assert await reader.scalar(sa.select(users.c.email_verified_at).where(users.c.id == owner.user)) is not None
         rows = (await owner.client.get("/v1/audit", params={"action": "user.verify_email"})).json()["data"]
@@ -67,7 +67,7 @@ class TestVerify:
 
     async def test_of_two_at_once_one_wins(self, owner: Account, client: httpx.AsyncClient, app: Any) -> None:
         token = (await last(app, owner.email, "account.verify")).token
-        answers = await asyncio.gather(*(_post(client, "email/verify", token=token) for _ in range(5)))
+        answers = await asyncio.gather(*(_post(owner.client, "email/verify", token=token) for _ in range(5)))
         assert sorted(a.status_code for a in answers) == [200, 400, 400, 400, 400]
 
     async def test_links_end(
@@ -92,7 +92,7 @@ class TestVerify:
         problem(await _post(owner.client, "email/resend"), 429, "auth.throttled")
         found = await letters(app, owner.email, "account.verify")
         assert len({letter.token for letter in found}) == settings.account_mails_per_window + 1
-        assert (await _post(client, "email/verify", token=found[0].token)).status_code == 200  # each of them
+        assert (await _post(owner.client, "email/verify", token=found[0].token)).status_code == 200  # each of them
 
     async def test_no_more_links_once_it_is_done(self, owner: Account, client: httpx.AsyncClient, app: Any) -> None:
         await _verified(owner, client, app)
@@ -244,8 +244,31 @@ class TestForgot:
 class TestSquatting:
     """Somebody registered another's address, and waits for them to use the account."""
 
+    async def test_a_link_alone_verifies_nothing(
+        self, owner: Account, stranger: Account, client: httpx.AsyncClient, app: Any, db: Database, connect: Any
+    ) -> None:
+        """Else the account would count as theirs with the squatter's password, keys and passkeys in it."""
+        token, key = (await last(app, owner.email, "account.verify")).token, await owner.key("agent")
+        for who in (client, stranger.client, connect(key["key"])):
+            problem(await _post(who, "email/verify", token=token), 403, "auth.link_unproved")
+        async with db.read() as reader:
+            assert await reader.scalar(sa.select(users.c.email_verified_at).where(users.c.id == owner.user)) is None
+        problem(await _post(client, "email/verify", token=token, password="short"), 400, "auth.password_weak")
+        assert (await _post(owner.client, "email/verify", token=token)).status_code == 200  # it was not used up
+        problem(await _post(client, "email/verify", token=token, password=NEW), 400, "auth.link_invalid")
+
+    async def test_a_spare_link_takes_no_verified_account_over(
+        self, owner: Account, client: httpx.AsyncClient, app: Any
+    ) -> None:
+        await _post(owner.client, "email/resend")
+        one, other = await letters(app, owner.email, "account.verify")
+        assert (await _post(owner.client, "email/verify", token=one.token)).status_code == 200
+        problem(await _post(client, "email/verify", token=other.token, password=NEW), 400, "auth.link_invalid")
+        assert (await owner.client.get("/v1/whoami")).status_code == 200
+
+    @pytest.mark.parametrize("path", ["password/reset", "email/verify"])
     async def test_the_owner_takes_the_account_over(
-        self, owner: Account, client: httpx.AsyncClient, app: Any, db: Database, connect: Any
+        self, path: str, owner: Account, client: httpx.AsyncClient, app: Any, db: Database, connect: Any
     ) -> None:
         key = await owner.key("api")
         async with db.transaction() as tx:
@@ -257,7 +280,9 @@ class TestSquatting:
                 "aaguid": "",
                 "backed_up": False,
             }
-            await tx.execute(sa.insert(passkeys).values(id="psk_1", credential_id=owner.user.encode(), **row))
+            await tx.execute(
+                sa.insert(passkeys).values(id=f"psk_{owner.user}", credential_id=owner.user.encode(), **row)
+            )
             await tx.execute(
                 sa.insert(totp_keys).values(user_id=owner.user, sealed_secret=b"", confirmed_at=sa.func.now())
             )
@@ -265,9 +290,9 @@ class TestSquatting:
         problem(await client.post("/v1/auth/register", json={"email": owner.email, "password": NEW, "organization": "X"}), 409,
                 "auth.email_taken")  # fmt: skip
         await _post(client, "password/forgot", email=owner.email)
-        letter = await last(app, owner.email, "account.reset")
-        assert "never verified" in letter.text
-        assert (await _post(client, "password/reset", token=letter.token, password=NEW)).status_code == 200
+        letter = await last(app, owner.email, "account.reset" if path == "password/reset" else "account.verify")
+        assert ("never verified" if path == "password/reset" else "choose a password") in letter.text
+        assert (await _post(client, path, token=letter.token, password=NEW)).status_code == 200
 
         problem(await owner.client.get("/v1/whoami"), 401, "auth.session_ended")
         problem(await _post(client, "refresh", refresh_token=owner.refresh), 401, "auth.session_ended")
@@ -345,7 +370,8 @@ class TestChangeAddress:
         assert (await _post(owner.client, "email/change", email=new)).status_code == 202
         assert (await _login(client, new)).status_code == 401
         token = (await last(app, new, "account.change_email")).token
-        answer = await _post(client, "email/confirm", token=token)
+        problem(await _post(client, "email/confirm", token=token), 403, "auth.link_unproved")
+        answer = await _post(owner.client, "email/confirm", token=token)
         assert answer.json() == {"email": new}
         assert (await _login(client, new)).status_code == 200
         problem(await _login(client, owner.email), 401, "auth.credentials_invalid")
@@ -364,7 +390,9 @@ class TestChangeAddress:
         problem(await _post(client, "email/confirm", token=token), 400, "auth.link_invalid")
         await _post(owner.client, "email/change", email=stranger.email)
         token = (await last(app, stranger.email, "account.change_email")).token
-        problem(await _post(client, "email/confirm", token=token), 409, "auth.email_taken")
+        # Whoever reads that mail adds no address to somebody else's account, in which others' ways in are.
+        problem(await _post(stranger.client, "email/confirm", token=token), 403, "auth.link_unproved")
+        problem(await _post(owner.client, "email/confirm", token=token), 409, "auth.email_taken")
         assert (await _login(client, owner.email)).status_code == 200
 
     async def test_needs_a_recent_sign_in(

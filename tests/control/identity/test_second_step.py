@@ -228,7 +228,7 @@ class TestSigningIn:
         self, owner: Account, phone: App, client: httpx.AsyncClient, app: Any
     ) -> None:
         """Who reads somebody's mail still lacks their phone."""
-        await _post(client, "email/verify", token=(await last(app, owner.email, "account.verify")).token)
+        await _post(owner.client, "email/verify", token=(await last(app, owner.email, "account.verify")).token)
         await _post(client, "password/forgot", email=owner.email)
         token = (await last(app, owner.email, "account.reset")).token
         assert (await _post(client, "password/reset", token=token, password=NEW)).status_code == 200

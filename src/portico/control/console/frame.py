@@ -75,7 +75,7 @@ _ADVICE: Final[Mapping[str, str]] = {
 
 # Paths that a form may lead to: pages of ours that show something, without a scheme or host to be fooled about.
 _NEXT = re.compile(
-    r"/(?:account|check-mail|device|invitation|organizations)(?:/[a-z-]{1,32}){0,2}(?:\?code=[A-Za-z-]{1,16})?"
+    r"/(?:account|change-email|check-mail|device|invitation|organizations|verify-email)(?:/[a-z-]{1,32}){0,2}(?:\?code=[A-Za-z-]{1,16})?"
 )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from fastapi import APIRouter, Request, Response
 
@@ -31,7 +31,9 @@ router = APIRouter(include_in_schema=False, route_class=PageRoute)
 LINK: Final = "portico_link"
 _LINK_SECONDS: Final = 1800
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_]{1,128}")
-_SHOWN: Final = frozenset({"auth.email_taken", "auth.password_weak", "auth.throttled", "console.form_rejected"})
+_SHOWN: Final = frozenset(
+    {"auth.email_taken", "auth.link_unproved", "auth.password_weak", "auth.throttled", "console.form_rejected"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,19 @@ class Link:
 
 
 async def _verify(request: Request, token: str, fields: dict[str, str]) -> str:
-    return await identity_of(request).accounts.verify_email(access.anonymous(request), token)
+    password = inputs.password(fields) if "password" in fields else None
+    accounts = identity_of(request).accounts
+    return await accounts.verify_email(access.anonymous(request), token, await _person(request), password)
 
 
 async def _change(request: Request, token: str, fields: dict[str, str]) -> str:
-    return await identity_of(request).accounts.confirm_email(access.anonymous(request), token)
+    accounts = identity_of(request).accounts
+    return await accounts.confirm_email(access.anonymous(request), token, await _person(request))
+
+
+async def _person(request: Request) -> str | None:
+    person = await browser.signed_in(request)
+    return person.user_id if person is not None else None
 
 
 async def _reset(request: Request, token: str, fields: dict[str, str]) -> str:
@@ -99,12 +109,16 @@ def _serve(link: Link) -> None:
 async def _page(request: Request, link: Link, problem: Problem | None = None) -> Response:
     if not browser.cookie(request, LINK):
         return await frame.page(request, "link_over.html", path_of_link=link.path, status=400)
-    settings: Any = request.app.state.settings
-    return await frame.page(request, link.template, problem, shortest=settings.password_min_length)
+    settings, identity, person = request.app.state.settings, identity_of(request), await _person(request)
+    async with identity.db.read() as reader:
+        own = await identity.accounts.follows_own(reader, browser.cookie(request, LINK), person)
+    return await frame.page(
+        request, link.template, problem, shortest=settings.password_min_length, own=own, elsewhere=person is not None
+    )
 
 
 async def _done(request: Request, link: Link, email: str) -> Response:
-    if link.path == "/reset-password":
+    if link.path == "/reset-password" or await browser.signed_in(request) is None:  # the password is new
         return frame.to("/sign-in?said=reset")
     return await frame.page(request, "link_done.html", path_of_link=link.path, email=email)
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel, Field, StringConstraints
 
-from portico.control.access import Caller, InTx, Reading, require_recent
+from portico.control.access import Caller, InTx, Reading, identify, require_recent
 from portico.control.identity.api import (
     Anybody,
     Body,
@@ -29,6 +29,7 @@ from portico.control.identity.api import (
 )
 from portico.control.identity.proofs import Proof
 from portico.control.requests import JsonRoute, UnitOfWork
+from portico.errors import Problem
 
 router = APIRouter(prefix="/auth", tags=["account"], route_class=JsonRoute)
 own = APIRouter(prefix="/auth", tags=["account"], route_class=UnitOfWork)
@@ -49,6 +50,12 @@ class LinkBody(Body):
     """The token of a link that came by mail."""
 
     token: Link
+
+
+class VerifyBody(LinkBody):
+    """The token, and a new password from whoever is not signed in to the account that it is of."""
+
+    password: Password | None = None
 
 
 class ForgotBody(Body):
@@ -180,10 +187,23 @@ class ProvenAnswer(BaseModel):
 # --- the address
 
 
+async def _signed_in(request: Request) -> str | None:
+    """The person whose access token came along, if one did; these routes are for anybody."""
+    try:
+        found = await identify(request)
+    except Problem:
+        return None
+    return found.user_id if found.kind == "person" else None
+
+
 @router.post("/email/verify", response_model=Address)
-async def verify_email(body: LinkBody, service: Service, who: Anybody) -> Any:
-    """Verify the address of an account by the link that was mailed to it. A link works once."""
-    return {"email": await service.accounts.verify_email(who, body.token)}
+async def verify_email(request: Request, body: VerifyBody, service: Service, who: Anybody) -> Any:
+    """Verify the address of an account by the link that was mailed to it. A link works once.
+
+    With the access token of a session of that account, it is verified. Without one, whoever made it may be somebody else: a new
+    `password` takes it over, and everything ends that was there to sign in by: sessions, keys, second steps and passkeys.
+    """
+    return {"email": await service.accounts.verify_email(who, body.token, await _signed_in(request), body.password)}
 
 
 @router.post("/email/resend", status_code=202, response_class=Response)
@@ -201,9 +221,10 @@ async def change_email(body: ChangeEmailBody, service: Service, who: Recent) -> 
 
 
 @router.post("/email/confirm", response_model=Address)
-async def confirm_email(body: LinkBody, service: Service, who: Anybody) -> Any:
-    """Make a new address the account's by the link that was mailed to it. The old address is told."""
-    return {"email": await service.accounts.confirm_email(who, body.token)}
+async def confirm_email(request: Request, body: LinkBody, service: Service, who: Anybody) -> Any:
+    """Make a new address the account's by the link that was mailed to it, with the access token of a session of that account.
+    The old address is told."""
+    return {"email": await service.accounts.confirm_email(who, body.token, await _signed_in(request))}
 
 
 # --- the password

@@ -2,7 +2,8 @@
 
 A link by mail proves that mail to the address reaches whoever opens it. It is a token with one use and a short life, of which we
 keep a digest. An account whose address was never verified may be a stranger's who typed somebody else's address first: who opens
-a link to it takes it over, and everything that let the stranger in ends.
+a link to it takes it over, and everything that let the stranger in ends. So a link alone verifies nothing: whoever follows it is
+signed in to the account, or chooses its password anew.
 """
 
 from __future__ import annotations
@@ -83,13 +84,33 @@ class Accounts:
             await self.welcome(tx, caller, user_id, person.email, organization.name if organization else "")
             await audit.record(tx, caller, "user.verify_mail", user_id)
 
-    async def verify_email(self, caller: Caller, token: str) -> str:
-        """Note that the address that got ``token`` is its account's; returns it. Raises ``auth.link_invalid``."""
+    async def verify_email(self, caller: Caller, token: str, user_id: str | None, password: str | None = None) -> str:
+        """Note that the address that got ``token`` is its account's; returns it.
+
+        ``user_id``: whose session the link was followed in. Anybody else gives a new ``password`` and takes the account over, as
+        by ``reset``. Raises ``auth.link_invalid``, ``auth.link_unproved`` (the link stays good), ``auth.password_weak``.
+        """
+        hashed = None if password is None else await self._hashed("verify", token, password)
         async with self._db.transaction() as tx:
             person = await self._use_own(tx, "verify", token)
-            if person.email_verified_at is None:
-                await self._verified(tx, caller, person)
+            if person.id == user_id:
+                if person.email_verified_at is None:
+                    await self._verified(tx, caller, person)
+            elif hashed is None:
+                raise Problem("auth.link_unproved")  # rolls back: the link is not used up
+            elif person.email_verified_at is not None:
+                raise Problem("auth.link_invalid")  # nobody's to take over; a forgotten password has another link
+            else:
+                await self._set_anew(tx, caller, person, hashed)
         return str(person.email)
+
+    async def follows_own(self, reader: Reader, token: str, user_id: str | None) -> bool:
+        """Whether a link to verify an address, or to change it, is of the account of ``user_id``."""
+        for purpose, kind in _KIND.items():
+            if user_id is not None and check_token(token) == kind:
+                row = await account_store.token(reader, digest(token), purpose, self._clock.wall())
+                return row is not None and row.user_id == user_id
+        return False
 
     async def _verified(self, tx: Tx, caller: Caller, person: Any) -> None:
         await account_store.update_user(tx, person.id, email_verified_at=self._clock.wall())
@@ -112,15 +133,19 @@ class Accounts:
             await self._letters.tell(tx, caller, person.email, "email_asked", detail=f"It is to be {email}.")
             await audit.record(tx, caller, "user.change_email_mail", user_id, details={"email": email})
 
-    async def confirm_email(self, caller: Caller, token: str) -> str:
+    async def confirm_email(self, caller: Caller, token: str, user_id: str | None) -> str:
         """Make the address that got ``token`` the account's; returns it. The old address is told, its links are void.
 
-        Raises ``auth.link_invalid``, ``auth.email_taken``.
+        ``user_id``: whose session the link was followed in. Of another account, which somebody wants to have this address, the
+        reader of the mail learns nothing, and does nothing for it. Raises ``auth.link_invalid``, ``auth.link_unproved``,
+        ``auth.email_taken``.
         """
         now = self._clock.wall()
         try:
             async with self._db.transaction() as tx:
                 row, person = await self._use(tx, "change", token)
+                if person.id != user_id:
+                    raise Problem("auth.link_unproved")  # rolls back: the link is not used up
                 await account_store.update_user(tx, person.id, email=row.email, email_verified_at=now)
                 await account_store.drop_tokens(tx, person.id, "verify", "reset", "sign_in")
                 home = await account_store.home(tx, person.id)
@@ -172,30 +197,37 @@ class Accounts:
 
         Raises ``auth.link_invalid``, ``auth.password_weak``.
         """
-        now = self._clock.wall()
+        hashed = await self._hashed("reset", token, password)
+        async with self._db.transaction() as tx:
+            person = await self._use_own(tx, "reset", token)
+            await self._set_anew(tx, caller, person, hashed)
+        return str(person.email)
+
+    async def _hashed(self, purpose: str, token: str, password: str) -> str:
+        """The digest of a password that is to be set by a link. Raises ``auth.link_invalid``, ``auth.password_weak``."""
         async with self._db.read() as reader:  # before argon2 runs for it
-            if check_token(token) != _KIND["reset"]:
+            if check_token(token) != _KIND[purpose]:
                 raise Problem("auth.link_invalid")
-            found = await account_store.token(reader, digest(token), "reset", now)
+            found = await account_store.token(reader, digest(token), purpose, self._clock.wall())
         if found is None:
             raise Problem("auth.link_invalid")
         self._passwords.accept(password, found.email)
-        hashed = await self._passwords.hash(password)
-        async with self._db.transaction() as tx:
-            person = await self._use_own(tx, "reset", token)
-            taken_over = person.email_verified_at is None
-            facts: dict[str, Any] = {"taken_over": taken_over}
-            others = False
-            if taken_over:  # first, since whoever ends keys and sessions of a person holds the keys first
-                facts |= await self._take_over(tx, person.id, now)
-                others = await account_store.has_company(tx, person.id)
-                await account_store.update_user(tx, person.id, email_verified_at=now)
-            facts["sessions"] = await self._set_password(tx, person.id, hashed, None, "the password was reset", now)
-            home = await account_store.home(tx, person.id)
-            await audit.record(tx, caller, "user.reset_password", person.id, details=facts, organization=home)
-            what, detail = ("taken_over", _COMPANY if others else "") if taken_over else ("reset", "")
-            await self._letters.tell(tx, caller, person.email, what, detail=detail)
-        return str(person.email)
+        return await self._passwords.hash(password)
+
+    async def _set_anew(self, tx: Tx, caller: Caller, person: Any, hashed: str) -> None:
+        """Set the password of a held person who followed a link; one whose address was not verified takes the account over."""
+        now, taken_over = self._clock.wall(), person.email_verified_at is None
+        facts: dict[str, Any] = {"taken_over": taken_over}
+        others = False
+        if taken_over:  # first, since whoever ends keys and sessions of a person holds the keys first
+            facts |= await self._take_over(tx, person.id, now)
+            others = await account_store.has_company(tx, person.id)
+            await account_store.update_user(tx, person.id, email_verified_at=now)
+        facts["sessions"] = await self._set_password(tx, person.id, hashed, None, "the password was reset", now)
+        home = await account_store.home(tx, person.id)
+        await audit.record(tx, caller, "user.reset_password", person.id, details=facts, organization=home)
+        what, detail = ("taken_over", _COMPANY if others else "") if taken_over else ("reset", "")
+        await self._letters.tell(tx, caller, person.email, what, detail=detail)
 
     async def change_password(self, caller: Caller, current: str, password: str) -> None:
         """Set a new password, knowing the current one; every other session ends.
