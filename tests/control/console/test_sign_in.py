@@ -16,6 +16,7 @@ from portico.kit.ids import check_token
 from portico.settings import ApiSettings
 from tests.control.conftest import PASSWORD, Account, MovableClock
 from tests.control.console.conftest import SignIn, form_token, problem_text
+from tests.control.identity.mailbox import last
 
 SESSIONS = "/account/sessions"
 HOME = "/account/security"
@@ -54,6 +55,30 @@ class TestForm:
     async def test_who_is_signed_in_goes_on(self, owner: Account, sign_in: SignIn) -> None:
         browser = await sign_in(owner)
         assert (await browser.get("/sign-in?next=/device")).headers["location"] == "/device"
+
+    @pytest.mark.parametrize("another", [False, True])
+    async def test_signing_in_again_ends_the_session_that_this_browser_had(
+        self, another: bool, owner: Account, stranger: Account, sign_in: SignIn, connect: Any
+    ) -> None:
+        """Of the same person, or of another on a shared machine: nobody would sign out of it any more."""
+        browser, copy = await sign_in(owner), connect()
+        copy.cookies.update(dict(browser.cookies))
+        token = form_token(await browser.get(SESSIONS))
+        form = {"form_token": token, "email": (stranger if another else owner).email, "password": PASSWORD}
+        assert (await browser.post("/sign-in", data={**form, "password": "wrong-Password-1"})).status_code == 401
+        assert (await copy.get(HOME)).status_code == 200
+        assert (await browser.post("/sign-in", data=form)).status_code == 303
+        assert (await browser.get(HOME)).status_code == 200
+        assert (await copy.get(HOME)).headers["location"].startswith("/sign-in")
+        assert (await owner.client.get("/v1/whoami")).status_code == 200  # a session of another program
+
+    async def test_signing_out_leaves_no_link_behind(self, owner: Account, sign_in: SignIn, app: Any) -> None:
+        browser = await sign_in(owner)
+        token = (await last(app, owner.email, "account.verify")).token
+        await browser.get(f"/verify-email?token={token}")
+        assert "portico_link" in browser.cookies
+        await browser.post("/sign-out", data={"form_token": form_token(await browser.get(SESSIONS))})
+        assert not {"portico_link", "portico_session"} & set(browser.cookies)
 
     async def test_sent_twice_signs_in_once_and_leads_on(self, owner: Account, browser: httpx.AsyncClient) -> None:
         form = {

@@ -100,6 +100,22 @@ class TestSettingUp:
         problem(await _post(owner.client, "mfa/totp/confirm", code=wrong), 400, "auth.proof_invalid")
         assert (await owner.client.get("/v1/auth/mfa")).json()["totp"] is False
 
+    async def test_a_key_that_was_shown_long_ago_is_confirmed_by_nobody(
+        self, owner: Account, client: httpx.AsyncClient, clock: MovableClock, connect: Any, settings: ApiSettings
+    ) -> None:
+        """Whoever saw the screen, or the session, then has it too."""
+        started = (await _post(owner.client, "mfa/totp")).json()
+        clock.advance(settings.totp_setup_seconds + 1)
+        fresh = (await _post(client, "refresh", refresh_token=owner.refresh)).json()
+        again = connect(fresh["access_token"])
+        assert (await _post(again, "step-up", password=PASSWORD)).status_code == 200
+        code = App(base64.b32decode(started["secret"]), clock, []).code()
+        problem(await _post(again, "mfa/totp/confirm", code=code), 409, "mfa.not_started")
+        anew = (await _post(again, "mfa/totp")).json()
+        assert anew["secret"] != started["secret"]
+        code = App(base64.b32decode(anew["secret"]), clock, []).code()
+        assert (await _post(again, "mfa/totp/confirm", code=code)).status_code == 200
+
     async def test_secrets_are_sealed_and_codes_digests(self, owner: Account, phone: App, db: Database) -> None:
         async with db.read() as reader:
             key = await reader.fetch_one(sa.select(totp_keys).where(totp_keys.c.user_id == owner.user))

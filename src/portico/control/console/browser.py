@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import re
 import secrets
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
@@ -52,6 +53,16 @@ def keep(request: Request, response: Response, name: str, value: str, seconds: i
 def drop(request: Request, response: Response, name: str) -> None:
     """Delete one of our cookies."""
     response.delete_cookie(_named(request, name), path="/", secure=_secure(request), httponly=True, samesite="lax")
+
+
+async def end_before(request: Request) -> None:
+    """End the session that this browser had until now: signed in anew, nobody would ever sign out of it."""
+    if (before := await signed_in(request)) is not None:
+        identity: Identity = request.app.state.identity
+        with suppress(Problem):  # it ended in this moment
+            async with identity.db.transaction() as tx:
+                await identity.logout(tx, before)
+    request.state.__dict__.pop("person", None)
 
 
 async def signed_in(request: Request) -> Caller | None:

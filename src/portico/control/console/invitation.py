@@ -45,6 +45,7 @@ async def accept(request: Request) -> Response:
             password = inputs.password(fields)
             signed = await invitations.register(access.anonymous(request), token, password, client, cookie=True)
             response = frame.to("/organizations?said=joined")
+            await browser.end_before(request)
             browser.keep_session(request, response, signed)
     except Problem as problem:
         if problem.code == "console.form_rejected" and who is not None and not token:

@@ -55,6 +55,7 @@ async def register(request: Request) -> Response:
             return frame.to("/check-mail")  # sent twice: the first one made the account
         return await _page(request, fields, problem)
     response = frame.to("/check-mail")
+    await browser.end_before(request)
     browser.keep_session(request, response, signed)
     return response
 

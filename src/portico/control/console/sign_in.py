@@ -24,6 +24,7 @@ from fastapi.responses import JSONResponse
 from portico.control import access
 from portico.control.console import browser, frame, inputs
 from portico.control.console.frame import PageRoute, identity_of
+from portico.control.console.links import LINK
 from portico.control.identity.passkeys import site
 from portico.control.identity.proofs import Proof
 from portico.control.identity.second_step import SecondStep
@@ -72,7 +73,7 @@ async def sign_in(request: Request) -> Response:
         response = frame.to(f"/sign-in/second?next={quote(after, safe='/')}")
         browser.keep(request, response, STEP, f"{found.mfa_token}.{'-'.join(found.methods)}", found.expires_in)
         return response
-    return _in(request, found, after)
+    return await _in(request, found, after)
 
 
 @router.post("/sign-in/passkey")
@@ -87,7 +88,7 @@ async def sign_in_by_passkey(request: Request) -> Response:
         found = await passkeys.sign_in(who, inputs.credential(fields), client, cookie=True)
     except Problem as problem:
         return await _refused(request, problem) or await _page(request, after, "", problem)
-    return _in(request, found, after)
+    return await _in(request, found, after)
 
 
 @router.post("/sign-in/passkey/options")
@@ -120,7 +121,7 @@ async def second(request: Request) -> Response:
         if problem.code == "auth.mfa_token_invalid":
             return await _again(request, after)
         return await _refused(request, problem) or await _second(request, after, by, problem)
-    return _in(request, found, after)
+    return await _in(request, found, after)
 
 
 @router.post("/sign-in/second/options")
@@ -143,6 +144,10 @@ async def sign_out(request: Request) -> Response:
     response = frame.to(after if after == "/invitation" else "/sign-in?said=out")
     if browser.cookie(request, browser.SESSION):  # none comes along from another site, which so signs nobody out
         browser.drop(request, response, browser.SESSION)
+        if after != "/invitation":  # which is what they sign out for
+            for left in (LINK, STEP):
+                if browser.cookie(request, left):
+                    browser.drop(request, response, left)
     return response
 
 
@@ -162,7 +167,8 @@ def _step(request: Request) -> tuple[str, list[str]]:
     return token, [method for method in _METHODS if method in methods.split("-")]
 
 
-def _in(request: Request, signed: SignedIn, after: str) -> Response:
+async def _in(request: Request, signed: SignedIn, after: str) -> Response:
+    await browser.end_before(request)
     response = frame.to(after)
     browser.keep_session(request, response, signed)
     if browser.cookie(request, STEP):

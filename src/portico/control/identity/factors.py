@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from portico.control.access import Caller
@@ -55,7 +56,7 @@ class Factors:
         """The key that :meth:`start` made and that no code has confirmed yet; ``None`` without one."""
         user_id = caller.user_id or ""
         row, person = await factor_store.totp(reader, user_id), await account_store.user(reader, user_id)
-        if row is None or person is None or row.confirmed_at is not None:
+        if row is None or person is None or row.confirmed_at is not None or self._too_old(row, self._clock.wall()):
             return None
         return self._shown(self._sealer.open(_PURPOSE, user_id, row.sealed_secret), person.email)
 
@@ -90,10 +91,10 @@ class Factors:
         async with self._db.transaction() as tx:
             person = await standing.hold_person(tx, caller)
             row = await factor_store.lock_totp(tx, user_id)
-            if row is None:
-                raise Problem("mfa.not_started")
-            if row.confirmed_at is not None:
+            if row is not None and row.confirmed_at is not None:
                 raise Problem("mfa.already_on")
+            if row is None or self._too_old(row, now):
+                raise Problem("mfa.not_started")
             if (step := self._step(row, code)) is not None:
                 await throttle.forgive(tx, buckets)
                 await factor_store.update_totp(tx, user_id, last_step=step, confirmed_at=now)
@@ -105,6 +106,10 @@ class Factors:
                 return codes
         await audit.refused(self._db, caller, "mfa.enable", user_id, {"reason": "code"})
         raise Problem("auth.proof_invalid")
+
+    def _too_old(self, row: Any, now: datetime) -> bool:
+        """Whether a key was shown so long ago that nobody is about to confirm it: who saw a screen then has it, too."""
+        return bool(now - row.created_at > timedelta(seconds=self._settings.totp_setup_seconds))
 
     async def disable(self, tx: Tx, caller: Caller) -> None:
         """Switch the second step off, and forget the recovery codes. Raises ``mfa.not_on``."""
