@@ -604,6 +604,8 @@ class ApiSettings:
     support_consents_per_organization: int = 10
     # Seconds that a token of support access lives at most; never longer than the consent.
     support_session_seconds: int = 3600
+    # Seconds in which a first code confirms an authenticator app's key; a key that was shown before is made anew.
+    totp_setup_seconds: int = 1800
     # Seconds in which a second operator confirms that a person's second factors are taken away.
     mfa_reset_seconds: int = 86_400
     # What this installation is called in authenticator apps and passkey prompts.
@@ -742,6 +744,10 @@ class ApiSettings:
     channels_per_organization: int = 20
     # Tests of one channel, and codes to it, in one window.
     channel_tests_per_window: int = 5
+    # The same of all channels of an organization, those that were removed meanwhile among them.
+    channel_tests_per_organization: int = 30
+    # Deliveries that an organization has sent again in one window.
+    channel_resends_per_organization: int = 60
     # Seconds of that window.
     channel_test_window_seconds: float = 300.0
     # Seconds that a code to an address is good for.

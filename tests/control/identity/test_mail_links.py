@@ -403,6 +403,17 @@ class TestChangeAddress:
         answer = await _post(connect(fresh["access_token"]), "email/change", email="new@example.com")
         problem(answer, 403, "auth.step_up_required")
 
+    async def test_nobody_uses_up_the_mails_to_an_address_that_another_wants(
+        self, owner: Account, register: Callable[[], Awaitable[Account]], app: Any, connect: Any, settings: ApiSettings
+    ) -> None:
+        codes = []
+        for _ in range(settings.account_mails_per_window + 1):  # each an account of its own
+            thief = await register()
+            there = connect(thief.access, address="198.51.100.7")
+            codes.append((await _post(there, "email/change", email="wanted@example.com")).status_code)
+        assert codes == [202] * settings.account_mails_per_window + [429]
+        assert (await _post(owner.client, "email/change", email="wanted@example.com")).status_code == 202
+
 
 async def test_buckets_hold_no_address_in_clear(owner: Account, client: httpx.AsyncClient, db: Database) -> None:
     await _post(client, "password/forgot", email=owner.email)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -502,3 +503,35 @@ async def test_what_happens_elsewhere_reaches_channels(owner: Account, app: Any)
     assert asked.status_code < 300, asked.text
     rows = await sql(app.state.db, "SELECT topic FROM outbox_messages WHERE driver = 'webhook'")
     assert [row["topic"] for row in rows] == ["organization.deletion"]
+
+
+async def test_channels_that_are_made_anew_test_no_more_than_their_organization_may(
+    owner: Account, app: Any, context: Context
+) -> None:
+    app.state.channels._settings = replace(app.state.settings, channel_tests_per_organization=6)
+    answers = []
+    for _ in range(2):
+        (hook,) = await put(owner, webhook())  # the one before is gone
+        answers += [(await owner.client.post(f"{CHANNELS}/{hook['id']}/test")).status_code for _ in range(5)]
+    assert answers == [202] * 6 + [429] * 4
+    await refused(await owner.client.post(f"{CHANNELS}/{hook['id']}/test"), 429, "notification.throttled")
+
+
+async def test_what_is_sent_again_has_a_limit(
+    owner: Account, stranger: Account, app: Any, receiver: WebhookReceiver, context: Context, monkeypatch: Any
+) -> None:
+    """However many deliveries there are, and of whatever channel; other organizations have theirs."""
+    monkeypatch.setattr(app.state, "settings", replace(app.state.settings, channel_resends_per_organization=2))
+    await put(owner, webhook(receiver.url))
+    first, second = await tell(app, owner.organization, "one"), await tell(app, owner.organization, "two")
+    assert await work(context) == ["delivered", "delivered"]
+    for message in (*first, *second):
+        assert (await owner.client.post(f"{DELIVERIES}/{message}/resend")).status_code == 202
+    assert await work(context) == ["delivered", "delivered"]
+    answer = await owner.client.post(f"{DELIVERIES}/{first[0]}/resend")
+    await refused(answer, 429, "notification.throttled")
+    assert int(answer.headers["retry-after"]) > 0 and len(receiver.got) == 4
+    await put(stranger, webhook(receiver.url))
+    (theirs,) = await tell(app, stranger.organization, "three")
+    assert await work(context) == ["delivered"]
+    assert (await stranger.client.post(f"{DELIVERIES}/{theirs}/resend")).status_code == 202

@@ -105,6 +105,11 @@ async def listing(reader: Reader, chain: str, page: pages.PageRequest, **filters
     return document
 
 
+async def count_lately(reader: Reader, organization: str, action: str, seconds: float) -> int:
+    """How many acts of this name succeeded in an organization in the last ``seconds``; not those that are about to."""
+    return await store.count_lately(reader, organization, action, seconds)
+
+
 def _render(row: Any) -> dict[str, Any]:
     personal = {name.removeprefix("details."): value for name, value in (row.personal or {}).items()}
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, Final
@@ -15,6 +16,7 @@ from portico.control.audit import chain as chains
 from portico.kit import scrub
 from portico.kit.canonical import MAX_INTEGER
 from portico.kit.db import CHAINS, Database, HasConnection, Reader, Tx, metadata
+from portico.kit.ids import first_id
 
 audit_events = sa.Table(
     "audit_events",
@@ -126,8 +128,22 @@ SELECT DISTINCT coalesce(organization_id, 'installation') AS chain FROM audit_ev
 """
 _FACTS = ("actor_kind", "actor_id", "action", "target", "outcome", "request_id")
 _BUFFER: Final = object()
+# What clocks of several machines may differ by.
+_CLOCKS_SECONDS: Final = 60.0
 
 # -- writing -----------------------------------------------------------------------------------------------------------
+
+
+async def count_lately(reader: Reader, organization: str, action: str, seconds: float) -> int:
+    """How many rows of an organization's say that this was done in the last ``seconds``."""
+    query = """
+        SELECT count(*) FROM audit_events
+        WHERE organization_id = $1 AND id >= $2 AND action = $3 AND outcome = 'success'
+          AND at > clock_timestamp() - make_interval(secs => $4)
+    """
+    # Ids sort by time, by the clocks of those who made them: what is older need not be read.
+    first = first_id("aud", time.time() - seconds - _CLOCKS_SECONDS)
+    return int(await reader.raw.fetchval(query, organization, first, action, float(seconds)))
 
 
 def append(tx: Tx, row: dict[str, Any]) -> None:

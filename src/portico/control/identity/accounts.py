@@ -123,7 +123,9 @@ class Accounts:
         Whether another account has it shows to nobody but who reads that mail. Raises ``auth.throttled``, ``auth.session_ended``.
         """
         user_id = caller.user_id or ""
-        await throttle.count(self._db, [self._mails(f"change mail {user_id}"), self._mails(f"change mail to {email}")])
+        # To one address so many from one network: who asks from elsewhere, for an address of theirs, is not kept from it.
+        to = self._mails(f"change mail to {email} from {networks.network(caller.address)}")
+        await throttle.count(self._db, [self._mails(f"change mail {user_id}"), to])
         async with self._db.transaction() as tx:
             person = await standing.hold_person(tx, caller)
             await account_store.drop_tokens(tx, user_id, "change")

@@ -184,7 +184,10 @@ async def list_deliveries(
 
 @router.post("/notification-deliveries/{delivery}/resend", status_code=202, response_model=Sent)
 async def resend_delivery(
-    delivery: Id, tx: InTx, who: Annotated[Caller, Depends(require("notifications:write", act="delivery.resend"))]
+    request: Request,
+    delivery: Id,
+    tx: InTx,
+    who: Annotated[Caller, Depends(require("notifications:write", act="delivery.resend"))],
 ) -> Any:
     """Send it again, with the same webhook-id: a receiver that has it already knows it by that."""
-    return await deliveries.resend(tx, who, delivery)
+    return await deliveries.resend(tx, who, delivery, request.app.state.settings)

@@ -241,8 +241,10 @@ class Channels:
         """
         await store.take_turns(tx, caller.org)
         row = await self._one(tx, caller, channel)
-        window = self._settings.channel_test_window_seconds
-        if await store.tests_since(tx, caller.org, channel, window) >= self._settings.channel_tests_per_window:
+        window, s = self._settings.channel_test_window_seconds, self._settings
+        here, everywhere = await store.tests_since(tx, caller.org, channel, window)
+        # A channel that is made anew begins at nothing; its organization does not.
+        if here >= s.channel_tests_per_window or everywhere >= s.channel_tests_per_organization:
             raise Problem("notification.throttled", headers={"Retry-After": str(int(window))})
         await audit.record(tx, caller, "channel.test", channel)
         if row.state == "unconfirmed":

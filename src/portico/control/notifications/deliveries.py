@@ -10,6 +10,7 @@ from portico.control.notifications import mail, store
 from portico.errors import Problem
 from portico.kit import outbox, pages
 from portico.kit.db import Reader, Tx
+from portico.settings import ApiSettings
 
 #: How the queue's states are called where people see them.
 _STATES: Final = {"pending": "waiting", "done": "delivered", "dead": "failed"}
@@ -46,12 +47,16 @@ def _render(row: Any) -> dict[str, Any]:
     }
 
 
-async def resend(tx: Tx, caller: Caller, message: str) -> dict[str, Any]:
+async def resend(tx: Tx, caller: Caller, message: str, settings: ApiSettings) -> dict[str, Any]:
     """Deliver it again, with all its attempts and under its key.
 
     Raises ``notification.delivery_not_found``, ``notification.delivery_pending``, ``notification.delivery_gone``,
-    ``notification.channel_not_found`` and ``notification.channel_inactive``.
+    ``notification.channel_not_found``, ``notification.channel_inactive`` and ``notification.throttled``.
     """
+    await store.take_turns(tx, caller.org)
+    window = settings.channel_test_window_seconds
+    if await audit.count_lately(tx, caller.org, "delivery.resend", window) >= settings.channel_resends_per_organization:
+        raise Problem("notification.throttled", headers={"Retry-After": str(int(window))})
     found = await store.delivery(tx, caller.org, message)
     if found is None:
         raise Problem("notification.delivery_not_found")

@@ -134,13 +134,15 @@ async def delivery(reader: Reader, organization: str, message: str, *, lock: boo
     return await reader.fetch_one(found.with_for_update() if lock else found)
 
 
-async def tests_since(reader: Reader, organization: str, channel: str, seconds: float) -> int:
-    """How many tests of a channel, and codes to it, were asked for lately."""
+async def tests_since(reader: Reader, organization: str, channel: str, seconds: float) -> tuple[int, int]:
+    """How many tests, and codes, were asked for lately: of a channel, and of all that the organization has or had."""
     m = messages.c
     lately = m.queued_at > sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, seconds)
     asked = m.topic.in_([events.TEST, events.CODE])
-    found = sa.select(sa.func.count()).where(m.lane == lane(organization, channel), asked, lately)
-    return int(await reader.scalar(found))
+    here = sa.func.count().filter(m.lane == lane(organization, channel))
+    found = sa.select(here, sa.func.count()).where(m.organization_id == organization, asked, lately)
+    row: Any = await reader.fetch_one(found)
+    return int(row[0]), int(row[1])
 
 
 async def codes_since(reader: Reader, organization: str, seconds: float) -> int:
