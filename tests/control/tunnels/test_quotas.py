@@ -206,6 +206,63 @@ class TestOnline:
         monkeypatch.setattr(app.state.agent_sessions, "open", None)
         assert (await ask(agent, "agent-0001", "a", "b")).json()["session"] == opened["session"]
 
+    async def test_grants_that_are_held_unconnected_are_worth_no_more_places(
+        self,
+        owner: Account,
+        operator: httpx.AsyncClient,
+        agent: httpx.AsyncClient,
+        relay: httpx.AsyncClient,
+        db: Database,
+    ) -> None:
+        """Asked for one after the other, each when those before are forgotten, and then connected all at once."""
+        await move(operator, owner.organization, "free", overrides={"tunnels_online": 2})
+        held = []
+        for name in ("a", "b", "c"):
+            got = (await ask(agent, f"agent-000{name}", name)).json()
+            held.append({"tunnel": got["grants"][0]["tunnel"], "session": got["session"], "generation": 1})
+            await self.forget(db, owner)
+        beat = await relay.post("/v1/edge/heartbeat", json=heartbeat_body(bound=held))
+        assert beat.status_code == 200
+        async with db.read() as reader:
+            query = "SELECT payload::text FROM edge_changes ORDER BY version DESC LIMIT 1"
+            assert held[2]["tunnel"] in await reader.raw.fetchval(query)  # the relay is told that its grant is over
+        refreshed = [
+            await agent.post(f"/v1/agent/sessions/{one['session']}/refresh", json={"agent_id": f"agent-000{name}"})
+            for one, name in zip(held, "abc", strict=True)
+        ]
+        assert [[grant["name"] for grant in answer.json()["grants"]] for answer in refreshed] == [["a"], ["b"], []]
+
+    async def test_a_refresh_takes_no_place_that_others_have(
+        self,
+        owner: Account,
+        operator: httpx.AsyncClient,
+        agent: httpx.AsyncClient,
+        relay: httpx.AsyncClient,
+        db: Database,
+    ) -> None:
+        await move(operator, owner.organization, "free", overrides={"tunnels_online": 2})
+        away = (await ask(agent, "agent-0001", "a", "b")).json()["session"]
+        await self.forget(db, owner)
+        there = (await ask(agent, "agent-0002", "c")).json()
+        path = f"/v1/agent/sessions/{away}/refresh"
+        refused = problem(await agent.post(path, json={"agent_id": "agent-0001"}), 403, "quota.exceeded")
+        assert (refused["used"], refused["allowed"]) == (1, 2)
+        # Who is on line is refreshed whatever the time since; who comes back to a free place, too.
+        bound = [{"tunnel": there["grants"][0]["tunnel"], "session": there["session"], "generation": 1}]
+        await relay.post("/v1/edge/heartbeat", json=heartbeat_body(bound=bound))
+        await self.forget(db, owner)
+        answer = await agent.post(f"/v1/agent/sessions/{there['session']}/refresh", json={"agent_id": "agent-0002"})
+        assert len(answer.json()["grants"]) == 1
+        assert (await agent.delete(f"/v1/agent/sessions/{there['session']}")).status_code == 204
+        assert len((await agent.post(path, json={"agent_id": "agent-0001"})).json()["grants"]) == 2
+        problem(await agent.post(path, json={"agent_id": "agent-0002"}), 404, "session.not_found")
+
+    async def forget(self, db: Database, owner: Account) -> None:
+        """As if the sessions were asked for some time ago."""
+        async with db.transaction() as tx:
+            query = "UPDATE agent_sessions SET updated_at = now() - interval '5 minutes' WHERE organization_id = $1"
+            await tx.raw.execute(query, owner.organization)
+
     async def test_a_session_that_began_before_the_move_is_counted(
         self, owner: Account, operator: httpx.AsyncClient, agent: httpx.AsyncClient, db: Database, app: Any
     ) -> None:

@@ -214,9 +214,11 @@ async def heartbeat(request: Request, db: Db, key: Key, body: HeartbeatBody) -> 
         left={gone.tunnel: gone.reason for gone in body.left},
     )
     async with db.transaction() as tx:
-        new = await relays.heartbeat(tx, key, beat, lease=state.settings.relay_lease_seconds)
+        new, fresh = await relays.heartbeat(tx, key, beat, lease=state.settings.relay_lease_seconds)
     if new or beat.draining:
         state.relays.forget()
+    if fresh:
+        await state.tunnels.frozen.look(db, fresh)
     told = await relays.report_presence(state.redis, state.settings, beat)
     return {"ok": True, "time": state.clock.wall().timestamp(), "presence": told}
 

@@ -471,7 +471,11 @@ async def refresh_session(request: Request, _: Credential, session_id: Id, body:
     state = request.app.state
     async with state.db.read() as reader:
         who = await permitted(request, reader, "agent:connect")
-        return _json(await state.agent_sessions.refresh(reader, who, session_id, body.agent_id), 200)
+        document = await state.agent_sessions.refresh(reader, who, session_id, body.agent_id)
+    if document is None:
+        async with state.db.transaction() as tx:
+            document = await state.agent_sessions.refresh_again(tx, who, session_id, body.agent_id)
+    return _json(document, 200)
 
 
 @agent.delete("/{session_id}", status_code=204)

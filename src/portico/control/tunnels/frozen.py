@@ -8,6 +8,7 @@ line beyond the plan's number, the newest are taken off line; their agents may c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,11 @@ from portico.control.identity.plans import Entitlements
 from portico.control.tunnels import policy, store
 from portico.control.tunnels.addresses import Addresses
 from portico.errors import Problem
-from portico.kit.db import Tx
+from portico.kit.db import Database, Tx
 from portico.kit.ids import new_id
 from portico.settings import ApiSettings
+
+log = logging.getLogger(__name__)
 
 
 class Frozen:
@@ -44,6 +47,27 @@ class Frozen:
                 await store.add_events(tx, [event])
                 changes.append(tx, changes.tunnel(self._addresses.edge_row(changed._mapping)))
         await self._online(tx, held, [row.id for row in rows if wanted[row.id] is not None])
+
+    async def look(self, db: Database, tunnels: Sequence[str]) -> None:
+        """Take off line what is beyond the plan among the tunnels of those organizations that have just come on line with one.
+
+        A grant is a promise for minutes, and places are counted when it is given: agents that hold grants and connect later,
+        all at once, are seen here. What is due follows from the rows, so that whatever goes wrong is made good by the next
+        heartbeat that brings a change.
+        """
+        try:
+            async with db.read() as reader:
+                crowd = await store.crowd(reader, list(tunnels), self._settings.relay_lease_seconds)
+                held = await plans.entitlements_of(reader, list(crowd))
+            for organization, online in sorted(crowd.items()):
+                allowed = held[organization].limit("tunnels_online") if organization in held else None
+                if allowed is not None and online > allowed:
+                    async with db.transaction() as tx:
+                        await self.settle(tx, organization)
+        except Exception as err:
+            log.warning(
+                "tunnels on line were not counted", extra={"f": {"error": f"{type(err).__name__}: {err}"[:200]}}
+            )
 
     async def _online(self, tx: Tx, held: Entitlements, frozen: Sequence[str]) -> None:
         allowed = held.limit("tunnels_online")

@@ -131,8 +131,10 @@ def _bound_digest(bound: Sequence[Bound]) -> bytes:
     return hashlib.sha256("\n".join(lines).encode()).digest()
 
 
-async def heartbeat(tx: Tx, key: RelayKey, beat: Heartbeat, *, lease: float) -> bool:
-    """Register or renew the relay with what it has bound; whether it is new. What came or went is an event of the tunnel.
+async def heartbeat(tx: Tx, key: RelayKey, beat: Heartbeat, *, lease: float) -> tuple[bool, list[str]]:
+    """Register or renew the relay with what it has bound; whether it is new, and the tunnels that it newly has.
+
+    What came or went is an event of the tunnel.
 
     Raises ``auth.forbidden`` for another relay's key.
     """
@@ -145,6 +147,7 @@ async def heartbeat(tx: Tx, key: RelayKey, beat: Heartbeat, *, lease: float) -> 
     if row["registered"]:
         log.info("relay registered", extra={"f": {"relay": beat.relay, "connect_url": beat.connect_url}})
     digest = _bound_digest(beat.bound)
+    fresh: list[str] = []
     if row["bound_digest"] != digest:
         latest = {b.tunnel: b for b in beat.bound}
         before = await store.bindings_of(tx, beat.relay)
@@ -158,7 +161,8 @@ async def heartbeat(tx: Tx, key: RelayKey, beat: Heartbeat, *, lease: float) -> 
         )
         now = {tunnel: b.session for tunnel, b in latest.items()}
         await history.presence_changed(tx, beat.relay, before, now, beat.left, lease=lease)
-    return bool(row["registered"])
+        fresh = [tunnel for tunnel, session in now.items() if before.get(tunnel) != session]
+    return bool(row["registered"]), fresh
 
 
 async def acknowledge(tx: Tx, key: RelayKey, relay: str, version: int) -> None:

@@ -201,14 +201,40 @@ class Sessions:
         begun = {"id": session, "generation": 1}
         return self._answer(signer, key_id, caller, agent, begun, [_parsed(row) for row in found], held.account, edges)
 
-    async def refresh(self, reader: Reader, caller: Caller, session_id: str, agent_id: str) -> dict[str, Any]:
-        """New tokens for a live session and its active tunnels. Raises ``session.not_found`` or why the session ended."""
+    async def refresh(self, reader: Reader, caller: Caller, session_id: str, agent_id: str) -> dict[str, Any] | None:
+        """New tokens for a live session and its active tunnels; ``None`` when it may not be live, or may have lost its place
+        among those on line: ``refresh_again`` looks then."""
+        account = await self._accounts.of(reader, _key_of(caller))
+        limited = account.entitlements.limit("tunnels_online") is not None
+        lease = self._settings.relay_lease_seconds if limited else None
+        return await self._refreshed(reader, caller, session_id, agent_id, account, lease)
+
+    async def refresh_again(self, tx: Tx, caller: Caller, session_id: str, agent_id: str) -> dict[str, Any]:
+        """The same for a session whose tunnels do not count as on line, if there is room for them.
+
+        Raises ``session.not_found`` or why the session ended, and ``quota.exceeded``.
+        """
         key_id = _key_of(caller)
-        rows = await store.refresh_session(reader, key_id, agent_id, self._life, session_id, caller.address)
+        account = await facts.hold_key(tx, key_id, "agent:connect", caller.address)
+        if account.entitlements.limit("tunnels_online") is not None:
+            await store.lock_set(tx, caller.org)
+        if await store.lock_session(tx, session_id, key_id) is None:
+            raise await self._gone(tx, session_id, key_id)
+        tunnels = await store.tunnels_of_session(tx, session_id)
+        await self._room_online(tx, account.entitlements, session_id, tunnels, len(tunnels))
+        found = await self._refreshed(tx, caller, session_id, agent_id, account, None)
+        if found is None:
+            raise await self._gone(tx, session_id, key_id)
+        return found
+
+    async def _refreshed(
+        self, reader: Reader, caller: Caller, session_id: str, agent_id: str, account: Account, lease: float | None
+    ) -> dict[str, Any] | None:
+        key_id = _key_of(caller)
+        rows = await store.refresh_session(reader, key_id, agent_id, self._life, session_id, caller.address, lease)
         if not rows:
-            raise await self._gone(reader, session_id, key_id)
+            return None
         edges = await self._directory.edges(reader, rows[0]["region"])
-        account = await self._accounts.of(reader, key_id)
         session = {"id": session_id, "generation": rows[0]["session_generation"]}
         agent = AgentFacts(agent_id, "", "", rows[0]["region"])
         active = [_parsed(row) for row in rows if row["state"] == "active" and row["frozen"] is None]

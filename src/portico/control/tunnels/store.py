@@ -508,18 +508,17 @@ ORDER BY b.position
 _REFRESH_SESSION = _RESUME_SESSION.format(more=", address = $5", which="AND id = $4")
 _MORE = ", generation = generation + 1, hostname = $4, version = $5, region = $6, address = $7"
 _CONTINUE_SESSION = _RESUME_SESSION.format(more=_MORE, which="")
-# The same while all tunnels of the session count as on line (as ``_ONLINE`` has it): it takes no place that it has not.
-_CONTINUE_ONLINE = _RESUME_SESSION.format(
-    more=_MORE,
-    which="""AND expires_at > now() AND (
-        updated_at > now() - make_interval(secs => $8)
-        OR NOT EXISTS (
-            SELECT 1 FROM agent_session_tunnels n
-            WHERE n.session_id = agent_sessions.id AND NOT EXISTS (
-                SELECT 1 FROM relay_bindings b JOIN relays r ON r.name = b.relay
-                WHERE b.tunnel_id = n.tunnel_id AND b.session_id = n.session_id
-                  AND r.seen_at > now() - make_interval(secs => $8))))""",
-)
+# While all tunnels of the session count as on line (as ``_ONLINE`` has it): it takes no place that it has not.
+_KEEPS_PLACE = """AND expires_at > now() AND (
+    updated_at > now() - make_interval(secs => {lease})
+    OR NOT EXISTS (
+        SELECT 1 FROM agent_session_tunnels n
+        WHERE n.session_id = agent_sessions.id AND NOT EXISTS (
+            SELECT 1 FROM relay_bindings b JOIN relays r ON r.name = b.relay
+            WHERE b.tunnel_id = n.tunnel_id AND b.session_id = n.session_id
+              AND r.seen_at > now() - make_interval(secs => {lease}))))"""
+_CONTINUE_ONLINE = _RESUME_SESSION.format(more=_MORE, which=_KEEPS_PLACE.format(lease="$8"))
+_REFRESH_ONLINE = _RESUME_SESSION.format(more=", address = $5", which="AND id = $4 " + _KEEPS_PLACE.format(lease="$6"))
 _END_SESSIONS = """
 UPDATE agent_sessions
 SET ended_at = now(), ended_code = $2, refused_until = expires_at + make_interval(secs => $3), updated_at = now()
@@ -631,13 +630,44 @@ async def session_size(tx: Tx, session_id: str) -> tuple[int, int]:
 
 
 async def refresh_session(
-    reader: Reader, key_id: str, agent_id: str, life_seconds: int, session_id: str, address: str | None
+    reader: Reader,
+    key_id: str,
+    agent_id: str,
+    life_seconds: int,
+    session_id: str,
+    address: str | None,
+    online_seconds: float | None = None,
 ) -> list[Any]:
     """Extend a live session: one row per tunnel (one with null tunnel columns when it has none), empty if not live.
 
-    One statement, so outside a transaction it is its own. ``continue_session`` likewise.
+    ``online_seconds``: only if all its tunnels count as on line, by a lease of so many seconds. One statement, so outside a
+    transaction it is its own. ``continue_session`` likewise.
     """
-    return list(await reader.raw.fetch(_REFRESH_SESSION, key_id, agent_id, float(life_seconds), session_id, address))
+    given = (key_id, agent_id, float(life_seconds), session_id, address)
+    if online_seconds is None:
+        return list(await reader.raw.fetch(_REFRESH_SESSION, *given))
+    return list(await reader.raw.fetch(_REFRESH_ONLINE, *given, float(online_seconds)))
+
+
+async def tunnels_of_session(tx: Tx, session_id: str) -> list[str]:
+    """The ids of the tunnels of a session that is held."""
+    rows = await tx.raw.fetch("SELECT tunnel_id FROM agent_session_tunnels WHERE session_id = $1", session_id)
+    return [row["tunnel_id"] for row in rows]
+
+
+_CROWD = """
+SELECT t.organization_id, count(DISTINCT b.tunnel_id) AS online
+FROM relay_bindings b JOIN relays r ON r.name = b.relay JOIN tunnels t ON t.id = b.tunnel_id
+WHERE t.organization_id IN (SELECT organization_id FROM tunnels WHERE id = ANY($1))
+  AND r.seen_at > now() - make_interval(secs => $2)
+GROUP BY t.organization_id
+"""
+
+
+async def crowd(reader: Reader, tunnel_ids: list[str], lease_seconds: float) -> dict[str, int]:
+    """The organizations of these tunnels, with how many tunnels each has bound at live relays."""
+    rows = await reader.raw.fetch(_CROWD, tunnel_ids, float(lease_seconds))
+    return {row["organization_id"]: row["online"] for row in rows}
 
 
 async def continue_session(
