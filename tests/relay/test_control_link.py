@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -41,6 +42,19 @@ def whole(version: int, *ids: str) -> dict[str, Any]:
     reference = Snapshot()
     reference.apply(message)
     return {**message, "hash": reference.digest()}
+
+
+def organization(id: str, version: int) -> dict[str, Any]:
+    return {"id": id, "version": version, "limits": {"concurrency": version, "connections": 1}}
+
+
+def told(version: int, *organizations: dict[str, Any]) -> dict[str, Any]:
+    """A snapshot with a tunnel of org_1, as a control plane sends it that hashes organizations."""
+    message = whole(version, "tun_a")
+    message["state"]["organizations"] = list(organizations)
+    versions = {row["id"]: row["version"] for row in organizations if row["id"] == "org_1"}
+    text = json.dumps({"organizations": versions}, sort_keys=True, separators=(",", ":")).encode()
+    return {**message, "organizations_hash": hashlib.sha256(text).hexdigest()}
 
 
 def put(version: int, id: str) -> dict[str, Any]:
@@ -308,6 +322,34 @@ class TestHash:
             assert r.snapshot.tunnel("tun_a") is None
             assert [stream.version for stream in api.streams] == [None, None]
         assert "differs from the control plane's" in caplog.text
+
+    async def test_organizations_are_compared_where_both_tell_of_them(
+        self, api: EdgeApi, rig: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A change of limits that was lost; and what makes no difference: an organization without a tunnel (relays do not hear
+        that one was deleted), and control planes of the version before, which send no such hash or tell of none at all."""
+        lost, deleted = organization("org_1", 1), organization("org_gone", 7)
+        first, fine = told(3, lost, deleted), told(3, organization("org_1", 1))["organizations_hash"]
+        newer = told(3, organization("org_1", 2))
+        api.scripts = [
+            script(first, beat(3, hash=first["hash"], organizations_hash=fine), beat(3, hash=first["hash"]), put(4, "tun_b"),
+                   beat(4, hash=whole(4, "tun_a", "tun_b")["hash"], organizations_hash=newer["organizations_hash"])),
+            script(told(5, organization("org_1", 2)), put(6, "tun_c")),
+        ]  # fmt: skip
+        async with rig() as r:
+            await api.until(lambda: r.snapshot.version == 6)
+            assert (r.link.resyncs, len(api.streams)) == (1, 2)
+            assert r.snapshot.organization("org_1").version == 2
+        assert "differs from the control plane's" in caplog.text
+
+    async def test_an_earlier_control_plane_that_told_of_none_is_not_compared(self, api: EdgeApi, rig: Any) -> None:
+        first = whole(3, "tun_a")
+        del first["state"]["organizations"]
+        later = told(3, organization("org_1", 1))["organizations_hash"]  # another process of a newer one beats here
+        api.scripts = [script(first, beat(3, hash=first["hash"], organizations_hash=later), put(4, "tun_b"))]
+        async with rig() as r:
+            await api.until(lambda: r.snapshot.version == 4)
+            assert r.link.resyncs == 0
 
     async def test_sessions_that_the_api_already_forgot_make_no_difference(self, api: EdgeApi, rig: Any) -> None:
         now = time.time()

@@ -342,6 +342,9 @@ class ControlLink:
         frozen, expected = self._snapshot.frozen(), message.get("hash")
         if frozen is None or expected is None:
             return True
+        said_of = message.get("organizations_hash")  # an earlier control plane has none
+        if said_of is not None and frozen.organizations_digest() not in (None, said_of):
+            return False
         said = message.get("time")
         times = [0.0, float(said) if isinstance(said, int | float) else time.time()]
         for at in times:

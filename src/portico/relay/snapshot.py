@@ -361,6 +361,15 @@ class FrozenState:
         text = b'{"ended":%b,"keys":%b,"tunnels":{%b}}' % (canonical(ended), canonical(kids), rows)
         return hashlib.sha256(text).hexdigest()
 
+    def organizations_digest(self) -> str | None:
+        """The other hash of the interface, of what holds for organizations that have tunnels; ``None`` when the control plane did
+        not tell of organizations."""
+        if not self.complete:
+            return None
+        served = {row.organization for row in self.tunnels.values()}
+        told = {row.id: row.version for row in self.organizations.values() if row.id in served}
+        return hashlib.sha256(canonical({"organizations": told})).hexdigest()
+
     def encode(self) -> bytes:
         """The state as one snapshot message, for the copy on disk."""
         ended = [{"session": e.session, "code": e.code, "until": e.until} for e in self.ended.values()]

@@ -104,7 +104,11 @@ class TestSnapshotAndDeltas:
             held.apply(await stream.next())
             for _ in range(5):
                 await new_tunnel(person)
-            for _ in range(2):
+            organization = (await person.get("/v1/whoami")).json()["organization"]["id"]
+            async with hashing.app.state.db.transaction() as tx:
+                await hashing.app.state.standing.moved(tx, organization)
+            versions: list[Any] = []
+            while len(versions) < 2 or versions[-1] is None:
                 line = await stream.until(lambda line: True)
                 while "hash" not in line:
                     if line["type"] == "delta":
@@ -112,6 +116,9 @@ class TestSnapshotAndDeltas:
                     line = await stream.next()
                 assert line["version"] == held.version
                 assert held.digest(at=line["time"]) == line["hash"]
+                frozen = held.frozen()
+                assert frozen is not None and frozen.organizations_digest() == line["organizations_hash"]
+                versions.append(held.organization(organization))
 
     async def test_rotated_keys_reach_relays(self, edge: httpx.AsyncClient, api: Api) -> None:
         state = api.app.state

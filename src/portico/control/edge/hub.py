@@ -98,11 +98,13 @@ class Subscription:
         return line
 
 
-def heartbeat_line(version: int, now: float, digest: str | None = None) -> Line:
-    """What a stream says when nothing changes; with the hash of the state at ``version`` and ``now``, if given."""
+def heartbeat_line(version: int, now: float, digest: str | None = None, organizations: str | None = None) -> Line:
+    """What a stream says when nothing changes; with the hashes of the state at ``version`` and ``now``, if given."""
     message: dict[str, Any] = {"type": "heartbeat", "version": version, "time": round(now, 3)}
     if digest is not None:
         message["hash"] = digest
+    if organizations is not None:
+        message["organizations_hash"] = organizations
     return Line(version, json.dumps(message, separators=(",", ":")).encode() + b"\n", False)
 
 
@@ -285,7 +287,7 @@ class Hub:
         digest = await state.digest()
         await self._drain(link, state.version)
         if self._position == state.version:
-            self._broadcast(heartbeat_line(state.version, state.time, digest))
+            self._broadcast(heartbeat_line(state.version, state.time, digest, state.organizations_digest()))
 
     async def _end_revoked(self, link: Link) -> None:
         """End the streams of relay keys that were revoked meanwhile."""

@@ -53,15 +53,23 @@ class EdgeState:
         found.update(b"}}")
         return found.hexdigest()
 
+    def organizations_digest(self) -> str:
+        """The hash of what was told of organizations that have tunnels: of the others nothing depends on it, and nobody tells
+        relays that one was deleted."""
+        served = {row["organization"] for row in self.tunnels}
+        told = {row["id"]: row["version"] for row in self.organizations if row["id"] in served}
+        return hashlib.sha256(_canonical({"organizations": told})).hexdigest()
+
     async def line(self) -> bytes:
         """The ``snapshot`` line of the stream."""
         parts = [
-            b'{"type":"snapshot","version":%d,"time":%b,"hash":"%b","state":{"keys":%b,"ended":%b,"organizations":%b,'
-            b'"challenges":%b,"domains":%b,"certificates":['
+            b'{"type":"snapshot","version":%d,"time":%b,"hash":"%b","organizations_hash":"%b","state":{"keys":%b,"ended":%b,'
+            b'"organizations":%b,"challenges":%b,"domains":%b,"certificates":['
             % (
                 self.version,
                 _canonical(self.time),
                 (await self.digest()).encode(),
+                self.organizations_digest().encode(),
                 _canonical(self.keys),
                 _canonical(self.ended),
                 _canonical(self.organizations),
