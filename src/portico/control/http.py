@@ -268,7 +268,9 @@ def _patterns(app: FastAPI) -> list[tuple[str, Callable[[str], Any], frozenset[s
     for route in app.router.routes:
         for known in [*route.effective_route_contexts()] if hasattr(route, "effective_route_contexts") else [route]:
             path = str(getattr(known, "path", ""))
-            found.append((path, compile_path(path)[0].match, frozenset(getattr(known, "methods", None) or ())))
+            methods = frozenset(getattr(known, "methods", None) or ())
+            refuses = getattr(getattr(known, "endpoint", None), "refuses", False)  # it is there to say 405
+            found.append((path, compile_path(path)[0].match, frozenset() if refuses else methods))
     return found
 
 

@@ -74,6 +74,9 @@ async def other_methods() -> None:
 
 
 # Without the usual ceremony, as this is asked a thousand times a second: nothing is solved, and the answer is not validated.
+other_methods.refuses = True  # type: ignore[attr-defined]
+
+
 @router.post(
     "/cert-events", response_model=Taken, status_code=202, openapi_extra=_SHAPE, responses={200: {"model": Taken}}
 )
