@@ -36,6 +36,11 @@ WHERE s.domain_id = due.domain_id
 RETURNING s.domain_id, s.directory, s.certificate, s.not_before, s.not_after, s.ari_start, s.ari_end
 """
 
+_NEXT: Final = """
+UPDATE certificate_schedules AS s SET ari_next_at = now() + make_interval(secs => n.seconds)
+FROM unnest($1::text[], $2::float8[]) AS n(domain_id, seconds) WHERE s.domain_id = n.domain_id AND s.ari_next_at IS NOT NULL
+"""
+
 Found = tuple[Any, Window | None, AcmeError | None]
 
 
@@ -72,34 +77,33 @@ async def _ask(db: Database, settings: ApiSettings, accounts: Accounts, director
         log.warning(
             "renewal windows were not told", extra={"f": {"ca": directory, "count": len(failed), "why": str(failed[0])}}
         )
-    async with db.transaction() as tx:
-        for row, window, err in sorted(found, key=lambda each: str(each[0]["domain_id"])):
-            await _note(tx, settings, row, window, err)
-
-
-async def _note(tx: Tx, settings: ApiSettings, row: Any, window: Window | None, err: AcmeError | None) -> None:
     now = datetime.now(UTC)
-    asked_to_wait = window.wait if window is not None else err.retry_after if err is not None else None
-    seconds = min(max(_SHORTEST, asked_to_wait or 0.0), _LONGEST) if asked_to_wait else settings.acme_ari_seconds
-    seconds = acme_schedule.spread(min(seconds, settings.acme_ari_seconds) if window is not None else seconds)
-    values: dict[str, Any] = {"ari_next_at": acme_schedule.later(now, seconds)}
-    if window is None:
-        await acme_store.set_schedule(tx, row["domain_id"], **values)
-        return
-    values["ari_explanation"] = window.explanation
-    if (window.start, window.end) != (row["ari_start"], row["ari_end"]):
-        at = acme_schedule.by_window(window, now, row["not_before"], row["not_after"])
-        values |= {"ari_start": window.start, "ari_end": window.end}
-        if not await acme_store.move_renewal(tx, row["domain_id"], row["certificate"], at):
-            return  # it was renewed meanwhile
-        await acme_store.set_schedule(tx, row["domain_id"], **values)
-        if window.explanation is not None:
-            log.info("a renewal is asked for", extra={"f": {"domain": row["domain_id"], "why": window.explanation}})
-        revision = await acme_store.revision(tx, row["domain_id"])
-        event = NewEvent(
-            row["domain_id"], "renewal", "ari_window_changed", revision=revision, renews_at=at, ari_id=row["certificate"],
-            key=f"ari.{row['domain_id']}.{window.start.isoformat()}.{window.end.isoformat()}",
-        )  # fmt: skip
-        await lifecycle.record(tx, event)
-        return
-    await acme_store.set_schedule(tx, row["domain_id"], **values)
+    answers = sorted(found, key=lambda each: str(each[0]["domain_id"]))
+    async with db.transaction() as tx:
+        pauses = [_pause(settings, window, err) for _, window, err in answers]
+        await tx.raw.execute(_NEXT, [row["domain_id"] for row, _, _ in answers], pauses)
+        for row, window, _ in answers:
+            if window is not None and (window.start, window.end) != (row["ari_start"], row["ari_end"]):
+                await _moved(tx, row, window, now)
+
+
+def _pause(settings: ApiSettings, window: Window | None, err: AcmeError | None) -> float:
+    """Seconds until the next question: what the CA asks for, within bounds; never longer than ours after an answer."""
+    wanted = window.wait if window is not None else err.retry_after if err is not None else None
+    seconds = min(max(_SHORTEST, wanted), _LONGEST) if wanted else settings.acme_ari_seconds
+    return acme_schedule.spread(min(seconds, settings.acme_ari_seconds) if window is not None else seconds)
+
+
+async def _moved(tx: Tx, row: Any, window: Window, now: datetime) -> None:
+    """The CA suggests another window than before."""
+    at = acme_schedule.by_window(window, now, row["not_before"], row["not_after"])
+    if not await acme_store.move_renewal(tx, row["domain_id"], row["certificate"], at, window):
+        return  # it was renewed meanwhile
+    if window.explanation is not None:
+        log.info("a renewal is asked for", extra={"f": {"domain": row["domain_id"], "why": window.explanation}})
+    revision = await acme_store.revision(tx, row["domain_id"])
+    event = NewEvent(
+        row["domain_id"], "renewal", "ari_window_changed", revision=revision, renews_at=at, ari_id=row["certificate"],
+        key=f"ari.{row['domain_id']}.{window.start.isoformat()}.{window.end.isoformat()}",
+    )  # fmt: skip
+    await lifecycle.record(tx, event)

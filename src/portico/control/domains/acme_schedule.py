@@ -39,11 +39,6 @@ def spread(seconds: float) -> float:
     return seconds * random.uniform(1 - _SPREAD, 1 + _SPREAD)  # noqa: S311 - jitter, no secret
 
 
-def later(moment: datetime, seconds: float) -> datetime:
-    """So many seconds after a moment."""
-    return moment + timedelta(seconds=seconds)
-
-
 # -- what follows from orders --------------------------------------------------------------------------------------------
 
 

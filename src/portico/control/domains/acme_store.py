@@ -12,11 +12,13 @@ A name has one open order at most, whoever asks (a unique index); the steps of a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
+from portico.control.domains.acme_client import Window
 from portico.kit import queue
 from portico.kit.db import HasConnection, Reader, Tx, metadata
 
@@ -273,14 +275,15 @@ async def set_schedule(tx: Tx, domain_id: str, **values: Any) -> None:
     await tx.execute(sa.update(schedules).where(schedules.c.domain_id == domain_id).values(**values))
 
 
-async def move_renewal(tx: Tx, domain_id: str, certificate: str, at: Any) -> bool:
+async def move_renewal(tx: Tx, domain_id: str, certificate: str, at: datetime, window: Window) -> bool:
     """Renew at another moment, if the certificate is the one that is meant still. What is being renewed is left alone."""
     moved = await tx.raw.fetchval(
         """
-        UPDATE certificate_schedules SET next_at = CASE WHEN next_at IS NULL OR failures > 0 THEN next_at ELSE $3 END
+        UPDATE certificate_schedules SET next_at = CASE WHEN next_at IS NULL OR failures > 0 THEN next_at ELSE $3 END,
+            ari_start = $4, ari_end = $5, ari_explanation = $6
         WHERE domain_id = $1 AND certificate = $2 RETURNING domain_id
         """,
-        domain_id, certificate, at,
+        domain_id, certificate, at, window.start, window.end, window.explanation,
     )  # fmt: skip
     return moved is not None
 
