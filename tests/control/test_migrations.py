@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
+import portico.worker.runner  # noqa: F401 - the tables of every domain
 from portico.control import migrations
 from portico.errors import Problem
 from portico.kit import outbox, queue  # noqa: F401 - their tables

@@ -75,6 +75,16 @@ async def test_a_wildcard_that_delegates_its_challenge(at: Desk) -> None:
     assert provider.said == [("present", ZONE, f"d1.{ZONE}"), ("cleanup", ZONE, f"d1.{ZONE}")]
 
 
+async def test_a_wildcard_where_names_are_proved_otherwise(at: Desk) -> None:
+    """Nothing else proves a wildcard, whatever `acme_challenges` prefers for other names."""
+    at.provider = ByManagement(at.ca)
+    domain = await delegated(at, "*.only.example.com", "d4")
+    away = Path("/bin/false")
+    await at.issue(challenge_zone=ZONE, acme_dns="exec", acme_dns_program=away, acme_challenges=("http-01",))
+    (order,) = await at.orders(domain)
+    assert (order["state"], order["challenge"]) == ("issued", "dns-01"), order["error_detail"]
+
+
 async def test_a_program_writes_the_record(at: Desk, tmp_path: Path) -> None:
     program, log = tmp_path / "hook", tmp_path / "said"
     program.write_text(HOOK.format(python=sys.executable, control=at.ca.control, log=str(log)))

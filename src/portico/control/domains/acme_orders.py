@@ -173,7 +173,8 @@ class _Run:
             TLS_ALPN: active and not wildcard,
             DNS: self._parts.provider is not None,
         }
-        possible = [kind for kind in self._settings.acme_challenges if usable[kind]]
+        wanted = (DNS,) if wildcard else self._settings.acme_challenges
+        possible = [kind for kind in wanted if usable[kind]]
         if DNS in possible and len(possible) > 1 and not self._delegated():
             possible.remove(DNS)
         if not possible:
