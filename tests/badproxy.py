@@ -17,7 +17,8 @@ Script = Callable[[str, str], bytes | str | None]
 
 
 class Proxy:
-    """``passed``: what reached the server, as "METHOD /first-part-of-the-path"."""
+    """``passed``: what the server was asked, as "METHOD /first-part-of-the-path", but for what it refused to look at because of
+    its nonce (as Pebble does by chance, RFC 8555 section 6.5): the client asks that again."""
 
     def __init__(self, upstream: str, context: ssl.SSLContext, script: Script) -> None:
         self._host, self._port = urlsplit(upstream).hostname, urlsplit(upstream).port
@@ -45,12 +46,13 @@ class Proxy:
             return
         if said == "drop":
             return
-        self.passed.append(f"{method} /{path.split('/')[1]}")
         up, down = await asyncio.open_connection(self._host, self._port, ssl=self._context)
         kept = "\r\n".join(line for line in lines if not line.lower().startswith("connection:"))
         down.write(kept.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n").encode("latin-1") + body)
         answer = await up.read()
         down.close()
+        if b":badNonce" not in answer:
+            self.passed.append(f"{method} /{path.split('/')[1]}")
         if said != "drop after":
             writer.write(answer)
             await writer.drain()

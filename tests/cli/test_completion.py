@@ -41,7 +41,7 @@ def test_it_prints_the_script(folder: Path, shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("portico do", ["doctor"]),
+        ("portico do", ["domains", "doctor"]),
         ("portico config ", ["check"]),
         ("portico completion ", ["bash", "zsh", "fish"]),
         ("portico http --tt", ["--ttl"]),

@@ -61,7 +61,7 @@ class TestHelp:
 
     def test_completion_offers_commands(self) -> None:
         told = run(env={"_PORTICO_COMPLETE": "complete_bash", "COMP_WORDS": "portico do", "COMP_CWORD": "1"})
-        assert told.stdout.split() == ["doctor"]
+        assert told.stdout.split() == ["domains", "doctor"]
 
 
 class TestErrors:

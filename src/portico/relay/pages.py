@@ -167,6 +167,11 @@ _ADVICE = {
         "Try again later, or tell the owner.",
         "The local app took the request but did not answer within `first_byte_timeout_seconds`.",
     ),
+    "edge.certificate_unavailable": Advice(
+        "the owner of this domain wants it served with a valid certificate alone, and it has none now.",
+        "Try again later, or tell the owner.",
+        "`portico domains ls` says what keeps its certificate from being renewed; the policy `standard` serves without one.",
+    ),
     "edge.account_suspended": Advice(
         "the account behind this address is suspended.",
         "Tell the owner, if you know them.",
