@@ -9,6 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
+
+import sqlalchemy as sa
 
 from portico.control.domains import acme_cas, acme_client, acme_store
 from portico.control.domains.acme_client import Client
@@ -52,9 +55,11 @@ class Accounts:
 
     async def orders_url(self, directory: str) -> str | None:
         """The account's list of orders, where the CA has one."""
-        return (await self._row(directory)).orders_url  # type: ignore[no-any-return]
+        url: str | None = (await self._row(directory)).orders_url
+        return url
 
-    async def _row(self, directory: str):  # type: ignore[no-untyped-def]
+    async def _row(self, directory: str) -> sa.Row[Any]:
+        """The account's row, with a key that is made before the CA hears of it."""
         async with self._db.read() as reader:
             row = await acme_store.account(reader, directory)
         if row is not None:

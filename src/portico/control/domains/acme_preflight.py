@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import ipaddress
 import ssl
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Final
 
 from cryptography import x509
@@ -75,12 +75,11 @@ class Preflight:
         if wrong:
             raise AcmeError(NOT_REACHED, f"{name} does not lead here: {'; '.join(wrong)[:300]}")
 
-    async def _asked(self, look) -> str | None:  # type: ignore[no-untyped-def]
+    async def _asked(self, look: Awaitable[str | None]) -> str | None:
         """Why it is not our answer; ``None`` when it is."""
         try:
             async with asyncio.timeout(self._settings.acme_reach_seconds):
-                found: str | None = await look
-                return found
+                return await look
         except TimeoutError:
             return "no answer in time"
         except ssl.SSLError as err:
