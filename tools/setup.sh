@@ -22,13 +22,24 @@ recent_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
-# The first interpreter that runs and is new enough; plain python3 first, because it is the one people mean.
+# Built with profile-guided optimization, as distributions and python.org do and version managers often do not: relays and
+# agents need a seventh less CPU on one (docs/explanation/performance.md). One that cannot make environments is no choice.
+optimized() {
+    "$1" -c 'import ensurepip, sys, sysconfig, venv
+flags = " ".join(str(value) for value in sysconfig.get_config_vars().values())
+sys.exit(not ("--enable-optimizations" in flags or "-fprofile-use" in flags))' >/dev/null 2>&1
+}
+
+# The first interpreter that is new enough and optimized, otherwise the first that is new enough; plain python3 first, because
+# it is the one people mean, then the system's own behind a version manager's.
 find_python() {
-    for candidate in ${wanted_python:-python3 python3.13 python3.12 python3.11 python3.14}; do
-        if command -v "$candidate" >/dev/null 2>&1 && recent_enough "$candidate"; then
-            echo "$candidate"
-            return
-        fi
+    for test in optimized recent_enough; do
+        for candidate in ${wanted_python:-python3 /usr/bin/python3 python3.13 python3.12 python3.11 python3.14}; do
+            if command -v "$candidate" >/dev/null 2>&1 && recent_enough "$candidate" && "$test" "$candidate"; then
+                echo "$candidate"
+                return
+            fi
+        done
     done
     if command -v "${wanted_python:-python3}" >/dev/null 2>&1; then
         found=$("${wanted_python:-python3}" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo unusable)
