@@ -3,7 +3,7 @@
 .DELETE_ON_ERROR:
 SHELL := /bin/sh
 
-# The interpreter for .venv; empty: python3, or the newest known that is at least 3.11.
+# The interpreter for .venv; empty: the first of python3, the system's own and the newer ones that is at least 3.11 and optimized.
 PYTHON ?=
 # More arguments for pytest or the benchmark: make test ARGS="tests/wire -x"
 ARGS ?=

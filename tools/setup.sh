@@ -23,11 +23,12 @@ recent_enough() {
 }
 
 # Built with profile-guided optimization, as distributions and python.org do and version managers often do not: relays and
-# agents need a seventh less CPU on one (docs/explanation/performance.md). One that cannot make environments is no choice.
+# agents need a seventh less CPU on one. Debian sets it past `configure`, so the prefix /usr has to stand for a distribution's
+# own. One that cannot make environments is no choice.
 optimized() {
     "$1" -c 'import ensurepip, sys, sysconfig, venv
-flags = " ".join(str(value) for value in sysconfig.get_config_vars().values())
-sys.exit(not ("--enable-optimizations" in flags or "-fprofile-use" in flags))' >/dev/null 2>&1
+configured = sysconfig.get_config_var("CONFIG_ARGS") or ""
+sys.exit("--enable-optimizations" not in configured and sys.base_prefix != "/usr")' >/dev/null 2>&1
 }
 
 # The first interpreter that is new enough and optimized, otherwise the first that is new enough; plain python3 first, because
