@@ -8,7 +8,7 @@ from bench import results
 from bench.cases import CASES
 from bench.figures import Median
 from bench.results import Document
-from bench.targets import TARGETS
+from bench.targets import PACE_US, TARGETS, pace
 
 Row = Sequence[str]
 
@@ -77,7 +77,10 @@ def target_rows(document: Document) -> list[Row]:
     for target in TARGETS:
         sign = "≥" if target.least else "≤"
         limit = f"{sign} {number(target.limit)} {target.unit}"
-        rows.append((target.title, figure(target.measure(document), target.unit), limit, target.verdict(document)))
+        paced = target.paced(document)
+        at_pace = "" if paced is None else f"{number(paced)} {target.unit}"
+        measured = figure(target.measure(document), target.unit)
+        rows.append((target.title, measured, at_pace, limit, target.verdict(document)))
     return rows
 
 
@@ -92,7 +95,7 @@ def memory_rows(document: Document) -> list[Row]:
 
 
 MEMORY_HEAD: Row = ("", "process", "idle", "small GET", "download", "upload")
-TARGET_HEAD: Row = ("what", "measured", "target", "")
+TARGET_HEAD: Row = ("what", "measured", "at the pace", "target", "")
 
 
 # ── terminal ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -184,7 +187,7 @@ def markdown(document: Document) -> str:
         f"{machine['memory_gib']:g} GiB, Linux {machine['kernel']}, Python {machine['python']}; {about['repeats']} rounds of "
         f"{about['seconds']:g} s. Load by {about['generator']}; the app is {about['app']}.{_busy(document)}\n\n"
     )
-    parts += ["## Targets\n\n", markdown_table(TARGET_HEAD, target_rows(document)), "\n\n"]
+    parts += ["## Targets\n\n", _pace(document), markdown_table(TARGET_HEAD, target_rows(document)), "\n\n"]
     for case in case_names(document):
         title = case_title(document, case)
         table = markdown_table(case_head(case), case_rows(document, case))
@@ -206,6 +209,18 @@ def _busy(document: Document) -> str:
     if about["load"] <= about["machine"]["cores"] / 4:
         return ""
     return f" **The machine was busy with other work (load {about['load']:g}): only the ratios mean much.**"
+
+
+def _pace(document: Document) -> str:
+    """What the second column of figures means."""
+    factor = pace(document)
+    if factor is None:
+        return ""
+    return (
+        f"Ratios decide. The limits in time of a processor were set on a machine where one proxy hop of nginx costs "
+        f"{PACE_US:g} µs; here it cost {PACE_US / factor:.1f} µs. The second column is what was measured, at that "
+        f"machine's pace: times {factor:.2f}.\n\n"
+    )
 
 
 PLATFORM: tuple[tuple[str, str, str, str], ...] = (

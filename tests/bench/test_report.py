@@ -44,6 +44,31 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     assert found["first request after `portico http`"] == "not measured"
 
 
+def test_limits_in_time_of_a_processor_are_also_judged_at_the_pace_of_the_machine_for_which_they_were_set() -> None:
+    slow = document(
+        small_get={
+            "nginx": [get(26, 0)] * 3,
+            "portico": [get(20, 20)] * 3,
+            "portico-tls": [get(30, 30)] * 3,
+        },
+        download={"portico": [bulk(1.5, 1.5)]},
+    ) | {"platform": {"grants": {"per_second": 300}}}
+    found = {row[0]: row[2:] for row in reversed(report.target_rows(slow))}
+    assert found["small GET, 64 connections: CPU of relay + agent"] == (
+        "20.0 µs",
+        "≤ 30.0 µs",
+        "missed by 33% here, met at that pace",
+    )
+    assert found["small GET, TLS at the edge against plain"] == ("", "≤ 1.40 ×", "missed by 7%")
+    assert found["download: CPU of relay + agent"] == ("1.50 s/GiB", "≤ 1.40 s/GiB", "missed by 114%")
+    assert found["grants on one API process"] == ("600 /s", "≥ 500 /s", "missed by 40% here, met at that pace")
+    fast = document(small_get={"nginx": [get(6.5, 0)] * 3, "portico": [get(10, 10)] * 3})
+    assert {row[0]: row[-1] for row in reversed(report.target_rows(fast))}[
+        TARGETS[0].title
+    ] == "met here, not at that pace"
+    assert "26.0 µs" in report.markdown(slow) and "at the pace" in report.markdown(slow)
+
+
 def test_at_least_is_the_other_way_round() -> None:
     grants = next(target for target in TARGETS if target.least)
     assert grants.verdict(DOCUMENT | {"platform": {"grants": {"per_second": 600}}}) == "met"

@@ -1,4 +1,4 @@
-"""`make soak`: a platform left up under requests of all kinds while its parts are restarted, then every drill in its long form.
+"""`make soak`: every drill in its long form, then a platform left up under requests of all kinds while its parts are restarted.
 
     python -m tests.soak.run --minutes 30 --drills 5 --report docs/soak.md --json docs/soak.json
 
@@ -333,13 +333,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with tempfile.TemporaryDirectory(prefix="portico-soak-") as folder:
         try:
+            if options.drills:
+                result["drills"] = drills(options.drills)
             if options.minutes:
                 result["soak"] = asyncio.run(soak(options.minutes, Path(folder)))
         except KeyboardInterrupt:
             print("ended before its time; no report", file=sys.stderr)
             return 130
-    if options.drills:
-        result["drills"] = drills(options.drills)
     text = report.markdown(result)
     print(text)
     if options.report:
