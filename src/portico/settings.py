@@ -580,8 +580,10 @@ class ApiSettings:
     log_level: str = "INFO"
 
     # == Database
-    # Connections that one API process holds at most.
-    database_pool_size: int = 16
+    # Connections of the pool that one API process holds at most.
+    database_pool_size: int = 12
+    # Connections that it keeps beside the pool for single statements of its busiest routes.
+    database_direct_connections: int = 6
     # Seconds that a request waits for a free connection.
     database_acquire_timeout_seconds: float = 10.0
     # Seconds for one statement.

@@ -307,3 +307,85 @@ async def test_no_cancellation_leaves_a_transaction_open_in_the_pool(database_ur
         assert await watcher.fetchval(open_ones, name) == 0, f"after {turns} turns"
     await watcher.close()
     await db.close()
+
+
+class TestDirect:
+    """Connections kept for single statements, beside the pool."""
+
+    async def test_one_connection_serves_one_after_the_other(self, base: Database) -> None:
+        pids = set()
+        for _ in range(3):
+            async with base.direct() as reader:
+                pids.add(await reader.raw.fetchval("SELECT pg_backend_pid()"))
+        assert len(pids) == 1
+
+    async def test_statements_of_sqlalchemy_have_one_of_the_pool_and_give_it_back(self, base: Database) -> None:
+        free = base.connections()
+        async with base.direct() as reader:
+            own = await reader.raw.fetchval("SELECT pg_backend_pid()")
+            assert await reader.scalar(sa.text("SELECT pg_backend_pid()")) != own
+            assert await reader.scalar(sa.select(sa.func.count()).select_from(things)) == 0
+        assert base.connections()[0] == free[0] == 0
+
+    async def test_a_reader_does_not_write(self, base: Database) -> None:
+        async with base.direct() as reader:
+            with pytest.raises(TypeError):
+                await reader.fetch_one(sa.insert(things).values(**_row()))
+
+    async def test_a_dead_one_is_replaced_and_one_that_dies_at_work_is_told_of(self, base: Database) -> None:
+        async with base.direct() as reader:
+            await reader.raw.execute("SELECT 1")
+        await _kill_backends(base)
+        await asyncio.sleep(0.1)
+        async with base.direct() as reader:
+            assert await reader.raw.fetchval("SELECT 1") == 1
+        with pytest.raises(Problem) as caught:
+            async with base.direct() as reader:
+                await _kill_backends(base)
+                await reader.raw.execute("SELECT 1")
+        assert caught.value.code == "service.unavailable"
+
+    async def test_whoever_finds_all_at_work_waits_and_then_is_refused(self, empty_database_url: str) -> None:
+        db = Database(empty_database_url, PoolLimits(size=1, direct=1, acquire_timeout_seconds=0.2))
+        async with db.direct():
+            with pytest.raises(Problem) as caught:
+                async with db.direct():
+                    pass
+        assert caught.value.code == "service.unavailable"
+        async with db.direct() as reader:
+            assert await reader.raw.fetchval("SELECT 1") == 1
+        await db.close()
+
+    async def test_no_database_is_no_traceback(self) -> None:
+        db = Database("postgresql://u:p@127.0.0.1:9/none", PoolLimits(connect_timeout_seconds=1))
+        with pytest.raises(Problem) as caught:
+            async with db.direct():
+                pass
+        assert caught.value.code == "service.unavailable"
+        async with asyncio.timeout(5):  # its place is free again
+            for _ in range(2 * db.limits.direct):
+                with pytest.raises(Problem):
+                    async with db.direct():
+                        pass
+
+    async def test_neither_cancellation_nor_a_transaction_left_open_reaches_the_next(self, base: Database) -> None:
+        for turns in range(40):
+            task = asyncio.create_task(self._slow(base))
+            for _ in range(turns % 20):
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.0005 * (turns % 3))
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            async with base.direct() as reader:
+                assert not reader.raw.is_in_transaction()
+                assert await reader.raw.fetchval("SELECT $1::int", turns) == turns
+        assert base.connections()[0] == 0
+        async with base.direct() as reader:
+            await reader.raw.execute("BEGIN")
+        async with base.direct() as reader:
+            assert not reader.raw.is_in_transaction()
+
+    @staticmethod
+    async def _slow(db: Database) -> None:
+        async with db.direct() as reader:
+            await reader.raw.execute("SELECT pg_sleep(0.002)")

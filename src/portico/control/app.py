@@ -5,8 +5,8 @@
 Everything that lives as long as the process hangs on ``app.state``: ``settings``, ``db``, ``clock``, ``sealer``,
 ``signing_keys``, ``identity``, ``domains``, ``cert_sources``, ``cert_ingest``, ``cert_incidents``, ``authenticate``,
 ``note_refusal``, ``relays``, ``tunnels``, ``visitor_passwords``, ``channels``, ``agent_sessions``, ``standing``,
-``edge_states``, ``edge_hub``, ``redis`` (None without one), ``trusted_proxies`` and ``stopping`` (an event set at the first
-SIGTERM; streams watch it and end themselves).
+``edge_states``, ``edge_hub``, ``shortcuts``, ``redis`` (None without one), ``trusted_proxies`` and ``stopping`` (an
+event set at the first SIGTERM; streams watch it and end themselves).
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ from portico.control.identity.service import Identity
 from portico.control.limits import Limits
 from portico.control.notifications import api as notifications_api
 from portico.control.notifications.channels import Channels
+from portico.control.shortcuts import Shortcuts
 from portico.control.tunnels import api as tunnels_api
 from portico.control.tunnels import domain_api, relays, usage_api
 from portico.control.tunnels import jobs as tunnels_jobs
@@ -167,6 +168,7 @@ async def _announce_keys(tx: Tx, jwks: Sequence[dict[str, str]]) -> None:
 
 
 def _route(app: FastAPI) -> None:
+    app.state.shortcuts = Shortcuts((*tunnels_api.SHORTCUTS, *ingest_api.SHORTCUTS))
     app.router.routes += _routes()
     openapi.install(app)
 
@@ -225,6 +227,7 @@ def _networks(texts: tuple[str, ...]) -> tuple[ipaddress.IPv4Network | ipaddress
 def _pool(settings: ApiSettings) -> PoolLimits:
     return PoolLimits(
         size=settings.database_pool_size,
+        direct=settings.database_direct_connections,
         acquire_timeout_seconds=settings.database_acquire_timeout_seconds,
         statement_timeout_seconds=settings.database_statement_timeout_seconds,
         lock_timeout_seconds=settings.database_lock_timeout_seconds,

@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from portico.control.console import frame
 from portico.control.limits import Limits, Ticket
 from portico.control.metrics import Tally
+from portico.control.shortcuts import Shortcuts
 from portico.errors import Problem
 from portico.kit.ids import new_id
 from portico.settings import ApiSettings
@@ -100,7 +101,11 @@ class Exchange:
         try:
             limit = self._limit(scope, headers)
             ticket = await limits.admit(scope, headers)
-            await self.app(scope, self._bounded(receive, limit), send_with_headers)
+            response, rest = await _cut_short(scope, self._bounded(receive, limit))
+            if response is None:
+                await self.app(scope, rest, send_with_headers)
+            else:
+                await response(scope, rest, send_with_headers)
         except Problem as problem:
             if started:
                 raise
@@ -167,6 +172,15 @@ class Exchange:
             return message
 
         return bounded
+
+
+async def _cut_short(scope: Scope, receive: Receive) -> tuple[Response | None, Receive]:
+    """As :meth:`Shortcuts.answer`; what routes' handlers of exceptions would answer is answered here."""
+    shortcuts: Shortcuts = scope["app"].state.shortcuts
+    try:
+        return await shortcuts.answer(scope, receive)
+    except (sa_exc.DBAPIError, asyncpg.PostgresError) as err:
+        return await _on_database(Request(scope), err), receive
 
 
 def _tell(limits: Limits, ticket: Ticket, scope: Scope, headers: Headers, message: Message) -> None:

@@ -7,6 +7,9 @@
     async with db.read() as reader:         # autocommit, no BEGIN/COMMIT round trips
         row = await reader.fetch_one(select(…))
 
+    async with db.direct() as reader:       # the same, cheaper, for single statements of the busiest routes (``reader.raw``)
+        row = await reader.raw.fetchrow("SELECT …", …)
+
 BEGIN is sent when the transaction is opened, so a connection that died while it was idle (PostgreSQL restarted) is
 found before any statement of the caller ran, and one attempt on a fresh connection is safe. Hot queries may use the
 asyncpg connection under a transaction through ``tx.raw``.
@@ -68,6 +71,7 @@ class PoolLimits:
     """Named limits of the pool and of every statement; the settings classes fill them."""
 
     size: int = 10
+    direct: int = 4
     acquire_timeout_seconds: float = 10.0
     connect_timeout_seconds: float = 5.0
     statement_timeout_seconds: float = 15.0
@@ -134,6 +138,24 @@ class Reader:
     async def scalar(self, statement: Executable, parameters: Any = None) -> Any:
         """The first column of the first row, or ``None``."""
         return (await self._run(statement, parameters)).scalar()
+
+
+class _Direct(Reader):
+    """A reader whose ``raw`` is no connection of the pool; one of the pool is had when a statement of SQLAlchemy's needs it."""
+
+    def __init__(self, db: Database, raw: asyncpg.Connection) -> None:
+        self._db, self._pooled = db, False
+        self.raw = raw
+
+    async def _run(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
+        if not self._pooled:
+            self._connection, _ = await self._db._open(None)
+            self._pooled = True
+        return await super()._run(statement, parameters)
+
+    async def close(self) -> None:
+        if self._pooled:
+            await asyncio.shield(self._connection.close())
 
 
 class Tx(Reader):
@@ -205,6 +227,9 @@ class Database:
             async_creator=self._connect_pooled,
         )
         self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._idle: list[asyncpg.Connection] = []
+        self._room = asyncio.Semaphore(self.limits.direct)
+        self._direct_in_use = 0
         event.listen(self.engine.sync_engine, "checkout", _refuse_dead)
 
     async def _connect_pooled(self) -> asyncpg.Connection:
@@ -232,13 +257,16 @@ class Database:
         )
 
     async def close(self) -> None:
-        """Close every connection of the pool."""
+        """Close every connection that is idle."""
+        while self._idle:
+            self._idle.pop().terminate()
         await self.engine.dispose()
 
     def connections(self) -> tuple[int, int]:
-        """Connections of the pool that are at work, and that are idle."""
+        """Connections that are at work, and that are idle."""
         pool = self.engine.pool
-        return pool.checkedout(), pool.checkedin()  # type: ignore[attr-defined]
+        at_work, idle = pool.checkedout(), pool.checkedin()  # type: ignore[attr-defined]
+        return at_work + self._direct_in_use, idle + len(self._idle)
 
     async def ping(self) -> None:
         """One round trip; raises ``service.unavailable`` when the database does not answer."""
@@ -290,6 +318,59 @@ class Database:
             raise
         finally:
             await asyncio.shield(connection.close())
+
+    @asynccontextmanager
+    async def direct(self) -> AsyncIterator[Reader]:
+        """As :meth:`read`, for what is asked most: statements of ``raw`` run on one of a few connections kept for them.
+
+        The way in and out of SQLAlchemy's pool costs more of the processor than such a statement. Other statements have one of
+        the pool.
+        """
+        await self._enter()
+        self._direct_in_use += 1
+        raw: asyncpg.Connection | None = None
+        try:
+            raw = await self._kept()
+            reader = _Direct(self, raw)
+            try:
+                yield reader
+            except BaseException as err:
+                if not isinstance(err, Exception):
+                    raw.terminate()  # cancelled, maybe in the middle of a statement
+                if (lost := _loss(err, raw)) is not None:
+                    raise lost from err
+                raise
+            finally:
+                await reader.close()
+        finally:
+            self._direct_in_use -= 1
+            self._room.release()
+            if raw is not None and not raw.is_closed():
+                if raw.is_in_transaction():
+                    raw.terminate()
+                else:
+                    self._idle.append(raw)
+
+    async def _enter(self) -> None:
+        """A place among those that have connections of their own."""
+        try:
+            if not self._room.locked():
+                await self._room.acquire()
+                return
+            async with asyncio.timeout(self.limits.acquire_timeout_seconds):
+                await self._room.acquire()
+        except TimeoutError:
+            raise Problem("service.unavailable", "every database connection is busy") from None
+
+    async def _kept(self) -> asyncpg.Connection:
+        """One that is idle and alive as far as is known, or a new one."""
+        while self._idle:
+            if not (raw := self._idle.pop()).is_closed():
+                return raw
+        try:
+            return await self._connect_pooled()
+        except (*_DRIVER, OSError) as err:
+            raise _unavailable(err) from err
 
     async def _open(self, options: dict[str, Any] | None) -> tuple[AsyncConnection, asyncpg.Connection]:
         """A live connection, its transaction begun unless ``options`` is None; one dead connection is forgiven."""

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from portico.control.access import anonymous
 from portico.control.domains.event_body import CertEvent
 from portico.control.domains.ingest import Ingest, Received
+from portico.control.shortcuts import Shortcut
 from portico.errors import Problem
 from portico.kit import http_signatures
 from portico.kit.http_signatures import Target
@@ -97,3 +98,6 @@ async def receive(request: Request) -> Response:
     taken = await ingest.receive(who, received)
     document = json.dumps({"event": taken.event, "status": taken.status})
     return Response(document, 200 if taken.status == "duplicate" else 202, media_type="application/json")
+
+
+SHORTCUTS = (Shortcut("/v1/domains/cert-events", receive),)

@@ -25,6 +25,7 @@ from portico.control.access import (
     require,
 )
 from portico.control.requests import Repeatable, UnitOfWork, once, permitted, shown, writing
+from portico.control.shortcuts import Shortcut, document
 from portico.control.tunnels import history, policy
 from portico.control.tunnels.service import Tunnels
 from portico.control.tunnels.sessions import AgentFacts, Sessions, startable
@@ -451,7 +452,7 @@ async def _in_one_statement(
     known = sessions.knows(credential, facts.agent_id)
     if not known and not startable(specs):
         return None
-    async with request.app.state.db.read() as reader:
+    async with request.app.state.db.direct() as reader:
         if not known and (recalled := sessions.recalled(credential, client_address(request))) is not None:
             who = replace(recalled, request_id=request_id(request), address=client_address(request))
             if (document := await sessions.started(reader, who, facts, specs)) is not None:
@@ -469,13 +470,29 @@ async def _in_one_statement(
 async def refresh_session(request: Request, _: Credential, session_id: Id, body: RefreshBody) -> Response:
     """New tokens for a live session, before the old ones expire. Repeating it is harmless."""
     state = request.app.state
-    async with state.db.read() as reader:
+    async with state.db.direct() as reader:
         who = await permitted(request, reader, "agent:connect")
         document = await state.agent_sessions.refresh(reader, who, session_id, body.agent_id)
     if document is None:
         async with state.db.transaction() as tx:
             document = await state.agent_sessions.refresh_again(tx, who, session_id, body.agent_id)
     return _json(document, 200)
+
+
+async def _open_quickly(request: Request) -> Response | None:
+    body = await document(request, SessionBody)
+    return None if body is None else await open_session(request, credential_of(request), body)
+
+
+async def _refresh_quickly(request: Request, session_id: str) -> Response | None:
+    body = await document(request, RefreshBody)
+    return None if body is None else await refresh_session(request, credential_of(request), session_id, body)
+
+
+SHORTCUTS = (
+    Shortcut("/v1/agent/sessions", _open_quickly),
+    Shortcut(r"/v1/agent/sessions/([A-Za-z0-9_-]{1,64})/refresh", _refresh_quickly),
+)
 
 
 @agent.delete("/{session_id}", status_code=204)
