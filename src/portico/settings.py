@@ -1120,7 +1120,7 @@ class PlatformSettings:
     # Longest pause in seconds before a process that died is started again.
     restart_max_seconds: float = 5.0
     # Seconds after which a process counts as healthy and the pause starts small again.
-    healthy_after_seconds: float = 10.0
+    healthy_after_seconds: float = 2.0
     # Seconds for everything to end on Ctrl-C.
     stop_seconds: float = 10.0
     # Seconds for each process to end on a second Ctrl-C.

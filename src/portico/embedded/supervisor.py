@@ -38,7 +38,7 @@ class SupervisorLimits:
     start_seconds: float = 60.0
     restart_min_seconds: float = 0.2
     restart_max_seconds: float = 5.0
-    healthy_after_seconds: float = 30.0
+    healthy_after_seconds: float = 2.0
     stop_seconds: float = 10.0
     hurry_seconds: float = 1.0
     leave_seconds: float = 30.0
