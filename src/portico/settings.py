@@ -890,6 +890,12 @@ class ApiSettings:
     # Secret (`whsec_` and base64 of 24 to 64 bytes) with which what it is told is signed.
     cert_runbook_secret: Secret | None = None
 
+    # == Finance
+    # Rows of a hash chain that one request of GET /v1/admin/ledger/verify checks (rounded up to whole batches).
+    ledger_verify_rows: int = 10_000
+    # Days that one request for revenue covers at most.
+    revenue_days: int = 366
+
     # == Certificates by ACME
     # Whether the terms of the certificate authority (CA) are agreed to: no certificate is ordered before.
     acme_agree_terms: bool = False
@@ -1258,6 +1264,16 @@ class WorkerSettings:
     tidy_certificates_seconds: float = 3600.0
     # Seconds between two removals of audit rows past their retention.
     trim_audit_seconds: float = 3600.0
+    # Seconds between two looks for deferred revenue of days that are over.
+    recognize_revenue_seconds: float = 300.0
+    # Schedules of deferred revenue that are read at once.
+    recognize_revenue_batch: int = 500
+    # Seconds between two sums of revenue by day.
+    sum_up_revenue_seconds: float = 300.0
+    # Seconds between two looks whether the ledger's last month can be sealed.
+    seal_ledger_seconds: float = 3600.0
+    # Days after a month's end on which it is sealed; what is heard of it later is booked in the next.
+    seal_ledger_after_days: int = 10
     # Seconds between two looks for domains whose DNS is to be looked at; how often each is, docs/how-to/custom-domains.md says.
     check_domains_seconds: float = 5.0
     # Seconds between two removals of domains that were lost long ago.

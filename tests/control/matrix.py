@@ -39,6 +39,7 @@ EXAMPLES: dict[str, Any] = {
     "agent_id": "agt-0123456789",
     "connect_url": heartbeat_body()["connect_url"],
     "email": "somebody@example.com",
+    "ends_on": "2026-01-01",
     "kind": "api",
     "password": PASSWORD,
     "permissions": ["tunnels:read"],

@@ -34,6 +34,8 @@ from portico.kit.networks import ADDRESS_CHARS, plain
 PERMISSION_TABLE: Final[Mapping[str, str]] = {
     "agent:connect": "Serve tunnels with a key: open agent sessions, keep them and add tunnels to them.",
     "audit:read": "Read the organization's audit log.",
+    "billing:read": "See the subscription, invoices, and what happened to the organization's money.",
+    "billing:write": "Buy, change and cancel the subscription, ask for refunds, and change the billing details.",
     "domains:read": "See domains, the DNS records that they need, and how their certificates are.",
     "domains:write": "Add, verify, change, route and remove domains.",
     "keys:own": "Make agent keys and API keys, and list, rotate and revoke one's own.",
@@ -90,8 +92,8 @@ ROLE_TABLE: Final[Mapping[str, Role]] = {
         _SEES | {"domains:read", "tunnels:read", "usage:read"},
     ),
     "billing": Role(
-        "Looks after what the organization pays: its name, plan and usage, no tunnel and no person.",
-        frozenset({"organization:read", "usage:read"}),
+        "Looks after what the organization pays: subscription, invoices, plan and usage, no tunnel and no person.",
+        frozenset({"billing:read", "billing:write", "organization:read", "usage:read"}),
     ),
     "auditor": Role("Reads the audit log and who may do what; no tunnels, no keys.", _SEES | {"audit:read"}),
 }

@@ -39,6 +39,7 @@ from portico.control.domains.sources import Sources
 from portico.control.edge import api as edge_api
 from portico.control.edge.hub import Hub
 from portico.control.edge.state import StateReader
+from portico.control.finance import api as finance_api
 from portico.control.identity import (
     account_api,
     export_api,
@@ -209,6 +210,7 @@ def _routes() -> list[BaseRoute]:
         lifecycle_api.router,
         *distribution_api.routers,
         incident_api.router,
+        *finance_api.routers,
     ):
         routes.include_router(router, prefix="/v1")
     routes.include_router(identity_api.well_known)

@@ -24,6 +24,12 @@ ORGANIZATIONS: Final = 20
 #: Tables with a column ``organization_id`` that keep their rows, and how those end.
 KEPT: Final = {
     "audit_events": "the log of an organization outlives it, until its retention is over",
+    "billing_finance_events": "books are kept: nothing in them is ever deleted",
+    "ledger_postings": "books are kept",
+    "ledger_recognition": "what was invoiced is still recognized, day by day",
+    "ledger_transactions": "books are kept",
+    "mrr_movements": "books are kept",
+    "revenue_daily": "sums of the books",
     "outbox_messages": "deleted by age, once they are sent or dead",
     "subdomain_claims": "names cool down",
     "tcp_ports": "ports cool down",

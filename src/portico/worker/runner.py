@@ -17,7 +17,7 @@ from portico.kit.clock import SystemClock
 from portico.kit.db import Database, PoolLimits
 from portico.kit.queue_runner import KindRunner, Pace, Schedules, Served, Wakes
 from portico.settings import ApiSettings, WorkerSettings
-from portico.worker import certificate_orders, certificates, maintenance, notifications
+from portico.worker import billing, certificate_orders, certificates, maintenance, notifications
 from portico.worker import metrics as worker_metrics
 from portico.worker.jobs import Context, Job
 
@@ -25,6 +25,7 @@ log = logging.getLogger("portico.worker")
 
 #: Every worker by name.
 WORKERS: dict[str, Callable[[WorkerSettings], list[Job]]] = {
+    "billing": billing.jobs,
     "certificates": certificates.jobs,
     "maintenance": maintenance.jobs,
     "notifications": notifications.jobs,

@@ -1,0 +1,12 @@
+"""The worker `billing`: what happens to money outside of requests."""
+
+from __future__ import annotations
+
+from portico.settings import WorkerSettings
+from portico.worker import billing_ledger
+from portico.worker.jobs import Job
+
+
+def jobs(settings: WorkerSettings) -> list[Job]:
+    """Its jobs, at the intervals of the settings; each is harmless when it runs twice."""
+    return [*billing_ledger.jobs(settings)]
