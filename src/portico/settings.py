@@ -1101,6 +1101,10 @@ class PlatformSettings:
     relays: int = 1
     # Control ports of the further relays, the second's first; empty takes free ones.
     relay_ports: tuple[int, ...] = ()
+    # Whether simulators of the payment providers run too, and plans can be bought from them; no money moves.
+    demo_billing: bool = False
+    # Ports of these simulators on 127.0.0.1: Stripe's, Razorpay's, PayPal's; 0 takes a free one.
+    simulator_ports: tuple[int, ...] = (7090, 7091, 7092)
     # Lowest level of log records that are written, by every process.
     log_level: str = "INFO"
 
@@ -1146,6 +1150,21 @@ class MigrateSettings:
     database_url: Secret
     # Lowest level of log records that are written.
     log_level: str = "INFO"
+
+
+# --- simulated payment providers (`portico up --demo-billing`) --------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SimulatorSettings:
+    """The process of the simulated payment providers; `portico up` starts it."""
+
+    # Lowest level of log records that are written.
+    log_level: str = "INFO"
+    # Inherited sockets as name=fd,name=fd: stripe, razorpay, paypal; what is missing listens on a free port.
+    listen_fds: str = ""
+    # Descriptor on which the supervisor waits for READY=1.
+    notify_fd: int | None = None
 
 
 # --- workers (`portico worker`) ---------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
 }
 #: Started by `portico up` alone; not in the help.
-HIDDEN = {"prepare": "processes"}
+HIDDEN = {"prepare": "processes", "simulators": "processes"}
 MODULES = {name: module for section in SECTIONS.values() for name, module in section.items()} | HIDDEN
 
 

@@ -52,6 +52,10 @@ def up(
             show_default=False,
         ),
     ] = None,
+    demo_billing: Annotated[
+        bool,
+        typer.Option("--demo-billing", help="Sell plans through simulated payment providers; no money moves."),
+    ] = False,
     pg_bin: Annotated[
         Path | None, typer.Option(help="Folder of PostgreSQL's programs.", metavar="DIR", show_default=False)
     ] = None,
@@ -76,6 +80,7 @@ def up(
             "control_port": control_port,
             "tcp_ports": tcp_ports,
             "api_port": api_port,
+            "demo_billing": demo_billing or None,
             "pg_bin": pg_bin,
             "log_level": log_level,
         },

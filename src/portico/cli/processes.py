@@ -122,7 +122,27 @@ def prepare() -> None:
     _run("migrate", chosen.log_level, both())
 
 
+def simulators(folder: Path, webhooks: str) -> None:
+    """For `portico up --demo-billing`: simulated payment providers, which keep what they know in a folder."""
+    require_server_parts()
+    chosen = settings.load(settings.SimulatorSettings)
+    from portico.kit import notify, sockets
+    from portico.simulators import billing_main
+
+    _run(
+        "simulators",
+        chosen.log_level,
+        billing_main.serve(
+            folder,
+            webhooks=webhooks,
+            sockets=sockets.inherited(chosen.listen_fds),
+            ready=lambda: notify.ready(chosen.notify_fd),
+        ),
+    )
+
+
 def register(app: typer.Typer) -> None:
     for command in (api, relay, worker, migrate):
         app.command()(command)
     app.command(hidden=True)(prepare)
+    app.command(hidden=True)(simulators)

@@ -52,6 +52,11 @@ _FOLLOW_SECONDS = 5.0
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104 - where to reach a wildcard listener
 
 
+_LOOPBACK = "127.0.0.1"
+#: The payment providers that ``demo_billing`` simulates. Nobody but this machine reaches them.
+SIMULATORS = ("stripe", "razorpay", "paypal")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class RelayPorts:
     """The addresses of one relay."""
@@ -79,6 +84,8 @@ class Platform:
         self._database_url = self._redis_url = ""
         #: The key of relay to relay: of this run only, in nobody's file.
         self._peer_key = secrets.token_urlsafe(32)
+        #: Of the simulated payment providers: what makes the API and workers use them.
+        self._billing: dict[str, str] = {}
         #: Files of certificate distribution, and what is public of them (``certkeys.py``).
         self._keys: dict[str, str] = {}
 
@@ -127,7 +134,7 @@ class Platform:
     async def start(self) -> None:
         """Start everything; returns when every listener accepts and ``credentials.json`` is written."""
         embedded = self.settings.database_url is None or self.settings.redis_url is None
-        wanted = self._wanted_ports()
+        wanted, simulated = self._wanted_ports(), self._simulator_ports()
         devca.folder(self.home, self.settings.base_domain)  # refuses a domain that is none before anything is touched
         self._take_home(embedded)
         roster = Roster(self.home / "run" / "children")
@@ -135,10 +142,13 @@ class Platform:
             self.logs.say(f"ended {name}, left behind by a run that was killed", "WARN")
         roster.remove()
         self._listeners = ports.open_all(self.settings.host, wanted)
+        self._listeners |= ports.open_all(_LOOPBACK, simulated)
         self._figures = open_listeners(self.home, self._processes())
         self._supervisor = Supervisor(self.logs, roster, self._limits())
         await self._start_servers()
         given = await self._prepare()
+        if self.settings.demo_billing:
+            await self._start_simulators()
         relays = [self._relay_unit(n, given["relay_keys"]) for n in range(1, self.settings.relays + 1)]
         # Side by side: the relays' first question waits in the API's listening queue. Two groups, so that at the end
         # the relays have reported their usage before the API goes.
@@ -192,6 +202,37 @@ class Platform:
         for _, port, _, option in wanted:
             check_port(port, option)
         return wanted
+
+    def _simulator_ports(self) -> list[tuple[str, int, str, str]]:
+        if not self.settings.demo_billing:
+            return []
+        if len(self.settings.simulator_ports) != len(SIMULATORS):
+            raise Problem("config.invalid", "setting simulator_ports: one port for each payment provider")
+        option = "PORTICO_SIMULATOR_PORTS"
+        for port in self.settings.simulator_ports:
+            check_port(port, option)
+        named = zip(SIMULATORS, self.settings.simulator_ports, strict=True)
+        return [(name, port, f"simulated {name}", option) for name, port in named]
+
+    async def _start_simulators(self) -> None:
+        """Simulated payment providers, before whoever needs their keys."""
+        folder = own_folder(self.home / "simulators", 0o700)
+        settings_file = folder / "settings.json"
+        settings_file.unlink(missing_ok=True)
+        unit = ProcessUnit(
+            "simulators",
+            ["simulators", str(folder), f"{self.api_url}/v1/billing/webhooks"],
+            self.environment(),
+            listeners={name: self._listeners[name] for name in SIMULATORS},
+        )
+        await self.supervisor.start(unit)
+        self._billing = json.loads(settings_file.read_text(encoding="utf-8"))
+
+    @property
+    def simulators(self) -> dict[str, str]:
+        """The simulated payment providers by name, and their URLs; empty without them."""
+        ports_of = {name: port_of(self._listeners[name]) for name in SIMULATORS if name in self._listeners}
+        return {name: f"http://{_LOOPBACK}:{port}" for name, port in ports_of.items()}
 
     def _processes(self) -> list[str]:
         return ["api", *(f"relay-{number}" for number in range(1, self.settings.relays + 1)), "worker"]
@@ -259,7 +300,8 @@ class Platform:
                 tcp_ports=self.settings.tcp_ports,
                 public_https_port=main.https,
                 shutdown_seconds=_API_DRAIN_SECONDS,
-            ),
+            )
+            | self._billing,
             listeners={"api": sock, "metrics": self._figures["api"]},
             health=(self.host, port_of(sock), "/readyz"),
         )
@@ -317,6 +359,7 @@ class Platform:
             certificate_key_file=self._keys["worker_file"],
             certificate_probe_targets=os.environ.get("PORTICO_CERTIFICATE_PROBE_TARGETS") or self._visitors(),
         )
+        environment |= self._billing
         return ProcessUnit("worker", ["worker"], environment, listeners={"metrics": self._figures["worker"]})
 
     # -- the end -----------------------------------------------------------------------------------------------------

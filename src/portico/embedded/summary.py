@@ -30,6 +30,13 @@ def summary(platform: Platform, paint: Paint, show_key: bool) -> str:
         ("Mail", "by the server of PORTICO_SMTP_URL" if platform.sends_mail else f"{platform.outbox} (as files)"),
         ("Credentials", f"{platform.home / secretfiles.CREDENTIALS} {paint.dim('(only you can read it)')}"),
     ]
+    rows += [
+        (
+            "Payments" if name == "stripe" else "",
+            f"{paint.link(url)} {paint.dim(f'({name}, simulated: no money moves)')}",
+        )
+        for name, url in platform.simulators.items()
+    ]
     lines = ["", paint.bold("Portico is ready."), "", *(f"  {name:<13} {value}" for name, value in rows), ""]
     if platform.first_admin:
         lines += [
