@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import ssl
 from typing import Any
 
@@ -47,6 +48,42 @@ def test_a_wildcard_and_an_rsa_key() -> None:
     assert held.certificate.parents == {b"example.com"}
     short = sealed(key=pem(rsa.generate_private_key(65537, 1024)))
     refused(short, "too short")
+
+
+def test_what_was_held_is_known_by_its_mark() -> None:
+    """It says the same of itself, and opens; with another region's key, another signer, or a letter changed, it is not known."""
+    held = TRUST.hold(parse(sealed().bundle), now=NOW, load=True)
+    kept = TRUST.keep(held)
+    found = TRUST.recall(json.loads(json.dumps(kept)), now=NOW)
+    assert found == held and found is not None
+    assert found.certificate.material() == held.certificate.material()
+    assert TRUST.recall(kept, now=held.certificate.not_after) is None
+    for other in (
+        Trust("eu", TRUST.signers, Keys([X25519PrivateKey.generate()])),
+        Trust("eu", KeySet.of([SigningKey.generate()]), TRUST.opener),
+        Trust("us", TRUST.signers, TRUST.opener),
+    ):
+        assert other.recall(kept, now=NOW) is None
+    for name in kept:
+        spoilt = {**kept, name: 2} if name == "version" else {**kept, name: kept["mark"]}
+        assert name == "mark" or TRUST.recall(spoilt, now=NOW) is None
+    for nonsense in (None, [], {"mark": 1}, {"mark": "\u00e4"}, {"mark": ""}, {"mark": kept["mark"]}):
+        assert TRUST.recall(nonsense, now=NOW) is None
+
+
+def test_a_kms_makes_no_marks() -> None:
+    """It would be asked for each: what was kept is looked at anew."""
+
+    class Kms:
+        def holds(self, key_id: str) -> bool:
+            return TRUST.opener.holds(key_id)
+
+        def unwrap(self, key_id: str, wrapped: bytes, info: bytes) -> bytes:
+            return TRUST.opener.unwrap(key_id, wrapped, info)
+
+    trust = Trust("eu", TRUST.signers, Kms())
+    held = trust.hold(parse(sealed().bundle), now=NOW, load=True)
+    assert trust.keep(held) == held.bundle.encode() and trust.recall(trust.keep(held), now=NOW) is None
 
 
 def test_another_region_opens_nothing() -> None:

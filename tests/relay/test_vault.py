@@ -14,6 +14,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from portico.errors import Problem
+from portico.kit import keyfiles
+from portico.kit.envelope import Keys
+from portico.relay.sealed import Trust
 from portico.relay.server import Relay
 from portico.relay.vault import NO_KEY
 from portico.settings import RelaySettings, Secret
@@ -169,11 +172,46 @@ class TestTwoPhases:
         assert relay.control.ready() and await served(relay) == second.made.fingerprint
 
     async def test_a_removed_domain_is_served_no_more(self, control: Control, start: Start, tmp_path: Path) -> None:
-        relay, _ = await serving(control, start)
+        relay, first = await serving(control, start)
         await until(kept(tmp_path).exists)
         await control.delta({"kind": "certificate_removed", "domain": "dom_1"})
-        await until(lambda: not len(relay.vault) and not kept(tmp_path).exists())
+        await until(lambda: not len(relay.vault) and '"serving":null,"ready":null' in kept(tmp_path).read_text())
         assert await served(relay) is None
+        # Nothing of what was served is left but its number.
+        ends = int(first.made.not_after.timestamp())
+        assert json.loads(kept(tmp_path).read_text()) == {
+            "format": 1, "source": control.api.url, "floor": 1, "ends": ends, "serving": None, "ready": None,
+        }  # fmt: skip
+
+    async def test_a_removed_domain_does_not_come_back_older(
+        self, control: Control, start: Start, tmp_path: Path
+    ) -> None:
+        """Who can write the stream removes the domain and names an older version, whose key may be known to others by now."""
+        relay, first = await serving(control, start)
+        third = sealed(version=3)
+        control.store.add(third)
+        await control.tell(active=third)
+        await control.said(third, "active")
+        for restart in (False, True):
+            control.rows.clear()
+            await control.delta({"kind": "certificate_removed", "domain": "dom_1"})
+            await until(lambda: kept(tmp_path).exists() and '"serving":null,"ready":null' in kept(tmp_path).read_text())
+            if restart:
+                await relay.stop()
+                control.open.clear()
+                relay = await start()
+                await until(lambda: bool(control.open))
+            control.store.acks.clear()
+            await control.tell(active=first)
+            assert (await control.said(first, "failed"))["floor"] == 3
+            assert await served(relay) is None
+        control.rows.clear()
+        await relay.stop()
+        # When nothing of it could be served any more, nothing is kept.
+        old = json.loads(kept(tmp_path).read_text()) | {"ends": 1}
+        kept(tmp_path).write_text(json.dumps(old))
+        await start()
+        assert not kept(tmp_path).exists()
 
     async def test_many_domains_in_few_questions(self, control: Control, start: Start) -> None:
         versions = [sealed(f"h{n}.example.com", domain=f"dom_{n}") for n in range(120)]
@@ -254,6 +292,14 @@ class TestRefused:
         await control.delta({"kind": "certificate", "certificate": row})
         await until(lambda: "crt_dom_1_5" in relay.vault._domains["dom_1"].refused)
         assert await served(relay) == first.made.fingerprint and await served(relay, "x.other.test") is None
+
+    async def test_the_stream_names_another_host(self, control: Control, start: Start) -> None:
+        _, first = await serving(control, start)
+        second = sealed(version=2)
+        control.store.add(second)
+        row = {"domain": "dom_1", "hostname": "other.example.com", "active": first.ref, "staged": second.ref}
+        await control.delta({"kind": "certificate", "certificate": row})
+        assert "host name" in (await control.said(second, "failed"))["reason"]
 
     async def test_a_relay_without_a_key_says_so(self, control: Control, start: Start) -> None:
         for more in ({"region_key_files": ()}, {"certificate_signers": ()}):
@@ -336,6 +382,40 @@ class TestRestart:
         kept(tmp_path).write_text(json.dumps(copy))
         again = await start()
         assert await served(again) is None
+
+    @pytest.mark.parametrize("change", ["facts", "mark", "signer", "region key"])
+    async def test_what_has_no_mark_of_this_relay_is_looked_at_as_if_it_came_anew(
+        self, control: Control, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+    ) -> None:
+        """Facts that somebody wrote, a mark of another, or a relay that trusts and holds something else than when it marked."""
+        relay, first = await serving(control, start)
+        await until(lambda: kept(tmp_path).exists() and '"serving":{' in kept(tmp_path).read_text())
+        await relay.stop()
+        await control.api.stop()
+        looked: list[str] = []
+        real = Trust.hold
+        monkeypatch.setattr(Trust, "hold", lambda *given, **more: (looked.append("anew"), real(*given, **more))[1])
+        again = await start()
+        assert await served(again) == first.made.fingerprint and not looked
+        await again.stop()
+        copy, more = json.loads(kept(tmp_path).read_text()), dict[str, Any]()
+        match change:
+            case "facts":
+                copy["serving"]["facts"] |= {"names": ["victim.example.com"], "not_after": 2**40}
+            case "mark":
+                copy["serving"]["mark"] = Keys([X25519PrivateKey.generate()]).mark(b"x").hex()
+            case "signer":
+                more = {"certificate_signers": (type(SIGNER).generate().public_jwk()["x"],)}
+            case "region key":
+                other = tmp_path / "other.key"
+                other.write_text(keyfiles.new_region_key())
+                other.chmod(0o600)
+                more = {"region_key_files": (other,)}
+        kept(tmp_path).write_text(json.dumps(copy))
+        again = await start(**more)
+        usable = change in ("facts", "mark")
+        assert looked == ["anew"] and await served(again) == (first.made.fingerprint if usable else None)
+        assert await served(again, "victim.example.com") is None
 
     async def test_a_copy_of_another_control_plane_is_left_alone(
         self, control: Control, start: Start, tmp_path: Path

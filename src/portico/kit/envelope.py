@@ -14,6 +14,7 @@ Light on purpose: relays import this. ``Opener`` is the seam for a key that live
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
 from collections.abc import Iterable
@@ -100,6 +101,7 @@ class Keys:
 
     def __init__(self, keys: Iterable[X25519PrivateKey]) -> None:
         self._keys = {key_id(key.public_key()): key for key in keys}
+        self._marking: bytes | None = None
 
     @property
     def ids(self) -> list[str]:
@@ -113,6 +115,14 @@ class Keys:
 
     def holds(self, key_id: str) -> bool:
         return key_id in self._keys
+
+    def mark(self, data: bytes) -> bytes:
+        """A MAC (HMAC-SHA256) of something that is kept where others may write, under a key that comes of the newest private key
+        and is of no other use: who has none of the private keys cannot make it."""
+        if self._marking is None:
+            private = next(reversed(self._keys.values())).private_bytes_raw()
+            self._marking = hmac.digest(private, f"{_FORMAT} marks".encode(), hashlib.sha256)
+        return hmac.digest(self._marking, data, hashlib.sha256)
 
     def unwrap(self, key_id: str, wrapped: bytes, info: bytes) -> bytes:
         key = self._keys.get(key_id)

@@ -47,10 +47,13 @@ class WorkerKeys:
 
 def region_keys(setting: str, paths: tuple[Path, ...]) -> envelope.Keys:
     """The keys of a region. Raises ``config.invalid``, which names ``setting``."""
-    keys = [key for path in paths for key in _private_keys(setting, path)]
-    if wrong := [key for key in keys if not isinstance(key, X25519PrivateKey)]:
-        raise _refused(setting, paths[0], f"a key of a region is an X25519 key; this one is {type(wrong[0]).__name__}")
-    return envelope.Keys(key for key in keys if isinstance(key, X25519PrivateKey))
+    found: list[X25519PrivateKey] = []
+    for path in paths:
+        for key in _private_keys(setting, path):
+            if not isinstance(key, X25519PrivateKey):
+                raise _refused(setting, path, f"a key of a region is an X25519 key; this one is {type(key).__name__}")
+            found.append(key)
+    return envelope.Keys(found)
 
 
 def worker_keys(setting: str, path: Path) -> WorkerKeys:

@@ -8,7 +8,9 @@ then, and whenever something is refused (a forged manifest, another region's key
 goes on.
 
 What is held is kept on disk as it came, sealed, one file per domain (``certificates/DOMAIN.json``) with the newest version that
-was served. So a relay that starts without a control plane serves what it served, and takes no older version for good.
+was served. So a relay that starts without a control plane serves what it served, and takes no older version for good. Of a
+domain that was removed that number alone is kept, for as long as what was served could be served again: who writes the stream
+must not get an older version taken by removing the domain first.
 """
 
 from __future__ import annotations
@@ -54,9 +56,11 @@ _NETWORK = (LinkLost, SnapshotInvalid, httpx.HTTPError, OSError, TimeoutError)
 
 @dataclass(slots=True)
 class Domain:
-    """What is held of a domain. ``floor``: the newest version that was served here; a lower one never is again."""
+    """What is held of a domain. ``floor``: the newest version that was served here; a lower one never is again. ``ends``: when
+    the last certificate that was served here does, unix seconds."""
 
     floor: int = 0
+    ends: int = 0
     serving: Held | None = None
     ready: Held | None = None
     #: By id: why a version is refused.
@@ -104,6 +108,7 @@ class Vault:
         self._acks: dict[str, dict[str, Any]] = {}
         self._ack_wake = asyncio.Event()
         self._unsaved: set[str] = set()
+        self._save_wake = asyncio.Event()
         self._said: set[str] = set()
         self._behind_since: float | None = None
         snapshot.on_change(self._changed)
@@ -180,6 +185,8 @@ class Vault:
         self._dirty.pop(id, None)
         if domain is not None and domain.serving is not None:
             self._store.drop(VAULT, domain.serving.certificate.fingerprint)
+        if domain is not None and domain.floor:
+            self._domains[id] = Domain(domain.floor, domain.ends)
         self._unsaved.add(id)
         self._wake.set()
 
@@ -218,6 +225,7 @@ class Vault:
             return
         if held is not domain.serving:
             before, domain.serving, domain.ready, domain.floor = domain.serving, held, None, held.version
+            domain.ends = max(domain.ends, int(held.certificate.not_after.timestamp()))
             self._store.put(VAULT, held.certificate)
             if before is not None:
                 self._store.drop(VAULT, before.certificate.fingerprint)
@@ -265,6 +273,7 @@ class Vault:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._ask_loop())
             group.create_task(self._ack_loop())
+            group.create_task(self._save_loop())
 
     async def _ask_loop(self) -> None:
         backoff = self._backoff()
@@ -272,8 +281,8 @@ class Vault:
             await self._wake.wait()
             self._wake.clear()
             try:
-                while refs := self._next():
-                    await self._ask(refs)
+                while wanted := self._next():
+                    await self._ask(wanted)
                     backoff.reset()
                 self._said.discard("ask")
             except _NETWORK as err:
@@ -284,7 +293,7 @@ class Vault:
                 log.exception("fault in asking for certificates")
                 await asyncio.sleep(self._settings.certificate_backoff_max_seconds)
                 self._wake.set()
-            await self._save()
+            self._save_wake.set()
 
     def _backoff(self) -> Backoff:
         return Backoff(self._settings.edge_backoff_min_seconds, self._settings.certificate_backoff_max_seconds)
@@ -295,21 +304,22 @@ class Vault:
             self._said.add(what)
             log.warning(text, extra={"f": {"why": reason}})
 
-    def _next(self) -> list[CertificateRef]:
-        """Versions to ask for now; domains that lack nothing are dirty no more."""
-        found: list[CertificateRef] = []
+    def _next(self) -> list[tuple[str, CertificateRef]]:
+        """Versions to ask for now, each with its domain; domains that lack nothing are dirty no more."""
+        found: list[tuple[str, CertificateRef]] = []
         for id in list(self._dirty):
             row = self._snapshot.certificates.get(id)
             lacks = self._lacks(row) if row is not None else []
             if not lacks:
                 del self._dirty[id]
-            found += lacks
+            found += [(id, ref) for ref in lacks]
             if len(found) >= self._settings.certificate_fetch_rows:
                 break
         return found[: self._settings.certificate_fetch_rows]
 
-    async def _ask(self, refs: list[CertificateRef]) -> None:
+    async def _ask(self, wanted: list[tuple[str, CertificateRef]]) -> None:
         limits = self._settings
+        refs = [ref for _, ref in wanted]
         body = {"region": limits.region, "certificates": [ref.id for ref in refs]}
         request = self._http.build_request("POST", "/certificates", json=body)
         answer = await post(
@@ -317,8 +327,8 @@ class Vault:
         )
         given = _bundles(parse_json(answer))
         opened = await statefiles.in_thread(self._open_all, [given[ref.id] for ref in refs if ref.id in given], True)
-        for ref in refs:
-            self._take(ref, opened.get(ref.id, "the control plane does not have it"))
+        for id, ref in wanted:
+            self._take(id, ref, opened.get(ref.id, "the control plane does not have it"))
         if missing := [ref for ref in refs if ref.id not in given]:
             raise LinkLost(f"{len(missing)} certificates are not there")
 
@@ -335,23 +345,21 @@ class Vault:
                 found[id] = str(err)
         return found
 
-    def _take(self, ref: CertificateRef, found: Held | str) -> None:
-        """On the loop: what was opened goes where the rows say by now."""
-        for row in self._rows_with(ref):
-            domain = self._domains.setdefault(row.domain, Domain())
-            if domain.held(ref) is not None or ref.id in domain.refused:
-                continue
-            reason = found if isinstance(found, str) else _mismatch(found, row, ref)
-            if isinstance(found, Held) and reason is None:
-                self._put(domain, row, ref, found)
-            elif isinstance(found, str) and found == "the control plane does not have it" and domain.tries < TRIES:
-                domain.tries += 1
-            else:
-                self._refuse(domain, ref, reason or "it cannot be used")
-
-    def _rows_with(self, ref: CertificateRef) -> list[CertificateRow]:
-        rows = (self._snapshot.certificates.get(id) for id in list(self._dirty))
-        return [row for row in rows if row is not None and ref in (row.active, row.staged)]
+    def _take(self, id: str, ref: CertificateRef, found: Held | str) -> None:
+        """On the loop: what was opened goes where the row of its domain says by now."""
+        row = self._snapshot.certificates.get(id)
+        if row is None or ref not in (row.active, row.staged):
+            return
+        domain = self._domains.setdefault(id, Domain())
+        if domain.held(ref) is not None or ref.id in domain.refused:
+            return
+        reason = found if isinstance(found, str) else _mismatch(found, row, ref)
+        if isinstance(found, Held) and reason is None:
+            self._put(domain, row, ref, found)
+        elif isinstance(found, str) and found == "the control plane does not have it" and domain.tries < TRIES:
+            domain.tries += 1
+        else:
+            self._refuse(domain, ref, reason or "it cannot be used")
 
     def _put(self, domain: Domain, row: CertificateRow, ref: CertificateRef, found: Held) -> None:
         if not self._admissible(domain, ref, staged=ref != row.active):
@@ -431,27 +439,52 @@ class Vault:
             if not _FILE.match(path.name):
                 continue
             try:
-                found[path.stem] = self._read(path)
+                if (domain := self._read(path)) is None:
+                    path.unlink()
+                else:
+                    found[path.stem] = domain
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as err:
                 fields = {"file": path, "why": str(err) or type(err).__name__}
                 log.error("a kept certificate cannot be used", extra={"f": fields})
         return found
 
-    def _read(self, path: Path) -> Domain:
+    def _read(self, path: Path) -> Domain | None:
+        """``None`` for what is left of a domain that was removed, once nothing of it could be served any more."""
         kept = parse_json(path.read_bytes())
         if not isinstance(kept, dict) or kept.get("format") != FORMAT or kept.get("source") != self._settings.api_url:
             raise ValueError("it is of another control plane, or of another format")
-        domain = Domain(floor=int(kept["floor"]))
+        domain = Domain(int(kept["floor"]), int(kept.get("ends", 0)))
+        if kept["serving"] is kept["ready"] is None and 0 < domain.ends < self._wall():
+            return None
         for name in ("serving", "ready"):
             if kept[name] is not None:
-                opened = next(iter(self._open_all([kept[name]], False).values()))
+                opened = self._recalled(path.stem, kept[name])
                 if isinstance(opened, str):
                     log.error("a kept certificate cannot be used", extra={"f": {"file": path, "why": opened}})
                 elif opened.bundle.domain == path.stem:
                     setattr(domain, name, opened)
         if domain.serving is not None:
             domain.floor = max(domain.floor, domain.serving.version)
+            domain.ends = max(domain.ends, int(domain.serving.certificate.not_after.timestamp()))
         return domain
+
+    def _recalled(self, id: str, value: Any) -> Held | str:
+        """By this relay's own mark; without it, as what comes over the network, and marked with the next write."""
+        assert self.trust is not None
+        recalled = self.trust.recall(value, now=dt.datetime.fromtimestamp(self._wall(), dt.UTC))
+        if recalled is not None:
+            return recalled
+        found = next(iter(self._open_all([value], False).values()))
+        if isinstance(found, Held):
+            self._unsaved.add(id)
+        return found
+
+    async def _save_loop(self) -> None:
+        """Beside the questions: thousands of files take their time."""
+        while True:
+            await self._save_wake.wait()
+            self._save_wake.clear()
+            await self._save()
 
     async def _save(self) -> None:
         """Write what changed, in a thread. A disk that is full loses the copy, never what is served."""
@@ -469,12 +502,13 @@ class Vault:
 
     def _encode(self, domain: Domain) -> bytes:
         def bundle(held: Held | None) -> dict[str, Any] | None:
-            return None if held is None else held.bundle.encode()
+            return None if held is None or self.trust is None else self.trust.keep(held)
 
         kept = {
             "format": FORMAT,
             "source": self._settings.api_url,
             "floor": domain.floor,
+            "ends": domain.ends,
             "serving": bundle(domain.serving),
             "ready": bundle(domain.ready),
         }
@@ -508,4 +542,6 @@ def _mismatch(found: Held, row: CertificateRow, ref: CertificateRef) -> str | No
         return "the stream names another version or fingerprint than the manifest"
     if found.bundle.domain != row.domain:
         return "the manifest is of another domain"
+    if found.hostname != row.hostname:
+        return "the stream names another host name than the manifest"
     return None
