@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -99,6 +100,36 @@ async def test_an_order_whose_answer_was_lost_is_found_again(client: Client) -> 
     assert found is not None and found.url == lost.url
     assert await client.lost_order(orders, ["lost.example.com"], [*known, lost.url]) is None
     assert await client.lost_order(None, ["lost.example.com"], known) is None
+
+
+async def test_an_order_that_somebody_finalized_is_not_the_lost_one(ca: pebble.Pebble, client: Client) -> None:
+    """It was that of who had the name before, whose rows are gone: its certificate is for a key that nobody has."""
+    _, orders = await client.register([], agree=True)
+    await issued(client, ca, "before.example.com")
+    assert await client.lost_order(orders, ["before.example.com"], []) is None
+
+
+async def test_a_ca_that_says_a_byte_now_and_then_has_no_longer_than_others() -> None:
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while not writer.is_closing():
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+
+    server = await asyncio.start_server(drip, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/dir"
+    client = Client(url, acme_client.new_key(), limits=Limits(timeout_seconds=0.5))
+    try:
+        async with asyncio.timeout(60):
+            with pytest.raises(AcmeError) as refused:
+                await client.directory()
+        assert refused.value.code == "ca_unreachable"
+    finally:
+        await client.close()
+        server.close()
 
 
 async def test_what_the_ca_refuses_has_a_code_of_ours(client: Client) -> None:

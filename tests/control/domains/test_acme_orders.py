@@ -13,6 +13,7 @@ import pytest
 from cryptography import x509
 
 from portico.control.domains import acme_keys, acme_orders
+from portico.control.domains.acme_client import Client
 from portico.kit.db import Database
 from portico.kit.envelope import EnvelopeInvalid
 from portico.kit.queue import LeaseLost, Retry
@@ -96,6 +97,26 @@ async def test_two_workers_at_once_and_only_the_holder_of_the_lease_writes(at: D
     assert isinstance(results[0], LeaseLost) and results[1] is None
     (order,) = await at.orders(domain)
     assert order["state"] == "issued" and len(await at.chain(domain)) == 1
+
+
+async def test_a_name_that_is_lost_while_the_ca_is_asked_gets_nothing(
+    at: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else proves the name between the last step and its commit: what went with the old hold does not come back."""
+    domain, real = await at.domain(), Client.certificate
+    await at.sweep()
+
+    async def meanwhile(self: Client, url: str) -> str:
+        await at.sql("UPDATE custom_domains SET hostname_status = 'deleted' WHERE id = $1", domain["id"])
+        return await real(self, url)
+
+    monkeypatch.setattr(Client, "certificate", meanwhile)
+    await at.run()
+    (order,) = await at.orders(domain)
+    assert (order["state"], order["sealed_key"]) == ("canceled", None)
+    assert not await at.chain(domain)
+    assert not await rows(at.db, "SELECT 1 FROM certificate_heads WHERE domain_id = $1", domain["id"])
+    assert "issuance.succeeded" not in await at.events(domain)
 
 
 async def test_sweeps_at_once_make_one_order_of_a_name(at: Desk) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from portico.control.domains import acme_ari, acme_schedule
+from portico.control import changes
+from portico.control.domains import acme_ari, acme_schedule, acme_store
 from portico.control.domains.acme_accounts import Accounts
 from portico.control.domains.acme_client import Window
 from portico.settings import ApiSettings, Secret
@@ -23,6 +25,13 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 def suggestion(start: datetime, end: datetime) -> str:
     return f'{{"suggestedWindow": {{"start": "{start.isoformat()}", "end": "{end.isoformat()}"}}}}'
+
+
+async def answers(at: Desk, wanted: bool) -> None:
+    """Wait until the relay answers some challenge, or none."""
+    async with asyncio.timeout(30):
+        while bool(at.edge.relay.snapshot.challenges) is not wanted:
+            await asyncio.sleep(0.02)
 
 
 async def ask(at: Desk, domain: Any) -> Any:
@@ -179,10 +188,23 @@ class TestFailures:
     async def test_an_order_that_took_its_workers_with_it_is_over(self, at: Desk) -> None:
         domain = await at.domain()
         await at.sweep()
+        (order,) = await at.orders(domain)
         await at.sql("UPDATE certificate_orders SET queue_state = 'dead', attempts = 12")
+        challenge = {
+            "id": "chl_1", "order_id": order["id"], "type": "http-01", "host": domain["name"], "token": "t",
+            "key_authorization": "a", "until": datetime.now(UTC) + timedelta(hours=1),
+        }  # fmt: skip
+        async with at.db.transaction() as tx:
+            await acme_store.add_challenges(tx, [challenge])
+            changes.append(tx, changes.challenge(acme_store.edge_row(challenge)))
+        await answers(at, True)
         assert await at.sweep() == 0
         (order,) = await at.orders(domain)
         assert (order["state"], order["error_code"]) == ("failed", "abandoned")
+        # It is told of, and relays answer its challenges no more.
+        assert await at.events(domain) == ["issuance.failed"]
+        assert not await rows(at.db, "SELECT 1 FROM acme_challenges")
+        await answers(at, False)
         assert (await at.again(domain))["state"] == "issued"
 
 

@@ -273,6 +273,20 @@ async def test_the_end_of_a_certificate_is_said_once(case: Case) -> None:
     assert {status for _, status, _ in await case.seen()} == {"resolved"}
 
 
+async def test_a_name_that_was_lost_alarms_nobody(case: Case) -> None:
+    """What was wrong with it is over, and that its certificate ends is nothing to wake anybody for."""
+    await case.live(days=90)
+    await case.happens("renewal.failed", 2, error_code="dns")
+    assert await case.seen() == [("renewal", "open", 3)]
+    async with case.app.state.db.transaction() as tx:
+        await tx.raw.execute("UPDATE custom_domains SET hostname_status = 'deleted' WHERE id = $1", case.domain)
+    case.clock.advance(91 * DAY)
+    await case.watch()
+    await case.watch()
+    assert await case.seen() == [("renewal", "resolved", 3)]
+    assert (await domain(case.app.state.db, case.domain)).cert_status == "active", "nobody said that it ended"
+
+
 async def test_conditions_of_others(case: Case) -> None:
     """What the probe sees is its own: events neither end it nor make another incident of it."""
 

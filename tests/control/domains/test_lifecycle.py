@@ -134,6 +134,25 @@ async def test_whose_an_event_is(app: Any, sender: Sender, owner: Account, stran
     assert (await stranger.client.get(f"/v1/domains/{held}/events")).status_code == 404
 
 
+async def test_an_event_about_another_name_is_nobody_elses_to_see(
+    app: Any, sender: Sender, owner: Account, stranger: Account
+) -> None:
+    """A sender may name a domain that is not the name's: neither before nor after it is looked at does its owner hear of it."""
+    name, others = next(_names), next(_names)
+    await hold(app.state.db, owner.organization, name)
+    other = await hold(app.state.db, stranger.organization, others)
+    wrong = {"hostname": name, "domainId": other}
+    await sender.tell("issuance.failed", name, subject=wrong, error={"code": "x", "detail": "of the owner's alone"})
+    right = await sender.tell("issuance.failed", others, subject={"hostname": others, "domainId": other})
+
+    async def seen() -> list[str]:
+        return [each["id"] for each in (await stranger.client.get(f"/v1/domains/{other}/events")).json()["data"]]
+
+    assert await seen() == []
+    await apply_all(app.state.db)
+    assert await seen() == [right]
+
+
 async def test_order_of_arrival_is_nothing(app: Any, sender: Sender, owner: Account) -> None:
     held = await hold(app.state.db, owner.organization, name := next(_names))
     facts = {"serial": "0b", "notBefore": "2026-01-01T00:00:00Z", "notAfter": "2099-01-01T00:00:00Z"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,11 @@ import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from portico.control.access import Caller
+from portico.control.domains import regions
 from portico.control.domains.vault import Vault
 from portico.control.identity.keys import issue
+from portico.errors import Problem
 from portico.kit import envelope
 from portico.kit.db import Database
 from tests.control.conftest import MovableClock
@@ -116,3 +120,20 @@ class TestRemove:
         key = await fleet.region("eu")
         assert (await operator.delete(f"{PATH}/eu/keys/{envelope.key_id(key.public_key())}")).status_code == 204
         assert (await operator.get(PATH)).json()["data"] == []
+
+
+async def test_one_key_is_not_registered_for_two_regions_at_once(db: Database, fleet: Fleet) -> None:
+    """Relays of one could open what is wrapped for the other."""
+    who, key = Caller("operator", "key_1", None), public()
+    async with db.transaction() as tx:
+        await regions.add_key(tx, who, "eu", key)
+
+        async def other() -> None:
+            async with db.transaction() as tx:
+                await regions.add_key(tx, who, "us", key)
+
+        asked = asyncio.create_task(other())
+        await asyncio.wait([asked], timeout=0.3)  # it waits, or is wrong by now
+    with pytest.raises(Problem) as refused:
+        await asked
+    assert refused.value.code == "region.key_taken"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,14 @@ class TestSwitch:
         await say(db, "eu-1", version, "failed", reason="a step back", floor=17)
         assert (await stored(db, sealer, "i.example.com", version.domain_id)).version == 18
 
+    async def test_a_relay_that_lies_does_not_use_the_numbers_up(
+        self, db: Database, fleet: Fleet, sealer: Vault
+    ) -> None:
+        """One above the greatest would be read by no relay, of any domain: the stream would end for all."""
+        version = await stored(db, sealer, "lies.example.com")
+        await say(db, "eu-1", version, "failed", reason="a step back", floor=2**53 - 1)
+        assert (await stored(db, sealer, "lies.example.com", version.domain_id)).version == 2
+
 
 class TestTogether:
     async def test_acknowledgements_at_once_switch_once(self, db: Database, fleet: Fleet, sealer: Vault) -> None:
@@ -252,8 +261,9 @@ class TestTogether:
         name = f"{new_id('k')[2:]}.example.com"
         first = await stored(db, sealer, name)
         second = await stored(db, sealer, name, first.domain_id)
+        patient = replace(RULES, lease_seconds=3600)  # heartbeats are as old as all examples before this one
         for relay, number in [*order, *(order if again else ())]:
-            await say(db, relay, first if number == 1 else second)
+            await say(db, relay, first if number == 1 else second, rules=patient)
         assert await head(db, second) == (second.id, None)
 
 

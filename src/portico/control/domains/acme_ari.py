@@ -82,9 +82,7 @@ async def _ask(db: Database, settings: ApiSettings, accounts: Accounts, director
     async with db.transaction() as tx:
         pauses = [_pause(settings, window, err) for _, window, err in answers]
         await tx.raw.execute(_NEXT, [row["domain_id"] for row, _, _ in answers], pauses)
-        for row, window, _ in answers:
-            if window is not None and (window.start, window.end) != (row["ari_start"], row["ari_end"]):
-                await _moved(tx, row, window, now)
+        await _moved(tx, answers, now)
 
 
 def _pause(settings: ApiSettings, window: Window | None, err: AcmeError | None) -> float:
@@ -94,16 +92,28 @@ def _pause(settings: ApiSettings, window: Window | None, err: AcmeError | None) 
     return acme_schedule.spread(min(seconds, settings.acme_ari_seconds) if window is not None else seconds)
 
 
-async def _moved(tx: Tx, row: Any, window: Window, now: datetime) -> None:
-    """The CA suggests another window than before."""
-    at = acme_schedule.by_window(window, now, row["not_before"], row["not_after"])
-    if not await acme_store.move_renewal(tx, row["domain_id"], row["certificate"], at, window):
-        return  # it was renewed meanwhile
-    if window.explanation is not None:
-        log.info("a renewal is asked for", extra={"f": {"domain": row["domain_id"], "why": window.explanation}})
-    revision = await acme_store.revision(tx, row["domain_id"])
-    event = NewEvent(
-        row["domain_id"], "renewal", "ari_window_changed", revision=revision, renews_at=at, ari_id=row["certificate"],
-        key=f"ari.{row['domain_id']}.{window.start.isoformat()}.{window.end.isoformat()}",
-    )  # fmt: skip
-    await lifecycle.record(tx, event)
+async def _moved(tx: Tx, answers: Sequence[Found], now: datetime) -> None:
+    """Take note of windows that the CA has not suggested before."""
+    moves = [
+        (row["domain_id"], row["certificate"], _moment(row, window, now), window)
+        for row, window, _ in answers
+        if window is not None and (window.start, window.end) != (row["ari_start"], row["ari_end"])
+    ]
+    revisions = await acme_store.move_renewals(tx, moves)
+    moved = [move for move in moves if move[0] in revisions]  # others were renewed meanwhile
+    for domain, _, _, window in moved:
+        if window.explanation is not None:
+            log.info("a renewal is asked for", extra={"f": {"domain": domain, "why": window.explanation}})
+    events = [
+        NewEvent(
+            domain, "renewal", "ari_window_changed", revision=revisions[domain], renews_at=at, ari_id=certificate,
+            key=f"ari.{domain}.{window.start.isoformat()}.{window.end.isoformat()}",
+        )
+        for domain, certificate, at, window in moved
+    ]  # fmt: skip
+    if events:
+        await lifecycle.record_all(tx, events)
+
+
+def _moment(row: Any, window: Window, now: datetime) -> datetime:
+    return acme_schedule.by_window(window, now, row["not_before"], row["not_after"])

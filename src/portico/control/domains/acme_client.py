@@ -8,6 +8,7 @@ another attempt. Raises :class:`AcmeError` alone.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import ssl
 from collections.abc import Mapping, Sequence
@@ -224,7 +225,8 @@ class Client:
         return self._order(url, await self._post(url, None))
 
     async def lost_order(self, orders: str | None, names: Sequence[str], known: Sequence[str]) -> Order | None:
-        """The open order for exactly ``names`` that is none of ``known``: the one whose answer we did not live to see.
+        """The open order for exactly ``names`` that is none of ``known``: the one whose answer we did not live to see. One that
+        was finalized is not it: who had the name before did that, with a key of theirs.
 
         ``orders``: the account's list (7.1.2.1), which some CAs do not have; those hand out the same order again when it is
         asked for anew.
@@ -240,7 +242,7 @@ class Client:
                 if url in seen:
                     continue
                 found = await self.order(self._url(url))
-                if sorted(found.names) == wanted and found.status in ("pending", "ready", "processing", "valid"):
+                if sorted(found.names) == wanted and found.status in ("pending", "ready"):
                     return found
             page = self._next(answer)
         return None
@@ -318,18 +320,20 @@ class Client:
         where = self._url(url)
         most = self.limits.answer_max_bytes
         try:
-            request = self._http.build_request(method, where, content=body or None, headers=dict(headers or {}))
-            response = await self._http.send(request, stream=True)
-            try:
-                read = bytearray()
-                async for chunk in response.aiter_raw():
-                    read += chunk
-                    if len(read) > most:
-                        raise AcmeError(
-                            UNREADABLE, f"the CA's answer has more than {most} bytes (acme_answer_max_bytes)"
-                        )
-            finally:
-                await response.aclose()
+            # Of the whole exchange: httpx counts from one byte to the next, and a byte now and then has no end.
+            async with asyncio.timeout(self.limits.timeout_seconds):
+                request = self._http.build_request(method, where, content=body or None, headers=dict(headers or {}))
+                response = await self._http.send(request, stream=True)
+                try:
+                    read = bytearray()
+                    async for chunk in response.aiter_raw():
+                        read += chunk
+                        if len(read) > most:
+                            raise AcmeError(
+                                UNREADABLE, f"the CA's answer has more than {most} bytes (acme_answer_max_bytes)"
+                            )
+                finally:
+                    await response.aclose()
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ssl.SSLError) as err:
             why = str(err) or type(err).__name__
             raise AcmeError(UNREACHABLE, f"{urlsplit(where).hostname} cannot be asked: {why}"[:300]) from None

@@ -30,6 +30,7 @@ from cryptography import x509
 
 from portico.control import changes, fleet
 from portico.control.domains import acme_budget, acme_dns01, acme_keys, acme_schedule, acme_store, lifecycle, service
+from portico.control.domains import store as domain_store
 from portico.control.domains.acme_accounts import Accounts
 from portico.control.domains.acme_cas import DNS, HTTP, TLS_ALPN, Ca
 from portico.control.domains.acme_client import Authorization, Client, Order, certificate_id
@@ -87,6 +88,10 @@ async def run(parts: Parts, work: Work) -> None:
     await _Run(parts, work).go()
 
 
+class _Unwanted(Exception):
+    """The name was lost, or wants no certificate any more, since the step began."""
+
+
 class _Run:
     """One worker at one order."""
 
@@ -117,6 +122,8 @@ class _Run:
                 await self._trouble(err)
             except _Failed as failed:
                 await self._fail(failed.error, validated=failed.validated)
+            except _Unwanted:
+                continue  # what is loaded next says so
 
     async def _load(self) -> bool:
         """The row as it is now; false when nothing is left to do."""
@@ -129,7 +136,7 @@ class _Run:
             self._domain = await service.find(reader, self._row.domain_id)
         if self._domain is None:
             return False
-        if self._domain.hostname_status not in WANTED or self._domain.tls_mode != "terminate":
+        if not _wants(self._domain):
             await self._cancel()
             return False
         return True
@@ -440,6 +447,7 @@ class _Run:
             return
         try:
             async with self._work.done() as tx:
+                await self._still_wanted(tx)
                 key = acme_keys.take(self._parts.keys, row)
                 version = await self._parts.vault.store(tx, row.domain_id, [row.name], chain.encode(), key)
                 renews = await acme_schedule.issued(tx, self._settings, row, leaf)
@@ -452,6 +460,13 @@ class _Run:
         except CertificateRefused as err:
             raise _Failed(AcmeError(_BAD_CERTIFICATE, str(err))) from None
         log.info("certificate issued", extra={"f": {"domain": row.domain_id, "name": row.name, "ca": row.directory}})
+
+    async def _still_wanted(self, tx: Tx) -> None:
+        """Hold the domain for as long as the transaction lasts. Somebody may have proved the name as theirs while the CA was
+        asked: what was removed with the old hold must not come back."""
+        found = await domain_store.find(tx, self._row.domain_id, lock=True)
+        if found is None or not _wants(found):
+            raise _Unwanted
 
     # -- common
 
@@ -564,6 +579,11 @@ class _Run:
             provenance=provenance, **facts,
         )  # fmt: skip
         await lifecycle.record(tx, event)
+
+
+def _wants(domain: Any) -> bool:
+    """Whether a certificate is had for the domain."""
+    return domain.hostname_status in WANTED and domain.tls_mode == "terminate"
 
 
 def _as_event(row: Any, err: AcmeError, *, validated: bool) -> tuple[str, str]:

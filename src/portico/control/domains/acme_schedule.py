@@ -14,11 +14,13 @@ from typing import Any, Final
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from portico.control.domains import acme_store
+from portico.control import changes
+from portico.control.domains import acme_store, lifecycle
 from portico.control.domains.acme_cas import Ca
 from portico.control.domains.acme_client import Window, certificate_id
 from portico.control.domains.acme_errors import OF_THE_CA, AcmeError
 from portico.control.domains.acme_preflight import UNREADY
+from portico.control.domains.lifecycle import NewEvent
 from portico.kit import queue
 from portico.kit.db import Database, Tx
 from portico.kit.ids import new_id
@@ -219,4 +221,13 @@ async def _abandon(tx: Tx, settings: ApiSettings, cas: Sequence[Ca]) -> None:
         order = await acme_store.order(tx, dead["id"])
         assert order is not None
         await acme_store.end(tx, order.id, "failed", error_code=_ABANDONED.code, error_detail=_ABANDONED.detail)
-        await failed(tx, settings, cas, order, _ABANDONED)
+        gone = await acme_store.take_challenges(tx, order.id)
+        changes.append(tx, *(changes.challenge_removed(each) for each in gone))
+        retry_at = await failed(tx, settings, cas, order, _ABANDONED)
+        kind = "renewal" if order.renewal else "issuance"
+        event = NewEvent(
+            order.domain_id, kind, "failed", revision=order.revision, object=order.id, key=f"{order.id}.{kind}.failed",
+            error_code=_ABANDONED.code, error_detail=_ABANDONED.detail, retry_at=retry_at,
+            provenance={"acmeDirectory": order.directory},
+        )  # fmt: skip
+        await lifecycle.record(tx, event)

@@ -275,20 +275,20 @@ async def set_schedule(tx: Tx, domain_id: str, **values: Any) -> None:
     await tx.execute(sa.update(schedules).where(schedules.c.domain_id == domain_id).values(**values))
 
 
-async def move_renewal(tx: Tx, domain_id: str, certificate: str, at: datetime, window: Window) -> bool:
-    """Renew at another moment, if the certificate is the one that is meant still. What is being renewed is left alone."""
-    moved = await tx.raw.fetchval(
-        """
-        UPDATE certificate_schedules SET next_at = CASE WHEN next_at IS NULL OR failures > 0 THEN next_at ELSE $3 END,
-            ari_start = $4, ari_end = $5, ari_explanation = $6
-        WHERE domain_id = $1 AND certificate = $2 RETURNING domain_id
-        """,
-        domain_id, certificate, at, window.start, window.end, window.explanation,
-    )  # fmt: skip
-    return moved is not None
+_MOVE: Final = """
+UPDATE certificate_schedules AS s SET ari_start = n.start, ari_end = n.until, ari_explanation = n.explanation,
+    next_at = CASE WHEN s.next_at IS NULL OR s.failures > 0 THEN s.next_at ELSE n.at END
+FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[], $5::timestamptz[], $6::text[])
+    AS n(domain_id, certificate, at, start, until, explanation)
+LEFT JOIN certificate_heads AS h ON h.domain_id = n.domain_id
+WHERE s.domain_id = n.domain_id AND s.certificate = n.certificate
+RETURNING s.domain_id, coalesce(h.last_version, 0) AS revision
+"""
 
 
-async def revision(reader: HasConnection, domain_id: str) -> int:
-    """The newest certificate of a domain, as the vault counts them; 0 before the first."""
-    found = await reader.raw.fetchval("SELECT last_version FROM certificate_heads WHERE domain_id = $1", domain_id)
-    return int(found or 0)
+async def move_renewals(tx: Tx, moves: Sequence[tuple[str, str, datetime, Window]]) -> dict[str, int]:
+    """Renew certificates (domain, name of RFC 9773) at another moment, if they are what is meant still. What is being renewed is
+    left alone. Of each domain that it holds for: its newest certificate, as the vault counts them; 0 before the first."""
+    columns = zip(*((*move[:3], move[3].start, move[3].end, move[3].explanation) for move in moves), strict=True)
+    rows = await tx.raw.fetch(_MOVE, *(list(column) for column in columns)) if moves else []
+    return {row["domain_id"]: row["revision"] for row in rows}

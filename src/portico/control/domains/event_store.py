@@ -161,6 +161,64 @@ ON CONFLICT (key) DO NOTHING RETURNING event_id
 """
 
 
+#: By (source, event): our id and the digest of the body.
+Known = dict[tuple[str, str], tuple[str, str]]
+# All of it at once. Only for a source that is as it was when its signature was checked, and stays so until the commit; what is
+# known already tells of nothing anew. Effects come before their events, so that an event knows whether it is the first to tell
+# of one.
+_TAKEN: Final = {**_COLUMNS, "body_digest": "text", "source_version": "bigint"}
+_AS_TEXT: Final = ("occurred_at", "facts", "provenance")  # PostgreSQL reads them
+_KINDS: Final = ("text" if name in _AS_TEXT else kind for name, kind in _TAKEN.items())
+_ARRAYS: Final = ", ".join(f"${number}::{kind}[]" for number, kind in enumerate(_KINDS, 1))
+_WRITTEN: Final = ", ".join(f"f.{name}::{kind}" for name, kind in _COLUMNS.items())
+_TAKE: Final = f"""
+WITH asked AS MATERIALIZED (
+    SELECT * FROM unnest({_ARRAYS}) AS r({", ".join(_TAKEN)})
+), held AS MATERIALIZED (
+    SELECT id, version FROM certificate_sources WHERE id IN (SELECT source_id FROM asked) AND state = 'active'
+    ORDER BY id FOR SHARE
+), fit AS MATERIALIZED (
+    SELECT DISTINCT ON (a.source_id, a.event_id) a.* FROM asked AS a
+    JOIN held AS h ON h.id = a.source_id AND h.version = a.source_version
+    WHERE NOT EXISTS (SELECT FROM certificate_lifecycle_events AS e
+        WHERE e.source_id = a.source_id AND e.event_id = a.event_id)
+    ORDER BY a.source_id, a.event_id
+), told AS (
+    INSERT INTO certificate_effects (key, event_id) SELECT effect_key, id FROM fit ORDER BY effect_key, id
+    ON CONFLICT (key) DO NOTHING RETURNING event_id
+), put AS (
+    INSERT INTO certificate_lifecycle_events ({", ".join(_COLUMNS)}, body_digest, finished_at, repeated)
+    SELECT {_WRITTEN},
+        decode(f.body_digest, 'hex'), CASE WHEN f.queue_state = 'done' THEN now() END,
+        NOT EXISTS (SELECT FROM told AS t WHERE t.event_id = f.id)
+    FROM fit AS f ORDER BY f.source_id, f.event_id
+    ON CONFLICT (source_id, event_id) DO NOTHING RETURNING id, queue_state
+), woken AS MATERIALIZED (
+    SELECT pg_notify('{queue.CHANNEL}', '{KIND.name}')
+    FROM (SELECT FROM put WHERE queue_state = 'pending' LIMIT 1) AS waits
+)
+SELECT a.id, h.id IS NOT NULL AS held FROM asked AS a
+LEFT JOIN held AS h ON h.id = a.source_id AND h.version = a.source_version
+LEFT JOIN put AS p ON p.id = a.id WHERE p.id IS NULL
+UNION ALL SELECT NULL, true FROM woken
+"""  # noqa: S608 - our own names
+
+
+async def take(reader: Reader, rows: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, bool]:
+    """Write events of sources, each with the version of its source, and what they tell of; committed when this returns.
+
+    Of those that were not written, by id: true when the event is there already, false when its source has changed. Raises
+    ``asyncpg.ForeignKeyViolationError`` when another process stored an event of the same id with another effect meanwhile.
+    """
+    columns: list[list[Any]] = [[row[name] for row, _ in rows] for name in _TAKEN if name != "source_version"]
+    columns.append([version for _, version in rows])
+    for name in ("facts", "provenance"):
+        at = list(_TAKEN).index(name)
+        columns[at] = [json.dumps(value) for value in columns[at]]
+    found = await reader.raw.fetch(_TAKE, *columns)
+    return {row["id"]: row["held"] for row in found if row["id"] is not None}
+
+
 async def insert(tx: Tx, rows: Sequence[Mapping[str, Any]]) -> set[str]:
     """Write events, and what they tell of; the ids of those that are new. ``body_digest`` is hexadecimal here."""
     new = {row["id"] for row in await tx.raw.fetch(_INSERT, json.dumps(rows))}
@@ -173,7 +231,7 @@ async def insert(tx: Tx, rows: Sequence[Mapping[str, Any]]) -> set[str]:
     return new
 
 
-async def known(reader: Reader, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
+async def known(reader: Reader, pairs: Sequence[tuple[str, str]]) -> Known:
     """By (source, event): our id and the digest of the body, of those that are stored."""
     rows = await reader.raw.fetch(_KNOWN, [source for source, _ in pairs], [event for _, event in pairs])
     return {(row["source_id"], row["event_id"]): (row["id"], row["body_digest"].hex()) for row in rows}
@@ -185,9 +243,10 @@ async def versions(tx: Tx, ids: Sequence[str]) -> dict[str, int]:
     return {row["id"]: row["version"] for row in await tx.raw.fetch(query, list(ids))}
 
 
-async def next_sequence(tx: Tx) -> int:
-    """The number of an event of the platform."""
-    return int(await tx.raw.fetchval("SELECT nextval('certificate_event_sequence')"))
+async def next_sequences(tx: Tx, count: int) -> list[int]:
+    """Numbers of events of the platform, in order."""
+    query = "SELECT nextval('certificate_event_sequence') AS number FROM generate_series(1, $1)"
+    return sorted(row["number"] for row in await tx.raw.fetch(query, count)) if count else []
 
 
 # -- reading them --------------------------------------------------------------------------------------------------------
@@ -220,9 +279,11 @@ def matching(filters: Mapping[str, Any]) -> list[sa.ColumnElement[bool]]:
     return found
 
 
-async def listing(reader: Reader, filters: Mapping[str, Any], limit: int, before: str | None) -> Sequence[sa.Row[Any]]:
-    """Events that fit, the newest first."""
-    query = sa.select(events).where(*matching(filters))
+async def listing(
+    reader: Reader, filters: Mapping[str, Any], limit: int, before: str | None, *more: sa.ColumnElement[bool]
+) -> Sequence[sa.Row[Any]]:
+    """Events that fit, and ``more``, the newest first."""
+    query = sa.select(events).where(*matching(filters), *more)
     if before is not None:
         query = query.where(_E.id < before)
     return await reader.fetch_all(query.order_by(_E.id.desc()).limit(limit))

@@ -146,5 +146,6 @@ async def watched(reader: Reader, now: datetime, after: str, limit: int) -> Sequ
     c = custom_domains.c
     ending = sa.text(_ENDING).bindparams(sa.bindparam("now", now, sa.DateTime(timezone=True)))
     troubled = sa.exists().where(_I.domain_id == c.id, _I.status != "resolved")
-    query = sa.select(custom_domains).where(c.id > after, sa.or_(ending, troubled))
+    held = c.hostname_status != "deleted"
+    query = sa.select(custom_domains).where(c.id > after, sa.or_(held & ending, troubled))
     return await reader.fetch_all(query.order_by(c.id).limit(limit))

@@ -80,14 +80,16 @@ class Incidents:
 
     async def assess(self, tx: Tx, domain: Any, registers: Registers, cause: str) -> None:
         """Make incidents of the origins ``state`` and ``sla`` what the registers and the clock say."""
-        wanted = self.wanted(registers)
+        wanted = self.wanted(domain, registers)
         known = await store.of_domain(tx, domain.id)
         for name, origin in {**dict.fromkeys(wanted), **dict.fromkeys(_held(known))}:
             row = await self._settle(tx, domain, known.get(name), name, origin, wanted.get((name, origin)), cause)
             known[name] = row
 
-    def wanted(self, registers: Registers) -> dict[tuple[str, Origin], Condition]:
-        """The conditions that there should be, by class and origin."""
+    def wanted(self, domain: Any, registers: Registers) -> dict[tuple[str, Origin], Condition]:
+        """The conditions that there should be, by class and origin: none of a name that was lost."""
+        if domain.hostname_status == "deleted":
+            return {}
         now = self._clock.wall()
         found: dict[tuple[str, Origin], Condition] = {
             (name, "state"): _condition(registers, name, each) for name, each in trouble(registers, now).items()
@@ -215,14 +217,15 @@ class Incidents:
 
     def _differs(self, row: Any, known: Mapping[str, Any]) -> bool:
         registers = Registers.read(row.cert_applied)
-        wanted = {at: condition.document() for at, condition in self.wanted(registers).items()}
+        wanted = {at: condition.document() for at, condition in self.wanted(row, registers).items()}
         have = {at: known[at[0]].conditions[at[1]] for at in _held(known)}
         silent = any(not each.told for each in known.values())
         return wanted != have or silent or self._is_over(row, registers)
 
     def _is_over(self, row: Any, registers: Registers) -> bool:
         """Whether the time of a certificate has ended and nobody has said so."""
-        return row.cert_status in ("active", "renewing") and row.cert_not_after <= self._clock.wall()
+        held = row.hostname_status != "deleted" and row.cert_status in ("active", "renewing")
+        return bool(held and row.cert_not_after <= self._clock.wall())
 
     async def _again(self, db: Database, domain_id: str) -> int:
         async with db.transaction() as tx:
@@ -237,7 +240,7 @@ class Incidents:
                 await lifecycle.record(
                     tx, NewEvent(row.id, "expiry", "reached", live.revision, serial=row.cert_serial, key=key)
                 )
-            late = self.wanted(registers).get(("renewal", "sla"))
+            late = self.wanted(row, registers).get(("renewal", "sla"))
             if late is not None:
                 await self._say_late(tx, row, late)
         return 1

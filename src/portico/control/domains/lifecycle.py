@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -71,27 +71,46 @@ async def record(tx: Tx, event: NewEvent) -> str:
 
     Raises ``ValueError`` for a class and an action that mean nothing, and for a domain that there is not: faults of the caller.
     """
+    return (await record_all(tx, [event]))[0]
+
+
+async def record_all(tx: Tx, events: Sequence[NewEvent]) -> list[str]:
+    """The same of many events, in as many statements as of one."""
+    names = await domain_store.names_of(tx, [event.domain_id for event in events])
+    if gone := {event.domain_id for event in events} - names.keys():
+        raise ValueError(f"there is no domain {min(gone)}")
+    numbers = iter(await event_store.next_sequences(tx, sum(event.sequence is None for event in events)))
+    rows = [
+        _row(event, names[event.domain_id], next(numbers) if event.sequence is None else event.sequence)
+        for event in events
+    ]
+    new = await event_store.insert(tx, rows)
+    if new:
+        await queue.wake(tx, KIND)
+    pairs = [(event_store.PLATFORM, str(row["event_id"])) for row in rows if row["id"] not in new]
+    known = await event_store.known(tx, pairs) if pairs else {}
+    return [row["id"] if row["id"] in new else known[event_store.PLATFORM, row["event_id"]][0] for row in rows]
+
+
+def _row(event: NewEvent, name: str, sequence: int) -> dict[str, Any]:
     event_type = type_of(event.callback_class, event.callback_action)
     if event_type is None:
         raise ValueError(f"{event.callback_class}.{event.callback_action} is not in the table of events")
-    domain = await domain_store.find(tx, event.domain_id)
-    if domain is None:
-        raise ValueError(f"there is no domain {event.domain_id}")
     made = new_id("cev")
     facts = {name: value for name in (*FACTS, "ari_id") if (value := getattr(event, name)) is not None}
-    row = {
+    row: dict[str, Any] = {
         "id": made,
         "source_id": event_store.PLATFORM,
         "event_id": event.key or made,
         "cluster_id": event_store.PLATFORM,
         "environment": event_store.PLATFORM,
         "domain_id": event.domain_id,
-        "hostname": domain.name,
+        "hostname": name,
         "callback_class": event.callback_class,
         "callback_action": event.callback_action,
         "event_type": event_type,
         "revision": event.revision,
-        "sequence": await event_store.next_sequence(tx) if event.sequence is None else event.sequence,
+        "sequence": sequence,
         "occurred_at": _text(event.occurred_at or datetime.now(UTC)),
         "facts": {name: _text(value) if isinstance(value, datetime) else value for name, value in facts.items()},
         "provenance": {"producer": "portico", **event.provenance},
@@ -103,11 +122,7 @@ async def record(tx: Tx, event: NewEvent) -> str:
     what = f"{event.object or event.domain_id}/{event.callback_class}/{event.callback_action}/{last}"
     row["effect_key"] = f"{event_store.PLATFORM}/{what}"
     row["body_digest"] = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
-    if await event_store.insert(tx, [row]):
-        await queue.wake(tx, KIND)
-        return made
-    pair = (event_store.PLATFORM, str(row["event_id"]))
-    return (await event_store.known(tx, [pair]))[pair][0]
+    return row
 
 
 def _text(value: datetime) -> str:
@@ -182,8 +197,11 @@ async def _domain(tx: Tx, row: Mapping[str, Any]) -> Any | None:
 
 
 async def of_domain(reader: Reader, domain_id: str, limit: int, before: str | None) -> Any:
-    """Events of a domain, the newest first."""
-    return await event_store.listing(reader, {"domain": domain_id}, limit, before)
+    """Events of a domain, the newest first: those that were found to be about it. Until then its id is what a sender says, who
+    may mean somebody else's."""
+    columns = event_store.events.c
+    ours = (columns.source_id == event_store.PLATFORM) | columns.status.in_(("applied", "superseded"))
+    return await event_store.listing(reader, {"domain": domain_id}, limit, before, ours)
 
 
 async def clear(db: Database, before: datetime) -> int:

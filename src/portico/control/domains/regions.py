@@ -60,6 +60,7 @@ async def add_key(tx: Tx, caller: Caller, region: str, public_key: str) -> dict[
     """
     public = _public(public_key)
     name = envelope.key_id(public)
+    await store.take_turns(tx)
     rows = await store.region_key_rows(tx, lock="FOR UPDATE")
     if any(row["key_id"] == name and row["region"] != region for row in rows):
         raise Problem("region.key_taken", "another region has this key; each region has keys of its own")

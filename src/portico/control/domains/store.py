@@ -141,6 +141,12 @@ async def find(reader: Reader, domain: str, *, lock: bool = False) -> sa.Row[Any
     return await reader.fetch_one(query.with_for_update() if lock else query)
 
 
+async def names_of(reader: Reader, domains: Sequence[str]) -> dict[str, str]:
+    """The names of some domains, by id, whosever they are."""
+    query = "SELECT id, name FROM custom_domains WHERE id = ANY($1)"
+    return {row["id"]: row["name"] for row in await reader.raw.fetch(query, list(domains))}
+
+
 async def holder(reader: Reader, names: Sequence[str], *, lock: bool = False) -> Sequence[sa.Row[Any]]:
     """The rows that hold some names."""
     query = sa.select(custom_domains).where(_C.name.in_(names), _C.hostname_status.in_(HELD)).order_by(_C.id)

@@ -24,6 +24,8 @@ from portico.kit.db import HasConnection, Reader, Tx, metadata
 REPLICA_STATES: Final = ("pending", "staged", "active", "stale", "failed")
 VERSION_STATES: Final = ("staging", "active", "superseded", "retired")
 ACK_STATES: Final = ("staged", "active", "failed")
+#: Versions that a relay may be ahead of the database, after it was restored: renewed daily, a domain's of 27 years.
+FLOOR_STEP: Final = 10_000
 
 
 def _time(name: str, *, default: bool = False) -> sa.Column[Any]:
@@ -151,6 +153,11 @@ replicas = sa.Table(
 # -- region keys -------------------------------------------------------------------------------------------------------
 
 
+async def take_turns(tx: Tx) -> None:
+    """Region keys are added one at a time: rows that are not there yet cannot be locked."""
+    await tx.raw.execute("SELECT pg_advisory_xact_lock(hashtextextended('certificate region keys', 0))")
+
+
 async def insert_region_key(tx: Tx, region: str, key_id: str, public: bytes) -> bool:
     """False when the region has that key already."""
     status: str = await tx.raw.execute(
@@ -262,11 +269,15 @@ async def set_head(tx: Tx, domain_id: str, active_id: str | None, staged_id: str
 
 
 async def raise_floor(tx: Tx, domain_id: str, version: int) -> None:
-    """Let no number up to ``version`` be given out: a relay has seen it (of a database that was since restored)."""
+    """Let no number up to ``version`` be given out: a relay has seen it (of a database that was since restored).
+
+    Not by more than a restored copy explains: numbers are finite, and one relay that lies must not use up those of all.
+    """
     await tx.raw.execute(
-        "UPDATE certificate_heads SET last_version = greatest(last_version, $2) WHERE domain_id = $1",
+        "UPDATE certificate_heads SET last_version = $2 WHERE domain_id = $1 AND $2 - last_version BETWEEN 1 AND $3",
         domain_id,
         version,
+        FLOOR_STEP,
     )
 
 
