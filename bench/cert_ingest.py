@@ -1,6 +1,6 @@
 """How many certificate events one API process takes in: verified, stored and committed, per second.
 
-    python -m bench.cert_ingest [--json] [--seconds 5] [--connections 64] [--codec standard]
+    python -m bench.cert_ingest [--json] [--seconds 5] [--connections 64] [--codec standard] [--profile FILE]
 
 Starts a real PostgreSQL (durable: fsync and synchronous_commit are on, and looked at) and `portico api` in a folder of its
 own, makes a source, signs all requests before the clock runs, and sends them over keep-alive connections. Every answer must
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--codec", choices=("standard", "compact", "http"), default="standard")
     parser.add_argument("--json", action="store_true", help="print the figures as a JSON line")
+    parser.add_argument("--profile", type=Path, help="write a cProfile of the API process to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="pbench-") as folder:
         Path(folder).chmod(0o755)
@@ -152,7 +153,8 @@ def main() -> None:
                 "PORTICO_API_PORT": str(port),
                 "PORTICO_LOG_LEVEL": "WARNING",
             }
-            api = subprocess.Popen([sys.executable, "-m", "portico.cli", "api"], env=env)
+            profiler = ["-m", "cProfile", "-o", str(args.profile)] if args.profile else []
+            api = subprocess.Popen([sys.executable, *profiler, "-m", "portico.cli", "api"], env=env)
             try:
                 wait_until_ready(port)
                 source = asyncio.run(make_source(port, credentials.operator_key))

@@ -255,12 +255,18 @@ def client_address(request: Request) -> str:
 
     All lines of the header are one list (RFC 9110, 5.3): some proxies add a line of their own below the client's.
     """
+    known: str | None = request.scope.get("state", {}).get("client_address")  # worked out once for a request
+    if known is not None:
+        return known
     peer = plain(request.client.host) if request.client else ""
     trusted: tuple[Any, ...] = request.app.state.trusted_proxies
-    hops = [h.strip() for h in ",".join(request.headers.getlist("x-forwarded-for")).split(",") if h.strip()]
-    while hops and _inside(peer, trusted):
-        peer = plain(hops.pop())
-    return peer if _address(peer) else "unknown"
+    if _inside(peer, trusted):
+        hops = [h.strip() for h in ",".join(request.headers.getlist("x-forwarded-for")).split(",") if h.strip()]
+        while hops and _inside(peer, trusted):
+            peer = plain(hops.pop())
+    found = peer if _address(peer) else "unknown"
+    request.scope.setdefault("state", {})["client_address"] = found
+    return found
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

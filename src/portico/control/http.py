@@ -10,14 +10,14 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import asyncpg
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy import exc as sa_exc
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
@@ -37,7 +37,8 @@ PROBLEM_TYPE = "application/problem+json"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_ERRORS = 20
 # Of two that differ, one program would believe the first and another the last.
-_SINGLE = ("authorization", "content-type", "idempotency-key")
+_SINGLE = (b"authorization", b"content-type", b"idempotency-key")
+_CONTROLS = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -70,9 +71,10 @@ class Exchange:
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self.app = app
         self.settings = settings
-        self.headers = dict(SECURITY_HEADERS)
+        found = dict(SECURITY_HEADERS)
         if settings.api_url.startswith("https://"):
-            self.headers["Strict-Transport-Security"] = "max-age=31536000"
+            found["Strict-Transport-Security"] = "max-age=31536000"
+        self.headers = _raw(found)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -93,9 +95,8 @@ class Exchange:
             if message["type"] == "http.response.start":
                 started = True
                 tally.answered(message["status"], time.perf_counter() - began)
-                self._finish(message, request_id)
-                if ticket is not None:
-                    _tell(limits, ticket, scope, headers, message)
+                more = {} if ticket is None else _told(limits, ticket, scope, headers, message["status"])
+                self._finish(message, {**more, "X-Request-Id": request_id})
             await send(message)
 
         try:
@@ -126,19 +127,23 @@ class Exchange:
         finally:
             tally.in_flight -= 1
 
-    def _finish(self, message: Message, request_id: str) -> None:
-        headers = MutableHeaders(scope=message)
-        headers["X-Request-Id"] = request_id
-        for name, value in self.headers.items():
-            headers.setdefault(name, value)
+    def _finish(self, message: Message, own: Mapping[str, str]) -> None:
+        """Add to the head of an answer what each has, and ``own``, which replaces what is there."""
+        added = _raw(own)
+        names = {name for name, _ in added}
+        found = [pair for pair in message.get("headers", ()) if pair[0] not in names]
+        names = {name for name, _ in found}
+        message["headers"] = [*found, *added, *(pair for pair in self.headers if pair[0] not in names)]
 
     def _limit(self, scope: Scope, headers: Headers) -> int:
         """The body limit of this request; raises for what its head alone rules out."""
-        if "\0" in scope["path"] or b"%00" in scope["query_string"] or _unprintable(scope["path"]):
+        if _CONTROLS.search(scope["path"]) or b"%00" in scope["query_string"]:
             raise Problem("request.malformed", "the address holds control characters")
-        for name in _SINGLE:
-            if len(headers.getlist(name)) > 1:
-                raise Problem("request.malformed", f"the header {name} is there twice", hint="Send it once.")
+        names = [name for name, _ in scope["headers"]]
+        for name in _SINGLE if len(set(names)) < len(names) else ():
+            if names.count(name) > 1:
+                shown = name.decode()
+                raise Problem("request.malformed", f"the header {shown} is there twice", hint="Send it once.")
         limit = self.settings.request_body_max_bytes
         if scope["path"].startswith("/v1/edge/"):
             limit = self.settings.edge_body_max_bytes
@@ -183,13 +188,16 @@ async def _cut_short(scope: Scope, receive: Receive) -> tuple[Response | None, R
         return await _on_database(Request(scope), err), receive
 
 
-def _tell(limits: Limits, ticket: Ticket, scope: Scope, headers: Headers, message: Message) -> None:
-    """Add what the answer says of the limit that its request was counted by."""
-    if message["status"] == 401:
+def _told(limits: Limits, ticket: Ticket, scope: Scope, headers: Headers, status: int) -> dict[str, str]:
+    """What the answer says of the limit that its request was counted by."""
+    if status == 401:
         limits.forget(headers)
-    found = MutableHeaders(scope=message)
-    for name, value in limits.answered(ticket, scope, message["status"]).items():
-        found[name] = value
+    return limits.answered(ticket, scope, status)
+
+
+def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """As ASGI has them."""
+    return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
 
 
 def _stopping() -> Problem:
@@ -201,10 +209,6 @@ def _stopping() -> Problem:
 def _request_id(offered: str | None) -> str:
     """The client's own id when it is harmless in a log line and a header, else a new one."""
     return offered if offered and _REQUEST_ID.fullmatch(offered) else new_id("req")
-
-
-def _unprintable(path: str) -> bool:
-    return any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in path)
 
 
 def install(app: FastAPI, settings: ApiSettings) -> None:

@@ -59,15 +59,21 @@ class Key:
     algorithm: Algorithm
     material: bytes
 
-    def fits(self, signed: bytes, signature: bytes) -> bool:
-        """Whether the key's owner made ``signature`` over ``signed``."""
+    def fits(self, signed: bytes, signatures: Sequence[bytes]) -> bool:
+        """Whether the key's owner made one of ``signatures`` over ``signed``. All of them are compared, whichever fits."""
         if self.algorithm == "hmac":
-            return hmac.compare_digest(hmac.digest(self.material, signed, hashlib.sha256), signature)
-        try:
-            Ed25519PublicKey.from_public_bytes(self.material).verify(signature, signed)
-        except (InvalidSignature, ValueError):
-            return False
-        return True
+            own = hmac.digest(self.material, signed, hashlib.sha256)
+            return sum([hmac.compare_digest(own, signature) for signature in signatures]) > 0
+        public = Ed25519PublicKey.from_public_bytes(self.material)
+        return sum([_verifies(public, signature, signed) for signature in signatures]) > 0
+
+
+def _verifies(public: Ed25519PublicKey, signature: bytes, signed: bytes) -> bool:
+    try:
+        public.verify(signature, signed)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +99,9 @@ class Presented:
         """The key that signed it. Of C, the one that its ``keyid`` names must."""
         found = None
         for key in keys:
-            for algorithm, signature in self.signatures:
-                fits = key.fits(self.signed, signature) if algorithm in (None, key.algorithm) else False
-                if fits and (self.codec != "http" or self.key_id == key.id):
-                    found = found or key
+            candidates = [each for algorithm, each in self.signatures if algorithm in (None, key.algorithm)]
+            if key.fits(self.signed, candidates) and (self.codec != "http" or self.key_id == key.id):
+                found = found or key
         return found if self.whole else None
 
 

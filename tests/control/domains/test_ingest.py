@@ -24,7 +24,7 @@ from portico.control.access import Caller
 from portico.control.audit.store import audit_events
 from portico.control.domains import event_store, ingest, key_material, lifecycle
 from portico.control.domains.event_body import CertEvent
-from portico.kit import signing
+from portico.kit import http_signatures, signed_requests, signing
 from portico.kit.http_signatures import Target
 from portico.kit.redis import Redis
 from portico.kit.signed_requests import Codec, SigningKey, headers
@@ -200,6 +200,32 @@ async def test_a_field_twice_is_not_read(app: Any, sender: Sender) -> None:
     assert app.state.cert_ingest.intake.refusals["unreadable"] == 1
 
 
+@pytest.mark.parametrize("name", ["host", "x-covered"])
+async def test_nor_is_a_signed_field_that_is_there_twice(
+    app: Any, sender: Sender, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Of two values that one signature is over, two programs could believe different ones."""
+    monkeypatch.setattr(signed_requests, "COVERED", (*signed_requests.COVERED, "x-covered"))
+    monkeypatch.setattr(http_signatures, "base", _with("x-covered", "one", http_signatures.base))
+    raw = json.dumps(document := sender.body("issuance.succeeded", "www.example.com")).encode()
+    fields = {**sender.fields(raw, document["eventId"], "http"), "x-covered": "one"}
+    verifier = app.state.cert_ingest.verifier
+    assert await verifier.verify(ingest.Received(TARGET, fields, frozenset(), raw, "127.0.0.1"))
+    with pytest.raises(ingest.Rejected, match="unreadable"):
+        await verifier.verify(ingest.Received(TARGET, fields, frozenset({name}), raw, "127.0.0.1"))
+
+
+def _with(name: str, value: str, real: Any) -> Any:
+    """``http_signatures.base`` for a sender, who has that field, too; a receiver has it or not."""
+
+    def base(found: Any, target: Target, fields: Any) -> bytes:
+        sending = "signature-input" not in fields
+        made: bytes = real(found, target, {**fields, name: value} if sending else fields)
+        return made
+
+    return base
+
+
 async def test_a_signature_for_another_address_is_none(sender: Sender) -> None:
     raw = json.dumps(document := sender.body("issuance.succeeded", "www.example.com")).encode()
     at = int(sender.clock.wall().timestamp())
@@ -346,6 +372,23 @@ async def test_the_cluster_of_the_header_is_that_of_the_body(sender: Sender) -> 
 
 
 # -- once
+
+
+async def test_who_has_a_key_does_not_fill_the_audit_log(app: Any, sender: Sender) -> None:
+    """The first of a second and kind is recorded before its answer, the others are one row."""
+    bad = [sender.body("issuance.succeeded", "www.example.com", clusterId=f"us-{n}") for n in range(40)]
+    assert (await sender.send(bad[0])).status_code == 403
+    mine = (audit_events.c.action == "cert_event.ingest") & (audit_events.c.target == sender.source)
+    query = sa.select(audit_events.c.details).where(mine).order_by(audit_events.c.id)
+    async with app.state.db.read() as reader:
+        assert [row.details["event"] for row in await reader.fetch_all(query)] == [bad[0]["eventId"]]
+    answers = await asyncio.gather(*(sender.send(each) for each in bad[1:]))
+    assert {answer.json()["code"] for answer in answers} == {"cert.provenance_mismatch"}
+    await app.state.cert_ingest.intake.tell()
+    async with app.state.db.read() as reader:
+        first, others = [row.details for row in await reader.fetch_all(query)]
+    assert "count" not in first
+    assert (others["count"], others["code"], others["members"]) == (39, "cert.provenance_mismatch", first["members"])
 
 
 async def test_an_id_belongs_to_one_body(app: Any, sender: Sender) -> None:
@@ -538,3 +581,49 @@ async def test_old_events_are_cleared(app: Any, sender: Sender, clock: MovableCl
         left = await event_store.listing(reader, {"source": sender.source}, 10, None)
         kept = await reader.raw.fetchval("SELECT count(*) FROM certificate_effects WHERE event_id <> ALL($1)", [waits])
     assert ([row.id for row in left], kept) == ([waits], 0)
+
+
+async def test_another_process_stores_the_same_events_at_once(app: Any, sender: Sender, settings: ApiSettings) -> None:
+    """In another order, and groups of another cut: each event is there once, and both processes name it by the same id."""
+    verified = await app.state.cert_ingest.verifier.verify(_received(sender, app))
+    bodies = [sender.body("issuance.failed", f"n{n}.example.com") for n in range(200)]
+    raws = [json.dumps(body).encode() for body in bodies]
+
+    async def all_of(group: int, order: list[int]) -> dict[int, ingest.Accepted]:
+        intake = ingest.Intake(replace(settings, cert_event_group=group), app.state.db, app.state.clock)
+        taken = [intake.take(verified, CertEvent.model_validate(bodies[n]), raws[n]) for n in order]
+        return dict(zip(order, await asyncio.gather(*taken), strict=True))
+
+    one, two = await asyncio.gather(all_of(7, list(range(200))), all_of(13, list(range(199, -1, -1))))
+    assert {n: each.event for n, each in one.items()} == {n: each.event for n, each in two.items()}
+    assert all({one[n].status, two[n].status} == {"accepted", "duplicate"} for n in range(200))
+    mine = event_store.events.c.source_id == sender.source
+    assert await count(app, mine) == await count(app, mine & ~event_store.events.c.repeated) == 200
+
+
+async def test_an_id_that_another_process_is_about_to_use(app: Any, sender: Sender) -> None:
+    """For something else: it waits for the other's commit, tells of nothing, and says so."""
+    verified = await app.state.cert_ingest.verifier.verify(_received(sender, app))
+    body = sender.body("issuance.failed", "www.example.com")
+    other = {**body, "provenance": {**body["provenance"], "objectUid": "another"}}
+    mine = sender.body("issuance.failed", "www.example.com")
+    theirs = ingest._row(verified, CertEvent.model_validate(other), "00" * 32)
+    intake = app.state.cert_ingest.intake
+    async with app.state.db.transaction() as tx:
+        await event_store.insert(tx, [theirs])
+        asked = [
+            asyncio.create_task(intake.take(verified, CertEvent.model_validate(each), json.dumps(each).encode()))
+            for each in (body, mine)
+        ]
+        pid = await tx.raw.fetchval("SELECT pg_backend_pid()")
+        async with asyncio.timeout(30), app.state.db.read() as reader:
+            while not await reader.raw.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE $1 = ANY(pg_blocking_pids(pid))", pid
+            ):
+                await asyncio.sleep(0.02)
+    conflict, taken = await asyncio.gather(*asked, return_exceptions=True)
+    assert getattr(conflict, "code", None) == "cert.event_id_conflict"
+    assert getattr(taken, "status", None) == "accepted"
+    async with app.state.db.read() as reader:
+        effect = ingest._row(verified, CertEvent.model_validate(body), "")["effect_key"]
+        assert not await reader.raw.fetchval("SELECT count(*) FROM certificate_effects WHERE key = $1", effect)

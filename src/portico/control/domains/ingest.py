@@ -59,6 +59,10 @@ OUTCOMES: Final = ("accepted", "unmapped", "duplicate", "invalid", "key_material
 _DECOYS: Final = (Key("decoy", "hmac", hashlib.sha256(b"portico decoy").digest()),)
 #: Lists of `last_event` and the like are for people; what came from outside is cut.
 _SHOWN_CHARS: Final = 128
+# Fields that are signed, or say what is: each is there once. A covered field of another name that is there twice is not read.
+_ONCE: Final = (*FIELDS, "content-type", "host")
+# Somebody else stored the same at the same moment, in another order: once more, a step after the other.
+_AGAIN: Final = (asyncpg.ForeignKeyViolationError, asyncpg.DeadlockDetectedError)
 
 
 class Rejected(Exception):
@@ -111,9 +115,12 @@ class Verifier:
         """Who signed it. Raises :class:`Rejected` with the first check that failed; all of them are always carried out."""
         now = self._clock.wall()
         try:
-            if not received.repeated.isdisjoint(FIELDS):
-                raise Unreadable("a field is there twice")
-            presented = present(received.target, received.fields, received.body)
+            fields = received.fields
+            if received.repeated:
+                if not received.repeated.isdisjoint(_ONCE):
+                    raise Unreadable("a field is there twice")
+                fields = {name: value for name, value in fields.items() if name not in received.repeated}
+            presented = present(received.target, fields, received.body)
         except Unreadable:
             raise Rejected(self._first(received, "unreadable"), await self._named(received)) from None
         source = await self._sources.get(presented.source, anew=anew)
@@ -206,7 +213,9 @@ class Intake:
         self._waiting: list[_Waiting] = []
         self._worker: asyncio.Task[None] | None = None
         self._counts: dict[tuple[str, str, str], tuple[int, datetime, str | None]] = {}
-        self._refused: dict[tuple[str | None, str], tuple[int, Caller]] = {}
+        # How often, the first who, and what of the first is worth knowing.
+        self._refused: dict[tuple[str | None, str], tuple[int, Caller, dict[str, Any]]] = {}
+        self._noted: dict[tuple[str, str], float] = {}
         self._telling: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
         #: For the metrics: by reason and by outcome.
@@ -252,39 +261,66 @@ class Intake:
                 _fail([each], Problem("request.invalid", "the event cannot be stored") if unfit else err)
 
     async def _store(self, group: Sequence[_Waiting]) -> None:
+        """In one statement, which is a transaction of its own: it is committed when its answer is here."""
         self.groups += 1
+        try:
+            async with self._db.direct() as reader:
+                left = await store.take(reader, [(each.row, each.version) for each in group])
+                old = [each for each in group if left.get(each.row["id"])]
+                known = await store.known(reader, _pairs(old)) if old else {}
+        except _AGAIN:
+            left, known = await self._store_in_steps(group)
+        for each in group:
+            if each.answer.done():
+                continue  # who asked has left
+            was_there = left.get(each.row["id"])
+            if was_there is None:
+                status = "unmapped" if each.row["status"] == "unmapped" else "accepted"
+                each.answer.set_result(Accepted(each.row["id"], status))
+            elif was_there and (found := known.get((each.source, each.row["event_id"]))) is not None:
+                if found[1] == each.digest:
+                    each.answer.set_result(Accepted(found[0], "duplicate"))
+                else:
+                    each.answer.set_exception(Problem("cert.event_id_conflict"))
+            else:
+                each.answer.set_exception(SourceMoved())
+
+    async def _store_in_steps(self, group: Sequence[_Waiting]) -> tuple[dict[str, bool], store.Known]:
+        """The same, first all events and then all effects: nobody's order stands against that."""
         async with self._db.transaction() as tx:
             versions = await store.versions(tx, sorted({each.source for each in group}))
             good = [each for each in group if versions.get(each.source) == each.version]
             new = await store.insert(tx, [each.row for each in good]) if good else set()
             old = [each for each in good if each.row["id"] not in new]
-            known = await store.known(tx, [(each.source, each.row["event_id"]) for each in old]) if old else {}
+            known = await store.known(tx, _pairs(old)) if old else {}
             if any(each.row["queue_state"] == "pending" for each in good if each.row["id"] in new):
                 await queue.wake(tx, store.KIND)
-        for each in group:
-            if each.answer.done():
-                continue  # who asked has left
-            if versions.get(each.source) != each.version:
-                each.answer.set_exception(SourceMoved())
-            elif each.row["id"] in new:
-                status = "unmapped" if each.row["status"] == "unmapped" else "accepted"
-                each.answer.set_result(Accepted(each.row["id"], status))
-            else:
-                event, digest = known[each.source, each.row["event_id"]]
-                if digest == each.digest:
-                    each.answer.set_result(Accepted(event, "duplicate"))
-                else:
-                    each.answer.set_exception(Problem("cert.event_id_conflict"))
+        fits = {each.row["id"] for each in good}
+        left = {each.row["id"]: each.row["id"] in fits for each in group if each.row["id"] not in new}
+        return left, known
 
     # -- telling of it
 
     def refused(self, caller: Caller, rejected: Rejected) -> None:
         """Count a refusal; it is in the audit log, and in the source's counts, within a second or so."""
         self.refusals[rejected.reason] += 1
-        count, first = self._refused.get((rejected.source, rejected.reason), (0, caller))
-        self._refused[rejected.source, rejected.reason] = (count + 1, first)
+        self._count_refusal(caller, rejected.source, rejected.reason, {})
         if rejected.source is not None:
             self.came(rejected.source, "", rejected.reason, rejected.event)
+
+    def denied(self, caller: Caller, source: str, code: str, details: dict[str, Any]) -> bool:
+        """Whether something that a source signed and was refused has to be recorded now; what follows within a second or so is
+        counted, as refusals are: who has a key of a source must not be able to fill the audit log with it."""
+        now, at = self._clock.monotonic(), self._noted.get((source, code))
+        if at is None or not 0 <= now - at < self._settings.cert_activity_seconds:
+            self._noted[source, code] = now
+            return True
+        self._count_refusal(caller, source, code, details)
+        return False
+
+    def _count_refusal(self, caller: Caller, source: str | None, code: str, details: dict[str, Any]) -> None:
+        count, first, of_first = self._refused.get((source, code), (0, caller, details))
+        self._refused[source, code] = (count + 1, first, of_first)
         self._tell_soon()
 
     def came(self, source: str, cluster: str, outcome: str, event: str | None, key: str | None = None) -> None:
@@ -320,17 +356,17 @@ class Intake:
                 if counts:
                     rows = [(*at, count, last_at, event) for at, (count, last_at, event) in sorted(counts.items())]
                     await store.add_counts(tx, rows)
-                for (source, reason), (count, caller) in refused.items():
-                    details = {"code": reason, "count": count}
+                for (source, reason), (count, caller, more) in refused.items():
+                    details = {**more, "code": reason, "count": count}
                     await audit.record(
                         tx, caller, "cert_event.ingest", source, "refused", details, organization=audit.INSTALLATION
                     )
         except BaseException:
             for at, (count, last_at, event) in counts.items():
-                more, at_last, last_event = self._counts.get(at, (0, last_at, event))
-                self._counts[at] = (count + more, at_last, last_event)
-            for name, (count, caller) in refused.items():
-                self._refused[name] = (count + self._refused.get(name, (0, caller))[0], caller)
+                later, at_last, last_event = self._counts.get(at, (0, last_at, event))
+                self._counts[at] = (count + later, at_last, last_event)
+            for name, (count, caller, more) in refused.items():
+                self._refused[name] = (count + self._refused.get(name, (0, caller, more))[0], caller, more)
             raise
 
     async def close(self) -> None:
@@ -343,6 +379,10 @@ class Intake:
         if self._counts or self._refused:
             with suppress(Problem):
                 await self.tell()
+
+
+def _pairs(group: Sequence[_Waiting]) -> list[tuple[str, str]]:
+    return [(each.source, each.row["event_id"]) for each in group]
 
 
 def _fail(group: Sequence[_Waiting], err: BaseException) -> None:
@@ -438,6 +478,8 @@ class Ingest:
             return
         details = {"code": problem.code, "event": event, "members": problem.extra.get("members", [])}
         who = replace(caller, id=source)
+        if not self.intake.denied(who, source, problem.code, details):
+            return
         await audit.refused(self._db, who, "cert_event.ingest", source, details, organization=audit.INSTALLATION)
 
     async def _alarm(self, verified: Verified, body: bytes, problem: Problem) -> None:

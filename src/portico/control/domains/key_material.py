@@ -29,10 +29,12 @@ _JWK_TYPES: Final = ("RSA", "EC", "OKP", "oct")
 
 def in_text(text: str) -> bool:
     """Whether a text holds something like a private key."""
-    letters = _NOT_A_LETTER.sub("", text)
-    if _LABEL in letters or _AGE.search(text) or _PRIVATE_TEXT.search(text):
+    # What patterns begin with is looked for first: most texts have nothing of it, and a plain look costs a tenth.
+    if "age-secret-key-1" in text.lower() and _AGE.search(text):
         return True
-    joined = re.sub(r"\s+", "", text)
+    if _LABEL in _NOT_A_LETTER.sub("", text) or ("whsk_" in text and _PRIVATE_TEXT.search(text)):
+        return True
+    joined = "".join(text.split())
     return any(_is_key(match.group()) for match in _BASE64.finditer(joined))
 
 
