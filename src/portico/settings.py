@@ -991,6 +991,82 @@ class ApiSettings:
     # Seconds that resolvers may keep a TXT record.
     acme_dns_ttl: int = 60
 
+    # == Payment providers
+    # Whether real money moves: keys and addresses for tests are refused then, and live ones otherwise.
+    billing_livemode: bool = False
+    # Stripe's secret key (`sk_…`, or a restricted one, `rk_…`); without it Stripe is not used.
+    stripe_secret_key: Secret | None = None
+    # Secret with which Stripe signs what it sends to us (`whsec_…`, taken as it is).
+    stripe_webhook_secret: Secret | None = None
+    # The one before, while what was signed with it may still come.
+    stripe_webhook_secret_old: Secret | None = None
+    # Our account at Stripe (`acct_…`).
+    stripe_account: str = ""
+    # Prices at Stripe: PLAN=price_…, comma separated.
+    stripe_prices: tuple[str, ...] = ()
+    # Where Stripe's API is.
+    stripe_api_url: str = "https://api.stripe.com"
+    # Razorpay's key id (`rzp_…`); without it Razorpay is not used.
+    razorpay_key_id: str = ""
+    # Secret that goes with it.
+    razorpay_key_secret: Secret | None = None
+    # Secret with which Razorpay signs what it sends to us; another one than the key's.
+    razorpay_webhook_secret: Secret | None = None
+    # The one before: Razorpay goes on with it for what it sends again.
+    razorpay_webhook_secret_old: Secret | None = None
+    # Our account at Razorpay (`acc_…`), as its events name it.
+    razorpay_account: str = ""
+    # Plans at Razorpay: PLAN=plan_…, comma separated.
+    razorpay_plans: tuple[str, ...] = ()
+    # Periods after which a subscription at Razorpay ends by itself: it has none without end.
+    razorpay_periods: int = 120
+    # Seconds for which a page to pay at Razorpay is good.
+    razorpay_checkout_seconds: int = 86_400
+    # Where Razorpay's API is.
+    razorpay_api_url: str = "https://api.razorpay.com"
+    # PayPal's client id; without it PayPal is not used.
+    paypal_client_id: str = ""
+    # Secret that goes with it.
+    paypal_client_secret: Secret | None = None
+    # Id of our webhook at PayPal, which is part of what PayPal signs.
+    paypal_webhook_id: str = ""
+    # Our account at PayPal (the merchant id).
+    paypal_account: str = ""
+    # Plans at PayPal: PLAN=P-…, comma separated.
+    paypal_plans: tuple[str, ...] = ()
+    # Where PayPal's API is; https://api-m.sandbox.paypal.com is the one for tests.
+    paypal_api_url: str = "https://api-m.paypal.com"
+    # Hosts from which certificates of PayPal's signatures are fetched, and nowhere else.
+    paypal_cert_hosts: tuple[str, ...] = ("api.paypal.com", "api.sandbox.paypal.com")
+    # Certificate authorities (PEM) that vouch for those certificates; empty: those of the system.
+    paypal_cert_ca_file: Path | None = None
+    # Certificate authorities (PEM) that vouch for providers' APIs; empty: those of the system.
+    billing_ca_file: Path | None = None
+    # Seconds for a provider to accept a connection.
+    billing_connect_seconds: float = 5.0
+    # Seconds for a provider to answer one request.
+    billing_timeout_seconds: float = 20.0
+    # Seconds for one call, requests that are made again included; below the lease of a job.
+    billing_call_seconds: float = 25.0
+    # Times that a request is made again which got no answer, or one that says "later"; under the same idempotency key.
+    billing_retries: int = 3
+    # Seconds below which the pause before the first of them is drawn; the bound doubles with each.
+    billing_retry_min_seconds: float = 0.5
+    # The greatest such bound in seconds, and the longest Retry-After that is waited for within a call.
+    billing_retry_max_seconds: float = 5.0
+    # Bytes of an answer of a provider.
+    billing_answer_max_bytes: int = 8_388_608
+    # Connections to one provider that a process keeps at most.
+    billing_connections: int = 16
+    # Calls in a row without an answer after which a provider is left alone.
+    billing_circuit_failures: int = 5
+    # Seconds for which it is, before one call tries again.
+    billing_circuit_seconds: float = 30.0
+    # Objects of a page of a provider's list.
+    billing_list_page: int = 100
+    # Pages of one list that are read at most; a longer one is an error, so that nothing is left out in silence.
+    billing_list_pages: int = 1000
+
     # == Edge
     # Seconds after its last heartbeat for which a relay counts as live.
     relay_lease_seconds: float = 15.0
