@@ -184,3 +184,21 @@ def test_a_secret_of_a_provider_is_in_no_text_of_its_adapter() -> None:
     secret = Secret("sk_test_hidden")
     adapter = provider.of(settings(stripe_secret_key=secret), "stripe")
     assert "hidden" not in repr(adapter) + str(vars(adapter))
+
+
+async def test_what_a_provider_cannot_do_is_refused_without_asking() -> None:
+    async with serving(script(Told(500))) as server:
+        adapters = [provider.of(settings(**{f"{name}_api_url": server.url}), name) for name in provider.NAMES[1:]]
+        asked = [
+            adapters[0].portal("cust_1", "https://app.example.com", key="k"),
+            adapters[1].portal("PAYER1", "https://app.example.com", key="k"),
+            adapters[1].change("I-1", "P-TEAM", when="now", key="k"),
+            adapters[1].cancel("I-1", at_period_end=True, reason="r", key="k"),
+        ]
+        for each in asked:
+            with pytest.raises(Problem) as caught:
+                await each
+            assert (caught.value.code, caught.value.retryable) == ("billing.provider_unsupported", False)
+        for adapter in adapters:
+            await adapter.close()
+        assert server.asked == []
