@@ -145,6 +145,8 @@ async def test_failed_payments_suspend_and_a_captured_debt_recovers(shop: Shop) 
     shop.paypal.set_card(sub["id"], "declines")
     await shop.paypal.advance(MONTH + 11 * DAY)
     assert await shop.events() == ["BILLING.SUBSCRIPTION.PAYMENT.FAILED"] * 3 + ["BILLING.SUBSCRIPTION.SUSPENDED"]
+    info = (await shop.get(f"/v1/billing/subscriptions/{sub['id']}"))["billing_info"]
+    assert info["failed_payments_count"] == 3 and "next_payment_retry_time" not in info["last_failed_payment"]
     shop.paypal.set_card(sub["id"], "good")
     await shop.post(f"/v1/billing/subscriptions/{sub['id']}/activate", {"reason": "again"}, 204)
     assert (await shop.get(f"/v1/billing/subscriptions/{sub['id']}"))["status"] == "ACTIVE"

@@ -37,7 +37,7 @@ from portico.simulators.billing_delivery import Endpoint, Manner, Message
 from portico.simulators.billing_server import Card, ProviderSimulator, Refused, card_of
 from portico.simulators.billing_world import Doc, amount, fixed, iso, public, token
 
-_LOOK: Final = pages.Look("PayPal", "#003087", "Agree and subscribe")
+_LOOK: Final = pages.Look("PayPal", "#0059b8", "Agree and subscribe")
 _BEARER_SECONDS: Final = 32_400
 _UPPER: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 #: Kind of resource → its version in events.

@@ -116,7 +116,7 @@ class PayPalBooks:
             "plan_overridden": False, "status": "APPROVAL_PENDING", "status_update_time": iso(self.now), "links": [],
             "_token": approval, "_return": context.get("return_url") or "", "_cancel": context.get("cancel_url") or "",
             "_next": None, "_start": None, "_card": "good", "_failed": 0, "_done": 0, "_owed": 0, "_revision": None,
-            "_last": None,
+            "_last": None, "_failure": None,
         })  # fmt: skip
         self._links(made)
         self._tell("CREATED", made)
@@ -162,6 +162,8 @@ class PayPalBooks:
         }  # fmt: skip
         if sub["_last"]:
             found["last_payment"] = sub["_last"]
+        if sub["_failure"]:  # kept until a payment goes well, also when it is suspended for it
+            found["last_failed_payment"] = sub["_failure"]
         if sub["status"] == "ACTIVE":
             found["next_billing_time"] = iso(sub["_next"])
         sub["billing_info"] = found
@@ -220,7 +222,7 @@ class PayPalBooks:
     def charge(self, sub: Doc) -> bool:
         """Try to be paid for this cycle and what is owed; whether it went well."""
         if sub["_card"] == "good":
-            sub |= {"_failed": 0, "_owed": 0, "_done": sub["_done"] + 1}
+            sub |= {"_failed": 0, "_owed": 0, "_done": sub["_done"] + 1, "_failure": None}
             sale = self._sale(sub)
             self._info(sub)
             self._sold(sale)
@@ -229,7 +231,6 @@ class PayPalBooks:
         sub["_owed"] = self.price(sub)
         last = sub["_failed"] > RETRIES
         sub["_retry"] = self.now + RETRY_DAYS * DAY
-        self._info(sub)
         failed = {
             "amount": money(self.price(sub), self.currency(sub)),
             "time": iso(self.now),
@@ -237,7 +238,8 @@ class PayPalBooks:
         }
         if not last:
             failed["next_payment_retry_time"] = iso(sub["_retry"])
-        sub["billing_info"]["last_failed_payment"] = failed
+        sub["_failure"] = failed
+        self._info(sub)
         self._tell("PAYMENT.FAILED", sub)
         if last:
             self.turn(sub, "SUSPENDED", "too many payments failed")
