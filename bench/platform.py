@@ -133,6 +133,11 @@ def cert_ingest(ground: Ground, repeats: int) -> Figures:
     return _program("bench.cert_ingest")
 
 
+def webhook_ingest(ground: Ground, repeats: int) -> Figures:
+    """Events of a payment provider that one API process takes in; see bench/webhook_ingest.py."""
+    return _program("bench.webhook_ingest")
+
+
 def _program(module: str) -> Figures:
     """What a benchmark that is a program of its own says in JSON."""
     argv = [sys.executable, "-m", module, "--json"]
@@ -155,4 +160,5 @@ MEASURES: dict[str, Callable[[Ground, int], Figures]] = {
     "grants": grants,
     "queue": queue,
     "cert-ingest": cert_ingest,
+    "webhook-ingest": webhook_ingest,
 }

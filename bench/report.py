@@ -239,6 +239,9 @@ PLATFORM: tuple[tuple[str, str, str, str], ...] = (
     ("queue", "per_second", "jobs that do nothing, one worker process", "/s"),
     ("cert-ingest", "per_second", "certificate events stored, one API process", "/s"),
     ("cert-ingest", "cpu_ms", "CPU of the API process for each", "ms"),
+    ("webhook-ingest", "per_second", "payment providers' webhooks stored, one API process", "/s"),
+    ("webhook-ingest", "cpu_ms", "CPU of the API process for each", "ms"),
+    ("webhook-ingest", "p99_ms", "answer to each, p99, while nothing is applied", "ms"),
 )
 
 

@@ -109,4 +109,13 @@ TARGETS: tuple[Target, ...] = (
         least=True,
         cpu=True,
     ),
+    Target(
+        "providers' webhooks on one API process",
+        "/s",
+        1000,
+        _platform("webhook-ingest", "per_second"),
+        least=True,
+        cpu=True,
+    ),
+    Target("their answers while nothing is applied, p99", "ms", 250, _platform("webhook-ingest", "p99_ms")),
 )

@@ -854,6 +854,42 @@ class ApiSettings:
     # A list of public suffixes (publicsuffix.org) instead of the one that is installed with the server.
     public_suffix_file: Path | None = None
 
+    # == Webhooks of payment providers
+    # Bytes of one event.
+    billing_webhook_max_bytes: int = 262_144
+    # Seconds by which the time of an event may be ahead of ours, and that of Stripe's signature behind it.
+    billing_webhook_tolerance_seconds: float = 300.0
+    # Seconds for which PayPal may go on with a delivery: it tries for three days.
+    paypal_webhook_age_seconds: float = 345_600.0
+    # Seconds after which an event of Razorpay's is too old: it tries for a day, and people send events again for seven.
+    razorpay_webhook_age_seconds: float = 691_200.0
+    # Events that one transaction stores at most; while it commits, the next ones gather.
+    billing_webhook_group: int = 256
+    # Events that wait in one process for their transaction; more are refused for a moment.
+    billing_webhook_backlog: int = 4096
+    # Events from one network that wait for PayPal's certificate; more are refused for a minute.
+    billing_webhook_unproven_per_network: int = 100
+    # The same of all networks together.
+    billing_webhook_unproven: int = 5000
+    # Seconds between two looks of a process for certificates that another one has fetched.
+    billing_webhook_certificate_refresh_seconds: float = 1.0
+    # Seconds between two records of what was refused why.
+    billing_webhook_activity_seconds: float = 1.0
+    # Events that one call replays, or says that it would.
+    billing_webhook_replay_max: int = 1000
+    # Seconds that events are kept; what they led to stays.
+    billing_webhook_keep_seconds: int = 34_560_000
+    # Seconds that their bodies are kept, sealed; an event without its body cannot be replayed.
+    billing_webhook_body_keep_seconds: int = 7_776_000
+    # Seconds that it is shown what was stored and turned out to be nobody's.
+    billing_webhook_disowned_keep_seconds: int = 86_400
+    # Seconds before now at which a scheduled comparison with a provider's list ends: what is younger may be on its way.
+    billing_reconcile_grace_seconds: float = 300.0
+    # Seconds by which it begins before the end of the last one.
+    billing_reconcile_overlap_seconds: float = 3600.0
+    # Seconds that the first one looks back.
+    billing_reconcile_first_seconds: float = 259_200.0
+
     # == Certificate events
     # Bytes of one event.
     cert_event_max_bytes: int = 65_536
@@ -1121,7 +1157,7 @@ class ApiSettings:
     rate_export_per_minute: int = 60
     # Agent sessions opened, refreshed and changed with one key; a whole fleet may share it. Counted by each process alone.
     rate_agent_per_minute: int = 60_000
-    # Certificate events from one network, good ones or not. Counted by each process alone.
+    # Certificate events, and those of payment providers, from one network, good ones or not. Counted by each process alone.
     rate_events_per_minute: int = 300_000
     # Requests of the console's pages from one network.
     rate_page_per_minute: int = 1200
@@ -1373,6 +1409,36 @@ class WorkerSettings:
     check_domains_seconds: float = 5.0
     # Seconds between two removals of domains that were lost long ago.
     purge_domains_seconds: float = 3600.0
+    # Events of payment providers that one process applies at once; of one provider half as many.
+    billing_webhook_concurrency: int = 8
+    # Attempts at such an event, the first included; after the last that fails it is dead, until it is replayed.
+    billing_webhook_attempts: int = 8
+    # Seconds below which the pause after a first failure is drawn; the bound doubles with each.
+    billing_webhook_retry_seconds: float = 5.0
+    # The greatest such bound in seconds.
+    billing_webhook_retry_max_seconds: float = 900.0
+    # Seconds between two looks at how fast and how surely events become effects.
+    billing_webhook_watch_seconds: float = 60.0
+    # Seconds that such a look goes back.
+    billing_webhook_slo_window_seconds: float = 3600.0
+    # Failed and dead events of a provider with which its objective is broken.
+    billing_webhook_slo_failures: int = 10
+    # Seconds after which an event that still waits breaks it.
+    billing_webhook_slo_stale_seconds: float = 300.0
+    # Seconds from receipt to effect, of 95 in 100 events, above which it is broken.
+    billing_webhook_slo_p95_seconds: float = 60.0
+    # Events that are replayed by themselves when it is broken; 0: none are.
+    billing_webhook_auto_replay_limit: int = 50
+    # Seconds between two such replays of one provider's events.
+    billing_webhook_auto_replay_cooldown_seconds: float = 300.0
+    # Times that one event is replayed by itself.
+    billing_webhook_auto_replay_times: int = 3
+    # Seconds after which an event is too old for that.
+    billing_webhook_auto_replay_age_seconds: float = 604_800.0
+    # Seconds between two comparisons with the list of each payment provider.
+    billing_reconcile_seconds: float = 900.0
+    # Seconds between two removals of providers' events and bodies past their time.
+    clear_billing_webhooks_seconds: float = 3600.0
     # Attempts at a certificate event, the first included; after the last that fails it is dead, until it is replayed.
     cert_event_attempts: int = 8
     # Seconds below which the pause after a first failure is drawn; the bound doubles with each.

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sqlalchemy.dialects import postgresql as pg
 
 from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, ROLES, SUPPORT_PERMISSIONS, Caller, CallerKind
+from portico.control.billing import webhook_body, webhook_store, webhooks
 from portico.control.domains import incident_store, lifecycle, sources
 from portico.control.identity import operators, tables, tokens
 from portico.control.identity.account_tables import passkeys
@@ -268,6 +269,7 @@ class World:
             "reserved_name": self._reserved_name,
             "cert_source": self._cert_source,
             "cert_event": self._cert_event,
+            "billing_webhook": self._billing_webhook,
             "cert_incident": self._cert_incident,
             "domain": lambda: self._made("/v1/domains", {"name": f"w{self._count}.example.com"}),
             "session": self._sign_in_session,
@@ -331,6 +333,18 @@ class World:
             made = await lifecycle.record(tx, event)
             await tx.raw.execute("UPDATE certificate_lifecycle_events SET queue_state = 'dead' WHERE id = $1", made)
         return made
+
+    async def _billing_webhook(self) -> str:
+        now = self.app.state.clock.wall()
+        facts = webhook_body.Facts(f"evt_{self._count}", "invoice.paid", None, None, now, None)
+        row = webhooks.new_row("stripe", facts, new_id("x").encode(), self.app.state.sealer) | {
+            "account": "acct_1", "livemode": False, "received_at": now, "proven": True, "proof": "current",
+            "status": "verified", "reason": None, "queue_state": "pending",
+        }  # fmt: skip
+        async with self.db.transaction() as tx:
+            await webhook_store.insert(tx, [row])
+            await tx.raw.execute("UPDATE billing_webhook_events SET queue_state = 'dead' WHERE id = $1", row["id"])
+        return str(row["id"])
 
     async def _channel(self) -> str:
         """One more webhook, beside those that there are: the route replaces them all."""

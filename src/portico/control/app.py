@@ -5,8 +5,8 @@
 Everything that lives as long as the process hangs on ``app.state``: ``settings``, ``db``, ``clock``, ``sealer``,
 ``signing_keys``, ``identity``, ``domains``, ``cert_sources``, ``cert_ingest``, ``cert_incidents``, ``authenticate``,
 ``note_refusal``, ``relays``, ``tunnels``, ``visitor_passwords``, ``channels``, ``agent_sessions``, ``standing``,
-``edge_states``, ``edge_hub``, ``shortcuts``, ``redis`` (None without one), ``trusted_proxies`` and ``stopping`` (an
-event set at the first SIGTERM; streams watch it and end themselves).
+``billing_webhooks``, ``edge_states``, ``edge_hub``, ``shortcuts``, ``redis`` (None without one), ``trusted_proxies`` and
+``stopping`` (an event set at the first SIGTERM; streams watch it and end themselves).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from portico.control import admin_api, changes, http, migrations, openapi, reque
 from portico.control.access import PUBLIC
 from portico.control.audit import api as audit_api
 from portico.control.audit import service as audit
+from portico.control.billing import webhook_api
+from portico.control.billing.webhooks import Webhooks
 from portico.control.console import pages as console_pages
 from portico.control.domains import acme_api, distribution_api, incident_api, ingest_api, lifecycle_api, source_api
 from portico.control.domains import api as domains_api
@@ -84,7 +86,8 @@ log = logging.getLogger(__name__)
 _FIRST_RETRY_SECONDS = 1.0
 
 _TUNNELS = (
-    tunnels_api.hot, ingest_api.router, edge_api.router, tunnels_api.agent, tunnels_api.tunnels, tunnels_api.policies,
+    tunnels_api.hot, ingest_api.router, webhook_api.router, edge_api.router, tunnels_api.agent, tunnels_api.tunnels,
+    tunnels_api.policies,
     tunnels_api.events, tunnels_api.reserved,
 )  # fmt: skip
 
@@ -125,6 +128,7 @@ def _compose(app: FastAPI, settings: ApiSettings, clock: Clock, db: Database | N
     state.note_refusal = partial(audit.refused, state.db)
     state.leaks = Leaks(settings, state.db, clock, state.sealer, state.identity.keys, ScannerKeys(settings, clock))
     state.note_support = partial(audit.request_in_support, state.db)
+    state.billing_webhooks = Webhooks(settings, state.db, clock, state.sealer)
     _compose_tunnels(state, settings, clock)
 
 
@@ -208,6 +212,7 @@ def _routes() -> list[BaseRoute]:
         *admin_api.routers,
         source_api.router,
         lifecycle_api.router,
+        webhook_api.admin,
         *distribution_api.routers,
         incident_api.router,
         *finance_api.routers,
@@ -259,6 +264,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await task
         with suppress(Exception):
             await app.state.cert_ingest.intake.close()
+        with suppress(Exception):
+            await app.state.billing_webhooks.intake.close()
         with suppress(Exception):
             await app.state.identity.write_last_used()
             await app.state.identity.elsewhere.close()

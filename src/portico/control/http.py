@@ -149,6 +149,8 @@ class Exchange:
             limit = self.settings.edge_body_max_bytes
         elif scope["path"] == "/v1/domains/cert-events":
             limit = self.settings.cert_event_max_bytes
+        elif scope["path"].startswith("/v1/billing/webhooks/"):
+            limit = self.settings.billing_webhook_max_bytes
         declared = headers.get("content-length", "0")
         if len(declared) > 18 or not declared.isdecimal() or int(declared) > limit:
             raise Problem("request.too_large", f"a body here has at most {limit} bytes", limit=limit)

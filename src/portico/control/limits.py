@@ -5,7 +5,7 @@
     write      POST, PUT, PATCH, DELETE                       by person or key
     export     …/export                                       by person or key
     agent      /v1/agent/…                                    by key, in this process alone
-    events     certificate events                             by network, in this process alone
+    events     certificate events, payment providers'         by network, in this process alone
     page       the console                                    by network
     unknown    a credential that has not proved good yet      by network; taken back when it does
     (none)     /v1/edge/…, health, /openapi.json, keys of tokens
@@ -220,7 +220,7 @@ def class_of(method: str, path: str) -> str:
         return "agent"
     if path.startswith(_EXEMPT):
         return ""
-    if path == "/v1/domains/cert-events":
+    if path == "/v1/domains/cert-events" or path.startswith("/v1/billing/webhooks/"):
         return "events"
     if not path.startswith("/v1/"):
         return "page"

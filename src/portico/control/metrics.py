@@ -41,8 +41,18 @@ CERT_REFUSED = Metric(
     "Certificate events that were not, by the first check that failed; their senders are all told the same.", ("code",),
 )  # fmt: skip
 
+WEBHOOKS = Metric(
+    "portico_api_billing_webhooks_total", "counter",
+    "Events of payment providers that were believed, or wait for a certificate, by what became of them.",
+    ("provider", "outcome"),
+)  # fmt: skip
+WEBHOOKS_REFUSED = Metric(
+    "portico_api_billing_webhooks_refused_total", "counter",
+    "Events of payment providers that were not, and those of another account or mode, by why.", ("provider", "code"),
+)  # fmt: skip
+
 DECLARED: tuple[Metric, ...] = (
-    REQUESTS, SECONDS, IN_FLIGHT, EDGE_STREAMS, POOL, HASHES, REDIS, CERT_EVENTS, CERT_REFUSED,
+    REQUESTS, SECONDS, IN_FLIGHT, EDGE_STREAMS, POOL, HASHES, REDIS, CERT_EVENTS, CERT_REFUSED, WEBHOOKS, WEBHOOKS_REFUSED,
 )  # fmt: skip
 
 
@@ -64,3 +74,8 @@ def read(state: Any) -> Iterator[Sample]:
         yield CERT_EVENTS, (outcome,), count
     for code, count in intake.refusals.items():
         yield CERT_REFUSED, (code,), count
+    webhooks = state.billing_webhooks.intake
+    for names, count in webhooks.outcomes.items():
+        yield WEBHOOKS, names, count
+    for names, count in webhooks.refusals.items():
+        yield WEBHOOKS_REFUSED, names, count
