@@ -1103,6 +1103,26 @@ class ApiSettings:
     # Pages of one list that are read at most; a longer one is an error, so that nothing is left out in silence.
     billing_list_pages: int = 1000
 
+    # == Subscriptions and dunning
+    # What use beyond a plan costs: PLAN:LIMIT=CURRENCY:MINOR:PER, as pro:bytes_per_month=EUR:50:1073741824; comma separated.
+    overage_prices: tuple[str, ...] = ()
+    # Days after a first failed payment on which a notice is sent: the first one of all, then one with each attempt.
+    dunning_notice_days: tuple[float, ...] = (0.0, 1.0, 3.0, 7.0)
+    # Days after it from which an organization gets no more tunnels, and a slow pace.
+    dunning_restrict_days: float = 10.0
+    # That pace, in requests a second of all its tunnels together.
+    dunning_requests_per_second: int = 5
+    # Days after it from which it is on the default plan.
+    dunning_suspend_days: float = 14.0
+    # Days after it after which what is owed is written off.
+    dunning_write_off_days: float = 30.0
+    # Days for which a provider's own attempts are waited for before anything is taken away.
+    dunning_patience_days: float = 21.0
+    # Days after a payment for which members can have it given back; operators always can.
+    refund_days: float = 14.0
+    # Seconds before the end of a period at which we end a subscription whose provider cannot end it with the period.
+    billing_cancel_lead_seconds: float = 3600.0
+
     # == Edge
     # Seconds after its last heartbeat for which a relay counts as live.
     relay_lease_seconds: float = 15.0
@@ -1459,6 +1479,8 @@ class WorkerSettings:
     cert_auto_replay_age_seconds: float = 604_800.0
     # Seconds between two looks for certificate incidents that only the clock changes.
     cert_watch_seconds: float = 60.0
+    # Seconds between two looks for dunning cases whose next day has come.
+    dunning_seconds: float = 60.0
 
 
 # --- where things are -------------------------------------------------------------------------------------------------

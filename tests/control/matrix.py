@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sqlalchemy.dialects import postgresql as pg
 
 from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, ROLES, SUPPORT_PERMISSIONS, Caller, CallerKind
-from portico.control.billing import webhook_body, webhook_store, webhooks
+from portico.control.billing import billing_store, dunning_store, webhook_body, webhook_store, webhooks
+from portico.control.billing.billing_store import Source
 from portico.control.domains import incident_store, lifecycle, sources
 from portico.control.identity import operators, tables, tokens
 from portico.control.identity.account_tables import passkeys
@@ -271,6 +272,7 @@ class World:
             "cert_event": self._cert_event,
             "billing_webhook": self._billing_webhook,
             "cert_incident": self._cert_incident,
+            "dunning_case": self._dunning_case,
             "domain": lambda: self._made("/v1/domains", {"name": f"w{self._count}.example.com"}),
             "session": self._sign_in_session,
             "session_id": self._agent_session,
@@ -326,6 +328,14 @@ class World:
         async with self.db.transaction() as tx:
             await incident_store.add(tx, row)
         return str(row["id"])
+
+    async def _dunning_case(self) -> str:
+        now, source = self.app.state.clock.wall(), Source("stripe", "acct_1", False)
+        async with self.db.transaction() as tx:
+            row = await billing_store.add_subscription(tx, self.owner.organization, source, new_id("x"), None)
+            facts = {"organization_id": self.owner.organization, "subscription_id": row.id, "currency": "EUR"}
+            facts |= {"state": "notified", "amount_minor": 100, "attempts": 1, "opened_at": now}
+            return str((await dunning_store.add(tx, facts)).id)
 
     async def _cert_event(self) -> str:
         event = lifecycle.NewEvent(await self.object("domain"), "validation", "started", 1)

@@ -5,8 +5,8 @@
 Everything that lives as long as the process hangs on ``app.state``: ``settings``, ``db``, ``clock``, ``sealer``,
 ``signing_keys``, ``identity``, ``domains``, ``cert_sources``, ``cert_ingest``, ``cert_incidents``, ``authenticate``,
 ``note_refusal``, ``relays``, ``tunnels``, ``visitor_passwords``, ``channels``, ``agent_sessions``, ``standing``,
-``billing_webhooks``, ``edge_states``, ``edge_hub``, ``shortcuts``, ``redis`` (None without one), ``trusted_proxies`` and
-``stopping`` (an event set at the first SIGTERM; streams watch it and end themselves).
+``billing``, ``billing_webhooks``, ``edge_states``, ``edge_hub``, ``shortcuts``, ``redis`` (None without one),
+``trusted_proxies`` and ``stopping`` (an event set at the first SIGTERM; streams watch it and end themselves).
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from portico.control import admin_api, changes, http, migrations, openapi, reque
 from portico.control.access import PUBLIC
 from portico.control.audit import api as audit_api
 from portico.control.audit import service as audit
-from portico.control.billing import webhook_api
+from portico.control.billing import billing_api, dunning_api, webhook_api
+from portico.control.billing.provider import Providers
+from portico.control.billing.service import Billing
 from portico.control.billing.webhooks import Webhooks
 from portico.control.console import pages as console_pages
 from portico.control.domains import acme_api, distribution_api, incident_api, ingest_api, lifecycle_api, source_api
@@ -166,6 +168,8 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
     quotas.on_changed.append(state.tunnels.frozen.settle)
     quotas.on_changed.append(state.standing.moved)
     state.standing.notify.append(UsageNotices(settings, state.sealer))
+    plans_ = state.identity.plans
+    state.billing = Billing(settings, state.db, clock, state.sealer, plans_, Providers(settings))
 
 
 async def _announce_keys(tx: Tx, jwks: Sequence[dict[str, str]]) -> None:
@@ -216,6 +220,11 @@ def _routes() -> list[BaseRoute]:
         *distribution_api.routers,
         incident_api.router,
         *finance_api.routers,
+        billing_api.router,
+        billing_api.asking,
+        billing_api.of_operators,
+        dunning_api.router,
+        dunning_api.of_operators,
     ):
         routes.include_router(router, prefix="/v1")
     routes.include_router(identity_api.well_known)
@@ -270,6 +279,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await app.state.identity.write_last_used()
             await app.state.identity.elsewhere.close()
         await app.state.edge_hub.close()
+        await app.state.billing.close()
         if app.state.redis is not None:
             await app.state.redis.close()
         app.state.passwords.close()

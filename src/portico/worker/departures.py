@@ -11,6 +11,7 @@ from typing import Final
 
 import sqlalchemy as sa
 
+from portico.control.billing import endings
 from portico.control.domains import vault
 from portico.control.identity import departure, exports
 from portico.control.tunnels import departure as tunnel_departure
@@ -30,6 +31,15 @@ KEPT: Final = {
     "ledger_transactions": "books are kept",
     "mrr_movements": "books are kept",
     "revenue_daily": "sums of the books",
+    "billing_calls": "money outlives an organization",
+    "billing_checkouts": "money outlives an organization",
+    "billing_customers": "a late refund must find whose it was",
+    "billing_dunning_cases": "money outlives an organization",
+    "billing_payment_failures": "money outlives an organization",
+    "billing_payments": "money outlives an organization",
+    "billing_refunds": "money outlives an organization",
+    "billing_standings": "money outlives an organization",
+    "billing_subscriptions": "money outlives an organization",
     "outbox_messages": "deleted by age, once they are sent or dead",
     "subdomain_claims": "names cool down",
     "tcp_ports": "ports cool down",
@@ -65,6 +75,7 @@ async def depart(context: Context, organization: str) -> bool:
 
 def steps(context: Context, organization: str) -> Iterator[Step]:
     """In order: what others have to hear of, files, then tables from the leaves to the root."""
+    yield lambda tx: endings.leave(tx, organization)
     yield lambda tx: vault.leave(tx, organization, ROWS)
     yield from _below("tunnels", organization)
     yield lambda tx: tunnel_departure.delete_tunnels(tx, organization, ROWS)

@@ -37,6 +37,17 @@ class Move:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Paid:
+    """What an organization pays for. ``version`` None: as of :class:`Move`. ``requests_per_second``: set while it is restricted
+    because it does not pay."""
+
+    plan: str
+    version: int | None
+    requests_per_second: int | None
+    reason: str
+
+
 class Plans:
     """The verbs on plans."""
 
@@ -112,6 +123,49 @@ class Plans:
         }
         await audit.record(tx, caller, "organization.plan", organization, details=facts, organization=organization)
         return await self.of(tx, organization)
+
+    async def assign(self, tx: Tx, caller: Caller, organization: str, paid: Paid) -> bool:
+        """Put an organization on what it pays for, and restrict it if it does not; an operator's overrides stay. Whether that
+        changed something; in force at once, for live tunnels within 2 s.
+
+        Raises ``request.not_found``, ``plan.not_found``.
+        """
+        await store.lock_organization(tx, organization)
+        before = await plans.entitlements(tx, organization)
+        version = paid.version or (before.version if paid.plan == before.plan else None)
+        moved = (paid.plan, version) != (before.plan, before.version)
+        if moved and not await plans.put(tx, organization, paid.plan, version):
+            raise Problem("plan.not_found", f"there is no plan {paid.plan}")
+        limits = await self._restrictions(tx, organization, paid.requests_per_second)
+        restricted = await plans.restrict(tx, organization, limits)
+        if not moved and not restricted:
+            return False
+        await self._quotas.changed(tx, organization)
+        now = await plans.entitlements(tx, organization)
+        facts = {
+            "plan": now.plan,
+            "version": now.version,
+            "before": {"plan": before.plan, "version": before.version},
+            "restricted": limits,
+            "reason": paid.reason,
+        }
+        await audit.record(tx, caller, "organization.plan", organization, details=facts, organization=organization)
+        return True
+
+    async def _restrictions(self, tx: Tx, organization: str, requests_per_second: int | None) -> dict[str, int]:
+        """What an organization is restricted to: the tunnels that it has, and a slow pace; never more than it had. What is
+        restricted already stays as it is: its tunnels are not counted again."""
+        if requests_per_second is None:
+            return {}
+        if known := await plans.restrictions(tx, organization):
+            return known
+        held = await plans.entitlements(tx, organization)
+        wanted = {"requests_per_second": requests_per_second}
+        if (tunnels := self._quotas.kinds.get("tunnels")) is not None:
+            wanted["tunnels"] = await tunnels.count(tx, organization)
+        return {
+            name: value if (most := held.limit(name)) is None else min(value, most) for name, value in wanted.items()
+        }
 
     async def write(
         self,

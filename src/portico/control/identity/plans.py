@@ -132,7 +132,7 @@ class Entitlements:
 COLUMNS: Final = """
 o.id AS organization, o.plan, o.plan_version, p.name AS plan_name, p.hard_cap, p.limits::text AS plan_limits,
 p.features AS plan_features, o.edge_version,
-(SELECT json_object_agg(v.name, v.value)::text FROM plan_overrides v
+(SELECT json_object_agg(v.name, v.value ORDER BY v.source DESC)::text FROM plan_overrides v
  WHERE v.organization_id = o.id AND (v.expires_at IS NULL OR v.expires_at > now())) AS overrides
 """
 JOIN: Final = "JOIN plans p ON p.id = o.plan AND p.version = o.plan_version"
@@ -265,8 +265,9 @@ WHERE o.id = $1
 """
 _OVERRIDES = """
 SELECT name, value, expires_at FROM plan_overrides
-WHERE organization_id = $1 AND (expires_at IS NULL OR expires_at > now()) ORDER BY name
+WHERE organization_id = $1 AND (expires_at IS NULL OR expires_at > now()) ORDER BY name, source
 """
+_RESTRICTED = "SELECT name, value FROM plan_overrides WHERE organization_id = $1 AND source = 'dunning'"
 _EXPIRED = """
 SELECT DISTINCT organization_id FROM plan_overrides WHERE expires_at <= now() ORDER BY organization_id LIMIT $1
 """
@@ -317,12 +318,29 @@ async def overrides(reader: Reader, organization: str) -> list[tuple[str, int | 
 
 
 async def replace_overrides(tx: Tx, organization: str, rows: list[tuple[str, int | None, datetime | None]]) -> None:
-    """Make these the overrides of an organization that the caller holds."""
-    await tx.raw.execute("DELETE FROM plan_overrides WHERE organization_id = $1", organization)
+    """Make these an operator's overrides of an organization that the caller holds."""
+    await tx.raw.execute("DELETE FROM plan_overrides WHERE organization_id = $1 AND source = 'operator'", organization)
     await tx.raw.executemany(
         "INSERT INTO plan_overrides (organization_id, name, value, expires_at) VALUES ($1, $2, $3, $4)",
         [(organization, *row) for row in rows],
     )
+
+
+async def restrictions(reader: Reader, organization: str) -> dict[str, int]:
+    """What dunning restricts of an organization."""
+    return {row["name"]: row["value"] for row in await reader.raw.fetch(_RESTRICTED, organization)}
+
+
+async def restrict(tx: Tx, organization: str, limits: Mapping[str, int]) -> bool:
+    """Make these what dunning restricts of an organization that the caller holds; whether that is a change."""
+    if await restrictions(tx, organization) == dict(limits):
+        return False
+    await tx.raw.execute("DELETE FROM plan_overrides WHERE organization_id = $1 AND source = 'dunning'", organization)
+    await tx.raw.executemany(
+        "INSERT INTO plan_overrides (organization_id, name, source, value) VALUES ($1, $2, 'dunning', $3)",
+        [(organization, name, value) for name, value in sorted(limits.items())],
+    )
+    return True
 
 
 async def expired_overrides(reader: Reader, limit: int) -> list[str]:

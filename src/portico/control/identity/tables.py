@@ -63,9 +63,12 @@ plan_overrides = sa.Table(
     metadata,
     sa.Column("organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("name", sa.Text, primary_key=True),
+    # Who set it: an operator, or dunning, which restricts who does not pay; of one name dunning's holds.
+    sa.Column("source", sa.Text, primary_key=True, server_default="operator"),
     sa.Column("value", sa.BigInteger),
     _time("expires_at"),
     _created(),
+    sa.CheckConstraint("source IN ('operator', 'dunning')", name="source"),
     sa.Index("plan_overrides_expires_at_ix", "expires_at", postgresql_where=sa.text("expires_at IS NOT NULL")),
 )
 

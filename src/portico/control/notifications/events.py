@@ -60,6 +60,19 @@ _INCIDENT: Final = {
     "reopened": 0,
 }
 
+_DUNNING: Final = {
+    "case": "dun_01jd2x8k3nf0v4q5w6e7r8t9ya",
+    "subscription": "sub_01jd2x8k3nf0v4q5w6e7r8t9ya",
+    "state": "retrying",
+    "stage": "D3",
+    "amount_minor": 1900,
+    "currency": "EUR",
+    "amount": "19.00 EUR",
+    "attempts": 2,
+    "next_attempt_at": "2030-01-15T00:00:00+00:00",
+    "opened_at": "2030-01-12T00:00:00+00:00",
+}
+
 EVENTS: Final[dict[str, Event]] = {
     TEST: Event(
         "Somebody pressed the button to test a channel. It goes to that channel, whatever that wants.",
@@ -155,5 +168,17 @@ EVENTS: Final[dict[str, Event]] = {
             "plan": "free",
             "hard_cap": True,
         },
+    ),
+    "dunning.advanced": Event(
+        "A payment failed and is still owed: once for each day of the schedule (`stage`) that the case reaches. `state` says "
+        "what holds from then on: `restricted` is a slow pace and no more tunnels, `suspended` the default plan. Who pays gets a "
+        "mail, too.",
+        "{amount} are owed on the subscription ({stage}, {state}); payment has failed {attempts} times.",
+        _DUNNING,
+    ),
+    "dunning.recovered": Event(
+        "Everything that was owed is paid, and what was taken away is given back. Who pays gets a mail, too.",
+        "What was owed on the subscription is paid.",
+        {**_DUNNING, "state": "recovered"},
     ),
 }

@@ -48,13 +48,19 @@ def next_month(month: date) -> datetime:
     return datetime(later.year, later.month, 1, tzinfo=UTC)
 
 
-def _midnight(day: date) -> datetime:
+def midnight(day: date) -> datetime:
+    """The moment at which a day of UTC begins."""
     return datetime(day.year, day.month, day.day, tzinfo=UTC)
 
 
 def used_of(total: Any) -> dict[str, int]:
     """What counts towards each limit of a month, of a row of totals (``None``: nothing yet)."""
     return {name: sum(total[part] for part in parts) if total is not None else 0 for name, parts in MONTHLY.items()}
+
+
+async def used(reader: Reader, organization: str, month: date) -> dict[str, int]:
+    """What an organization used of each limit of a month."""
+    return used_of(await store.month(reader, organization, month))
 
 
 class Standing:
@@ -132,9 +138,9 @@ class Standing:
             raise Problem("usage.range_invalid", f"{last} is too far away")
         if tunnel is not None and not await store.had_tunnel(reader, organization, tunnel):
             raise Problem("tunnel.not_found")
-        start, end = _midnight(first), _midnight(last + timedelta(days=1))
+        start, end = midnight(first), midnight(last + timedelta(days=1))
         if by == "month":
-            start, end = _midnight(first.replace(day=1)), next_month(last.replace(day=1))
+            start, end = midnight(first.replace(day=1)), next_month(last.replace(day=1))
         rows = await store.usage(reader, organization, tunnel, by, start, end)
         return {
             "from": start.date(),
