@@ -167,8 +167,8 @@ def test_an_old_sale_does_not_get_the_period_of_the_last_one() -> None:
     assert (issued.period_start, issued.period_end) == (datetime(2026, 10, 6, 12, tzinfo=UTC), None)
 
 
-def test_a_sale_that_was_refunded_meanwhile_was_paid_all_the_same() -> None:
-    for state in ("partially_refunded", "refunded"):
+def test_a_sale_that_was_given_back_meanwhile_was_paid_all_the_same() -> None:
+    for state in ("partially_refunded", "refunded", "reversed"):
         events = found(event("PAYMENT.SALE.COMPLETED", sale()), payment=sale(state=state))
         assert [each.kind for each in events] == ["invoice.issued", "payment.succeeded"]
 

@@ -6,13 +6,20 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from portico.control.billing import provider
+from portico.control.billing.normalize import normalize
 from portico.control.billing.provider import Order, Provider
-from tests.control.billing.providers import settings
+from portico.control.finance.events import check
+from portico.kit import money
+from tests.control.billing import stripe_shapes as shapes
+from tests.control.billing.providers import origin, settings
 from tests.gotools import built
 from tests.ports import free_port
 
@@ -48,16 +55,67 @@ async def stripe(url: str) -> AsyncIterator[Provider]:
     await adapter.close()
 
 
-async def test_the_checkout_and_what_is_read_of_it(stripe: Provider) -> None:
-    page = await stripe.portal("cus_1", "https://app.example.com", key="k-portal")
-    assert page.startswith("https://")
-    order = Order(
-        "chk_1",
-        "price_1",
-        "https://app.example.com/ok",
-        "https://app.example.com/no",
-        email="a@example.com",
-        trial_days=7,
-    )
-    bought = await stripe.checkout(order, key="chk_1")
-    assert bought.ref.startswith("cs_") and bought.customer_ref
+async def test_everything_that_is_asked_of_stripe_is_asked_as_it_is_described(stripe: Provider) -> None:
+    """stripe-mock answers 400 for a parameter, and 404 for a path, that the API does not have."""
+    order = Order("chk_1", "price_1", "https://app.example.com/ok", "https://app.example.com/no", email="a@example.com")
+    for each, key in ((order, "chk_1"), (replace(order, customer_ref="cus_1", trial_days=7), "chk_2")):
+        bought = await stripe.checkout(each, key=key)
+        assert bought.ref.startswith("cs_") and bought.url.startswith("https://") and bought.customer_ref
+    assert (await stripe.change("sub_1", "price_other", when="now", key="cha_1")).status == "done"
+    assert (await stripe.change("sub_1", "price_other", when="period_end", key="cha_2")).status == "scheduled"
+    for at_end in (True, False):
+        assert (await stripe.cancel("sub_1", at_period_end=at_end, reason="no more", key=f"can_{at_end}")).ref
+    assert (await stripe.resume("sub_1", key="res_1")).ref
+    for payment in ("pi_1", "ch_1"):
+        for amount in (None, 100):
+            made = await stripe.refund(
+                payment, amount_minor=amount, currency="USD", reason="r", key=f"{payment}_{amount}"
+            )
+            assert made.ref.startswith("re_") and made.currency in money.EXPONENTS
+    assert (await stripe.portal("cus_1", "https://app.example.com", key="por_1")).startswith("https://")
+
+
+@pytest.mark.parametrize(
+    ("ref", "kind"),
+    [
+        ("sub_1", "subscription"), ("in_1", "invoice"), ("pi_1", "payment_intent"), ("ch_1", "charge"), ("re_1", "refund"),
+        ("dp_1", "dispute"), ("po_1", "payout"), ("cs_test_1", "checkout.session"), ("cus_1", "customer"), ("price_1", "price"),
+        ("evt_1", "event"), ("txn_1", "balance_transaction"), ("sub_sched_1", "subscription_schedule"),
+    ],
+)  # fmt: skip
+async def test_objects_are_known_by_their_ids(stripe: Provider, ref: str, kind: str) -> None:
+    assert (await stripe.fetch(ref))["object"] == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "objects"),
+    [
+        ("customer.subscription.updated", shapes.subscription("old"), {"subscription"}),
+        ("customer.subscription.updated", shapes.subscription("new"), {"subscription"}),
+        ("invoice.paid", shapes.paid_invoice("old"), {"invoice", "payment", "balance_transaction"}),
+        ("invoice.payment_failed", shapes.invoice("old"), {"invoice", "payment", "balance_transaction"}),
+        ("invoice.finalized", shapes.invoice("new"), set()),
+        ("refund.created", shapes.refund(), {"charge"}),
+        ("charge.refunded", shapes.charge("new"), {"charge", "refunds"}),
+        ("charge.refunded", shapes.charge("old"), {"charge"}),
+        ("charge.dispute.created", shapes.dispute(), {"charge"}),
+        ("payout.paid", shapes.payout(), set()),
+    ],
+)
+async def test_what_an_event_needs_is_fetched(
+    stripe: Provider, kind: str, told: dict[str, Any], objects: set[str]
+) -> None:
+    """Which invoice a payment was for is asked, too; stripe-mock's has no id that could be one."""
+    before = datetime.now(UTC)
+    body = shapes.event(kind, told)
+    fetched = await stripe.authority(body)
+    assert set(fetched.objects) == objects
+    assert before <= fetched.at <= datetime.now(UTC)
+    for each in normalize("stripe", body, fetched, origin=origin()):
+        check(each)
+
+
+async def test_events_are_listed_by_when_they_were_made(stripe: Provider) -> None:
+    now = datetime.now(UTC)
+    found = [body async for body in stripe.list_events(now - timedelta(days=1), now)]
+    assert found and all(body["object"] == "event" and body["id"].startswith("evt_") for body in found)

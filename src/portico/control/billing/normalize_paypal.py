@@ -43,7 +43,7 @@ _KINDS: Final[Mapping[str, str]] = {
 }
 _BEGUN: Final = frozenset({"BILLING.SUBSCRIPTION.ACTIVATED", "BILLING.SUBSCRIPTION.RE-ACTIVATED"})
 #: States of a sale that brought money, whatever became of it later.
-_TAKEN: Final = frozenset({"completed", "partially_refunded", "refunded"})
+_TAKEN: Final = frozenset({"completed", "partially_refunded", "refunded", "reversed"})
 _LOST: Final = frozenset({"RESOLVED_BUYER_FAVOUR", "ACCEPTED"})
 
 Object = Mapping[str, Any]
