@@ -1,7 +1,8 @@
 """`portico-cert-emitter`: tells a platform what cert-manager, or certmagic, does with certificates.
 
-    kubectl get certificates,orders,challenges -A --watch -o json | portico-cert-emitter --server https://api.example.com \\
-        --source src_… --cluster eu-1 --environment production --key-file key --spool /var/lib/portico-cert-emitter
+    kubectl get certificaterequests,certificates,orders,challenges -A --watch -o json | portico-cert-emitter \\
+        --server https://api.example.com --source src_… --cluster eu-1 --environment production \\
+        --key-file key --spool /var/lib/portico-cert-emitter
 
 It ends when its input does, after at most ``--drain`` seconds for what waits: 0 when everything was taken, 75 when something
 stays in the spool for the next start, 1 when it cannot work at all.
@@ -37,6 +38,8 @@ FINAL = (409, 413, 422)
 RETRY_SECONDS, RETRY_MAX_SECONDS, TIMEOUT_SECONDS = 1.0, 300.0, 20.0
 IDLE_SECONDS = 60.0
 READ_BYTES = 65_536
+#: Of a certificate with its chain.
+MAX_CHAIN_BYTES = 262_144
 
 
 class Sender:
@@ -92,12 +95,16 @@ class Sender:
 def feed(stream: BinaryIO, spool: Spool, args: argparse.Namespace, told: Callable[[], None]) -> None:
     """Read a feed to its end; what is new goes into the spool. Raises ``ValueError`` for what is no feed."""
     known, rest = spool.known(), ""
+
+    def chains(path: str) -> str | None:
+        return chain_in(args.storage, path)
+
     reader = getattr(stream, "read1", stream.read)
     while chunk := reader(READ_BYTES):
         found, rest = cert_emitter.documents(rest + chunk.decode("utf-8", "replace"))
         events = []
         for document in found:
-            for happening in cert_emitter.read(document, known):
+            for happening in cert_emitter.read(document, known, chains):
                 known.sequence += 1
                 event, now = f"cev_{secrets.token_hex(13)}", datetime.now(UTC).isoformat()
                 body = cert_emitter.body(
@@ -109,6 +116,23 @@ def feed(stream: BinaryIO, spool: Spool, args: argparse.Namespace, told: Callabl
             told()
     if rest.strip():
         say("the feed ended in the middle of a document")
+
+
+def chain_in(storage: Path | None, path: str) -> str | None:
+    """A chain in certmagic's storage, which has private keys beside: nothing else is read, and nothing outside of it."""
+    if storage is None or not path.endswith(".crt"):
+        return None
+    try:
+        found = (storage / path).resolve(strict=True)
+        if (
+            not found.is_relative_to(storage.resolve())
+            or found.suffix != ".crt"
+            or found.stat().st_size > MAX_CHAIN_BYTES
+        ):
+            return None
+        return found.read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return None
 
 
 def say(text: str) -> None:
@@ -133,6 +157,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--key-id", default="key", help="the key's id; needed with --codec http")
     found.add_argument("--codec", choices=("standard", "compact", "http"), default="standard")
     found.add_argument("--spool", type=Path, required=True, help="a folder for what is not taken yet")
+    found.add_argument(
+        "--storage", type=Path, help="certmagic's storage, for serial numbers: of its files the *.crt alone are read"
+    )
     found.add_argument("--drain", type=float, default=30.0, help="seconds to send what waits after the feed's end")
     return found
 
