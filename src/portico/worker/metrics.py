@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from portico.kit.metrics import Metric, Sample
 from portico.kit.queue_runner import KindRunner
+from portico.worker import certificate_figures
+from portico.worker.certificate_figures import CertificateFigures
 
 JOBS = Metric(
     "portico_queue_jobs_total", "counter",
@@ -19,11 +21,13 @@ DEPTH = Metric(
 )  # fmt: skip
 OLDEST = Metric("portico_queue_oldest_seconds", "gauge", "How late the oldest due job is; 0 for none.", ("kind",))
 
-DECLARED: tuple[Metric, ...] = (JOBS, SECONDS, DEPTH, OLDEST)
+DECLARED: tuple[Metric, ...] = (JOBS, SECONDS, DEPTH, OLDEST, *certificate_figures.DECLARED)
 
 
-def read(runners: Sequence[KindRunner]) -> Iterator[Sample]:
-    """The values of this moment; those of whole queues are as old as their last count."""
+def read(runners: Sequence[KindRunner], certificates: CertificateFigures | None = None) -> Iterator[Sample]:
+    """The values of this moment; those of whole queues, and of certificates, are as old as their last count."""
+    if certificates is not None:
+        yield from certificates.read()
     for runner in runners:
         kind = runner.kind.name
         for outcome, count in runner.outcomes.items():

@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 
+from portico.control.domains import jobs_distribution
 from portico.errors import Problem
 from portico.kit import metrics, notify
 from portico.kit.clock import SystemClock
@@ -19,6 +20,7 @@ from portico.kit.queue_runner import KindRunner, Pace, Schedules, Served, Wakes
 from portico.settings import ApiSettings, WorkerSettings
 from portico.worker import billing, certificate_orders, certificates, maintenance, notifications
 from portico.worker import metrics as worker_metrics
+from portico.worker.certificate_figures import CertificateFigures
 from portico.worker.jobs import Context, Job
 
 log = logging.getLogger("portico.worker")
@@ -80,11 +82,15 @@ async def run(
     served = [Served(job.kind, job.handler(context), job.limited(settings)) for job in jobs]
     runners = [KindRunner(each, db, stopping, pace) for each in served]
     every = {job.kind: job.every_seconds for job in jobs if job.every_seconds is not None}
+    counted = _certificates(context, jobs)
     shown = await metrics.serve(
-        worker_metrics.DECLARED, lambda: worker_metrics.read(runners), lambda: not stopping.is_set(),
+        worker_metrics.DECLARED, lambda: worker_metrics.read(runners, counted), lambda: not stopping.is_set(),
         settings, metrics_socket,
     )  # fmt: skip
     wakes = asyncio.create_task(Wakes(runners, db, "portico worker wakes").run(), name="wakes")
+    beside = [wakes]
+    if counted is not None and shown is not None:  # nobody reads them otherwise
+        beside.append(asyncio.create_task(counted.run(), name="certificate figures"))
     tasks = [asyncio.create_task(runner.run(settings.shutdown_seconds), name=runner.kind.name) for runner in runners]
     tasks.append(asyncio.create_task(Schedules(every, db, stopping, pace).run(), name="schedules"))
     notify.ready(settings.notify_fd)
@@ -100,9 +106,15 @@ async def run(
         if wakes.done():
             wakes.result()
     finally:
-        wakes.cancel()
-        for task in tasks:
+        for task in (*beside, *tasks):
             task.cancel()
-        await asyncio.gather(wakes, *tasks, return_exceptions=True)
+        await asyncio.gather(*beside, *tasks, return_exceptions=True)
         if shown is not None:
             await shown.close()
+
+
+def _certificates(context: Context, jobs: Sequence[Job]) -> CertificateFigures | None:
+    """Counts of certificates, in processes that see to where these are."""
+    if jobs_distribution.SETTLE not in {job.kind for job in jobs}:
+        return None
+    return CertificateFigures(context.db, context.settings.queue_count_seconds)

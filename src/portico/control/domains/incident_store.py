@@ -149,3 +149,12 @@ async def watched(reader: Reader, now: datetime, after: str, limit: int) -> Sequ
     held = c.hostname_status != "deleted"
     query = sa.select(custom_domains).where(c.id > after, sa.or_(held & ending, troubled))
     return await reader.fetch_all(query.order_by(c.id).limit(limit))
+
+
+async def counts(reader: Reader) -> dict[tuple[str, int, str], int]:
+    """``(class, tier, status)`` → how many incidents are not resolved; for metrics."""
+    rows = await reader.raw.fetch(
+        """SELECT incident_class, tier, status, count(*)::int AS n FROM certificate_incidents
+           WHERE status <> 'resolved' GROUP BY 1, 2, 3"""
+    )
+    return {(row["incident_class"], row["tier"], row["status"]): row["n"] for row in rows}
