@@ -35,6 +35,9 @@ _ERRORS = {
     "alias_loop": "its CNAME records lead in a circle",
     "resolvers_disagree": "resolvers do not agree yet",
     "resolvers_silent": "its name servers do not answer",
+    "blocked": "the operator of this platform has blocked it",
+    "blocked_upstream": "whoever has its certificates made says that it is blocked",
+    "moved_upstream": "whoever has its certificates made says that it has moved",
 }
 
 
@@ -198,6 +201,8 @@ def list_domains(server: ServerOption = None, json: JsonOption = False) -> None:
 
 def _wrong(row: dict[str, Any]) -> str:
     certificate = row["certificate"]
+    if row["frozen"]:
+        return "frozen: the plan has no room for it"
     if row["dns_error"]:
         return _ERRORS.get(row["dns_error"], str(row["dns_error"]))
     if certificate["held_at"]:

@@ -34,8 +34,17 @@ from portico.control.billing.provider import Providers
 from portico.control.billing.service import Billing
 from portico.control.billing.webhooks import Webhooks
 from portico.control.console import pages as console_pages
-from portico.control.domains import acme_api, distribution_api, incident_api, ingest_api, lifecycle_api, source_api
+from portico.control.domains import (
+    acme_api,
+    blocking_api,
+    distribution_api,
+    incident_api,
+    ingest_api,
+    lifecycle_api,
+    source_api,
+)
 from portico.control.domains import api as domains_api
+from portico.control.domains import frozen as frozen_domains
 from portico.control.domains import service as domains
 from portico.control.domains.incidents import Incidents
 from portico.control.domains.ingest import Ingest
@@ -166,6 +175,7 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
     quotas.kinds.update(tunnel_quotas.kinds(settings))
     state.standing = Standing(settings, clock, quotas)
     quotas.on_changed.append(state.tunnels.frozen.settle)
+    quotas.on_changed.append(frozen_domains.settle)
     quotas.on_changed.append(state.standing.moved)
     state.standing.notify.append(UsageNotices(settings, state.sealer))
     plans_ = state.identity.plans
@@ -218,6 +228,7 @@ def _routes() -> list[BaseRoute]:
         lifecycle_api.router,
         webhook_api.admin,
         *distribution_api.routers,
+        blocking_api.router,
         incident_api.router,
         *finance_api.routers,
         billing_api.router,

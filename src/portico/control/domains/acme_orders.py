@@ -583,7 +583,7 @@ class _Run:
 
 def _wants(domain: Any) -> bool:
     """Whether a certificate is had for the domain."""
-    return domain.hostname_status in WANTED and domain.tls_mode == "terminate"
+    return domain.hostname_status in WANTED and domain.tls_mode == "terminate" and domain.frozen is None
 
 
 def _as_event(row: Any, err: AcmeError, *, validated: bool) -> tuple[str, str]:

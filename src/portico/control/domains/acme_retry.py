@@ -33,6 +33,10 @@ async def retry(tx: Tx, settings: ApiSettings, rules: NameRules, caller: Caller,
     if domain.hostname_status not in _WANTED or domain.tls_mode != "terminate":
         why = "its TLS is passed through" if domain.tls_mode != "terminate" else f"it is {domain.hostname_status}"
         raise Problem("cert.not_wanted", f"no certificate is ordered for {domain.name}: {why}")
+    if domain.frozen is not None:
+        raise Problem(
+            "cert.not_wanted", f"no certificate is ordered for {domain.name}: the plan has no room for the domain"
+        )
     if await acme_store.open_order(tx, domain.id) is not None:
         raise Problem("cert.order_open")
     await acme_schedule.ensure(tx, domain)

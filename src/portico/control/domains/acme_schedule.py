@@ -133,14 +133,14 @@ async def failed(tx: Tx, settings: ApiSettings, cas: Sequence[Ca], order: Any, e
 _ADD: Final = """
 INSERT INTO certificate_schedules AS s (domain_id, organization_id, next_at)
 SELECT d.id, d.organization_id, now() FROM custom_domains AS d
-WHERE d.hostname_status IN ('verified', 'active') AND d.tls_mode = 'terminate'
+WHERE d.hostname_status IN ('verified', 'active') AND d.tls_mode = 'terminate' AND d.frozen IS NULL
     AND NOT EXISTS (SELECT FROM certificate_schedules AS known WHERE known.domain_id = d.id) LIMIT $1
 ON CONFLICT (domain_id) DO NOTHING
 """
 _RESUME: Final = """
 UPDATE certificate_schedules AS s SET next_at = now() FROM custom_domains AS d
 WHERE d.id = s.domain_id AND s.next_at IS NULL AND d.hostname_status IN ('verified', 'active') AND d.tls_mode = 'terminate'
-    AND NOT EXISTS (SELECT FROM certificate_orders AS o WHERE o.domain_id = s.domain_id
+    AND d.frozen IS NULL AND NOT EXISTS (SELECT FROM certificate_orders AS o WHERE o.domain_id = s.domain_id
         AND o.state NOT IN ('issued', 'failed', 'canceled'))
 """
 # A certificate that was revoked is replaced at once, the first time; after a failure the pauses hold.
@@ -161,7 +161,7 @@ WITH due AS (
     FROM certificate_schedules AS s JOIN custom_domains AS d ON d.id = s.domain_id
     LEFT JOIN certificate_heads AS h ON h.domain_id = s.domain_id
     WHERE s.next_at <= now() AND d.hostname_status IN ('verified', 'active') AND d.tls_mode = 'terminate'
-        AND (d.cert_held_at IS NULL OR s.forced)
+        AND d.frozen IS NULL AND (d.cert_held_at IS NULL OR s.forced)
         AND (d.hostname_status = 'active' OR d.name LIKE '*.%' OR $2)
 )
 SELECT * FROM due ORDER BY turn, next_at LIMIT $1

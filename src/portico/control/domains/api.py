@@ -100,7 +100,7 @@ class CertificateStanding(BaseModel):
 
 
 class Domain(BaseModel):
-    """One domain. `tunnel`: the id of what it is routed to."""
+    """One domain. `tunnel`: the id of what it is routed to. `frozen`: the limit of the plan that leaves it unserved."""
 
     id: str
     name: str
@@ -111,6 +111,7 @@ class Domain(BaseModel):
     tls_mode: TlsMode
     failure_policy: FailurePolicy
     tunnel: str | None
+    frozen: str | None
     records: list[DnsRecord]
     dns_error: str | None
     verified_at: datetime | None

@@ -1,7 +1,7 @@
 """A domain as relays hold it: a host that belongs to a tunnel beside the host of its own.
 
-Relays know a domain while it is routed and its name is its owner's. The row says all that they need to go on without the control
-plane: under the policy ``strict``, until when its certificate is good.
+Relays know a domain while it is routed, its name is its owner's and its plan has room for it. The row says all that they need to
+go on without the control plane: under the policy ``strict``, until when its certificate is good.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _GOOD = ("active", "renewing")
 
 def known(row: Any) -> bool:
     """Whether relays hold the domain."""
-    return row.tunnel_id is not None and row.hostname_status in store.SERVED
+    return row.tunnel_id is not None and row.hostname_status in store.SERVED and row.frozen is None
 
 
 def document(row: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import logging
 from datetime import timedelta
 from typing import Any, Final
 
-from portico.control.domains import store
+from portico.control.domains import frozen, store
 from portico.control.domains.verification import Verification
 from portico.kit import queue
 from portico.kit.batches import until_done
@@ -53,6 +53,7 @@ async def _check_one(db: Database, verification: Verification, row: Any) -> None
 
 
 async def purge(db: Database, settings: ApiSettings, clock: Clock) -> None:
-    """Forget domains that were lost long ago."""
+    """Forget domains that were lost long ago; let those serve for which there is room again."""
+    await frozen.thaw(db)
     before = clock.wall() - timedelta(days=settings.domain_deleted_days)
     await until_done(db, lambda tx: store.purge(tx, before, _PURGED), _PURGED)

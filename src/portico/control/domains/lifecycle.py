@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from portico.control.domains import edge, event_store, failure_policy, names
+from portico.control.domains import edge, event_store, failure_policy, names, ownership
 from portico.control.domains import store as domain_store
 from portico.control.domains.certificate_state import Event, Registers, derive
 from portico.control.domains.event_mapping import type_of
@@ -155,7 +155,11 @@ async def apply(work: Work, now: datetime, follow: Follow | None = None) -> None
         if changed:
             state = derive(after)
             held = failure_policy.recorded(domain, state.failures, now)
-            now_is = await domain_store.update(tx, domain.id, cert_applied=written, **state.columns(), **held)
+            standing = ownership.decided(domain, before, after, now)
+            now_is = await domain_store.update(
+                tx, domain.id, cert_applied=written, **state.columns(), **held, **standing
+            )
+            await ownership.record(tx, domain, now_is, event)
             edge.tell(tx, domain, now_is)  # relays know until when a `strict` domain may be served
         if follow is not None:
             await follow(tx, domain, after, event)

@@ -35,6 +35,7 @@ class Rendering:
             "tls_mode": row.tls_mode,
             "failure_policy": row.failure_policy,
             "tunnel": row.tunnel_id,
+            "frozen": row.frozen,
             "records": [records.shown(record, row.dns_findings) for record in wanted],
             "dns_error": row.dns_error,
             "verified_at": row.verified_at,

@@ -4,7 +4,7 @@
                       verified   the organization proved that the name is its own; nobody else can have it
                       active     and the name points here
                       moved      proof or pointing is gone, for days; it is deleted some days later
-                      blocked    by the operator
+                      blocked    by an operator (blocking.py), or by an event of a source (ownership.py)
                       deleted    lost; kept for a while, so that its owner can read why
 
 Any number of organizations may claim a name; the first that proves it holds it (a unique index decides between two at once).
@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.domains import edge, failure_policy, names, store, vault
+from portico.control.domains import edge, failure_policy, frozen, names, store, vault
 from portico.control.domains.judging import Looked
 from portico.control.domains.names import Name, NameRules
 from portico.control.domains.rendering import Rendering
@@ -112,9 +112,11 @@ class Domains:
         return await store.one(reader, caller.org, found.id, lock=True) if found is not None and lock else found
 
     async def names_of(self, reader: Reader, tunnels: Sequence[str]) -> dict[str, list[str]]:
-        """The names of the domains that lead to each of some tunnels."""
+        """The names of the domains by which each of some tunnels is served."""
         found: dict[str, list[str]] = {}
         for row in await store.leading_to(reader, tunnels):
+            if row.frozen is not None:
+                continue
             found.setdefault(row.tunnel_id, []).append(row.name)
         return found
 
@@ -212,14 +214,21 @@ class Domains:
         return self.rendering.document(after)
 
     async def delete(self, tx: Tx, caller: Caller, domain_id: str) -> None:
-        """Let a domain go: relays serve it no longer within 2 s, and its name is free. Raises ``domain.not_found``.
+        """Let a domain go: relays serve it no longer within 2 s, and its name is free.
 
-        No time must pass before another organization can have it: that one has to prove the name anew."""
+        No time must pass before another organization can have it: that one has to prove the name anew. Raises
+        ``domain.not_found``, and ``domain.blocked``: removed and added again it would not be blocked any more.
+        """
+        await self.row(tx, caller, domain_id)
+        await store.lock_set(tx, caller.org)
         row = await self.row(tx, caller, domain_id, lock=True)
+        if row.hostname_status == "blocked":
+            raise Problem("domain.blocked")
         await vault.remove(tx, domain_id)
         await store.delete(tx, domain_id)
         edge.tell(tx, row, None)
         await audit.record(tx, caller, "domain.delete", domain_id, details={"name": row.name})
+        await frozen.settle(tx, caller.org)  # there may be room for one that was frozen
 
 
 def _exists(name: Name) -> Problem:

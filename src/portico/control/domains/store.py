@@ -87,6 +87,8 @@ custom_domains = sa.Table(
     _whole("cert_regions_total"),
     # Since when nothing is tried for it by itself, after a failure under the policy `hold` (failure_policy.py).
     _time("cert_held_at"),
+    # The limit of the plan for want of which it is served to nobody (frozen.py).
+    sa.Column("frozen", sa.Text),
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
     sa.Column("updated_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
     _one_of("hostname_status", STATES),
@@ -161,6 +163,19 @@ async def listing(reader: Reader, organization: str, limit: int, after: str | No
     return await reader.fetch_all(query.order_by(_C.id).limit(limit))
 
 
+async def everybodys(
+    reader: Reader, name: str | None, status: str | None, limit: int, after: str | None
+) -> Sequence[sa.Row[Any]]:
+    """Domains of all organizations, the oldest first: of a name, in a state."""
+    query = sa.select(custom_domains)
+    for column, value in ((_C.name, name), (_C.hostname_status, status)):
+        if value is not None:
+            query = query.where(column == value)
+    if after is not None:
+        query = query.where(_C.id > after)
+    return await reader.fetch_all(query.order_by(_C.id).limit(limit))
+
+
 async def update(tx: Tx, domain: str, **values: Any) -> sa.Row[Any]:
     """Change columns of a domain that the transaction holds; the row after it."""
     statement = sa.update(custom_domains).where(_C.id == domain).values(updated_at=sa.func.now(), **values)
@@ -181,7 +196,7 @@ async def lock_claims(tx: Tx, name: str) -> Sequence[sa.Row[Any]]:
 async def routed(reader: Reader) -> Sequence[sa.Row[Any]]:
     """What relays hold."""
     return await reader.fetch_all(
-        sa.select(custom_domains).where(_C.tunnel_id.is_not(None), _C.hostname_status.in_(SERVED))
+        sa.select(custom_domains).where(_C.tunnel_id.is_not(None), _C.hostname_status.in_(SERVED), _C.frozen.is_(None))
     )
 
 
@@ -220,3 +235,20 @@ async def leading_to(reader: Reader, tunnels: Sequence[str], *, lock: bool = Fal
     order = _C.id if lock else _C.name
     query = sa.select(custom_domains).where(_C.tunnel_id.in_(tunnels)).order_by(order)
     return await reader.fetch_all(query.with_for_update() if lock else query)
+
+
+async def lock_set(tx: Tx, organization: str) -> None:
+    """Until the transaction ends nobody else freezes domains of the organization. Taken before the row of any domain is."""
+    await tx.raw.execute("SELECT pg_advisory_xact_lock(hashtextextended('domains of ' || $1, 0))", organization)
+
+
+async def plan_facts(reader: Reader, organization: str) -> list[tuple[str, str | None]]:
+    """Id, and for want of what it is frozen, of every domain that counts, the oldest first."""
+    query = sa.select(_C.id, _C.frozen).where(_C.organization_id == organization, _ALIVE).order_by(_C.id)
+    return [(row.id, row.frozen) for row in await reader.fetch_all(query)]
+
+
+async def organizations_with_frozen(reader: Reader, limit: int) -> list[str]:
+    """Organizations that have frozen domains."""
+    query = sa.select(_C.organization_id).where(_C.frozen.is_not(None)).distinct().limit(limit)
+    return [row.organization_id for row in await reader.fetch_all(query)]

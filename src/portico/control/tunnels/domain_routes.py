@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
+from portico.control.domains import frozen
 from portico.control.domains.service import SERVED, Domains
 from portico.control.tunnels import store
 from portico.control.tunnels.spec import TunnelSpec
@@ -35,7 +36,7 @@ class DomainRoutes:
         """Serve a domain by a tunnel, which its id or its name tells; from another tunnel it moves over.
 
         Raises ``domain.not_found``, ``domain.not_verified``, ``domain.mode_mismatch``, ``domain.limit_reached``,
-        ``domain.blocked``, ``domain.lost``, ``tunnel.not_found``.
+        ``domain.blocked``, ``domain.frozen``, ``domain.lost``, ``tunnel.not_found``.
         """
         caller.check("tunnels:write")
         await self._domains.row(tx, caller, domain_id)  # of two things that are not there, the first is named
@@ -96,6 +97,8 @@ class DomainRoutes:
         self._domains.check_open(row)
         if row.hostname_status not in SERVED:
             raise Problem("domain.not_verified", f"nobody has proved yet that {row.name} is your organization's")
+        if row.frozen is not None:
+            raise frozen.refusal(row.name)
         mode = MODES.get(tunnel["protocol"])
         if mode != row.tls_mode:
             what = "has a port and no host" if mode is None else f"needs a domain with tls_mode {mode}"
