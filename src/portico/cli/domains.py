@@ -201,7 +201,7 @@ def list_domains(server: ServerOption = None, json: JsonOption = False) -> None:
 
 def _wrong(row: dict[str, Any]) -> str:
     certificate = row["certificate"]
-    if row["frozen"]:
+    if row.get("frozen"):  # a server of before does not say
         return "frozen: the plan has no room for it"
     if row["dns_error"]:
         return _ERRORS.get(row["dns_error"], str(row["dns_error"]))
