@@ -2,8 +2,8 @@
 
     python -m tests.system.search TEXT PID…|PATH…      says where TEXT was found; exits 1 when it was
 
-Memory is read by ``/proc/PID/mem``; where that is not permitted (another user's process, a hardened kernel) by ``gcore``, whose
-dump is searched as a file.
+Memory is what ``gcore`` dumps, every mapping of it, searched as a file; where gdb is not installed, or may not look, it is
+read by ``/proc/PID/mem``.
 """
 
 from __future__ import annotations
@@ -68,16 +68,19 @@ def _memory(pid: int) -> Iterator[bytes]:
 
 
 def in_memory(pid: int, needles: Iterable[bytes]) -> set[bytes]:
-    """Which of the needles a process has in its memory."""
+    """Which of the needles a process has in its memory.
+
+    Raises ``ProcessLookupError`` or ``FileNotFoundError`` for one that ended.
+    """
     wanted = list(needles)
-    try:
-        return in_stream(_memory(pid), wanted)
-    except PermissionError:
-        gcore = shutil.which("gcore")
-        assert gcore is not None, f"the memory of {pid} may not be read, and there is no gcore"
+    gcore = shutil.which("gcore")
+    if gcore is not None:
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([gcore, "-o", f"{folder}/core", str(pid)], check=True, capture_output=True, timeout=120)
-            return in_stream(_chunks(next(Path(folder).iterdir())), wanted)
+            argv = [gcore, "-a", "-o", f"{folder}/core", str(pid)]
+            subprocess.run(argv, check=False, capture_output=True, timeout=300)
+            if dumps := list(Path(folder).iterdir()):
+                return in_stream(_chunks(dumps[0]), wanted)
+    return in_stream(_memory(pid), wanted)
 
 
 def main(text: str, places: list[str]) -> int:

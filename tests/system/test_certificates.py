@@ -2,26 +2,30 @@
 
     domain added ─► records set ─► verified ─► ordered, proved at the relay ─► sealed for each region ─► both relays switch
 
-Then it is renewed when the authority says so, and replaced when it was revoked; what served goes on until the new one does.
+Then it is renewed when the authority says so, and replaced when it was revoked; what served goes on until the new one does,
+also when the worker is killed before it records a step, or PostgreSQL in the middle of one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -37,7 +41,8 @@ from portico.kit.db import Database, PoolLimits
 from portico.settings import ApiSettings, Secret
 from tests import pebble
 from tests.ports import free_port
-from tests.system.platform import Account, Child, Up, clean_environment
+from tests.system.platform import Account, Child, Up, clean_environment, signal_all, tree
+from tests.system.serving import Watch
 
 pytestmark = pytest.mark.system
 
@@ -86,14 +91,19 @@ class World:
         return self.until(same, f"a certificate for {name} at every relay")  # type: ignore[no-any-return]
 
     def claim(self, name: str) -> dict[str, Any]:
-        """Add a domain, set what the answer says, and verify it."""
-        domain = self.account.call("POST", "/domains", {"name": name})
+        """Add a domain, and prove it."""
+        return self.prove(self.account.call("POST", "/domains", {"name": name}))
+
+    def prove(self, domain: dict[str, Any]) -> dict[str, Any]:
+        """Set what the answer about a domain says, and verify it."""
         for record in domain["records"]:
             if record["purpose"] == "ownership":
                 self.ca.say("set-txt", host=f"{record['name']}.", value=record["value"])
             elif record["purpose"] == "delegation":
                 self.ca.say("set-cname", host=f"{record['name']}.", target=f"{record['value']}.")
-        self.ca.say("add-a", host=name, addresses=["127.0.0.1"])
+        self.ca.say(
+            "add-a", host=domain["name"].removeprefix("*."), addresses=["127.0.0.1"]
+        )  # as it answers about all others
         return self.account.call("POST", f"/domains/{domain['id']}/verify")
 
     def domain(self, found: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +149,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             dns_timeout_seconds=10, outbound_allow="127.0.0.0/8", domain_addresses="127.0.0.1", challenge_zone=ZONE,
             acme_dns="exec", acme_dns_program=hook, acme_profiles="127.0.0.1=default", acme_poll_seconds=0.2,
             acme_challenges="http-01,tls-alpn-01", sweep_certificates_seconds=1, ask_renewals_seconds=1,
-            check_domains_seconds=1,
+            check_domains_seconds=1, acme_retry_pause_seconds=1, queue_lease_seconds=4, order_max_attempts=40,
+            order_retry_seconds=0.5,
         )  # fmt: skip
         key, relay_key = _second_region(up, folder)
         signer = keyfiles.worker_keys("certificate_key_file", home / "keys" / "worker.key").public
@@ -181,12 +192,49 @@ def _portico(*args: str) -> str:
     return done.stdout
 
 
+def test_by_a_handshake(world: World) -> None:
+    """TLS-ALPN-01, which is next where HTTP-01 has failed once."""
+    name = f"alpn.d{free_port()}.example.com"
+    domain = world.account.call("POST", "/domains", {"name": name})
+    world.sql(
+        "INSERT INTO certificate_schedules (domain_id, organization_id, next_at, failures)"
+        " SELECT id, organization_id, now(), 1 FROM custom_domains WHERE id = $1",
+        domain["id"],
+    )
+    assert world.prove(domain)["hostname_status"] == "active"
+    assert _names(world.everywhere(name)) == [name]
+    assert _orders(world, domain) == [("tls-alpn-01", "issued")]
+    world.until(lambda: _active(world, domain), "an active certificate")
+
+
+def test_a_wildcard_by_a_record(world: World) -> None:
+    """DNS-01: `_acme-challenge` leads into the installation's own zone, where a program writes."""
+    base = f"d{free_port()}.example.com"
+    domain = world.claim(f"*.{base}")
+    assert _names(world.everywhere(f"any.{base}")) == [f"*.{base}"]
+    assert _orders(world, domain) == [("dns-01", "issued")]
+    standing = world.until(lambda: _active(world, domain), "an active certificate")
+    assert standing["regions_active"] == standing["regions_total"] == 2
+    assert world.served(base) == [None, None], "a wildcard is one label below its name"
+
+
+def _names(certificate: x509.Certificate) -> list[str]:
+    found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return list(found.get_values_for_type(x509.DNSName))
+
+
+def _orders(world: World, domain: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = world.sql(
+        "SELECT challenge, state FROM certificate_orders WHERE domain_id = $1 ORDER BY created_at", domain["id"]
+    )
+    return [(row["challenge"], row["state"]) for row in rows]
+
+
 def test_from_added_to_served_renewed_and_replaced(world: World) -> None:
     name = f"www.d{free_port()}.example.com"
     domain = world.claim(name)
     first = world.everywhere(name)
-    names = first.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert names.get_values_for_type(x509.DNSName) == [name]
+    assert _names(first) == [name]
     standing = world.until(lambda: _active(world, domain), "an active certificate")
     assert standing["serial"] and standing["error_code"] is None
     assert standing["regions_active"] == standing["regions_total"] == 2
@@ -234,3 +282,148 @@ def _revoke(world: World, certificate: x509.Certificate) -> None:
             await db.close()
 
     asyncio.run(act())
+
+
+# -- kills ---------------------------------------------------------------------------------------------------------------
+
+#: Every step of an order in its order; `asked`: that the authority is about to be asked for it.
+STEPS = (
+    "probing", "ordering", "asked", "authorizing", "publishing", "validating", "ready", "finalizing", "downloading", "issued",
+)  # fmt: skip
+#: Who writes a step, or a switch, waits inside of that transaction for as long as a drill holds its lock.
+_DRILL = """
+CREATE OR REPLACE FUNCTION drill_order() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    PERFORM pg_advisory_xact_lock_shared(815, hashtext(CASE WHEN OLD.state <> NEW.state THEN NEW.state ELSE 'asked' END));
+    RETURN NULL;
+END $$;
+CREATE OR REPLACE FUNCTION drill_switch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    PERFORM pg_advisory_xact_lock_shared(815, hashtext('switch'));
+    RETURN NULL;
+END $$;
+CREATE OR REPLACE TRIGGER drill AFTER UPDATE ON certificate_orders FOR EACH ROW
+    WHEN (OLD.state <> NEW.state OR OLD.asked <> NEW.asked) EXECUTE FUNCTION drill_order();
+CREATE OR REPLACE TRIGGER drill AFTER UPDATE ON certificate_heads FOR EACH ROW
+    WHEN (OLD.active_id <> NEW.active_id) EXECUTE FUNCTION drill_switch();
+"""
+_WAITING = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 815 AND NOT granted"
+
+
+class Drill:
+    """Holds steps, and says when somebody stands at one with its work done and nothing recorded."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
+
+    @classmethod
+    @asynccontextmanager
+    async def at(cls, world: World) -> AsyncIterator[Drill]:
+        connection = await asyncpg.connect(EmbeddedPostgres(world.up.home).uri)
+        try:
+            await connection.execute(_DRILL)
+            yield cls(connection)
+        finally:
+            connection.terminate()  # what it held is free; that it lives is not said
+
+    async def hold(self, step: str) -> None:
+        await self._connection.fetchval("SELECT pg_advisory_lock(815, hashtext($1))", step)
+
+    async def free(self, step: str) -> None:
+        await self._connection.fetchval("SELECT pg_advisory_unlock(815, hashtext($1))", step)
+
+    async def reached(self, step: str) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while not await self._connection.fetchval(_WAITING):
+                await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+def drilled(world: World) -> Iterator[tuple[str, dict[str, Any], x509.Certificate]]:
+    """A name with its domain and the certificate that serves; both relays are watched until the end of the test."""
+    name = f"kill.d{free_port()}.example.com"
+    domain = world.claim(name)
+    first = world.everywhere(name)
+    context = ssl.create_default_context(cadata=world.ca.root())
+    world.until(lambda: _active(world, domain), "an active certificate")
+
+    def look(port: int) -> str | None:
+        found = _shown(port, name, context)
+        return None if found is None else f"{found.serial_number:x}"
+
+    with Watch(world.ports, look) as watch:
+        yield name, domain, first
+    assert not watch.failed, watch.failed[:5]
+    versions = world.sql("SELECT serial FROM certificate_versions WHERE domain_id = $1 ORDER BY version", domain["id"])
+    serials = [row["serial"].lstrip("0") for row in versions]
+    for port, seen in watch.seen.items():
+        assert seen == serials, f"{port} served {seen} of {serials}"
+
+
+def _retry(world: World, domain: dict[str, Any]) -> None:
+    world.account.call("POST", f"/domains/{domain['id']}/certificate/retry")
+
+
+def _check_whole(world: World, domain: dict[str, Any], revision: int) -> None:
+    """The certificate of this revision is the result of one order, each of whose events is there and was applied, once."""
+    rows = world.until(lambda: _events(world, domain, revision), "every event applied")
+    assert set(rows) >= {
+        "renewal.started", "validation.started", "validation.succeeded", "renewal.succeeded", "deployment.succeeded",
+    }  # fmt: skip
+    assert set(rows.values()) == {1}, rows
+    assert _orders(world, domain) == [("http-01", "issued")] * revision
+    versions = world.sql(
+        "SELECT version, state, sealed IS NULL AS keyless FROM certificate_versions WHERE domain_id = $1 ORDER BY version",
+        domain["id"],
+    )
+    assert [(row["version"], row["state"]) for row in versions] == [
+        *((number, "retired") for number in range(1, revision)), (revision, "active"),
+    ]  # fmt: skip
+    assert [row["keyless"] for row in versions] == [True] * (revision - 1) + [False], "one key, of what serves"
+
+
+def _events(world: World, domain: dict[str, Any], revision: int) -> dict[str, int]:
+    rows = world.sql(
+        "SELECT callback_class || '.' || callback_action AS what, status, count(*) AS count"
+        " FROM certificate_lifecycle_events WHERE domain_id = $1 AND revision = $2 GROUP BY 1, 2",
+        domain["id"], revision,
+    )  # fmt: skip
+    whole = "deployment.succeeded" in {row["what"] for row in rows}
+    settled = all(row["status"] in ("applied", "superseded") for row in rows)
+    return {row["what"]: row["count"] for row in rows} if whole and settled else {}
+
+
+async def test_the_worker_is_killed_at_every_step_of_an_order(
+    world: World, drilled: tuple[str, dict[str, Any], x509.Certificate]
+) -> None:
+    """Each time what the step does outside is done, and nothing of it recorded: the next worker finds what there is."""
+    name, domain, first = drilled
+    before = world.ca.orders()
+    async with Drill.at(world) as drill:
+        await drill.hold(STEPS[0])
+        await asyncio.to_thread(_retry, world, domain)
+        for step, following in zip(STEPS, (*STEPS[1:], None), strict=True):
+            await drill.reached(step)
+            os.kill(world.up.pid("worker"), signal.SIGKILL)
+            if following is not None:
+                await drill.hold(following)
+            await drill.free(step)
+        await asyncio.to_thread(world.everywhere, name, first)
+    assert world.ca.orders() == before + 1, "one order at the authority"
+    await asyncio.to_thread(_check_whole, world, domain, 2)
+
+
+async def test_postgresql_is_killed_in_the_middle(
+    world: World, drilled: tuple[str, dict[str, Any], x509.Certificate]
+) -> None:
+    """In the transaction of a switch, then in that of an order's step: neither happened, and both happen."""
+    name, domain, serves = drilled
+    before = world.ca.orders()
+    for revision, step in ((2, "switch"), (3, "validating")):
+        async with Drill.at(world) as drill:
+            await drill.hold(step)
+            await asyncio.to_thread(_retry, world, domain)
+            await drill.reached(step)
+            assert world.served(name) == [serves, serves]
+            signal_all(tree(world.up.pid("postgres")), signal.SIGKILL)
+        serves = await asyncio.to_thread(world.everywhere, name, serves)
+        await asyncio.to_thread(_check_whole, world, domain, revision)
+    assert world.ca.orders() == before + 2

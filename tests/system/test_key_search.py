@@ -18,7 +18,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from portico.kit import ids, keyfiles, loop
 from tests.ports import free_port
 from tests.system import search
 from tests.system.platform import Account, Child, Up, clean_environment, port_span, tree
+from tests.system.serving import Watch
 
 pytestmark = [pytest.mark.timeout(300)]
 
@@ -226,40 +226,6 @@ def _export(world: World) -> bytes:
         return b"\n".join(archive.read(name) for name in archive.namelist())
 
 
-class Watch:
-    """Clients of both regions, again and again: what they saw, in order. A handshake that fails is an outage."""
-
-    def __init__(self, world: World, host: str, ca: str) -> None:
-        self._world, self._host, self._ca = world, host, ca
-        self.seen: dict[int, list[str]] = {port: [] for port in world.ports}
-        self.failed: list[str] = []
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._look, args=(port,)) for port in world.ports]
-
-    def _look(self, port: int) -> None:
-        while not self._over.is_set():
-            try:
-                found = self._world.served(port, self._host, self._ca)
-            except OSError as err:
-                found = None
-                self.failed.append(f"{port}: {err}")
-            if found is None:
-                self.failed.append(f"{port}: no certificate")
-            elif not self.seen[port] or self.seen[port][-1] != found:
-                self.seen[port].append(found)
-            time.sleep(0.01)
-
-    def __enter__(self) -> Watch:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-
-
 def test_kills_in_the_middle_of_a_switch(world: World) -> None:
     """`kill -9` of PostgreSQL, of the worker and of the process that seals, at any moment from sealing to serving: what served
     goes on at every handshake, and in the end both regions serve the newest."""
@@ -267,7 +233,7 @@ def test_kills_in_the_middle_of_a_switch(world: World) -> None:
     mine = world.domain(host)
     first = world.sealer.seal(mine, host)
     until(lambda: everywhere(world, host, first), "served in both regions")
-    with Watch(world, host, first["ca"]) as watch:
+    with Watch(world.ports, lambda port: world.served(port, host, first["ca"])) as watch:
         for round_ in range(6):
             victim = ("postgres", "worker", "sealer")[round_ % 3]
             world.sealer.ask(mine, host)
