@@ -261,7 +261,8 @@ def test_workers_and_kinds_are_chosen_by_name(context: Context) -> None:
     assert chosen("requests.expire", "requests.expire") == {"requests.expire"}
     assert chosen("maintenance", "tunnels.clear") == chosen("maintenance") > {"tunnels.clear"}
     with pytest.raises(
-        Problem, match=r"no worker is named nothing; workers: certificates, maintenance, .*kinds: .*tunnels.clear"
+        Problem,
+        match=r"no worker is named nothing; workers: billing, certificates, maintenance, .*kinds: .*tunnels.clear",
     ):
         chosen("maintenance", "nothing")
 

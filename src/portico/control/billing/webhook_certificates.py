@@ -7,6 +7,7 @@ does not fit is refused instead of stored.
 from __future__ import annotations
 
 import ssl
+import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
@@ -14,6 +15,7 @@ from typing import Final
 import httpx
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.verification import Store
 
 from portico.control.billing import webhook_store as store
@@ -49,16 +51,22 @@ def trusted(settings: ApiSettings) -> Store:
     try:
         if path is not None:
             return signatures.roots(path.read_bytes())
-        found = []
+        return Store(_of_the_system())
+    except (OSError, ValueError) as err:
+        detail = f"setting paypal_cert_ca_file: {path} cannot be read ({type(err).__name__})"
+        raise Problem("config.invalid", detail, key="paypal_cert_ca_file") from None
+
+
+def _of_the_system() -> list[x509.Certificate]:
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
         for raw in httpx.create_ssl_context().get_ca_certs(binary_form=True):
             try:
                 found.append(x509.load_der_x509_certificate(raw))
             except ValueError:
                 continue  # a root that is older than the rules
-        return Store(found)
-    except (OSError, ValueError) as err:
-        detail = f"setting paypal_cert_ca_file: {path} cannot be read ({type(err).__name__})"
-        raise Problem("config.invalid", detail, key="paypal_cert_ca_file") from None
+    return found
 
 
 class Certificates:
