@@ -775,6 +775,40 @@ class ApiSettings:
     # Seconds for one call, from the look at the name to the answer.
     outbound_timeout_seconds: float = 15.0
 
+    # == Reports and settlement
+    # Reports of money that an organization, and the installation itself, may ask for in a day; schedules come on top.
+    reports_per_day: int = 50
+    # Schedules of reports that an organization, and the installation itself, may have.
+    report_schedules_max: int = 20
+    # Days that a report is kept.
+    report_days: float = 7.0
+    # Bytes of one report.
+    report_max_bytes: int = 4_294_967_296
+    # Seconds for one report to be read.
+    report_seconds: float = 600.0
+    # Bytes of a report up to which a webhook brings it itself; of a larger one it brings the link alone.
+    report_inline_max_bytes: int = 1_048_576
+    # Object store that operators' reports can go to, as s3://BUCKET/PREFIX; empty: none.
+    report_store_url: str = ""
+    # Its endpoint, where that is not Amazon's.
+    report_store_endpoint: str = ""
+    # Its region.
+    report_store_region: str = "us-east-1"
+    # Id of the access key for it; none: what the machine has.
+    report_store_key: str | None = None
+    # Secret that goes with it.
+    report_store_secret: Secret | None = None
+    # Seconds for one report to be stored there.
+    report_store_timeout_seconds: float = 120.0
+    # Seconds by which the timestamp of a settlement receipt may be off, both ways.
+    settlement_tolerance_seconds: int = 300
+    # Bytes of one settlement receipt, and of one import.
+    settlement_receipt_max_bytes: int = 33_554_432
+    # Seconds for which refusals of one sink and reason share a row of the audit log.
+    settlement_refusal_audit_seconds: float = 60.0
+    # Days after the end of its period in which an event that comes late opens a settlement again.
+    settlement_watch_days: float = 120.0
+
     # == Audit
     # Days that audit rows are kept; 0: for ever. The hash of the last row deleted is kept as anchor.
     audit_retention_days: int = 400
@@ -1373,6 +1407,18 @@ class WorkerSettings:
     delete_organizations_seconds: float = 300.0
     # Seconds between two removals of exports that are over.
     sweep_exports_seconds: float = 3600.0
+    # Attempts at making a report.
+    report_attempts: int = 5
+    # Seconds that one of them may take.
+    report_timeout_seconds: float = 900.0
+    # Seconds between two looks for schedules of reports whose period has ended.
+    report_schedules_seconds: float = 60.0
+    # Seconds between two removals of reports that have expired.
+    sweep_reports_seconds: float = 300.0
+    # Attempts at comparing a settlement receipt.
+    settlement_attempts: int = 8
+    # Seconds between two looks for events that came late to a settlement.
+    watch_settlements_seconds: float = 300.0
     # Keys of the certificate worker (PEM, one Ed25519 and one X25519, mode 0600): by them private keys are sealed for relays, and
     # for nobody else. The same file for every process of this worker; without one certificates of custom domains are not stored.
     certificate_key_file: Path | None = None

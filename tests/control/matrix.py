@@ -14,7 +14,7 @@ import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,7 +22,16 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sqlalchemy.dialects import postgresql as pg
 
 from portico.control.access import AGENT_KEY_PERMISSIONS, PERMISSIONS, ROLES, SUPPORT_PERMISSIONS, Caller, CallerKind
-from portico.control.billing import billing_store, dunning_store, webhook_body, webhook_store, webhooks
+from portico.control.billing import (
+    billing_store,
+    dunning_store,
+    export_store,
+    exports,
+    settlement_store,
+    webhook_body,
+    webhook_store,
+    webhooks,
+)
 from portico.control.billing.billing_store import Source
 from portico.control.domains import incident_store, lifecycle, sources
 from portico.control.identity import operators, tables, tokens
@@ -53,6 +62,7 @@ EXAMPLES: dict[str, Any] = {
     "scopes": [],
     "target": "127.0.0.1:8000",
 }
+_JANUARY, _FEBRUARY = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)
 TEXTS = ("name-%d", "agt-0123456789", "local", "2030-01-01T00:00:00Z")
 
 
@@ -273,6 +283,10 @@ class World:
             "billing_webhook": self._billing_webhook,
             "cert_incident": self._cert_incident,
             "dunning_case": self._dunning_case,
+            "report": self._report,
+            "report_schedule": self._report_schedule,
+            "settlement": self._settlement,
+            "settlement_sink": self._settlement_sink,
             "domain": lambda: self._made("/v1/domains", {"name": f"w{self._count}.example.com"}),
             "session": self._sign_in_session,
             "session_id": self._agent_session,
@@ -308,6 +322,36 @@ class World:
             statement = sa.insert(tables.organization_exports).values(**row, queue_state="done")
             await tx.execute(statement.values(expires_at=now + timedelta(days=1), file="none.zip"))
         return export
+
+    async def _report(self) -> str:
+        wanted = exports.Wanted(self.owner.organization, "usage", "csv", _JANUARY, _FEBRUARY, {"kind": "download"})
+        row = exports.new_row(self.app.state.sealer, wanted, self.owner.user, self.app.state.clock.wall())
+        async with self.db.transaction() as tx:
+            await export_store.add(tx, row)
+        return str(row["id"])
+
+    async def _report_schedule(self) -> str:
+        row = {"id": new_id("rsc"), "organization_id": self.owner.organization, "created_by": self.owner.user}
+        row |= {"dataset": "usage", "format": "csv", "every": "month", "destination": {"kind": "download"}}
+        async with self.db.transaction() as tx:
+            statement = sa.insert(export_store.schedules).values(**row)
+            await tx.execute(statement.values(next_start=_JANUARY, next_end=_FEBRUARY))
+        return str(row["id"])
+
+    async def _settlement(self) -> str:
+        made = new_id("stl")
+        row = {"id": made, "origin": "import", "message_id": made, "batch_id": made, "revision": 1, "sealed_body": b""}
+        row |= {"body_digest": b"", "provider": "stripe", "account": "acct_1", "livemode": True, "state": "delta"}
+        row |= {"issued_at": _FEBRUARY, "period_start": _JANUARY, "period_end": _FEBRUARY, "queue_state": "done"}
+        async with self.db.transaction() as tx:
+            await settlement_store.add(tx, row)
+        return made
+
+    async def _settlement_sink(self) -> str:
+        async with self.db.transaction() as tx:
+            caller = Caller("operator", "installation", None)
+            made = await self.app.state.settlements.sinks.create(tx, caller, f"sink {self._count}", None)
+        return str(made["id"])
 
     async def _cert_source(self) -> str:
         wanted = sources.Wanted(f"source {self._count}", "test", ["one"], [], ["*"])

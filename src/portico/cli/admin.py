@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from portico import settings
-from portico.cli import admin_domains, operators, output, queues, regions
+from portico.cli import admin_domains, operators, output, queues, regions, settlements
 from portico.cli.processes import ConfigOption, require_server_parts
 from portico.errors import Problem
 
@@ -116,5 +116,6 @@ def register(app: typer.Typer) -> None:
     group.add_typer(queues.group, name="queues")
     group.add_typer(regions.group, name="regions")
     group.add_typer(admin_domains.group, name="domains")
+    group.add_typer(settlements.group, name="settlements")
     operators.register(group)
     app.add_typer(group, name="admin")

@@ -36,6 +36,7 @@ PERMISSION_TABLE: Final[Mapping[str, str]] = {
     "audit:read": "Read the organization's audit log.",
     "billing:read": "See the subscription, invoices, and what happened to the organization's money.",
     "billing:write": "Buy, change and cancel the subscription, ask for refunds, and change the billing details.",
+    "billing:export": "Have reports of the organization's money and usage made, sent and downloaded.",
     "domains:read": "See domains, the DNS records that they need, and how their certificates are.",
     "domains:write": "Add, verify, change, route and remove domains.",
     "keys:own": "Make agent keys and API keys, and list, rotate and revoke one's own.",
@@ -93,7 +94,7 @@ ROLE_TABLE: Final[Mapping[str, Role]] = {
     ),
     "billing": Role(
         "Looks after what the organization pays: subscription, invoices, plan and usage, no tunnel and no person.",
-        frozenset({"billing:read", "billing:write", "organization:read", "usage:read"}),
+        frozenset({"billing:export", "billing:read", "billing:write", "organization:read", "usage:read"}),
     ),
     "auditor": Role("Reads the audit log and who may do what; no tunnels, no keys.", _SEES | {"audit:read"}),
 }

@@ -5,8 +5,9 @@
 Everything that lives as long as the process hangs on ``app.state``: ``settings``, ``db``, ``clock``, ``sealer``,
 ``signing_keys``, ``identity``, ``domains``, ``cert_sources``, ``cert_ingest``, ``cert_incidents``, ``authenticate``,
 ``note_refusal``, ``relays``, ``tunnels``, ``visitor_passwords``, ``channels``, ``agent_sessions``, ``standing``,
-``billing``, ``billing_webhooks``, ``edge_states``, ``edge_hub``, ``shortcuts``, ``redis`` (None without one),
-``trusted_proxies`` and ``stopping`` (an event set at the first SIGTERM; streams watch it and end themselves).
+``billing``, ``billing_webhooks``, ``report_exports``, ``settlements``, ``edge_states``, ``edge_hub``, ``shortcuts``,
+``redis`` (None without one), ``trusted_proxies`` and ``stopping`` (an event set at the first SIGTERM; streams watch it and
+end themselves).
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ from portico.control import admin_api, changes, http, migrations, openapi, reque
 from portico.control.access import PUBLIC
 from portico.control.audit import api as audit_api
 from portico.control.audit import service as audit
-from portico.control.billing import billing_api, dunning_api, webhook_api
+from portico.control.billing import billing_api, dunning_api, settlement_api, webhook_api
+from portico.control.billing import export_api as report_api
+from portico.control.billing.exports import Exports
 from portico.control.billing.provider import Providers
 from portico.control.billing.service import Billing
+from portico.control.billing.settlement import Settlements
 from portico.control.billing.webhooks import Webhooks
 from portico.control.console import pages as console_pages
 from portico.control.domains import (
@@ -180,6 +184,8 @@ def _compose_tunnels(state: Any, settings: ApiSettings, clock: Clock) -> None:
     state.standing.notify.append(UsageNotices(settings, state.sealer))
     plans_ = state.identity.plans
     state.billing = Billing(settings, state.db, clock, state.sealer, plans_, Providers(settings))
+    state.report_exports = Exports(settings, state.db, clock, state.sealer)
+    state.settlements = Settlements(settings, state.db, clock, state.sealer)
 
 
 async def _announce_keys(tx: Tx, jwks: Sequence[dict[str, str]]) -> None:
@@ -236,6 +242,8 @@ def _routes() -> list[BaseRoute]:
         billing_api.of_operators,
         dunning_api.router,
         dunning_api.of_operators,
+        *report_api.routers,
+        *settlement_api.routers,
     ):
         routes.include_router(router, prefix="/v1")
     routes.include_router(identity_api.well_known)

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 PROBLEM_TYPE = "application/problem+json"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_ERRORS = 20
+# What brings a whole settlement.
+_RECEIPTS = ("/v1/billing/settlement-receipts", "/v1/admin/settlements/import")
 # Of two that differ, one program would believe the first and another the last.
 _SINGLE = (b"authorization", b"content-type", b"idempotency-key")
 _CONTROLS = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
@@ -151,6 +153,8 @@ class Exchange:
             limit = self.settings.cert_event_max_bytes
         elif scope["path"].startswith("/v1/billing/webhooks/"):
             limit = self.settings.billing_webhook_max_bytes
+        elif scope["path"] in _RECEIPTS:
+            limit = self.settings.settlement_receipt_max_bytes
         declared = headers.get("content-length", "0")
         if len(declared) > 18 or not declared.isdecimal() or int(declared) > limit:
             raise Problem("request.too_large", f"a body here has at most {limit} bytes", limit=limit)

@@ -12,6 +12,7 @@ from typing import Final
 import sqlalchemy as sa
 
 from portico.control.billing import endings
+from portico.control.billing import exports as reports
 from portico.control.domains import vault
 from portico.control.identity import departure, exports
 from portico.control.tunnels import departure as tunnel_departure
@@ -80,6 +81,7 @@ def steps(context: Context, organization: str) -> Iterator[Step]:
     yield from _below("tunnels", organization)
     yield lambda tx: tunnel_departure.delete_tunnels(tx, organization, ROWS)
     yield lambda tx: exports.drop_all(tx, context.control, organization, ROWS)
+    yield lambda tx: reports.drop_all(tx, context.control, organization, ROWS)
     yield lambda tx: departure.leave_sessions(tx, organization, ROWS)  # they are people's, who may be in others
     for table in tables():
         yield from _below(table.name, organization)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from portico.control.billing import settlement_figures
 from portico.kit.metrics import Metric, Sample
 from portico.kit.queue_runner import KindRunner
 from portico.worker import certificate_figures
@@ -21,7 +22,9 @@ DEPTH = Metric(
 )  # fmt: skip
 OLDEST = Metric("portico_queue_oldest_seconds", "gauge", "How late the oldest due job is; 0 for none.", ("kind",))
 
-DECLARED: tuple[Metric, ...] = (JOBS, SECONDS, DEPTH, OLDEST, *certificate_figures.DECLARED)
+DECLARED: tuple[Metric, ...] = (
+    JOBS, SECONDS, DEPTH, OLDEST, *certificate_figures.DECLARED, *settlement_figures.DECLARED,
+)  # fmt: skip
 
 
 def read(runners: Sequence[KindRunner], certificates: CertificateFigures | None = None) -> Iterator[Sample]:
@@ -37,3 +40,4 @@ def read(runners: Sequence[KindRunner], certificates: CertificateFigures | None 
             for state in ("waiting", "later", "leased", "dead"):
                 yield DEPTH, (kind, state), getattr(counts, state)
             yield OLDEST, (kind,), counts.oldest_seconds
+    yield from settlement_figures.FIGURES.samples()
