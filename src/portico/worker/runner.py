@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 
+from portico.control.billing import provider
 from portico.control.domains import jobs_distribution
 from portico.errors import Problem
 from portico.kit import metrics, notify
@@ -55,12 +56,13 @@ async def serve(
 ) -> None:
     """Run what is named (everything when nothing is) until SIGTERM or SIGINT, then let the jobs at work finish.
 
-    Raises ``config.invalid`` for an unknown name.
+    Raises ``config.invalid`` for an unknown name, and for settings that do not fit together.
     """
     jobs = choose(settings, names)
     notifications.check(control)
     certificate_orders.check(settings, control)
     certificates.check(settings)
+    provider.configured(control)
     stopping = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopping.set)

@@ -30,7 +30,7 @@ QUICK: dict[str, Any] = {"billing_retry_min_seconds": 0.001, "billing_retry_max_
 
 def settings(**changes: Any) -> ApiSettings:
     """An API's settings with all three providers set up, but for ``changes``."""
-    base = {"database_url": Secret("postgresql://nobody@127.0.0.1/none"), "master_key": Secret("x" * 43)}
+    base = {"database_url": Secret("postgresql://nobody@127.0.0.1/none"), "master_key": Secret("A" * 43 + "=")}
     return ApiSettings(**{**base, **COMPLETE, **QUICK, **changes})
 
 

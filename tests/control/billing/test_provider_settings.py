@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from portico import settings as portico_settings
+from portico.control.app import create_app
 from portico.control.billing import provider, provider_settings
 from portico.errors import Problem
-from portico.settings import ApiSettings, Secret
+from portico.settings import ApiSettings, Secret, WorkerSettings
+from portico.worker import runner
 from tests.control.billing.providers import COMPLETE, settings
 
 _LIVE: dict[str, Any] = {
@@ -109,3 +111,13 @@ async def test_adapters_are_made_once_and_only_when_set_up() -> None:
         providers.of("paypal")
     assert caught.value.code == "billing.provider_unconfigured"
     await providers.close()
+
+
+async def test_neither_api_nor_worker_starts_on_half_a_provider() -> None:
+    half = settings(stripe_webhook_secret=None)
+    with pytest.raises(Problem) as caught:
+        create_app(half)
+    assert caught.value.extra["key"] == "stripe_webhook_secret"
+    with pytest.raises(Problem) as caught:
+        await runner.serve(WorkerSettings(database_url=half.database_url), half, ("maintenance",))
+    assert caught.value.extra["key"] == "stripe_webhook_secret"
