@@ -15,7 +15,7 @@ import idna
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.domains import acme_store, edge, event_store, lifecycle, ownership, store
+from portico.control.domains import edge, event_store, lifecycle, ownership, store
 from portico.control.domains.certificate_state import Registers
 from portico.control.domains.lifecycle import NewEvent
 from portico.errors import Problem
@@ -111,8 +111,8 @@ async def _tell(tx: Tx, caller: Caller, row: Any, after: Any, verb: str, reason:
     edge.tell(tx, row, after)
     action = "blocked" if verb == "block" else "succeeded"
     known = [event for pair, event in Registers.read(row.cert_applied).newest.items() if pair.startswith("ownership.")]
-    revision = max([await acme_store.revision(tx, row.id), *(event.revision for event in known)])
-    sequence = max([await event_store.next_sequence(tx), *(event.sequence + 1 for event in known)])
+    revision = max((event.revision for event in known), default=0)
+    sequence = max([*await event_store.next_sequences(tx, 1), *(event.sequence + 1 for event in known)])
     event = NewEvent(
         row.id, "ownership", action, revision, sequence, now, object=f"{row.id}/{sequence}",
         error_code=BLOCKED if verb == "block" else None, error_detail=reason if verb == "block" else None,
