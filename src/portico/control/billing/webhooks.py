@@ -46,8 +46,10 @@ PURPOSE: Final = "billing webhook"
 #: Why an event is not ours although its signature is right.
 MISMATCHES: Final = ("other_account", "other_mode")
 #: Why something is refused, and what becomes of the rest.
-REASONS: Final = (*signatures.FAULTS, *MISMATCHES, "full")
+REASONS: Final = (*signatures.FAULTS, *MISMATCHES, "full", "conflict")
 OUTCOMES: Final = ("accepted", "duplicate", "ignored", "invalid", "conflict")
+#: Seconds in which one conflict of a provider's events has a row of its own in the audit log.
+_ALARM_SECONDS: Final = 1.0
 _LOOKED_AT: Final = frozenset({STRIPE, RAZORPAY, bodies.RAZORPAY_ID, *PAYPAL_FIELDS})
 
 
@@ -275,6 +277,7 @@ class Webhooks:
         self.certificates = Certificates(settings, db, clock)
         self.verifier = Verifier(settings, self.certificates, clock)
         self.intake = Intake(settings, db)
+        self._alarmed: dict[str, float] = {}
 
     async def receive(self, caller: Caller, received: Received) -> Taken:
         """Take a request in.
@@ -315,7 +318,13 @@ class Webhooks:
         return taken
 
     async def _alarm(self, caller: Caller, row: dict[str, Any], problem: Problem) -> None:
-        """Somebody who can sign told two stories of one event: whoever runs this wants to know."""
+        """Somebody who can sign told two stories of one event: whoever runs this wants to know. What follows within a second or
+        so is counted, as refusals are: nobody fills the audit log with it."""
+        now, provider = self._clock.monotonic(), row["provider"]
+        if (at := self._alarmed.get(provider)) is not None and 0 <= now - at < _ALARM_SECONDS:
+            self.intake.refused(caller, provider, "conflict")
+            return
+        self._alarmed[provider] = now
         details = {
             "code": problem.code, "provider": row["provider"], "event": row["event_id"], "type": row["event_type"],
             "sha256": row["raw_sha256"].hex(),

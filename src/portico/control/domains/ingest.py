@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +22,6 @@ from typing import Any, Final, Literal
 
 import asyncpg
 from pydantic import ValidationError
-from sqlalchemy import exc as sa_exc
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
@@ -36,15 +34,14 @@ from portico.control.domains.incidents import Condition, Incidents
 from portico.control.domains.service import covering
 from portico.control.domains.sources import Source, Sources
 from portico.errors import Problem
-from portico.kit import networks, queue
+from portico.kit import networks, queue, strict_json
+from portico.kit.batches import Together
 from portico.kit.clock import Clock
 from portico.kit.db import Database
 from portico.kit.http_signatures import Target
 from portico.kit.ids import new_id
 from portico.kit.signed_requests import FIELDS, Key, Presented, Unreadable, present
 from portico.settings import ApiSettings
-
-log = logging.getLogger(__name__)
 
 #: Why a request is refused before its body is looked at, in the order of the checks.
 Reason = Literal[
@@ -151,8 +148,8 @@ class Verifier:
 def read(verified: Verified, body: bytes) -> CertEvent:
     """The event in a body that was signed. Raises ``request.invalid`` (422) and ``cert.key_material``."""
     try:
-        document = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_once_each)
-    except (ValueError, RecursionError):
+        document = strict_json.loads(body)
+    except ValueError:
         if key_material.in_text(body.decode("utf-8", "replace")):
             raise Problem("cert.key_material") from None
         raise Problem("request.invalid", "the body is not valid JSON, or names a member twice") from None
@@ -164,17 +161,6 @@ def read(verified: Verified, body: bytes) -> CertEvent:
         first = err.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part)[:64] for part in first["loc"])
         raise Problem("request.invalid", f"the event does not fit: {where}: {first['msg'][:200]}") from None
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a member is there twice: two programs would believe different ones")
-    return found
 
 
 def check_provenance(verified: Verified, event: CertEvent) -> None:
@@ -202,7 +188,6 @@ class _Waiting:
     digest: str
     source: str
     version: int
-    answer: asyncio.Future[Accepted]
 
 
 class Intake:
@@ -210,8 +195,7 @@ class Intake:
 
     def __init__(self, settings: ApiSettings, db: Database, clock: Clock) -> None:
         self._settings, self._db, self._clock = settings, db, clock
-        self._waiting: list[_Waiting] = []
-        self._worker: asyncio.Task[None] | None = None
+        self._together = Together(self._store)
         self._counts: dict[tuple[str, str, str], tuple[int, datetime, str | None]] = {}
         # How often, the first who, and what of the first is worth knowing.
         self._refused: dict[tuple[str | None, str], tuple[int, Caller, dict[str, Any]]] = {}
@@ -221,48 +205,22 @@ class Intake:
         #: For the metrics: by reason and by outcome.
         self.refusals: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
         self.outcomes: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
-        self.groups = 0
+
+    @property
+    def groups(self) -> int:
+        """Transactions so far."""
+        return self._together.groups
 
     async def take(self, verified: Verified, event: CertEvent, body: bytes) -> Accepted:
         """Store an event that was verified. Raises ``cert.event_id_conflict``, ``service.unavailable`` and
         :class:`SourceMoved`."""
-        if len(self._waiting) >= self._settings.cert_event_backlog:
-            raise Problem("service.unavailable", "too many events at once", headers={"Retry-After": "1"})
         digest = hashlib.sha256(body).hexdigest()
-        row = _row(verified, event, digest)
-        answer: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(row, digest, verified.source.id, verified.source.version, answer))
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._store_all())
-        return await answer
+        waiting = _Waiting(_row(verified, event, digest), digest, verified.source.id, verified.source.version)
+        settings = self._settings
+        return await self._together.put(waiting, group=settings.cert_event_group, backlog=settings.cert_event_backlog)
 
-    async def _store_all(self) -> None:
-        """Until nothing waits. What comes during a commit is the next group."""
-        while self._waiting:
-            group = self._waiting[: self._settings.cert_event_group]
-            del self._waiting[: len(group)]
-            try:
-                await self._store(group)
-            except (asyncpg.DataError, sa_exc.DataError) as err:
-                log.warning("an event cannot be stored", extra={"f": {"error": str(err)[:200]}})
-                await self._one_by_one(group)
-            except BaseException as err:
-                _fail(group, err)
-                if not isinstance(err, Exception):
-                    raise
-
-    async def _one_by_one(self, group: Sequence[_Waiting]) -> None:
-        """One that PostgreSQL does not take must not take the others with it."""
-        for each in group:
-            try:
-                await self._store([each])
-            except Exception as err:
-                unfit = isinstance(err, asyncpg.DataError | sa_exc.DataError)
-                _fail([each], Problem("request.invalid", "the event cannot be stored") if unfit else err)
-
-    async def _store(self, group: Sequence[_Waiting]) -> None:
+    async def _store(self, group: Sequence[_Waiting]) -> list[Accepted | Exception]:
         """In one statement, which is a transaction of its own: it is committed when its answer is here."""
-        self.groups += 1
         try:
             async with self._db.direct() as reader:
                 left = await store.take(reader, [(each.row, each.version) for each in group])
@@ -270,20 +228,16 @@ class Intake:
                 known = await store.known(reader, _pairs(old)) if old else {}
         except _AGAIN:
             left, known = await self._store_in_steps(group)
-        for each in group:
-            if each.answer.done():
-                continue  # who asked has left
+
+        def answer(each: _Waiting) -> Accepted | Exception:
             was_there = left.get(each.row["id"])
             if was_there is None:
-                status = "unmapped" if each.row["status"] == "unmapped" else "accepted"
-                each.answer.set_result(Accepted(each.row["id"], status))
-            elif was_there and (found := known.get((each.source, each.row["event_id"]))) is not None:
-                if found[1] == each.digest:
-                    each.answer.set_result(Accepted(found[0], "duplicate"))
-                else:
-                    each.answer.set_exception(Problem("cert.event_id_conflict"))
-            else:
-                each.answer.set_exception(SourceMoved())
+                return Accepted(each.row["id"], "unmapped" if each.row["status"] == "unmapped" else "accepted")
+            if was_there and (found := known.get((each.source, each.row["event_id"]))) is not None:
+                return Accepted(found[0], "duplicate") if found[1] == each.digest else Problem("cert.event_id_conflict")
+            return SourceMoved()
+
+        return [answer(each) for each in group]
 
     async def _store_in_steps(self, group: Sequence[_Waiting]) -> tuple[dict[str, bool], store.Known]:
         """The same, first all events and then all effects: nobody's order stands against that."""
@@ -371,8 +325,7 @@ class Intake:
 
     async def close(self) -> None:
         """Let what is on its way end, and write down what was counted."""
-        if self._worker is not None:
-            await asyncio.gather(self._worker, return_exceptions=True)
+        await self._together.close()
         if self._telling is not None:
             self._telling.cancel()
             await asyncio.gather(self._telling, return_exceptions=True)
@@ -383,13 +336,6 @@ class Intake:
 
 def _pairs(group: Sequence[_Waiting]) -> list[tuple[str, str]]:
     return [(each.source, each.row["event_id"]) for each in group]
-
-
-def _fail(group: Sequence[_Waiting], err: BaseException) -> None:
-    shown = err if isinstance(err, Exception) else Problem("service.unavailable")
-    for each in group:
-        if not each.answer.done():
-            each.answer.set_exception(shown)
 
 
 def _row(verified: Verified, event: CertEvent, digest: str) -> dict[str, Any]:
