@@ -227,6 +227,8 @@ class Platform:
         )
         await self.supervisor.start(unit)
         self._billing = json.loads(settings_file.read_text(encoding="utf-8"))
+        # Who has everything has nothing to buy: further organizations start on the plan that costs nothing.
+        self._billing["PORTICO_DEFAULT_PLAN"] = os.environ.get("PORTICO_DEFAULT_PLAN") or "free"
 
     @property
     def simulators(self) -> dict[str, str]:
