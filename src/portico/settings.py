@@ -965,6 +965,8 @@ class ApiSettings:
     ledger_verify_rows: int = 10_000
     # Days that one request for revenue covers at most.
     revenue_days: int = 366
+    # TrueType font for invoices as PDF, which is embedded; empty: one that knows the letters of Western Europe alone.
+    invoice_font_file: Path | None = None
 
     # == Certificates by ACME
     # Whether the terms of the certificate authority (CA) are agreed to: no certificate is ordered before.

@@ -27,6 +27,7 @@ from portico.control.billing import (
     dunning_store,
     export_store,
     exports,
+    invoices,
     settlement_store,
     webhook_body,
     webhook_store,
@@ -42,6 +43,7 @@ from portico.control.tunnels import relays
 from portico.kit import envelope
 from portico.kit.ids import digest, new_id, new_token
 from tests.control.conftest import PASSWORD, Account, heartbeat_body
+from tests.control.finance.making import event
 
 METHODS = ("get", "post", "put", "patch", "delete")
 
@@ -50,6 +52,7 @@ EXAMPLES: dict[str, Any] = {
     "agent_id": "agt-0123456789",
     "connect_url": heartbeat_body()["connect_url"],
     "email": "somebody@example.com",
+    "country": "DE",
     "ends_on": "2026-01-01",
     "kind": "api",
     "password": PASSWORD,
@@ -287,6 +290,8 @@ class World:
             "report_schedule": self._report_schedule,
             "settlement": self._settlement,
             "settlement_sink": self._settlement_sink,
+            "credit_note": lambda: self._invoice("credit_note"),
+            "invoice": lambda: self._invoice("invoice"),
             "domain": lambda: self._made("/v1/domains", {"name": f"w{self._count}.example.com"}),
             "session": self._sign_in_session,
             "session_id": self._agent_session,
@@ -380,6 +385,20 @@ class World:
             facts = {"organization_id": self.owner.organization, "subscription_id": row.id, "currency": "EUR"}
             facts |= {"state": "notified", "amount_minor": 100, "attempts": 1, "opened_at": now}
             return str((await dunning_store.add(tx, facts)).id)
+
+    async def _invoice(self, kind: str) -> str:
+        """An invoice, or the credit note of its refund."""
+        ref = new_id("in")
+        common = {
+            "organization_id": self.owner.organization,
+            "invoice_ref": ref,
+            "payment_ref": ref,
+            "amount_minor": 119,
+        }
+        async with self.db.transaction() as tx:
+            made = await invoices.issue(tx, event("invoice.issued", tax_minor=19, **common))
+            note = await invoices.credit(tx, event("refund.succeeded", refund_ref=ref, **common))
+        return str(made if kind == "invoice" else note)
 
     async def _cert_event(self) -> str:
         event = lifecycle.NewEvent(await self.object("domain"), "validation", "started", 1)

@@ -26,6 +26,9 @@ ORGANIZATIONS: Final = 20
 #: Tables with a column ``organization_id`` that keep their rows, and how those end.
 KEPT: Final = {
     "audit_events": "the log of an organization outlives it, until its retention is over",
+    "billing_credit_notes": "invoices are kept, as the law asks",
+    "billing_invoices": "invoices are kept, as the law asks",
+    "billing_tax_records": "invoices are kept, as the law asks",
     "billing_finance_events": "books are kept: nothing in them is ever deleted",
     "ledger_postings": "books are kept",
     "ledger_recognition": "what was invoiced is still recognized, day by day",

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from portico.control.billing import billing_store, checkout_store
+from portico.control.billing import billing_store, checkout_store, invoices
 from portico.control.billing.billing_store import Source
 from portico.control.finance import events, postings
 from portico.control.finance.events import FinanceEvent
@@ -33,6 +33,7 @@ class Booking:
 
     async def book(self, tx: Tx, event: FinanceEvent, subscription: Any | None) -> None:
         """Write what follows from ``event``, which is recorded and posted."""
+        await invoices.follow(tx, event)
         handler = getattr(self, "_" + postings.kind_of(event).replace(".", "_"), None)
         if handler is not None:
             await handler(tx, event, subscription)

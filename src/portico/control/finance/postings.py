@@ -72,7 +72,9 @@ def _need(event: FinanceEvent, *names: str) -> None:
     missing = [name for name in names if getattr(event, name) is None]
     if missing:
         raise Problem("ledger.event_incomplete", f"{event.kind} without {', '.join(missing)}", kind=event.kind)
-    if event.amount_minor is not None and event.amount_minor < 0 and "amount_minor" in names:
+    # An invoice may be a credit: a smaller plan in the middle of a period.
+    credit = kind_of(event) == "invoice.issued"
+    if event.amount_minor is not None and event.amount_minor < 0 and not credit:
         raise Problem("ledger.event_incomplete", f"{event.kind} with a negative amount", kind=event.kind)
 
 
