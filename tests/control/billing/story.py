@@ -143,6 +143,8 @@ class Story:
             "payments": "SELECT ref, invoice_ref, amount_minor, fee_minor FROM billing_payments"
             " WHERE organization_id = $1 ORDER BY 1",
             "refunds": "SELECT ref, state, amount_minor FROM billing_refunds WHERE organization_id = $1 ORDER BY 1",
+            "invoices": "SELECT provider_ref, status, gross_minor, tax_minor, paid_minor FROM billing_invoices"
+            " WHERE organization_id = $1 ORDER BY 1",
             "checkout": "SELECT state, subscription_ref FROM billing_checkouts WHERE organization_id = $1",
             "dunning": "SELECT currency, state, stage, amount_minor, attempts, opened_at FROM billing_dunning_cases"
             " WHERE organization_id = $1 AND closed_at IS NULL ORDER BY 1",
