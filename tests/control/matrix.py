@@ -63,6 +63,7 @@ EXAMPLES: dict[str, Any] = {
     "relay": "relay-1",
     "role": "viewer",
     "scopes": [],
+    "sha256": "0" * 64,
     "target": "127.0.0.1:8000",
 }
 _JANUARY, _FEBRUARY = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)

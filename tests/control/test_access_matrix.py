@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import httpx
@@ -12,8 +13,15 @@ from portico.control import access
 from portico.control.access import PERMISSIONS, Caller, InTx, require
 from portico.control.identity import tables
 from portico.control.requests import UnitOfWork
+from portico.settings import ApiSettings
 from tests.control.conftest import Account
 from tests.control.matrix import Operation, Walk, World, build_world, operations
+
+
+@pytest.fixture
+def settings(settings: ApiSettings) -> ApiSettings:
+    """Nobody tidies up meanwhile: a walk takes minutes, and compares what is there before and after each call."""
+    return replace(settings, housekeeping_seconds=86_400)
 
 
 @pytest.fixture
