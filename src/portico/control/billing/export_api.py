@@ -251,7 +251,7 @@ async def report_content(
     report: Id,
     service: Service,
     who: Annotated[Caller, Depends(anonymous)],
-    token: Annotated[str, Query(min_length=1, max_length=128)],
+    token: Annotated[str, Query(max_length=128)] = "",
 ) -> FileResponse:
     """The content of a report, by the link of its delivery."""
     row, path = await service.content(report, token)
