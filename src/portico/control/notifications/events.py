@@ -178,7 +178,7 @@ EVENTS: Final[dict[str, Event]] = {
     ),
     "dunning.recovered": Event(
         "Everything that was owed is paid, and what was taken away is given back. Who pays gets a mail, too.",
-        "What was owed on the subscription is paid.",
+        "What was owed on the subscription since {opened_at} is paid.",
         {**_DUNNING, "state": "recovered"},
     ),
 }
