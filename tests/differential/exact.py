@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 READ_LIMIT = 2**25
@@ -128,7 +128,8 @@ class Connection:
 
     def close(self) -> None:
         self.writer.close()
-        self.writer.transport.abort()
+        with suppress(AttributeError):  # of a TLS connection that is closed already, asyncio's before Python 3.11.4
+            self.writer.transport.abort()
 
 
 def no_verification(*, protocols: tuple[str, ...] = ("http/1.1",)) -> ssl.SSLContext:
