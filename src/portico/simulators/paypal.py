@@ -488,7 +488,9 @@ class PayPalSimulator(ProviderSimulator):
 
     async def _disputes(self, request: Request) -> Response:
         self._admit(request)
-        return JSONResponse({"items": public(list(reversed(self.world.all("disputes")))), "links": []})
+        about = request.query_params.get("disputed_transaction_id")
+        found = [each for each in self.world.all("disputes") if about in (None, each["_sale"])]
+        return JSONResponse({"items": public(list(reversed(found))), "links": []})
 
     async def _events(self, request: Request) -> Response:
         """Newest first, by pages."""

@@ -316,6 +316,22 @@ async def test_a_dispute_is_opened_and_decided(name: Name) -> None:
                 assert each.dispute_ref == opened[0].dispute_ref and each.subscription_ref == paid.subscription_ref
 
 
+@EVERY
+async def test_a_dispute_after_a_partial_refund_is_about_what_was_left_whatever_tells_of_it(name: Name) -> None:
+    async with shop(name) as at:
+        await at.buy()
+        paid = await at.payment()
+        await at.adapter.refund(
+            str(paid.payment_ref), amount_minor=500, currency=str(paid.currency), reason="x", key="rfd_000000002"
+        )
+        made = at.sim.dispute(paid.payment_ref, "fraudulent")
+        at.sim.decide(made.get("id") or made["dispute_id"], False)
+        told = await at.meaning("dispute.opened", "dispute.lost")
+        amounts = {(each.effect_key, each.amount_minor) for each in told}
+        assert len(amounts) == len({effect for effect, _ in amounts}) == 2
+        assert {amount for _, amount in amounts} == {(paid.amount_minor or 0) - 500}
+
+
 # -- reconcile
 
 

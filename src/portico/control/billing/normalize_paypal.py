@@ -244,7 +244,9 @@ def _reversed(head: Head, fetched: Fetched) -> list[FinanceEvent]:
     sale = _have(fetched, "payment")
     if _sale_state(sale) == "completed":
         raise unconfirmed("paypal", "that the sale is reversed")
-    amount, code = _amount(part(sale, "amount"))
+    dispute = fetched.objects.get("dispute", {})
+    # Without a case it is the bank's doing, and all of the sale.
+    amount, code = _amount(part(dispute, "dispute_amount") or part(sale, "amount"))
     facts = {**_links(fetched), "dispute_ref": ref(sale), "amount_minor": amount, "currency": code}
     return [
         head.event("dispute.opened", f"dispute.opened:paypal:{ref(sale)}", status="open", **facts),

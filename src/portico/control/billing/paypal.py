@@ -7,6 +7,7 @@
     POST /v1/billing/subscriptions/{id}/activate      a suspended one goes on
     POST /v1/payments/sale/{id}/refund
     GET  /v1/billing/subscriptions/{id}, /v1/payments/sale/{id}, /v1/payments/refund/{id}, /v1/customer/disputes/{id}
+    GET  /v1/customer/disputes?disputed_transaction_id
     GET  /v1/notifications/webhooks-events?start_time&end_time&page_size, /v1/notifications/webhooks-events/{id}
 
 Payments of subscriptions are sales there, with links to /v1/payments; so these are followed although /v1/payments is no
@@ -202,6 +203,8 @@ class PayPal:
             sale = objects.get("refund", {}).get("sale_id") or resource.get("sale_id")
         elif kind.startswith("PAYMENT.SALE."):
             sale = resource.get("sale_id") or resource.get("id")
+            if kind == "PAYMENT.SALE.REVERSED":
+                await self._put(objects, "dispute", await self._dispute_of(sale))
         elif kind.startswith("CUSTOMER.DISPUTE."):
             await self._put(objects, "dispute", resource.get("dispute_id"))
             sale = _disputed(objects.get("dispute", resource))
@@ -211,6 +214,16 @@ class PayPal:
         if subscription:
             await self._put(objects, "subscription", subscription)
         return Fetched(at, objects)
+
+    async def _dispute_of(self, sale: Any) -> str | None:
+        """The dispute about a sale: what a reversal takes is what was disputed, and not what a refund had given back before."""
+        if not isinstance(sale, str) or not sale:
+            return None
+        page = await self._ask("GET", f"/v1/customer/disputes?{urlencode({'disputed_transaction_id': sale})}")
+        items = page.get("items")
+        found = [one.get("dispute_id") for one in items if isinstance(one, dict)] if isinstance(items, list) else []
+        # The oldest: the sale has one effect of each kind, whatever is disputed of it again.
+        return next((one for one in reversed(found) if isinstance(one, str)), None)
 
     async def _put(self, objects: dict[str, Mapping[str, Any]], kind: Kind, ref: Any) -> None:
         if not isinstance(ref, str) or not ref:
