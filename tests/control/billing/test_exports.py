@@ -20,6 +20,7 @@ import sqlalchemy as sa
 
 from portico.control.audit.store import audit_events
 from portico.control.billing import export_store, exports
+from portico.control.billing.export_datasets import DATASETS
 from portico.control.notifications import reach
 from portico.kit import queue
 from portico.kit.queue import LeaseLost, Limits
@@ -193,6 +194,12 @@ class TestContent:
         period = {"period_start": "2001-01-01T00:00:00Z", "period_end": "2001-01-02T00:00:00Z"}
         report, answer = await made(app, owner.client, format=format_, dataset="usage", **period)
         assert (report["state"], report["rows"], report["totals"], answer.status_code) == ("ready", 0, {}, 200)
+
+    @pytest.mark.parametrize("dataset", [name for name, each in DATASETS.items() if not each.operators_only])
+    async def test_every_dataset_can_be_read(self, app: Any, owner: Account, dataset: str) -> None:
+        report, answer = await made(app, owner.client, dataset=dataset)
+        assert (report["state"], answer.status_code) == ("ready", 200), report
+        assert next(csv.reader(io.StringIO(answer.text))) == [each.name for each in DATASETS[dataset].columns]
 
     async def test_operators_have_everybody_and_settlements(
         self, app: Any, owner: Account, operator: httpx.AsyncClient
