@@ -24,11 +24,13 @@ recent_enough() {
 
 # Built with profile-guided optimization, as distributions and python.org do and version managers often do not: relays and
 # agents need a seventh less CPU on one. Debian sets it past `configure`, so the prefix /usr has to stand for a distribution's
-# own. One that cannot make environments is no choice.
+# own. One that cannot make environments is no choice, nor is one before 3.11.5, unless it is the one people mean: asyncio's TLS
+# and the parser have faults there that the tests meet.
 optimized() {
     "$1" -c 'import ensurepip, sys, sysconfig, venv
 configured = sysconfig.get_config_var("CONFIG_ARGS") or ""
-sys.exit("--enable-optimizations" not in configured and sys.base_prefix != "/usr")' >/dev/null 2>&1
+quick = "--enable-optimizations" in configured or sys.base_prefix == "/usr"
+sys.exit(not quick or sys.version_info < (3, 11, 5))' >/dev/null 2>&1
 }
 
 # The first interpreter that is new enough and optimized, otherwise the first that is new enough; plain python3 first, because

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -58,3 +59,11 @@ def test_a_key_from_file_to_removal(database_url: str, tmp_path: Path) -> None:
     assert removed[0] == 0
     assert gone[0] != 0 and "no such key" in gone[1]
     assert "There are none" in empty[1]
+
+
+def test_a_public_key_that_looks_like_an_option(database_url: str) -> None:
+    texts = [base64.urlsafe_b64encode(bytes((0xFA, first)) + bytes(30)).decode().rstrip("=") for first in (0x10, 0x50)]
+    assert [text[:2] for text in texts] == ["-h", "-l"]
+    added = run(database_url, *(f"add|{text[1]}|{text}" for text in texts), "--json")
+    assert [code for code, _ in added] == [0, 0, 0], added
+    assert [row["region"] for row in json.loads(added[2][1])] == ["h", "l"]

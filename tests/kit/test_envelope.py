@@ -167,6 +167,13 @@ class TestKeyFiles:
         path = self._file(tmp_path, keyfiles.new_region_key() + "a note\n" + keyfiles.new_region_key())
         assert len(keyfiles.region_keys("region_key_files", (path,)).ids) == 2
 
+    def test_no_public_half_looks_like_an_option(self, tmp_path: Path) -> None:
+        for _ in range(300):  # one in 64 would
+            _, public = keyfiles.region_keys(
+                "region_key_files", (self._file(tmp_path, keyfiles.new_region_key()),)
+            ).newest
+            assert public.public_bytes_raw()[0] >> 2 != 62
+
     def test_the_workers_file(self, tmp_path: Path) -> None:
         keys = keyfiles.worker_keys("certificate_key_file", self._file(tmp_path, keyfiles.new_worker_keys()))
         assert envelope.verify(MANIFEST.sign(keys.signer), envelope.signers([keys.public])) == MANIFEST

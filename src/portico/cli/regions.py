@@ -83,7 +83,8 @@ def new_worker_key(path: FileArgument, as_json: JsonOption = False) -> None:
     _show({"file": str(path), "signer": keyfiles.worker_keys("FILE", path).public}, as_json)
 
 
-@group.command()
+# A public half may begin with a hyphen: keys of other makers, and of earlier versions of `new-key`.
+@group.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
 def add(context: typer.Context, region: RegionArgument, public_key: str, as_json: JsonOption = False) -> None:
     """Register the public key of a region, PUBLIC_KEY as `new-key` printed it.
 

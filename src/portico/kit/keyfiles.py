@@ -66,9 +66,16 @@ def worker_keys(setting: str, path: Path) -> WorkerKeys:
     return WorkerKeys(SigningKey(signing[0].private_bytes_raw()), own[0])
 
 
+#: What the first letter of a text in base64url stands for when it is a hyphen.
+_DASH: Final = 62
+
+
 def new_region_key() -> str:
-    """The text of a new key file for a region."""
-    return _pem(X25519PrivateKey.generate())
+    """The text of a new key file for a region. The public half, as text, does not look like an option of a command."""
+    while True:
+        key = X25519PrivateKey.generate()
+        if key.public_key().public_bytes_raw()[0] >> 2 != _DASH:
+            return _pem(key)
 
 
 def new_worker_keys() -> str:
