@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,9 +86,9 @@ async def exchange(connection: Connection, raw: bytes) -> int:
     return int(top[9:12])
 
 
-async def load(port: int, source: Source, pid: int, args: argparse.Namespace) -> dict[str, float]:
-    """Send for so many seconds; the figures."""
-    waiting = iter([request(source, n, args.codec) for n in range(int(AHEAD * args.seconds))])
+async def load(port: int, pid: int, args: argparse.Namespace, make: Callable[[int], bytes]) -> dict[str, float]:
+    """Send requests, made by their numbers before the clock runs, for so many seconds; the figures. Each must be answered 202."""
+    waiting = iter([make(n) for n in range(int(AHEAD * args.seconds))])
     connections = [await Connection.open(port) for _ in range(args.connections)]
     times: list[float] = []
     began, spent = time.perf_counter(), proc.cpu(pid)
@@ -158,7 +159,7 @@ def main() -> None:
             try:
                 wait_until_ready(port)
                 source = asyncio.run(make_source(port, credentials.operator_key))
-                figures = asyncio.run(load(port, source, api.pid, args))
+                figures = asyncio.run(load(port, api.pid, args, lambda n: request(source, n, args.codec)))
             finally:
                 api.send_signal(signal.SIGTERM)
                 api.wait(20)

@@ -17,7 +17,6 @@ import json
 import os
 import secrets
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,9 +26,8 @@ from pathlib import Path
 
 import asyncpg
 
-from bench import proc
-from bench.cert_ingest import AHEAD, durable, exchange
-from bench.grants import Connection, prepare, wait_until_ready
+from bench.cert_ingest import durable, load
+from bench.grants import prepare, wait_until_ready
 from bench.processes import free_port
 from portico.embedded.postgres import EmbeddedPostgres
 from portico.kit import provider_signatures as signatures
@@ -75,36 +73,6 @@ def request(provider: str, number: int, size: int) -> bytes:
     return (head + "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n").encode() + body
 
 
-async def load(port: int, pid: int, args: argparse.Namespace) -> dict[str, float]:
-    """Send for so many seconds; the figures."""
-    waiting = iter([request(args.provider, n, args.bytes) for n in range(int(AHEAD * args.seconds))])
-    connections = [await Connection.open(port) for _ in range(args.connections)]
-    times: list[float] = []
-    began, spent = time.perf_counter(), proc.cpu(pid)
-    end = began + args.seconds
-
-    async def send(connection: Connection) -> None:
-        for raw in waiting:
-            start = time.perf_counter()
-            if start >= end:
-                return
-            status = await exchange(connection, raw)
-            if status != 202:
-                raise SystemExit(f"an event was answered {status}")
-            times.append(time.perf_counter() - start)
-
-    await asyncio.gather(*(send(connection) for connection in connections))
-    took, used = time.perf_counter() - began, spent.until(proc.cpu(pid))
-    cuts = statistics.quantiles(times, n=100)
-    return {
-        "events": len(times),
-        "per_second": len(times) / took,
-        "cpu_ms": used / len(times) * 1e3,
-        "p50_ms": cuts[49] * 1e3,
-        "p99_ms": cuts[98] * 1e3,
-    }
-
-
 async def stored(uri: str) -> int:
     connection = await asyncpg.connect(uri)
     found = await connection.fetchval("SELECT count(*) FROM billing_webhook_events WHERE queue_state = 'pending'")
@@ -145,7 +113,7 @@ def main() -> None:
             api = subprocess.Popen([sys.executable, "-m", "portico.cli", "api"], env=env)
             try:
                 wait_until_ready(port)
-                figures = asyncio.run(load(port, api.pid, args))
+                figures = asyncio.run(load(port, api.pid, args, lambda n: request(args.provider, n, args.bytes)))
             finally:
                 api.send_signal(signal.SIGTERM)
                 api.wait(20)

@@ -35,6 +35,7 @@ from portico.control.billing.provider import (
     Name,
     Order,
     Refund,
+    RefundStatus,
     State,
     When,
 )
@@ -44,6 +45,8 @@ from portico.kit import money
 from portico.kit.clock import utcnow
 from portico.settings import ApiSettings
 
+#: What its words for a refund mean; another is `pending`.
+_REFUNDS: Final[Mapping[str, RefundStatus]] = {"completed": "succeeded", "failed": "failed", "cancelled": "failed"}
 _CAN: Final[frozenset[Ability]] = frozenset(
     {"change_at_period_end", "change_needs_consent", "resume", "events", "retries"}
 )
@@ -170,15 +173,13 @@ class PayPal:
                 raise Problem("billing.amount_invalid", f"PayPal cannot give that back: {err}") from None
             body["amount"] = {"total": total, "currency": currency}
         found = await self._ask("POST", f"{_where(payment_ref, 'payment')}/refund", body, key=key)
-        status = {"completed": "succeeded", "failed": "failed", "cancelled": "failed"}.get(
-            str(found.get("state") or found.get("status")).lower(), "pending"
-        )
+        status = _REFUNDS.get(str(found.get("state") or found.get("status")).lower(), "pending")
         amount = found.get("amount")
         try:
             value, code = _amount(amount if isinstance(amount, dict) else {})
         except (money.MoneyError, KeyError):
             raise errors.unreadable(self.name, "a refund without an amount") from None
-        return Refund(str(found.get("id")), status, abs(value), code)  # type: ignore[arg-type]
+        return Refund(str(found.get("id")), status, abs(value), code)
 
     async def portal(self, customer_ref: str, return_url: str, *, key: str) -> str:
         raise errors.unsupported(self.name, "show a page of ours; customers look after payments in their account")

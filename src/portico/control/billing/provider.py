@@ -98,12 +98,15 @@ class State:
     cancel_at_period_end: bool
 
 
+RefundStatus = Literal["pending", "succeeded", "failed"]
+
+
 @dataclass(frozen=True, slots=True)
 class Refund:
     """A refund as the provider took it. ``pending`` ones are settled by an event."""
 
     ref: str
-    status: Literal["pending", "succeeded", "failed"]
+    status: RefundStatus
     amount_minor: int
     currency: str
 

@@ -35,6 +35,7 @@ from portico.control.billing.provider import (
     Name,
     Order,
     Refund,
+    RefundStatus,
     State,
     When,
 )
@@ -43,6 +44,8 @@ from portico.errors import Problem
 from portico.kit.clock import utcnow
 from portico.settings import ApiSettings
 
+#: What its words for a refund mean; another is `pending`.
+_REFUNDS: Final[Mapping[str, RefundStatus]] = {"processed": "succeeded", "failed": "failed"}
 _CAN: Final[frozenset[Ability]] = frozenset(
     {"change_now", "change_at_period_end", "cancel_at_period_end", "resume", "retries"}
 )
@@ -165,11 +168,11 @@ class Razorpay:
         found = await self._ask(
             "POST", f"{_path(payment_ref)}/refund", body, headers={"X-Refund-Idempotency": safe}, again=True
         )
-        status = {"processed": "succeeded", "failed": "failed"}.get(str(found.get("status")), "pending")
+        status = _REFUNDS.get(str(found.get("status")), "pending")
         amount, code = found.get("amount"), found.get("currency")
         if not isinstance(amount, int) or not isinstance(code, str):
             raise errors.unreadable(self.name, "a refund without an amount")
-        return Refund(_text(found, "id"), status, amount, code.upper())  # type: ignore[arg-type]
+        return Refund(_text(found, "id"), status, amount, code.upper())
 
     async def portal(self, customer_ref: str, return_url: str, *, key: str) -> str:
         raise errors.unsupported(self.name, "show a page on which customers look after how they pay")

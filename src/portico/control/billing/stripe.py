@@ -31,6 +31,7 @@ from portico.control.billing.provider import (
     Name,
     Order,
     Refund,
+    RefundStatus,
     State,
     When,
 )
@@ -41,6 +42,8 @@ from portico.kit import money
 from portico.kit.clock import utcnow
 from portico.settings import ApiSettings
 
+#: What its words for a refund mean; another is `pending`.
+_REFUNDS: Final[Mapping[str, RefundStatus]] = {"succeeded": "succeeded", "failed": "failed", "canceled": "failed"}
 _CAN: Final[frozenset[Ability]] = frozenset(
     {
         "change_now", "change_at_period_end", "cancel_at_period_end", "undo_cancel", "resume", "events", "portal", "retries",
@@ -213,10 +216,8 @@ class Stripe:
         made = ref(found)
         if made is None or not isinstance(amount, int) or code not in money.EXPONENTS:
             raise errors.unreadable(self.name, "a refund without an amount")
-        status = {"succeeded": "succeeded", "failed": "failed", "canceled": "failed"}.get(
-            word(found.get("status")), "pending"
-        )
-        return Refund(made, status, iso(amount, code), code)  # type: ignore[arg-type]
+        status = _REFUNDS.get(word(found.get("status")), "pending")
+        return Refund(made, status, iso(amount, code), code)
 
     async def portal(self, customer_ref: str, return_url: str, *, key: str) -> str:
         found = await self._ask(
