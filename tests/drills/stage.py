@@ -60,6 +60,7 @@ class Holdings:
     advisory_locks: int = 0
     bindings: int = 0
     open_transactions: int = 0
+    standbys: int = 0
 
 
 #: What must be the same before and after, to the last one.
@@ -109,7 +110,12 @@ class Stage:
         self.name, self.folder, self._stack = name, folder, stack
         self.settings = (
             PINGS
-            | {"tcp_ports": port_span(20), "tunnel_concurrency": CONCURRENCY, "usage_interval_seconds": USAGE_INTERVAL}
+            | {
+                "standby": True,
+                "tcp_ports": port_span(20),
+                "tunnel_concurrency": CONCURRENCY,
+                "usage_interval_seconds": USAGE_INTERVAL,
+            }
             | settings
         )
         self.relays = relays
@@ -188,11 +194,15 @@ class Stage:
         for name, pid in self.pids().items():
             held.descriptors[name] = len(os.listdir(f"/proc/{pid}/fd"))
             held.memory[name] = resident(pid)
+        serving = set(self.pids().values())
         for pid in tree(self.up.child.pid):
             with contextlib.suppress(OSError, IndexError):
                 argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 if argv[1:4] == [b"-P", b"-m", b"portico.cli"]:
-                    held.processes[argv[4].decode()] += 1
+                    if pid not in serving and b"PORTICO_STANDBY_FD=" in Path(f"/proc/{pid}/environ").read_bytes():
+                        held.standbys += 1  # it comes a while after the one that serves
+                    else:
+                        held.processes[argv[4].decode()] += 1
                 held.listening |= listening(pid)
         connection = await self.database()
         try:
@@ -271,6 +281,8 @@ def compare(before: Holdings, after: Holdings, memory: float) -> list[str]:
         one, other = getattr(before, what), getattr(after, what)
         if one != other:
             found.append(f"{what}: {one} before, {other} after")
+    if after.standbys > 1:
+        found.append(f"{after.standbys} processes wait to take over")
     for name, count in after.descriptors.items():
         if count > before.descriptors[name] + FD_MARGIN:
             found.append(f"descriptors of {name}: {before.descriptors[name]} before, {count} after")

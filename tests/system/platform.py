@@ -193,7 +193,8 @@ class Up:
         self.home, self.folder = home, folder
         given = {name: settings.pop(f"{name}_port", 0) for name in ("http", "https", "control", "api")}
         ports = [part for name, port in given.items() for part in (f"--{name}-port", str(port))]
-        self.child = Child("up", ["up", "--data", str(home), *ports], folder, settings)
+        # The second API process that waits costs each of many platforms a second of the processor; who kills an API asks for it.
+        self.child = Child("up", ["up", "--data", str(home), *ports], folder, {"standby": False} | settings)
         stack.callback(self.child.end)
         if wait:
             self.wait()

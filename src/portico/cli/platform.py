@@ -132,6 +132,7 @@ def demo(
         settings.PlatformSettings,
         overrides={
             "log_level": log_level or "WARNING",
+            "standby": False,  # it lives for a moment
             **dict.fromkeys(("http_port", "https_port", "control_port", "api_port"), 0),
         },
     )

@@ -50,9 +50,12 @@ def api(config: ConfigOption = None) -> None:
     """The API and console."""
     require_server_parts()
     chosen = settings.load(settings.ApiSettings, table="api", file=config)
-    from portico.control import server
-    from portico.kit import sockets
+    from portico.control import app, server
+    from portico.kit import sockets, standby
 
+    app.read_in()
+    if standby.wait(chosen.standby_fd, "portico-api"):  # for hours, perhaps: what the file says now counts
+        chosen = settings.load(settings.ApiSettings, table="api", file=config)
     given = sockets.inherited(chosen.listen_fds or settings.activated_sockets())
     _run("api", chosen.log_level, server.serve(chosen, given.get("api"), given.get("metrics")))
 

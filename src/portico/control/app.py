@@ -253,6 +253,12 @@ def _routes() -> list[BaseRoute]:
     return routes.routes
 
 
+def read_in() -> None:
+    """Do what a process does once before its first app, so that one which waits for its turn has done it."""
+    _routes()
+    migrations.revisions()
+
+
 def _networks(texts: tuple[str, ...]) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
     try:
         return tuple(ipaddress.ip_network(text, strict=False) for text in texts)

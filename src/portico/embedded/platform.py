@@ -1,7 +1,7 @@
 """Portico on one machine: what `portico up` starts, in which order, with which settings.
 
     home and lock → leftovers of a killed run → listening sockets → PostgreSQL, Valkey → migrations and first accounts
-    → api → relays, worker → credentials.json → ready
+    → api (which has read in its modules meanwhile), relays, worker → credentials.json → ready
 
 The supervisor owns the listening sockets for its whole life and passes them to the api and the relays.
 """
@@ -28,7 +28,7 @@ from portico.embedded.logs import LogStream
 from portico.embedded.postgres import EmbeddedPostgres
 from portico.embedded.roster import Roster
 from portico.embedded.supervisor import Supervisor, SupervisorLimits
-from portico.embedded.units import ProcessUnit, answers, postgres_unit, run_to_end, valkey_unit
+from portico.embedded.units import ProcessUnit, Standby, answers, postgres_unit, run_to_end, valkey_unit
 from portico.embedded.valkey import EmbeddedValkey
 from portico.errors import Problem
 from portico.kit.sockets import check_port, port_of
@@ -81,6 +81,7 @@ class Platform:
         #: Where each process shows its metrics, by its name.
         self._figures: dict[str, socket.socket] = {}
         self._supervisor: Supervisor | None = None
+        self._api: ProcessUnit | None = None
         self._database_url = self._redis_url = ""
         #: The key of relay to relay: of this run only, in nobody's file.
         self._peer_key = secrets.token_urlsafe(32)
@@ -146,15 +147,15 @@ class Platform:
         self._figures = open_listeners(self.home, self._processes())
         self._supervisor = Supervisor(self.logs, roster, self._limits())
         await self._start_servers()
-        given = await self._prepare()
         if self.settings.demo_billing:
             await self._start_simulators()
+        self._api = self._api_unit()
+        self._api.stand_by()  # it reads in its modules while the database is prepared
+        given = await self._prepare()
         relays = [self._relay_unit(n, given["relay_keys"]) for n in range(1, self.settings.relays + 1)]
         # Side by side: the relays' first question waits in the API's listening queue. Two groups, so that at the end
         # the relays have reported their usage before the API goes.
-        await asyncio.gather(
-            self.supervisor.start(self._api_unit()), self.supervisor.start(*relays, self._worker_unit())
-        )
+        await asyncio.gather(self.supervisor.start(self._api), self.supervisor.start(*relays, self._worker_unit()))
         await self._relays_follow()
         self._write_credentials(given)
 
@@ -291,6 +292,7 @@ class Platform:
         return env | {f"PORTICO_{key.upper()}": str(value) for key, value in more.items()}
 
     def _api_unit(self) -> ProcessUnit:
+        s = self.settings
         sock, main = self._listeners["api"], self.relay(1)
         return ProcessUnit(
             "api",
@@ -306,6 +308,7 @@ class Platform:
             | self._billing,
             listeners={"api": sock, "metrics": self._figures["api"]},
             health=(self.host, port_of(sock), "/readyz"),
+            standby=Standby(self.logs, s.standby_after_seconds if s.standby else None),
         )
 
     def _relay_unit(self, number: int, keys: dict[str, str]) -> ProcessUnit:
@@ -385,6 +388,8 @@ class Platform:
         """Drain and end everything that was started; leaves no process, socket file or lock."""
         if self._supervisor is not None:
             await self._supervisor.stop()
+        if self._api is not None:  # a start that failed has not handed it over
+            self._api.release()
         ports.close_all(self._listeners)
         ports.close_all(self._figures)
         if self._lock is not None:

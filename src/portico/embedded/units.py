@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from portico.embedded.logs import LogStream
 from portico.embedded.postgres import EmbeddedPostgres
@@ -18,7 +20,7 @@ from portico.embedded.spawn import describe_exit, spawn
 from portico.embedded.supervisor import wait_exit
 from portico.embedded.valkey import EmbeddedValkey
 from portico.errors import Problem
-from portico.kit import notify, sockets
+from portico.kit import notify, sockets, standby
 
 HEALTH_TIMEOUT_SECONDS = 5.0
 
@@ -62,6 +64,23 @@ def valkey_unit(server: EmbeddedValkey) -> ServerUnit:
     return ServerUnit("valkey", server, (signal.SIGTERM, signal.SIGKILL))
 
 
+@dataclass(frozen=True, slots=True)
+class Standby:
+    """That a unit may have a process waiting; one is kept from ``after_seconds`` after each start, or not at all (None)."""
+
+    logs: LogStream
+    after_seconds: float | None
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A process that waits: our end of what it is told to go on by, and whom to tell, from then on, that it drains."""
+
+    process: subprocess.Popen[bytes]
+    go: int
+    told: list[Callable[[], None]]
+
+
 class ProcessUnit:
     """A process of Portico: ``portico ARGS…`` with an environment, inherited sockets and a readiness check.
 
@@ -69,6 +88,9 @@ class ProcessUnit:
     PORTICO_NOTIFY_FD (:mod:`portico.kit.notify`). Any process may write STOPPING=1 there. ``stdout`` makes a descriptor
     for its standard output, which otherwise joins the log. ``end_signal`` is what it gets first when everything ends (once it
     said that it is ready: before, it may not know the signal).
+
+    With ``standby`` a second process, of a command that knows :mod:`portico.kit.standby`, can wait to take over: it is kept, or
+    started once by :meth:`stand_by`.
     """
 
     def __init__(
@@ -81,8 +103,12 @@ class ProcessUnit:
         health: tuple[str, int, str] | None = None,
         stdout: Callable[[], int] | None = None,
         end_signal: int = signal.SIGTERM,
+        standby: Standby | None = None,
     ) -> None:
         self._end_signal = end_signal
+        self._standby = standby
+        self._waiting: _Waiting | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self.name, self._args, self._environment = name, list(args), dict(environment)
         self._listeners, self._health = dict(listeners or {}), health
         self._stdout = stdout
@@ -94,10 +120,23 @@ class ProcessUnit:
         return (self._end_signal if self._said_ready else signal.SIGTERM), signal.SIGKILL
 
     async def launch(self, output: int, leaving: Callable[[], None]) -> subprocess.Popen[bytes]:
+        self._said_ready = False
+        self._cancel_timer()
+        if (waiting := self._take()) is not None:
+            waiting.told.append(leaving)
+            return waiting.process
+        return self._spawn(output, leaving)
+
+    def _spawn(
+        self, output: int, leaving: Callable[[], None], standby_fd: int | None = None
+    ) -> subprocess.Popen[bytes]:
         environment = dict(self._environment)
         fds = [sock.fileno() for sock in self._listeners.values()]
         if self._listeners:
             environment["PORTICO_LISTEN_FDS"] = sockets.describe(self._listeners)
+        if standby_fd is not None:
+            environment["PORTICO_STANDBY_FD"] = str(standby_fd)
+            fds.append(standby_fd)
         theirs = self._listen(leaving)
         environment["PORTICO_NOTIFY_FD"] = str(theirs)
         fds.append(theirs)
@@ -111,12 +150,60 @@ class ProcessUnit:
             if stdout is not None:
                 os.close(stdout)
 
+    # -- the one that waits ------------------------------------------------------------------------------------------
+
+    def stand_by(self) -> None:
+        """Start the process that waits, unless there is one. That it cannot be started is no failure: nothing needs it."""
+        self._cancel_timer()
+        if self._standby is None or self._waiting is not None:
+            return
+        theirs, ours = os.pipe()
+        output = self._standby.logs.pipe(self.name)
+        told: list[Callable[[], None]] = []
+        try:
+            process = self._spawn(output, partial(_tell, told), theirs)
+        except Problem as problem:
+            self._standby.logs.say(f"nothing waits to take over from {self.name}: {problem.detail}", "WARN")
+            os.close(ours)
+        else:
+            self._waiting = _Waiting(process, ours, told)
+        finally:
+            os.close(theirs)
+            os.close(output)
+
+    def _take(self) -> _Waiting | None:
+        """The process that waited, told to go on; none when there is none, or it has died."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            return None
+        try:
+            if waiting.process.poll() is None:
+                os.write(waiting.go, standby.GO)
+                return waiting
+        except BrokenPipeError:  # it dies just now
+            waiting.process.kill()
+            waiting.process.wait()
+        finally:
+            os.close(waiting.go)
+        return None
+
+    def _keep_one(self) -> None:
+        """Have one wait, a while from now: what serves has the processor first."""
+        if self._standby is not None and self._standby.after_seconds is not None and self._waiting is None:
+            self._timer = asyncio.get_running_loop().call_later(self._standby.after_seconds, self.stand_by)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # -- what it says ------------------------------------------------------------------------------------------------
+
     def _listen(self, leaving: Callable[[], None]) -> int:
         """A pipe for what the next process says of itself: its end, to be closed here once the process has it. Ours closes
         with the process."""
         ours, theirs = os.pipe()
         os.set_blocking(ours, False)
-        self._said_ready = False
         self._ears.add(ours)
         asyncio.get_running_loop().add_reader(ours, self._hear, ours, leaving)
         return theirs
@@ -140,14 +227,29 @@ class ProcessUnit:
             os.close(ear)
 
     async def ready(self) -> bool:
-        return self._said_ready if self._health is None else await answers(*self._health)
+        up = self._said_ready if self._health is None else await answers(*self._health)
+        if up:
+            self._keep_one()
+        return up
 
     def ended(self) -> None:
         """Its end of the pipe closed with it."""
 
     def release(self) -> None:
+        """Also when it was never launched."""
+        self._cancel_timer()
+        if self._waiting is not None:
+            os.close(self._waiting.go)
+            self._waiting.process.kill()  # it has nothing to finish
+            self._waiting.process.wait()
+            self._waiting = None
         for ear in list(self._ears):
             self._deafen(ear)
+
+
+def _tell(whom: Sequence[Callable[[], None]]) -> None:
+    for tell in whom:
+        tell()
 
 
 async def run_to_end(

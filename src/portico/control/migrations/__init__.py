@@ -6,6 +6,7 @@ transaction under an advisory lock, so that two processes that start at once do 
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -38,8 +39,14 @@ def head() -> str:
 
 def is_behind(revision: str | None) -> bool:
     """Whether a database at ``revision`` lacks a step that this code knows. A revision from newer code is not behind."""
-    known = [step.revision for step in ScriptDirectory.from_config(config()).walk_revisions()]  # newest first
+    known = revisions()
     return revision is None or (revision in known and revision != known[0])
+
+
+@cache
+def revisions() -> tuple[str, ...]:
+    """Every step of this version of the code, newest first; read once (each is a file), for all who ask whether we are ready."""
+    return tuple(step.revision for step in ScriptDirectory.from_config(config()).walk_revisions())
 
 
 async def upgrade(database_url: str, revision: str = "head") -> str:
