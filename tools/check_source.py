@@ -2,7 +2,7 @@
 
 commit      A transaction is committed in kit/db.py and nowhere else: one request or one job is one transaction, and a
             second `commit` splits it into halves of which one can be lost.
-environ     Only settings.py reads the environment, so that every setting has a name, a type and a row in the
+environ     Only settings/ reads the environment, so that every setting has a name, a type and a row in the
             reference. Child processes get an environment built for them: the named exceptions do that.
 paths       Committed text names no folder of the machine it was written on.
 migrations  Each follows another one, alone: two with one number would be two histories, and none is applied.
@@ -23,7 +23,7 @@ SOURCE = ROOT / "src" / "portico"
 MIGRATIONS = SOURCE / "control" / "migrations" / "versions"
 
 COMMIT_HOME = {"kit/db.py"}
-ENVIRON_HOME = {"settings.py"}
+ENVIRON_HOME = "settings/"
 # Files that build the environment of child processes they start.
 ENVIRON_FOR_CHILDREN = {"embedded/postgres.py", "embedded/valkey.py", "embedded/platform.py"}
 
@@ -43,8 +43,8 @@ def commits(relative: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def environment(relative: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Uses of os.environ, os.environb, os.getenv and os.putenv outside settings.py."""
-    if relative in ENVIRON_HOME | ENVIRON_FOR_CHILDREN:
+    """Uses of os.environ, os.environb, os.getenv and os.putenv outside settings/."""
+    if relative.startswith(ENVIRON_HOME) or relative in ENVIRON_FOR_CHILDREN:
         return
     names = {"environ", "environb", "getenv", "getenvb", "putenv"}
     for node in ast.walk(tree):
@@ -54,7 +54,7 @@ def environment(relative: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
             isinstance(node, ast.ImportFrom) and node.module == "os" and any(a.name in names for a in node.names)
         )
         if hit:
-            yield node.lineno, "the environment is read in settings.py alone"  # type: ignore[attr-defined]
+            yield node.lineno, "the environment is read in settings/ alone"  # type: ignore[attr-defined]
 
 
 def source_findings() -> Iterator[str]:

@@ -135,7 +135,17 @@ class Comment:
 
 
 def field_comments(cls: type) -> dict[str, Comment]:
-    """The comment of each field of a dataclass: behind it, or on the lines right above it."""
+    """The comment of each field of a dataclass, in their order: those of the parts that it is composed of come first."""
+    return {name: comment for owner in parts(cls) for name, comment in own_comments(owner).items()}
+
+
+def parts(cls: type) -> list[type]:
+    """The dataclasses that have the fields of ``cls``, in the order of these."""
+    return [owner for owner in reversed(cls.__mro__) if dataclasses.is_dataclass(owner)]
+
+
+def own_comments(cls: type) -> dict[str, Comment]:
+    """The comment of each field that a dataclass has itself: behind it, or on the lines right above it."""
     source = inspect.getsource(cls)
     comments = {
         token.start[0]: token.string.lstrip("#").strip()
@@ -181,9 +191,8 @@ def default(field: dataclasses.Field[Any]) -> Any:
 
 
 def settings_classes() -> list[type]:
-    """The settings dataclasses in the order of the file."""
-    classes = [c for c in vars(settings).values() if inspect.isclass(c) and c.__module__ == settings.__name__]
-    return [c for c in classes if dataclasses.is_dataclass(c)]
+    """The settings dataclass of each process."""
+    return [getattr(settings, name) for name in settings.CLASSES]
 
 
 def limits_page() -> str:
@@ -231,10 +240,10 @@ def settings_rows(cls: type) -> Iterator[str]:
 
 def uncommented() -> Iterator[str]:
     """Settings that nobody explained."""
-    for cls in settings_classes():
-        for name, comment in field_comments(cls).items():
+    for owner in dict.fromkeys(part for cls in settings_classes() for part in parts(cls)):
+        for name, comment in own_comments(owner).items():
             if not comment.text:
-                yield f"src/portico/settings.py: {cls.__name__}.{name} has no comment that says what it is"
+                yield f"{owner.__module__}: {owner.__name__}.{name} has no comment that says what it is"
 
 
 _FILE_INTRO = """# portico.yml

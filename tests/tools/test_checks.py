@@ -29,7 +29,7 @@ class TestSourceRules:
     )
     def test_the_environment_elsewhere(self, code: str) -> None:
         assert len(list(check_source.environment("relay/server.py", ast.parse(code)))) == 1
-        assert list(check_source.environment("settings.py", ast.parse(code))) == []
+        assert list(check_source.environment("settings/loading.py", ast.parse(code))) == []
 
     @pytest.mark.parametrize(
         "path", ["/wo" + "rk/x", "/ro" + "ot/.cache", "/tm" + "p/portico/x", "see `/wo" + "rk/main`"]
@@ -138,11 +138,27 @@ class Example:
     three: int = 3
 
 
+@dataclasses.dataclass(frozen=True)
+class Composed(Example):
+    """Settings with a part."""
+
+    # == Second section
+    # Its own.
+    four: int = 4
+
+
 def test_comments_of_settings_are_found_beside_and_above() -> None:
     found = reference.field_comments(Example)
     assert (found["one"].text, found["one"].section) == ("Above, on two lines.", "First section")
     assert (found["two"].text, found["two"].section) == ("beside", None)
     assert found["three"].text == ""
+
+
+def test_comments_of_the_parts_of_settings_are_found_in_the_order_of_the_fields() -> None:
+    found = reference.field_comments(Composed)
+    assert list(found) == [field.name for field in dataclasses.fields(Composed)] == ["one", "two", "three", "four"]
+    assert (found["one"].section, found["four"].section) == ("First section", "Second section")
+    assert found["four"].text == "Its own."
 
 
 def test_the_driver_names_what_failed(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
