@@ -47,6 +47,8 @@ def test_rounding_is_that_of_decimal(base: int, rate: int) -> None:
     [
         (190, 1900, Assessment("standard", "DE", 1900), ("standard", 1900, 0)),
         (191, None, Assessment("standard", "DE", 1900), ("standard", 1910, 1)),
+        # No rate, and more than a column of the database holds.
+        (2**52, None, Assessment("standard", "DE", 1900), ("standard", 10_000, 2**52 - 190)),
         (0, None, Assessment("standard", "DE", 1900), ("zero", 0, -190)),
         (0, 0, Assessment("reverse_charge", "FR", 0), ("reverse_charge", 0, 0)),
         (200, 2000, Assessment("reverse_charge", "FR", 0), ("standard", 2000, 200)),
@@ -58,6 +60,12 @@ def test_what_was_charged_stays_and_the_difference_is_said(
     found = tax.record(0, 1000, charged, told, wanted, "half_up")
     assert (found.assessment.treatment, found.assessment.rate_bp, found.difference_minor) == recorded
     assert found.tax_minor == charged
+
+
+@given(st.integers(1, 2**53), st.integers(0, 2**53))
+def test_a_rate_is_exact_whatever_the_amounts(base: int, charged: int) -> None:
+    exact = (Decimal(charged) * 10_000 / base).quantize(Decimal(1), ROUND_HALF_UP)
+    assert tax._rate(base, charged) == tax._rate(-base, -charged) == min(10_000, int(exact))
 
 
 def test_the_foot_of_an_invoice_sums_by_treatment() -> None:

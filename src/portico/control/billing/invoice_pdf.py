@@ -52,8 +52,10 @@ class Sheet(FPDF):
         self.set_text_color(*(_GREY if grey else _INK))
 
     def words(self, text: str) -> str:
-        """``text`` as the font can write it."""
-        return text if self._own else western(text)
+        """``text`` as the font can write it, without what shows as something else than it says."""
+        # What fpdf2 takes for the number of pages is a text like any other here.
+        plain = without_controls(text).replace("{nb}", "{ nb}")
+        return plain if self._own else western(plain)
 
     def line(self, text: str, size: float = 9.5, *, bold: bool = False, grey: bool = False) -> None:  # type: ignore[override]
         """A line of text, over the whole width."""
@@ -68,12 +70,15 @@ class Sheet(FPDF):
         self.cell(0, 4, f"{self.page_no()} / {{nb}}", align="C")
 
 
+def without_controls(text: str) -> str:
+    """``text`` without control and format characters: none turns what follows around, or is there and not seen."""
+    return "".join(letter for letter in text if letter == "\n" or not unicodedata.category(letter).startswith("C"))
+
+
 def western(text: str) -> str:
     """``text`` in the letters of windows-1252: without accents that it lacks, ``?`` for what it has not at all."""
     found = []
     for letter in text:
-        if letter != "\n" and unicodedata.category(letter).startswith("C"):
-            continue
         try:
             letter.encode("windows-1252")
         except UnicodeEncodeError:

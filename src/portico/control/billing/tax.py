@@ -134,8 +134,9 @@ def record(
 
 
 def _rate(base_minor: int, tax_minor: int) -> int:
-    """The rate that was charged, to the nearest basis point."""
-    return round(abs(tax_minor) * 10_000 / abs(base_minor)) if base_minor else 0
+    """The rate that was charged, to the nearest basis point; more than the whole base is no rate, and is 100 %."""
+    base = abs(base_minor)
+    return min(10_000, (2 * abs(tax_minor) * 10_000 + base) // (2 * base)) if base else 0
 
 
 def summary(records: Sequence[TaxedLine]) -> list[dict[str, Any]]:
