@@ -8,6 +8,7 @@ import io
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ async def notes_of(db: Database, invoice: str) -> list[Any]:
 
 
 class TestNumbers:
-    async def test_twenty_at_once_leave_no_gap(self, database_url: str) -> None:
+    async def test_fifty_at_once_leave_no_gap(self, database_url: str) -> None:
         """Some of them fail between number and commit: their numbers go to the next."""
         db, year = Database(database_url), next(_years)
         at = datetime(year, 3, 1, tzinfo=UTC)
@@ -86,11 +87,11 @@ class TestNumbers:
                 await apply(db, story.issued())
 
         try:
-            await asyncio.gather(*(finalize(n) for n in range(20)))
+            await asyncio.gather(*(finalize(n) for n in range(50)))
             async with db.read() as reader:
                 table = invoice_store.invoices
                 rows = await reader.fetch_all(sa.select(table).where(table.c.year == year).order_by(table.c.sequence))
-            assert [row.number for row in rows] == [f"INV-{year}-{n:06d}" for n in range(1, 21)]
+            assert [row.number for row in rows] == [f"INV-{year}-{n:06d}" for n in range(1, 51)]
         finally:
             await db.close()
 
@@ -131,6 +132,45 @@ class TestNumbers:
         with pytest.raises(Exception, match=r"does not change|no gaps|written once"):
             async with db.transaction() as tx:
                 await tx.execute(sa.text(statement))
+
+    @pytest.mark.parametrize(
+        ("statement", "word"),
+        [
+            ("UPDATE billing_number_series SET last = last + 1 WHERE year = $1", "nothing has number 2"),
+            ("INSERT INTO billing_number_series VALUES ('other', 'invoice', $1, 1)", "nothing has number 1"),
+            (
+                "INSERT INTO billing_invoices (id, organization_id, provider, account, livemode, provider_ref, status, entity_id,"
+                " year, sequence, number, issued_at) VALUES ('x', 'x', 'x', 'x', true, 'x', 'open', 'default', $1, 7, 'INV-7',"
+                " now())", "number INV-7 was not drawn",
+            ),
+        ],
+    )  # fmt: skip
+    async def test_a_number_is_that_of_a_document(self, db: Database, statement: str, word: str) -> None:
+        """Whoever draws one and issues nothing, or issues without drawing, is refused at the commit."""
+        year = next(_years)
+        await apply(db, Story(at=datetime(year, 1, 1, tzinfo=UTC)).issued())
+        with pytest.raises(Exception, match=word):
+            async with db.transaction() as tx:
+                await tx.raw.execute(statement, year)
+
+    async def test_a_credit_is_an_invoice_below_zero_that_pays_the_next(self, db: Database) -> None:
+        story = Story(at=datetime(next(_years), 3, 1, tzinfo=UTC))
+        steps = [
+            story("invoice.credited", "in_1", amount_minor=1190, tax_minor=-190), story.issued("in_2", 2380, 380),
+            story("credit.applied", "in_2", amount_minor=1190, effect_key="credit.applied:stripe:in_2"),
+            story.paid("in_2", 1190),
+        ]  # fmt: skip
+        for one in steps:
+            await apply(db, one)
+        first, second = await all_of(db, story.org)
+        assert (first.status, first.gross_minor, first.tax_minor, first.net_minor) == ("paid", -1190, -190, -1000)
+        assert (second.status, second.gross_minor, second.paid_minor) == ("paid", 2380, 2380)
+        async with db.read() as reader:
+            records = await invoice_store.tax_of(reader, first.id)
+            for name in ("accounts_receivable", "customer_credit"):
+                assert await balances.of(reader, name, "EUR", organization=story.org) == 0
+        assert [(each.base_minor, each.tax_minor) for each in records] == [(-1000, -190)]
+        assert invoice_pdf.invoice(first, records).startswith(b"%PDF-")
 
 
 class TestAnyOrder:
@@ -234,6 +274,26 @@ class TestFiles:
         rows = list(csv.DictReader(io.StringIO(answer.text)))
         assert [(row["provider_ref"], row["gross_minor"]) for row in rows] == [("in_2", "-500"), ("'@in", "1190")]
         assert rows[0]["customer"] == '\'=HYPERLINK("http://evil.example","x")'
+
+    async def test_a_name_in_a_pdf_is_only_a_name(self, db: Database) -> None:
+        """Neither the mark that stands for the number of pages, nor characters that turn text around or end a string."""
+        story = Story()
+        name = "Evil {nb} \u202egpj.exe\x00 (a) Tj ET \\) {n{nb}b}"
+        async with db.transaction() as tx:
+            await invoice_store.put_profile(tx, story.org, {
+                "name": name.replace("\x00", ""), "address": "A\u2066B", "country": None, "email": None, "tax_ids": [],
+            })  # fmt: skip
+        lines = (Line(name, 1, 1000, 1000, 190, None, None, None),)
+        await apply(
+            db, story.issued(lines=tuple(replace(each, description=name.replace("\x00", "")) for each in lines))
+        )
+        (row,) = await all_of(db, story.org)
+        text = _text(invoice_pdf.invoice(row, []))
+        assert b"{ nb}" in text and b"Evil 1 " not in text and b"{nb}" not in text
+        assert "\u202e" not in invoice_pdf.without_controls(name) and "\x00" not in invoice_pdf.without_controls(name)
+        sheet = invoice_pdf.Sheet("t", AT, "", None)
+        sheet._own = True  # a font that knows every letter is given no control characters either
+        assert sheet.words(name) == "Evil { nb} gpj.exe (a) Tj ET \\) {n{ nb}b}"
 
     async def test_a_pdf_of_many_lines_in_many_letters(self, db: Database) -> None:
         story = Story()

@@ -166,6 +166,19 @@ def test_an_invoice_below_zero_is_a_credit() -> None:
 
 
 @BOTH
+def test_what_was_to_the_customers_credit_pays_a_later_invoice(shape: Shape) -> None:
+    told = shapes.invoice(shape, amount_due=1071, starting_balance=-1190, ending_balance=0)
+    issued, used = found(event("invoice.finalized", told, shape))
+    assert (issued.kind, issued.amount_minor) == ("invoice.issued", 2261)
+    assert (used.kind, used.amount_minor, used.currency, used.invoice_ref, used.subscription_ref) == (
+        "credit.applied", 1190, "EUR", "in_1", "sub_1",
+    )  # fmt: skip
+    for before, after in ((0, -500), (300, 0), (-500, -500), (None, None)):
+        other = shapes.invoice(shape, starting_balance=before, ending_balance=after)
+        assert one(event("invoice.finalized", other, shape)).kind == "invoice.issued"
+
+
+@BOTH
 @pytest.mark.parametrize(
     ("kind", "expected"), [("voided", "invoice.voided"), ("marked_uncollectible", "invoice.uncollectible")]
 )

@@ -26,6 +26,7 @@ async def issue(tx: Tx, event: FinanceEvent) -> str | None:
     held = await hold(tx, event)
     if held is None or held.number is not None:
         return None
+    event = postings.as_issued(event)
     seller, profile = await store.entity(tx), await store.profile(tx, held.organization_id)
     gross, charged = event.amount_minor or 0, event.tax_minor or 0
     lines = _lines(event, gross - charged, charged)
@@ -44,7 +45,7 @@ async def issue(tx: Tx, event: FinanceEvent) -> str | None:
 
 
 async def pay(tx: Tx, event: FinanceEvent) -> None:
-    """Count a payment."""
+    """Count a payment, or what the customer had to its credit."""
     if (row := await hold(tx, event)) is not None:
         paid_at = event.occurred_at if row.paid_at is None else max(row.paid_at, event.occurred_at)
         row = await store.change(tx, row.id, paid_minor=row.paid_minor + (event.amount_minor or 0), paid_at=paid_at)
@@ -78,6 +79,8 @@ async def follow(tx: Tx, event: FinanceEvent) -> None:
 
 _VERBS: Final[Mapping[str, Callable[[Tx, FinanceEvent], Awaitable[Any]]]] = {
     "invoice.issued": issue,
+    "invoice.credited": issue,
+    "credit.applied": pay,
     "invoice.voided": void,
     "invoice.uncollectible": uncollectible,
     "payment.succeeded": pay,

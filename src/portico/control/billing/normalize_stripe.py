@@ -219,7 +219,13 @@ def _issued(head: Head, body: Object, told: Object, fetched: Fetched) -> list[Fi
             head.event("invoice.credited", f"invoice.credited:stripe:{ref(told)}", **{**facts, "amount_minor": -total})
         ]
     facts["net_minor"] = total - facts["tax_minor"]
-    return [head.event("invoice.issued", f"invoice.issued:stripe:{ref(told)}", **facts)]
+    events = [head.event("invoice.issued", f"invoice.issued:stripe:{ref(told)}", **facts)]
+    if used := _credit_used(told, facts["currency"]):
+        kept = {
+            name: facts[name] for name in ("customer_ref", "subscription_ref", "invoice_ref", "plan_ref", "currency")
+        }
+        events.append(head.event("credit.applied", f"credit.applied:stripe:{ref(told)}", amount_minor=used, **kept))
+    return events
 
 
 def _closed(head: Head, body: Object, told: Object, fetched: Fetched) -> list[FinanceEvent]:
@@ -250,6 +256,12 @@ def _paid(head: Head, body: Object, told: Object, fetched: Fetched) -> list[Fina
                 )
             )  # fmt: skip
     return [head.event("payment.succeeded", f"payment.succeeded:stripe:{ref(told)}", **facts), *events]
+
+
+def _credit_used(told: Object, code: str) -> int:
+    """What of the customer's balance (below zero: to its credit) an invoice used up when it became final."""
+    before, after = whole(told.get("starting_balance")) or 0, whole(told.get("ending_balance"))
+    return iso(after - before, code) if before < 0 and after is not None and after > before else 0
 
 
 def _payment(told: Object, fetched: Fetched) -> str | None:

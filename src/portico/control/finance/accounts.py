@@ -34,6 +34,7 @@ CLEARING: Final = "provider_clearing"
 DISPUTE_HOLD: Final = "dispute_hold"
 DEFERRED: Final = "deferred_revenue"
 TAX: Final = "tax_payable"
+CUSTOMER_CREDIT: Final = "customer_credit"
 REVENUE: Final = "revenue"
 CONTRA_REVENUE: Final = "contra_revenue"
 FEES: Final = "payment_fees"
@@ -49,6 +50,7 @@ CHART: Final[Mapping[str, Account]] = {
     DISPUTE_HOLD: Account(1300, "Dispute hold", "asset", "Money that a provider withholds until a dispute is decided."),
     DEFERRED: Account(2000, "Deferred revenue", "liability", "Invoiced, and still to be delivered."),
     TAX: Account(2100, "Tax payable", "liability", "Tax invoiced for an authority, less what refunds took back."),
+    CUSTOMER_CREDIT: Account(2200, "Customer credit", "liability", "What customers have to their credit for invoices to come."),
     REVENUE: Account(4000, "Revenue", "income", "Delivered, a day at a time."),
     CONTRA_REVENUE: Account(4100, "Refunds", "income", "Given back without tax; lowers revenue."),
     FEES: Account(5000, "Payment fees", "expense", "What providers keep for themselves."),
@@ -56,3 +58,8 @@ CHART: Final[Mapping[str, Account]] = {
     BAD_DEBT: Account(5200, "Bad debt", "expense", "Receivables that were written off."),
     ADJUSTMENT: Account(5300, "Settlement adjustment", "expense", "Differences to a settlement that somebody accepted."),
 }  # fmt: skip
+
+
+def known(name: str) -> Account:
+    """The account of a posting. One that the chart lacks, which no code of ours wrote, is shown at the end all the same."""
+    return CHART.get(name) or Account(9999, name, "asset", "")

@@ -48,7 +48,7 @@ async def trial(
         Balance(row.account, row.currency, int(row.balance), int(row.debits), int(row.debits) - int(row.balance))
         for row in rows
     ]
-    return sorted(found, key=lambda each: (each.currency, accounts.CHART[each.account].number))
+    return sorted(found, key=lambda each: (each.currency, accounts.known(each.account).number))
 
 
 async def of(
@@ -108,7 +108,7 @@ WITH own AS (
 )
 SELECT p.currency, count(DISTINCT a.id) AS steps,
        coalesce(sum(p.amount_minor) FILTER (WHERE a.kind IN ('invoice.issued', 'invoice.voided')
-                                              AND p.account = 'accounts_receivable'), 0)::bigint AS gross,
+                                              AND p.account IN ('accounts_receivable', 'customer_credit')), 0)::bigint AS gross,
        coalesce(-sum(p.amount_minor) FILTER (WHERE a.kind IN ('invoice.issued', 'invoice.voided')
                                                AND p.account = 'tax_payable'), 0)::bigint AS tax,
        coalesce(-sum(p.amount_minor) FILTER (WHERE a.kind IN ('refund.succeeded', 'refund.failed')

@@ -11,13 +11,16 @@ settled by whichever of them comes second; both hold the end of their organizati
 | event | debit | credit |
 |---|---|---|
 | invoice.issued | receivable: gross | deferred revenue: net; tax payable: tax |
+| invoice.credited (an invoice below zero) | deferred revenue: net; tax payable: tax | customer credit: gross |
+| credit.applied (to a later invoice) | customer credit | receivable |
 | payment.succeeded | clearing: gross less fee; fees | receivable: gross |
 | refund.succeeded | refunds: net; tax payable: its share of the tax | clearing: gross |
 | dispute.opened | dispute hold | clearing |
 | dispute.lost | dispute loss | dispute hold |
 | dispute.won | clearing | dispute hold |
 | payout.paid | bank | clearing |
-| invoice.voided, refund.failed, payout.failed | the reversal of the first row | |
+| payout.debit_paid (a balance below zero is collected) | clearing | bank |
+| invoice.voided, refund.failed, payout.failed, payout.debit_failed | the reversal of the first row | |
 | invoice.uncollectible | bad debt | receivable: what is open; a payment afterwards takes it back |
 
 A fee of a dispute, or one that is told later (``fee.charged``), is fees against clearing.
@@ -26,7 +29,8 @@ A fee of a dispute, or one that is told later (``fee.charged``), is fees against
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final
+from dataclasses import replace
+from typing import Final
 
 from portico.control.finance import accounts, balances, events, ledger, recognition
 from portico.control.finance.events import FinanceEvent
@@ -34,6 +38,8 @@ from portico.control.finance.ledger import Entry, Posting, nonzero
 from portico.control.finance.recognition import Schedule
 from portico.errors import Problem
 from portico.kit.db import Tx
+
+_Handler = Callable[[Tx, FinanceEvent], Awaitable[list[str | None]]]
 
 #: Statuses of a refund or dispute that say the same as a kind of its own.
 _BY_STATUS: Final[Mapping[str, Mapping[str, str]]] = {
@@ -109,9 +115,11 @@ async def _issued(tx: Tx, event: FinanceEvent) -> list[str | None]:
     _need(event, "invoice_ref", "amount_minor", "currency")
     invoice, currency = event.invoice_ref or "", event.currency or ""
     gross, tax = event.amount_minor or 0, event.tax_minor or 0
+    # Below zero nobody owes anything: the customer has it to its credit.
+    owed = accounts.RECEIVABLE if gross >= 0 else accounts.CUSTOMER_CREDIT
     entry = _entry(
         event, "invoice.issued", invoice,
-        _debit(event, accounts.RECEIVABLE, gross, invoice),
+        _debit(event, owed, gross, invoice),
         _credit(event, accounts.DEFERRED, gross - tax, invoice),
         _credit(event, accounts.TAX, tax, invoice),
         invoice=invoice,
@@ -122,6 +130,32 @@ async def _issued(tx: Tx, event: FinanceEvent) -> list[str | None]:
         currency=currency, subscription_ref=event.subscription_ref, plan_ref=event.plan_ref,
     )  # fmt: skip
     return made + await _void_if_known(tx, event) + await _settle(tx, event, invoice)
+
+
+async def _credited(tx: Tx, event: FinanceEvent) -> list[str | None]:
+    _need(event, "invoice_ref", "amount_minor", "currency")
+    return await _issued(tx, as_issued(event))
+
+
+def as_issued(event: FinanceEvent) -> FinanceEvent:
+    """The invoice that ``event`` issues, its amounts with their signs: ``invoice.credited`` tells of one below zero."""
+    if event.kind != "invoice.credited":
+        return event
+    gross, tax = -abs(event.amount_minor or 0), -abs(event.tax_minor or 0)
+    return replace(event, kind="invoice.issued", amount_minor=gross, tax_minor=tax)
+
+
+async def _credit_applied(tx: Tx, event: FinanceEvent) -> list[str | None]:
+    """What the customer has to its credit pays an invoice: nothing comes from the provider, and no more is owed."""
+    _need(event, "invoice_ref", "amount_minor", "currency")
+    invoice, amount = event.invoice_ref or "", event.amount_minor or 0
+    entry = _entry(
+        event, "credit.applied", invoice,
+        _debit(event, accounts.CUSTOMER_CREDIT, amount),
+        _credit(event, accounts.RECEIVABLE, amount, invoice),
+        invoice=invoice,
+    )  # fmt: skip
+    return [await _post(tx, entry)] + await _void_if_known(tx, event) + await _settle(tx, event, invoice)
 
 
 def schedules(event: FinanceEvent) -> list[Schedule]:
@@ -151,14 +185,14 @@ async def _voided(tx: Tx, event: FinanceEvent) -> list[str | None]:
 
 
 async def _void_if_known(tx: Tx, event: FinanceEvent) -> list[str | None]:
-    """Reverse the invoice when both its issue and its void are known."""
+    """Reverse the invoice, and give back the credit that it used, when both that and its void are known."""
     invoice = event.invoice_ref or ""
     if not await _known(tx, event, "invoice.voided", invoice_ref=invoice):
         return []
     made = await _reverse(tx, event, "invoice.issued", "invoice.voided", invoice)
     if made is not None:
         await recognition.cancel(tx, event.source, invoice, event.occurred_at)
-    return [made]
+    return [made, await _reverse(tx, event, "credit.applied", "credit.returned", invoice)]
 
 
 async def _uncollectible(tx: Tx, event: FinanceEvent) -> list[str | None]:
@@ -285,7 +319,7 @@ async def _settle_refund(tx: Tx, event: FinanceEvent) -> list[str | None]:
 # -- disputes and payouts ------------------------------------------------------------------------------------------------
 
 
-def _dispute(what: str, left: str, right: str) -> Callable[[Tx, FinanceEvent], Awaitable[list[str | None]]]:
+def _dispute(what: str, left: str, right: str) -> _Handler:
     async def handle(tx: Tx, event: FinanceEvent) -> list[str | None]:
         _need(event, "dispute_ref", "amount_minor", "currency")
         dispute, amount = event.dispute_ref or "", event.amount_minor or 0
@@ -303,30 +337,33 @@ def _dispute(what: str, left: str, right: str) -> Callable[[Tx, FinanceEvent], A
     return handle
 
 
-async def _paid_out(tx: Tx, event: FinanceEvent) -> list[str | None]:
-    _need(event, "payout_ref", "amount_minor", "currency")
-    payout, amount = event.payout_ref or "", event.amount_minor or 0
-    entry = _entry(
-        event, "payout.paid", payout, _debit(event, accounts.BANK, amount), _credit(event, accounts.CLEARING, amount)
-    )
-    made = [await _post(tx, entry)]
-    return made + await _fail_payout_if_known(tx, event)
+def _payout(what: str, left: str, right: str) -> tuple[_Handler, _Handler]:
+    """What is posted when a payout is paid, and when it failed after all, whichever is heard of first."""
+
+    async def failed(tx: Tx, event: FinanceEvent) -> list[str | None]:
+        _need(event, "payout_ref")
+        payout = event.payout_ref or ""
+        if not await _known(tx, event, f"{what}failed", payout_ref=payout):
+            return []
+        return [await _reverse(tx, event, f"{what}paid", f"{what}failed", payout)]
+
+    async def paid(tx: Tx, event: FinanceEvent) -> list[str | None]:
+        _need(event, "payout_ref", "amount_minor", "currency")
+        payout, amount = event.payout_ref or "", event.amount_minor or 0
+        entry = _entry(event, f"{what}paid", payout, _debit(event, left, amount), _credit(event, right, amount))
+        return [await _post(tx, entry), *await failed(tx, event)]
+
+    return paid, failed
 
 
-async def _payout_failed(tx: Tx, event: FinanceEvent) -> list[str | None]:
-    _need(event, "payout_ref")
-    return await _fail_payout_if_known(tx, event)
+_paid_out, _payout_failed = _payout("payout.", accounts.BANK, accounts.CLEARING)
+# A balance below zero is collected from the bank.
+_collected, _collection_failed = _payout("payout.debit_", accounts.CLEARING, accounts.BANK)
 
-
-async def _fail_payout_if_known(tx: Tx, event: FinanceEvent) -> list[str | None]:
-    payout = event.payout_ref or ""
-    if not await _known(tx, event, "payout.failed", payout_ref=payout):
-        return []
-    return [await _reverse(tx, event, "payout.paid", "payout.failed", payout)]
-
-
-_HANDLERS: Final[Mapping[str, Callable[[Tx, FinanceEvent], Awaitable[list[Any]]]]] = {
+_HANDLERS: Final[Mapping[str, _Handler]] = {
     "invoice.issued": _issued,
+    "invoice.credited": _credited,
+    "credit.applied": _credit_applied,
     "invoice.voided": _voided,
     "invoice.uncollectible": _uncollectible,
     "payment.succeeded": _paid,
@@ -338,4 +375,6 @@ _HANDLERS: Final[Mapping[str, Callable[[Tx, FinanceEvent], Awaitable[list[Any]]]
     "dispute.won": _dispute("dispute.won", accounts.CLEARING, accounts.DISPUTE_HOLD),
     "payout.paid": _paid_out,
     "payout.failed": _payout_failed,
+    "payout.debit_paid": _collected,
+    "payout.debit_failed": _collection_failed,
 }
