@@ -20,7 +20,16 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from portico.control.billing import billing_store, booking, checkout_store, customers, endings, subscriptions, waiting
+from portico.control.billing import (
+    billing_store,
+    booking,
+    checkout_store,
+    customers,
+    endings,
+    recurring,
+    subscriptions,
+    waiting,
+)
 from portico.control.billing.billing_store import Source
 from portico.control.billing.customers import MappingConflict
 from portico.control.billing.dunning import Dunning
@@ -125,6 +134,7 @@ class Applier:
         await postings.post(tx, event)
         await self._book.book(tx, event, row)
         if row is not None:
+            await recurring.follow(tx, row, event, self.entitlement.plan(row)[0])
             await self.settle(tx, row, known=known, reason=event.kind)
         elif known:
             await self.entitlement.settle(tx, organization, event.kind)

@@ -11,6 +11,7 @@ that was recorded of it before.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from typing import Any, Final, Literal, get_args
 from portico.control.finance import store
 from portico.kit import pages
 from portico.kit.canonical import MAX_INTEGER
-from portico.kit.db import Reader, Tx
+from portico.kit.db import HasConnection, Reader, Tx
 from portico.kit.ids import new_id
 
 Provider = Literal["stripe", "razorpay", "paypal", "platform"]
@@ -113,13 +114,19 @@ def check(event: FinanceEvent) -> None:
         if isinstance(value := getattr(event, name), datetime) and value.tzinfo is None:
             raise ValueError(f"{name} has no zone")
     for name in _AMOUNTS:
-        value = getattr(event, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_INTEGER):
+        if (value := getattr(event, name)) is not None and not _is_amount(value):
             raise ValueError(f"{name} is not an amount in minor units")
+    for line in event.lines:
+        if not all(map(_is_amount, (line.unit_minor, line.net_minor, line.tax_minor))):
+            raise ValueError(f"a line of {event.kind} is not in minor units")
     if event.currency is not None and not is_currency(event.currency):
         raise ValueError(f"{event.currency!r} is no currency")
     if event.currency is None and any(getattr(event, name) is not None for name in _AMOUNTS):
         raise ValueError("an amount has a currency")
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) is int and abs(value) <= MAX_INTEGER
 
 
 def is_currency(text: str) -> bool:
@@ -192,6 +199,14 @@ async def kinds(reader: Reader, event: FinanceEvent, **references: str) -> list[
     if unknown := references.keys() - set(_REFERENCES):
         raise ValueError(f"{unknown} are no references")
     return await store.event_kinds(reader, event.provider, event.account, event.livemode, references)
+
+
+async def invoiced(
+    reader: HasConnection, provider: str, account: str, livemode: bool, subscription: str
+) -> list[tuple[str, list[Line]]]:
+    """Currency and lines of the newest invoices of a subscription that are not void, the oldest of them first."""
+    rows = await store.event_lines(reader, provider, account, livemode, subscription)
+    return [(row["currency"], [_line(line) for line in json.loads(row["lines"])]) for row in reversed(rows)]
 
 
 async def listing(

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from portico.control.finance import ledger, store
 from portico.control.finance.store import movements, revenue_daily
-from portico.kit.db import Database, Reader, Tx
+from portico.kit.db import Database, HasConnection, Reader, Tx
 from portico.kit.ids import new_id
 
 Interval = Literal["day", "week", "month", "year"]
@@ -34,7 +34,8 @@ SELECT booked_on, organization_id, plan_ref, currency, gross, refund, tax, fee, 
 FROM (
     SELECT t.booked_on, coalesce(t.organization_id, '') AS organization_id, coalesce(t.plan_ref, '') AS plan_ref, p.currency,
            coalesce(sum(p.amount_minor) FILTER (
-               WHERE t.kind IN ('invoice.issued', 'invoice.voided') AND p.account = 'accounts_receivable'), 0) AS gross,
+               WHERE t.kind IN ('invoice.issued', 'invoice.voided')
+                   AND p.account IN ('accounts_receivable', 'customer_credit')), 0) AS gross,
            coalesce(-sum(p.amount_minor) FILTER (
                WHERE t.kind IN ('refund.succeeded', 'refund.failed') AND p.account = 'provider_clearing'), 0) AS refund,
            coalesce(-sum(p.amount_minor) FILTER (WHERE p.account = 'tax_payable'), 0) AS tax,
@@ -131,6 +132,14 @@ async def moved(
         }  # fmt: skip
         await tx.execute(sa.insert(movements).values(**row))
     return delta
+
+
+async def held(reader: HasConnection, subscription: str) -> dict[str, int]:
+    """The MRR of a subscription by currency: what its movements come to."""
+    query = """
+        SELECT currency, sum(delta_minor)::bigint AS mrr FROM mrr_movements WHERE subscription_id = $1 GROUP BY currency
+    """
+    return {row["currency"]: row["mrr"] for row in await reader.raw.fetch(query, subscription) if row["mrr"]}
 
 
 async def mrr(reader: Reader, until: date | None = None) -> dict[str, int]:

@@ -101,7 +101,13 @@ events = sa.Table(
     sa.Index("billing_finance_events_invoice_ref_ix", "invoice_ref"),
     sa.Index("billing_finance_events_refund_ref_ix", "refund_ref"),
     sa.Index("billing_finance_events_payout_ref_ix", "payout_ref"),
-)
+    sa.Index("billing_finance_events_account_occurred_at_ix", "provider", "account", "livemode", "occurred_at"),
+    sa.Index("billing_finance_events_kind_ix", "kind", "id"),
+    sa.Index(
+        "billing_finance_events_subscription_ref_ix", "subscription_ref",
+        postgresql_where=sa.text("kind IN ('invoice.issued', 'invoice.credited')"),
+    ),
+)  # fmt: skip
 
 transactions = sa.Table(
     "ledger_transactions",
@@ -140,6 +146,7 @@ transactions = sa.Table(
     sa.Index("ledger_transactions_booked_on_ix", "booked_on"),
     sa.Index("ledger_transactions_invoice_ref_ix", "invoice_ref"),
     sa.Index("ledger_transactions_payment_ref_ix", "payment_ref"),
+    sa.Index("ledger_transactions_kind_ix", "kind", "number"),
 )
 
 postings = sa.Table(
@@ -300,9 +307,11 @@ async def advance(tx: Tx, chain: str, log: str, seq: int, hash_: bytes) -> None:
 
 
 async def chain_names(reader: Reader, log: str) -> list[str]:
-    """Every chain of a log, in order."""
-    rows = await reader.fetch_all(sa.select(chains.c.chain).where(chains.c.log == log).order_by(chains.c.chain))
-    return [row.chain for row in rows]
+    """Every chain of a log, in order: those with a head, and those that rows name all the same."""
+    table = events if log == EVENTS else transactions
+    named = sa.union(sa.select(chains.c.chain).where(chains.c.log == log), sa.select(table.c.chain).distinct())
+    rows = await reader.fetch_all(named)
+    return sorted(row.chain for row in rows)
 
 
 async def hash_of(reader: HasConnection, chain: str, log: str, seq: int) -> bytes | None:
@@ -343,6 +352,26 @@ async def event_kinds(
         *(columns[name] == value for name, value in references.items()),
     )
     return [(row.kind, row.status) for row in await reader.fetch_all(query.distinct())]
+
+
+# Of several of one moment the provider's own reference decides: whatever order they were heard of in.
+_LINES: Final = """
+SELECT e.currency, e.lines::text AS lines FROM billing_finance_events e
+WHERE e.subscription_ref = $4 AND e.kind IN ('invoice.issued', 'invoice.credited') AND e.currency IS NOT NULL
+    AND e.provider = $1 AND e.account = $2 AND e.livemode = $3
+    AND NOT EXISTS (
+        SELECT FROM billing_finance_events v WHERE v.invoice_ref = e.invoice_ref AND v.kind = 'invoice.voided'
+            AND v.provider = e.provider AND v.account = e.account AND v.livemode = e.livemode)
+ORDER BY e.occurred_at DESC, e.invoice_ref DESC LIMIT 24
+"""
+
+
+async def event_lines(
+    reader: HasConnection, provider: str, account: str, livemode: bool, subscription: str
+) -> Sequence[Any]:
+    """``currency, lines`` (JSON) of the newest invoices of a subscription that are not void, the newest first."""
+    rows: Sequence[Any] = await reader.raw.fetch(_LINES, provider, account, livemode, subscription)
+    return rows
 
 
 async def events_listing(
