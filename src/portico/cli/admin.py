@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from portico import settings
-from portico.cli import admin_domains, operators, output, queues, regions, settlements
+from portico.cli import admin_domains, ledger, operators, output, queues, regions, settlements
 from portico.cli.processes import ConfigOption, require_server_parts
 from portico.errors import Problem
 
@@ -117,5 +117,6 @@ def register(app: typer.Typer) -> None:
     group.add_typer(regions.group, name="regions")
     group.add_typer(admin_domains.group, name="domains")
     group.add_typer(settlements.group, name="settlements")
+    group.add_typer(ledger.group, name="ledger")
     operators.register(group)
     app.add_typer(group, name="admin")

@@ -227,6 +227,10 @@ class WorkerBilling:
     seal_ledger_seconds: float = 3600.0
     # Days after a month's end on which it is sealed; what is heard of it later is booked in the next.
     seal_ledger_after_days: int = 10
+    # Seconds between two looks at all of the books: every hash, every seal, every guard of the database.
+    verify_ledger_seconds: float = 21_600.0
+    # Seconds that one such look may take.
+    verify_ledger_timeout_seconds: float = 3600.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

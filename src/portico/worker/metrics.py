@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from portico.control.billing import settlement_figures
+from portico.control.finance import ledger_figures
 from portico.kit.metrics import Metric, Sample
 from portico.kit.queue_runner import KindRunner
 from portico.worker import certificate_figures
@@ -23,7 +24,7 @@ DEPTH = Metric(
 OLDEST = Metric("portico_queue_oldest_seconds", "gauge", "How late the oldest due job is; 0 for none.", ("kind",))
 
 DECLARED: tuple[Metric, ...] = (
-    JOBS, SECONDS, DEPTH, OLDEST, *certificate_figures.DECLARED, *settlement_figures.DECLARED,
+    JOBS, SECONDS, DEPTH, OLDEST, *certificate_figures.DECLARED, *settlement_figures.DECLARED, *ledger_figures.DECLARED,
 )  # fmt: skip
 
 
@@ -41,3 +42,4 @@ def read(runners: Sequence[KindRunner], certificates: CertificateFigures | None 
                 yield DEPTH, (kind, state), getattr(counts, state)
             yield OLDEST, (kind,), counts.oldest_seconds
     yield from settlement_figures.FIGURES.samples()
+    yield from ledger_figures.FIGURES.samples()

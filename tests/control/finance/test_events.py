@@ -63,6 +63,8 @@ class TestRecord:
             {"amount_minor": 2**53},
             {"amount_minor": True},
             {"currency": "eur"},
+            {"lines": (events.Line("x", 1, 5, 2**53, 0, None, None, None),)},
+            {"lines": (events.Line("x", 1, 5, 5, 0.5, None, None, None),)},  # type: ignore[arg-type]
             {"currency": None},
         ],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, date, datetime, timedelta
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -93,6 +94,25 @@ class TestAdvance:
         await recognition.advance(db, date(2027, 9, 20), 10)
         for name in (accounts.REVENUE, accounts.DEFERRED, accounts.TAX, accounts.RECEIVABLE):
             assert await of(db, name, org) == 0
+
+    async def test_one_that_cannot_be_recognized_holds_up_no_other(self, db: Database) -> None:
+        org, mine = organization(), account()
+        statement = """
+            INSERT INTO ledger_recognition (id, source, invoice_ref, line, organization_id, provider, currency, total_minor,
+                starts_at, ends_at, next_on, recognized_minor, done)
+            VALUES ($1, $1, 'in_1', 0, $1, 'stripe', 'EUR', $2, $3, $3, $4, 0, false)
+        """
+        async with db.transaction() as tx:  # more than any posting may be, and the oldest of all
+            await tx.raw.execute(statement, org, 2**60, START - timedelta(days=99), (START - timedelta(days=99)).date())
+        try:
+            await invoice(db, org, mine)
+            with pytest.raises(ValueError, match="no amount in minor units"):
+                await recognition.advance(db, date(2026, 9, 12), 10)
+            assert await of(db, accounts.REVENUE, org) == -(57 - 100 + 35 + 100)
+        finally:
+            async with db.transaction() as tx:
+                await tx.raw.execute("SET LOCAL session_replication_role = replica")
+                await tx.raw.execute("DELETE FROM ledger_recognition WHERE id = $1", org)
 
     async def test_what_lines_leave_out_is_recognized_too(self) -> None:
         """A discount that is no line."""

@@ -232,7 +232,7 @@ async def trial_balance(
 
 
 def _balance(each: balances.Balance) -> dict[str, Any]:
-    account = accounts.CHART[each.account]
+    account = accounts.known(each.account)
     return {
         "account": each.account, "number": account.number, "title": account.title, "type": account.type,
         "currency": each.currency, "debit_minor": each.debit_minor, "credit_minor": each.credit_minor,

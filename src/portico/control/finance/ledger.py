@@ -128,7 +128,7 @@ async def post(tx: Tx, entry: Entry) -> str | None:
     ``ValueError`` as :func:`check` does.
     """
     check(entry)
-    await tx.raw.execute("SELECT pg_advisory_xact_lock_shared($1)", _POSTING_LOCK)
+    await _enter(tx)
     chain = entry.organization_id or PLATFORM
     head = await store.lock_head(tx, chain, store.LEDGER)
     known, open_on = await _known(tx, entry.key)
@@ -151,6 +151,11 @@ async def post(tx: Tx, entry: Entry) -> str | None:
     await tx.execute(sa.insert(_postings), [{**shared, "position": at, **each} for at, each in enumerate(posted)])
     await store.advance(tx, chain, store.LEDGER, row["seq"], row["hash"])
     return str(row["id"])
+
+
+async def _enter(tx: Tx) -> None:
+    """Be one of those who post until ``tx`` ends. Before the end of a chain is locked: whoever seals waits for both."""
+    await tx.raw.execute("SELECT pg_advisory_xact_lock_shared($1)", _POSTING_LOCK)
 
 
 async def _known(tx: Tx, key: str) -> tuple[str | None, date | None]:
@@ -187,6 +192,7 @@ async def reverse(
         raise Problem("ledger.transaction_not_found")
     if row.reverses is not None:
         raise Problem("ledger.reversal_of_reversal")
+    await _enter(tx)
     await store.lock_head(tx, row.chain, store.LEDGER)
     query = sa.select(_transactions.c.id).where(_transactions.c.reverses == transaction)
     if await tx.fetch_one(query) is not None:

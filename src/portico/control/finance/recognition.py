@@ -8,6 +8,7 @@ of workers may.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
@@ -22,6 +23,8 @@ from portico.control.finance.store import schedules
 from portico.kit.db import Database, Reader, Tx
 from portico.kit.ids import new_id
 from portico.kit.money import allocate
+
+log = logging.getLogger(__name__)
 
 #: Days of one schedule that one transaction recognizes at most (one that nobody saw for long catches up in pieces).
 DAYS_AT_ONCE: Final = 100
@@ -98,18 +101,26 @@ async def cancel(tx: Tx, source: str, invoice_ref: str, at: datetime) -> None:
 async def advance(db: Database, today: date, batch: int) -> int:
     """Recognize every day before ``today`` that is not in the ledger yet; how many transactions that were.
 
-    One schedule is one transaction of the database: a crash in between loses nothing and repeats nothing.
+    One schedule is one transaction of the database: a crash in between loses nothing and repeats nothing. One that cannot be
+    recognized keeps no other from it: what it raised first is raised at the end.
     """
     posted = 0
     passed: set[str] = set()
+    failed: Exception | None = None
     while True:
         async with db.read() as reader:
             due = [name for name in await _due(reader, today, batch + len(passed)) if name not in passed]
         if not due:
+            if failed is not None:
+                raise failed
             return posted
         for name in due:
-            async with db.transaction() as tx:
-                count = await advance_one(tx, name, today)
+            try:
+                async with db.transaction() as tx:
+                    count = await advance_one(tx, name, today)
+            except Exception as err:
+                log.exception("a schedule cannot be recognized", extra={"f": {"schedule": name}})
+                failed, count = failed or err, 0
             posted += count
             if count == 0:
                 passed.add(name)  # another worker has it, or it is done
