@@ -119,6 +119,8 @@ class BillingSettings:
     billing_webhook_body_keep_seconds: int = 7_776_000
     # Seconds that it is shown what was stored and turned out to be nobody's.
     billing_webhook_disowned_keep_seconds: int = 86_400
+    # Seconds for which an event waits for what it is about (whose it is, its payment); then it is dead, until it is replayed.
+    billing_waiting_seconds: float = 604_800.0
     # Seconds before now at which a scheduled comparison with a provider's list ends: what is younger may be on its way.
     billing_reconcile_grace_seconds: float = 300.0
     # Seconds by which it begins before the end of the last one.
@@ -141,6 +143,8 @@ class BillingSettings:
     dunning_write_off_days: float = 30.0
     # Days for which a provider's own attempts are waited for before anything is taken away.
     dunning_patience_days: float = 21.0
+    # Whether a subscription is ended of which a payment was disputed and lost: the money is gone, and the next one would be.
+    dispute_ends_subscription: bool = True
     # Days after a payment for which members can have it given back; operators always can.
     refund_days: float = 14.0
     # Seconds before the end of a period at which we end a subscription whose provider cannot end it with the period.

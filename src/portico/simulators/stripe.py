@@ -332,15 +332,7 @@ class StripeSimulator(ProviderSimulator):
             version = self._admit(request)
             params = nested(request.query_params.multi_items())
             rows = [doc for doc in reversed(self.world.all(kind)) if self._fits(kind, doc, params)]
-            try:
-                limit = int(params.get("limit", 10))
-            except ValueError:
-                limit = 0
-            if not 1 <= limit <= _MAX_PAGE:
-                raise Refused(
-                    400, shapes.error(_INVALID, f"limit is from 1 to {_MAX_PAGE}", "parameter_invalid", "limit")
-                )
-            chosen, more = _page(rows, limit, params)
+            chosen, more = _page(rows, _limit(params), params)
             shape = shapes.CURRENT if kind == "events" else version
             return self._answer(shapes.listed(f"/v1/{path}", chosen, more), shape, params)
 
@@ -385,8 +377,10 @@ class StripeSimulator(ProviderSimulator):
         return JSONResponse({"object": "balance", "available": [], "livemode": False, "pending": rows})
 
     async def _lines(self, request: Request) -> Response:
-        version = self._admit(request)
-        return self._answer(self._need("invoices", request.path_params["ref"])["lines"], version, {})
+        version, params = self._admit(request), nested(request.query_params.multi_items())
+        lines = self._need("invoices", request.path_params["ref"])["lines"]
+        chosen, more = _page(lines["data"], _limit(params), params)
+        return self._answer(shapes.listed(lines["url"], chosen, more), version, params)
 
     # -- verbs -----------------------------------------------------------------------------------------------------------
 
@@ -656,6 +650,17 @@ def _in_range(created: int, wanted: Any) -> bool:
         return created == int(wanted)
     checks = {"gte": created.__ge__, "gt": created.__gt__, "lte": created.__le__, "lt": created.__lt__}
     return all(checks[name](int(value)) for name, value in wanted.items())
+
+
+def _limit(params: Doc) -> int:
+    """How many a caller wants."""
+    try:
+        limit = int(params.get("limit", 10))
+    except ValueError:
+        limit = 0
+    if not 1 <= limit <= _MAX_PAGE:
+        raise Refused(400, shapes.error(_INVALID, f"limit is from 1 to {_MAX_PAGE}", "parameter_invalid", "limit"))
+    return limit
 
 
 def _page(rows: list[Doc], limit: int, params: Doc) -> tuple[list[Doc], bool]:

@@ -15,6 +15,8 @@ from portico.simulators.billing_world import Doc, Offer, fixed, public, token
 
 #: The first version of the newer shape, and what a caller gets who names none.
 BASIL: Final = "2025-03-31"
+#: Lines that an invoice has in itself.
+_LINES: Final = 10
 CURRENT: Final = "2026-01-28.clover"
 #: Kind of object → beginning of its ids, and how many random characters follow.
 ID_FORMS: Final = {
@@ -137,10 +139,9 @@ def error(kind: str, message: str, code: str | None = None, param: str | None = 
 
 def shaped(doc: Doc, version: str) -> Doc:
     """A copy of an object as this version of the API has it."""
-    if version[:10] >= BASIL:
-        found: Doc = public(doc)
-    else:
-        found = _older(doc)
+    found: Doc = public(doc) if version[:10] >= BASIL else _older(doc)
+    if found.get("object") == "invoice" and (lines := found.get("lines")):  # the rest is at /v1/invoices/{id}/lines
+        lines["data"], lines["has_more"] = lines["data"][:_LINES], len(lines["data"]) > _LINES
     return found
 
 

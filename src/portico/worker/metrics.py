@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from portico.control.billing import settlement_figures
+from portico.control.billing import settlement_figures, waiting_figures
 from portico.control.finance import ledger_figures
 from portico.kit.metrics import Metric, Sample
 from portico.kit.queue_runner import KindRunner
@@ -25,6 +25,7 @@ OLDEST = Metric("portico_queue_oldest_seconds", "gauge", "How late the oldest du
 
 DECLARED: tuple[Metric, ...] = (
     JOBS, SECONDS, DEPTH, OLDEST, *certificate_figures.DECLARED, *settlement_figures.DECLARED, *ledger_figures.DECLARED,
+    *waiting_figures.DECLARED,
 )  # fmt: skip
 
 
@@ -43,3 +44,4 @@ def read(runners: Sequence[KindRunner], certificates: CertificateFigures | None 
             yield OLDEST, (kind,), counts.oldest_seconds
     yield from settlement_figures.FIGURES.samples()
     yield from ledger_figures.FIGURES.samples()
+    yield from waiting_figures.FIGURES.samples()

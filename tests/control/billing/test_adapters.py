@@ -332,6 +332,56 @@ async def test_a_dispute_after_a_partial_refund_is_about_what_was_left_whatever_
         assert {amount for _, amount in amounts} == {(paid.amount_minor or 0) - 500}
 
 
+async def test_an_invoice_of_many_lines_is_read_whole() -> None:
+    async with shop("stripe", billing_list_page=5) as at:
+        sub = at.sim.world.get("subscriptions", await at.buy())
+        for _ in range(6):  # each takes a line back and makes another; the next invoice has them all
+            for plan in ("team", "pro"):
+                price = at.sim.world.get("prices", at.sim.price(plan))
+                at.sim.books.change(sub, price, 1, "create_prorations")
+        await at.sim.advance(_MONTH)
+        bodies = [body for body in await at.told() if body["type"] == "invoice.finalized"]
+        assert (len(bodies[-1]["data"]["object"]["lines"]["data"]), bodies[-1]["data"]["object"]["lines"]["has_more"]) == (
+            10, True,
+        )  # fmt: skip
+        issued = (await at.meaning("invoice.issued"))[-1]
+        assert len(issued.lines) == 25, "two of each change, and the plan"
+        assert sum(line.net_minor for line in issued.lines) == issued.net_minor
+
+
+@EVERY
+async def test_a_page_that_is_closed_is_paid_no_longer(name: Name) -> None:
+    async with shop(name) as at:
+        paid, left = [await at.adapter.checkout(at.order(reference=f"chk_000{n}"), key=f"chk_000{n}") for n in range(2)]
+        at.sim.pay(paid.ref, "good")
+        assert (await refusal(at.adapter.close_page(paid.ref, key="cls_0000"))).code in (
+            "billing.provider_refused", "billing.provider_unsupported",
+        )  # fmt: skip
+        if "close_page" not in at.adapter.can:
+            assert (await refusal(at.adapter.close_page(left.ref, key="cls_0001"))).code == (
+                "billing.provider_unsupported"
+            )
+            return
+        await at.adapter.close_page(left.ref, key="cls_0001")
+        with pytest.raises(ValueError, match=r"expired|cancelled"):
+            at.sim.pay(left.ref, "good")
+
+
+@pytest.mark.parametrize("name", ["stripe", "razorpay"])
+async def test_a_refund_is_found_when_its_key_may_be_forgotten(name: Name) -> None:
+    async with shop(name) as at:
+        await at.buy()
+        payment = await at.payment()
+        ref, currency = str(payment.payment_ref), str(payment.currency)
+        assert await at.adapter.refund_made(ref, key="rfd_000000001") is None
+        made = [
+            await at.adapter.refund(ref, amount_minor=amount, currency=currency, reason="x", key=f"rfd_00000000{n}")
+            for n, amount in enumerate((100, 200, 300))
+        ]
+        assert await at.adapter.refund_made(ref, key="rfd_000000001") == made[1]
+        assert await at.adapter.refund_made(ref, key="rfd_000000009") is None
+
+
 # -- reconcile
 
 

@@ -13,10 +13,11 @@ import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portico.control.billing import billing_store, dunning_jobs
+from portico.control.billing import billing_store, checkout_store, dunning_jobs
 from portico.control.billing.apply import Applier
 from portico.control.finance.events import FinanceEvent
 from portico.kit.db import Database
+from portico.kit.ids import new_id
 from portico.kit.sealing import new_master_key
 from portico.settings import ApiSettings, Secret
 from tests.control.billing.story import PRICES, Crash, Statements, Story
@@ -168,6 +169,31 @@ async def test_references_of_two_organizations_are_refused(story: Story, db: Dat
     assert ((await plan(story))[0], (await plan(other))[0]) == ("free", "free")
 
 
+@pytest.mark.parametrize("provider", ["razorpay", "paypal"])
+async def test_who_pays_for_two_organizations_is_one_customer_there(
+    db: Database, applier: Applier, provider: str
+) -> None:
+    """These providers know people: the same one pays for both, and each has what was paid for it."""
+    one, other = [await Story(db, applier, provider).found() for _ in range(2)]
+    other.source = one.source
+    await one.page(subscription="sub_1")
+    await one.apply(one.state(1, "active"))
+    stranger = other.state(2, "active", subscription_ref="sub_2", plan_ref="price_team")
+    assert await other.apply(stranger) == ["waiting"], "the customer does not say whose it is"
+    async with db.transaction() as tx:
+        row = {"id": new_id("chk"), "organization_id": other.organization, **one.source.columns, "plan": "team"}
+        await checkout_store.add_checkout(tx, {**row, "plan_version": 1})
+        answered = {"ref": "cs_2", "customer_ref": None, "subscription_ref": "sub_2", "url": "https://x.example"}
+        await checkout_store.opened(tx, row["id"], answered)
+        await applier.wake(tx, [one.source.key("subscription", "sub_2")])
+    later = other.state(3, "active", subscription_ref="sub_2", plan_ref="price_team")
+    assert await other.apply(later) == ["applied"]
+    held = {story.organization: (await story.end())["subscription"] for story in (one, other)}
+    assert {name: [row[0] for row in rows] for name, rows in held.items()} == {
+        one.organization: ["sub_1"], other.organization: ["sub_2"],
+    }  # fmt: skip
+
+
 async def test_money_of_an_organization_that_is_gone_is_booked(story: Story, db: Database) -> None:
     await story.page(subscription="sub_1")
     async with db.transaction() as tx:
@@ -175,6 +201,54 @@ async def test_money_of_an_organization_that_is_gone_is_booked(story: Story, db:
     done = await story.apply(story.invoice(1, "in_1"), story.paid(2, "in_1", "pi_1"), story.state(3, "active"))
     assert done == ["applied"] * 3
     assert len((await story.end())["ledger"]) == 4
+
+
+async def test_nobody_goes_on_paying_for_an_organization_that_is_gone(story: Story, db: Database) -> None:
+    """Its page was paid afterwards: what was bought is ended at the provider, once."""
+    await story.page(subscription="sub_1")
+    async with db.transaction() as tx:
+        await tx.raw.execute("DELETE FROM organizations WHERE id = $1", story.organization)
+    await story.apply(story.state(3, "active"), story.state(4, "active"))
+    assert await asked(story) == [("cancel", False)]
+
+
+async def asked(story: Story) -> list[tuple[str, bool]]:
+    """What billing asks of the provider by itself."""
+    query = (
+        "SELECT act, (arguments ->> 'at_period_end')::boolean AS later FROM billing_calls WHERE organization_id = $1"
+        " ORDER BY id"
+    )
+    async with story.db.read() as reader:
+        return [(row["act"], row["later"]) for row in await reader.raw.fetch(query, story.organization)]
+
+
+async def test_a_payment_names_its_invoice(story: Story) -> None:
+    await story.page()
+    await story.apply(story.paid(2, "in_1", "pi_1"), story.invoice(1, "in_1"))
+    query = (
+        "SELECT i.provider_ref, i.number IS NOT NULL FROM billing_payments p JOIN billing_invoices i ON i.id = p.invoice_id"
+        " WHERE p.organization_id = $1"
+    )
+    async with story.db.read() as reader:
+        rows = [tuple(row) for row in await reader.raw.fetch(query, story.organization)]
+    assert rows == [(f"in_1_{story.tag}", True)]
+
+
+def _dispute(story: Story, minute: int, end: str) -> FinanceEvent:
+    status = {"opened": "open"}.get(end, end)
+    return story(
+        f"dispute.{end}", minute, "dp_1", dispute_ref="dp_1", payment_ref="pi_1", amount_minor=1190, currency="EUR",
+        status=status, customer_ref=None, subscription_ref=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("end", "calls"), [("lost", [("cancel", False)]), ("won", [])])
+async def test_a_dispute_that_is_lost_ends_the_subscription(story: Story, end: str, calls: list[Any]) -> None:
+    await story.page()
+    await story.apply(story.state(1, "active"), story.invoice(1, "in_1"), story.paid(2, "in_1", "pi_1"))
+    done = _dispute(story, 9, end)
+    await story.apply(_dispute(story, 8, "opened"), done, done)
+    assert await asked(story) == calls
 
 
 async def test_a_payout_is_ours(story: Story) -> None:
@@ -245,7 +319,7 @@ async def test_a_failure_told_after_its_payment_opens_nothing(story: Story) -> N
 
 async def test_without_invoices_any_later_payment_counts(db: Database, applier: Applier) -> None:
     story = await Story(db, applier, "paypal").found()
-    await story.page()
+    await story.page(subscription="sub_1")
     await story.apply(story.state(1, "active"), story.failed(3, None, 1))
     assert len((await story.end())["dunning"]) == 1
     await story.apply(story.invoice(8, "sale_1"), story.paid(9, "sale_1", "sale_1"))

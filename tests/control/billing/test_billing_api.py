@@ -121,6 +121,40 @@ class TestCheckout:
             assert await reader.raw.fetchval(query, owner.organization) == "failed"
             assert (await queue.count(reader, checkout_store.CALL)).waiting == 0
 
+    async def test_one_that_nobody_could_open_is_said_again_and_no_fault_of_ours(
+        self, owner: Account, stripe: StripeSimulator
+    ) -> None:
+        headers = {"Idempotency-Key": "away"}
+
+        async def ask() -> httpx.Response:
+            return await owner.client.post("/v1/billing/checkout-sessions", json=order(), headers=headers)
+
+        stripe.faults.api_count = 99
+        assert (await ask()).status_code == 503
+        stripe.faults.api_count = 0
+        again = await ask()
+        assert (again.status_code, again.json()["code"]) == (503, "billing.provider_unreachable")
+        assert (await buy(owner)).status_code == 201
+
+    async def test_one_that_went_with_its_organization(
+        self, owner: Account, db: Database, app: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between the call and the answer, which are two transactions."""
+        real = app.state.billing.calls.now
+
+        async def now(call: str) -> Any:
+            row = await real(call)
+            async with db.transaction() as tx:
+                await tx.raw.execute("DELETE FROM billing_checkouts WHERE organization_id = $1", owner.organization)
+            return row
+
+        monkeypatch.setattr(app.state.billing.calls, "now", now)
+        answer = await buy(owner)
+        assert (answer.status_code, answer.json()["code"]) == (409, "billing.call_running")
+
+    async def test_it_is_said_whether_the_page_leads_back(self, owner: Account) -> None:
+        assert (await buy(owner)).json()["returns"] is True
+
 
 async def _bought(story: Story, owner: Account) -> None:
     """What Stripe would tell of the newest page: it was paid."""
@@ -239,3 +273,23 @@ async def test_a_subscription_that_is_paused_changes_no_plan(owner: Account, sto
         await tx.raw.execute(query, owner.organization)
     answer = await owner.client.post("/v1/billing/subscription/change", json={"plan": "team"})
     assert (answer.status_code, answer.json()["code"]) == (409, "billing.subscription_state")
+
+
+async def test_a_later_request_waits_for_the_answer_of_an_earlier_one(
+    owner: Account, story: Story, stripe: StripeSimulator, db: Database
+) -> None:
+    """An earlier one that got no answer is made again by the worker: after a later one, it would undo that."""
+    await buy(owner)
+    await _bought(story, owner)
+    stripe.faults.api_count = 99
+    first = await owner.client.post("/v1/billing/subscription/change", json={"plan": "team"})
+    assert first.json()["request"] == "requested", first.text
+    stripe.faults.api_count = 0
+    for path, body in (("cancel", {}), ("resume", None), ("change", {"plan": "team"})):
+        answer = await owner.client.post(f"/v1/billing/subscription/{path}", json=body)
+        assert (answer.status_code, answer.json()["code"]) == (409, "billing.call_running"), path
+        assert answer.headers["retry-after"] == "5"
+    async with db.transaction() as tx:
+        await tx.raw.execute("UPDATE billing_calls SET queue_state = 'done' WHERE act = 'change'")
+    answer = await owner.client.post("/v1/billing/subscription/resume")
+    assert answer.json().get("code") != "billing.call_running"

@@ -256,6 +256,19 @@ def test_disputes_end_once(outcome: str, state: str, expected: str) -> None:
     assert (ended.kind, ended.effect_key) == (expected, f"{expected}:paypal:SALE1")
 
 
+@pytest.mark.parametrize("state", ["completed", "refunded", "partially_refunded"])
+def test_a_sale_that_was_given_back_is_none_that_was_taken_back(state: str) -> None:
+    """Somebody makes a body with a CRC of PayPal's: it names a sale of another customer, and no money was lost."""
+    open_ = _dispute()
+    for objects in ({}, {"dispute": open_}):
+        with pytest.raises(Problem) as caught:
+            found(event("PAYMENT.SALE.REVERSED"), payment=sale(state=state), **objects)
+        assert caught.value.code == "billing.event_unconfirmed"
+    lost = _dispute(status="RESOLVED", dispute_outcome={"outcome_code": "ACCEPTED"})
+    assert len(found(event("PAYMENT.SALE.REVERSED"), payment=sale(state=state), dispute=lost)) == 2
+    assert len(found(event("PAYMENT.SALE.REVERSED"), payment=sale(state=state, reason_code="CHARGEBACK"))) == 2
+
+
 def test_a_reversal_and_the_dispute_behind_it_lose_the_money_of_a_sale_once() -> None:
     gone = found(event("PAYMENT.SALE.REVERSED"), payment=sale(state="reversed"))
     done = _dispute(status="RESOLVED", dispute_outcome={"outcome_code": "RESOLVED_BUYER_FAVOUR"})

@@ -209,6 +209,12 @@ def test_disputes(stage: str, expected: str, internal: str) -> None:
     assert (got.payment_ref, got.failure_code) == ("pay_1", "chargeback")
 
 
+def test_a_dispute_that_was_lost_is_closed_too() -> None:
+    dispute = {"id": "disp_1", "payment_id": "pay_1", "amount": 190_000, "currency": "INR", "status": "lost"}
+    (got,) = found(body("payment.dispute.closed", payment__dispute=dispute, payment=payment()), dispute=dispute)
+    assert (got.kind, got.effect_key) == ("dispute.lost", "dispute.lost:razorpay:disp_1")
+
+
 def test_settlements() -> None:
     settlement = {"id": "setl_1", "amount": 185_516, "status": "processed", "fees": 4484, "tax": 684, "utr": "U1"}
     (got,) = found(body("settlement.processed", settlement=settlement))

@@ -241,7 +241,24 @@ def test_an_action_is_required(shape: Shape) -> None:
     assert (got.kind, got.effect_key) == ("payment.action_required", "payment.action_required:stripe:in_1:1")
 
 
+@BOTH
+def test_an_invoice_of_many_lines_has_all_of_them(shape: Shape) -> None:
+    """Ten are in the event; all of them were fetched, in the shape of the API, whatever that of the event."""
+    many = [shapes.line("new", amount=100 + n) for n in range(12)]
+    told = shapes.invoice(shape, lines=[shapes.line(shape)] * 10)
+    told["lines"]["has_more"] = True
+    got = one(event("invoice.finalized", told, shape), lines={"data": many})
+    assert len(got.lines) == 12
+    assert [line.net_minor for line in got.lines] == [100 + n for n in range(12)]
+
+
 # -- refunds, disputes, payouts
+
+
+def test_a_refund_in_a_state_that_nobody_knows_is_pending_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    got = one(event("refund.created", shapes.refund(status="teleported")), charge=shapes.charge("new"))
+    assert (got.kind, got.status) == ("refund.pending", None)
+    assert [record.getMessage() for record in caplog.records] == ["a refund is in a state that nobody knows"]
 
 
 @pytest.mark.parametrize(
@@ -285,6 +302,7 @@ def test_refunds_told_by_their_charge_have_the_effects_of_their_own_events() -> 
         ("closed", "lost", "dispute.lost"),
         ("funds_reinstated", "won", "dispute.won"),
         ("created", "warning_needs_response", None),
+        ("funds_withdrawn", "warning_needs_response", "dispute.opened"),
         ("closed", "warning_closed", None),
         ("updated", "under_review", None),
         ("funds_reinstated", "under_review", None),
@@ -298,6 +316,19 @@ def test_disputes_move_money_once_and_inquiries_none(stage: str, status: str, ex
         assert (got.dispute_ref, got.amount_minor, got.payment_ref) == ("dp_1", 2261, "pi_1")
         assert got.status == {"dispute.opened": "open"}.get(got.kind, got.kind.partition(".")[2])
         assert got.fee_minor == (2000 if got.kind == "dispute.opened" else None)
+
+
+def test_a_dispute_is_booked_when_its_money_moves_with_all_that_stripe_keeps() -> None:
+    """When it is told of nothing has moved: what Stripe keeps for it is in the dispute as it is now, or in a later event."""
+    early, charge = shapes.dispute(balance_transactions=[]), shapes.charge("new")
+    assert found(event("charge.dispute.created", early), charge=charge) == []
+    opened = one(event("charge.dispute.created", early), charge=charge, dispute=shapes.dispute())
+    assert (opened.kind, opened.fee_minor) == ("dispute.opened", 2000)
+    other = {"id": "txn_3", "amount": -100, "fee": 1500, "currency": "usd"}
+    abroad = shapes.dispute(balance_transactions=[other])
+    opened, fee = found(event("charge.dispute.funds_withdrawn", abroad), charge=charge)
+    assert (opened.fee_minor, fee.kind, fee.fee_minor, fee.currency) == (None, "fee.charged", 1500, "USD")
+    assert (fee.effect_key, fee.customer_ref) == ("fee.charged:stripe:dp_1:USD", "cus_1")
 
 
 @pytest.mark.parametrize(

@@ -396,6 +396,49 @@ async def test_a_copy_that_waited_for_the_certificate(place: Place) -> None:
     ]  # fmt: skip
 
 
+async def test_two_stories_under_one_id_that_waited_for_the_certificate(place: Place) -> None:
+    """One of them holds the id; that there was another is a security event, as it is when the certificate is known."""
+    document = body_of("paypal", place.sender.clock.wall())
+    place.desk.know(document)
+    for each in (document, document | {"summary": "another one"}):
+        assert (await place.sender.send("paypal", each)).status_code == 202
+    assert await place.work() == ["done", "done"]
+    held, other = sorted(await place.rows(), key=lambda row: not row.proven)
+    assert (held.status, other.status, other.reason, other.proven) == ("applied", "ignored", "conflict", False)
+    c = audit_events.c
+    async with place.app.state.db.read() as reader:
+        query = sa.select(c.details).where(c.action == "billing_webhook.conflict", c.target == held.id)
+        (details,) = [row.details for row in await reader.fetch_all(query)]
+    assert (details["event"], details["sha256"]) == (document["id"], other.raw_sha256.hex())
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+async def test_looks_are_ordered_by_one_clock(place: Place, monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
+    """A worker whose clock is wrong looks neither in the past nor in the future."""
+    real, seen = place.desk.authority, list[FinanceEvent]()
+
+    async def authority(body: Mapping[str, Any]) -> Fetched:
+        found = await real(body)
+        return dataclasses.replace(found, at=found.at + timedelta(hours=hours))
+
+    async def apply(tx: Tx, event: FinanceEvent) -> str | None:
+        seen.append(event)
+        return None
+
+    monkeypatch.setattr(place.desk, "authority", authority)
+    monkeypatch.setattr(place, "apply", apply)
+    async with place.app.state.db.read() as reader:
+        before = await reader.raw.fetchval("SELECT clock_timestamp()")
+    await place.send("stripe")
+    assert await place.work() == ["done"]
+    async with place.app.state.db.read() as reader:
+        after = await reader.raw.fetchval("SELECT clock_timestamp()")
+    versions = [event.object_version for event in seen]
+    assert versions and all(
+        before.timestamp() * 1e6 <= version + 1 and version <= after.timestamp() * 1e6 for version in versions
+    )
+
+
 # -- again
 
 
@@ -418,6 +461,25 @@ async def test_replay_of_one(place: Place, connect: Callable[..., httpx.AsyncCli
     assert (told.details["reason"], told.organization_id) == ("to be sure", None)
     none = await operator.post("/v1/admin/billing-webhooks/bwh_none/replay", json={"reason": "x"})
     assert none.json()["code"] == "billing.webhook_not_found"
+
+
+@pytest.mark.parametrize(
+    ("document", "reason"), [({"livemode": True}, "other_mode"), ({"account": "acct_theirs"}, "other_account")]
+)
+async def test_a_replay_makes_nothing_ours(
+    place: Place, connect: Callable[..., httpx.AsyncClient], document: dict[str, Any], reason: str
+) -> None:
+    """A payout of the mode for tests, or of another account, which asks for no organization, would be booked."""
+    operator = await operator_client(place.app, connect)
+    payout = {"id": "po_1", "object": "payout", "amount": 100, "currency": "eur"}
+    body = body_of("stripe", place.sender.clock.wall(), type="payout.paid", data={"object": payout}, **document)
+    answer = await place.sender.send("stripe", body)
+    assert answer.json()["status"] == "ignored"
+    event = answer.json()["event"]
+    assert (await operator.post(f"/v1/admin/billing-webhooks/{event}/replay", json={"reason": "x"})).status_code == 200
+    assert await place.work() == ["done"]
+    row = await place.row(event)
+    assert (row.status, row.reason, row.effects, await place.effects()) == ("ignored", reason, 0, 0)
 
 
 async def audited(app: Any, action: str, target: str | None = None) -> list[Any]:

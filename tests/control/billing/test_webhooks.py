@@ -248,6 +248,17 @@ async def test_another_body_under_the_same_id(app: Any, sender: Sender) -> None:
         )  # fmt: skip
 
 
+async def test_stripe_counts_endpoints_anew_for_each_delivery(app: Any, sender: Sender) -> None:
+    """``pending_webhooks`` is no part of what happened: the same event is no other one for it."""
+    made = body_of("stripe", sender.clock.wall(), pending_webhooks=2)
+    first = await sender.send("stripe", made)
+    again = await sender.send("stripe", made | {"pending_webhooks": 1})
+    assert (again.status_code, again.json()) == (200, {"event": first.json()["event"], "status": "duplicate"})
+    other = await sender.send("stripe", made | {"pending_webhooks": 1, "created": made["created"] + 1})
+    assert (other.status_code, other.json()["code"]) == (409, "billing.webhook_conflict")
+    assert len(await rows(app)) == 1
+
+
 async def test_a_signature_of_paypal_is_good_for_one_body(app: Any, sender: Sender) -> None:
     """Bodies with the same checksum are endless: a delivery that was here is not here again with another one."""
     genuine = json.dumps(body_of("paypal", sender.clock.wall())).encode()

@@ -17,6 +17,7 @@ import pytest
 from portico.control.billing.billing_store import Source
 from portico.control.billing.normalize import normalize
 from portico.control.billing.provider import Origin
+from portico.control.finance.events import FinanceEvent
 from portico.kit.db import Database
 from portico.kit.sealing import new_master_key
 from portico.settings import ApiSettings, Secret
@@ -27,21 +28,26 @@ from tests.control.billing.story import Story
 from tests.control.conftest import Account, MovableClock
 
 _MASTER_KEY = new_master_key()
-_SIMULATORS: dict[str, Any] = {"stripe": StripeSimulator, "razorpay": RazorpaySimulator, "paypal": PayPalSimulator}
+SIMULATORS: dict[str, Any] = {"stripe": StripeSimulator, "razorpay": RazorpaySimulator, "paypal": PayPalSimulator}
 _LISTS = ("stripe_prices", "razorpay_plans", "paypal_plans", "paypal_cert_hosts")
 _SECRETS = (
     "stripe_secret_key", "stripe_webhook_secret", "razorpay_key_secret", "razorpay_webhook_secret", "paypal_client_secret"
 )  # fmt: skip
 
 
-@pytest.fixture(params=list(_SIMULATORS))
+@pytest.fixture(params=list(SIMULATORS))
 async def provider(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
-    async with _SIMULATORS[request.param]() as running:
+    async with SIMULATORS[request.param]() as running:
         yield running
 
 
 @pytest.fixture
 def settings(database_url: str, provider: Any) -> ApiSettings:
+    return settings_of(database_url, provider)
+
+
+def settings_of(database_url: str, provider: Any) -> ApiSettings:
+    """Those of an API that sells by a simulator."""
     known: dict[str, Any] = dict(provider.settings())
     for name in set(_SECRETS) & known.keys():
         known[name] = Secret(known[name])
@@ -74,30 +80,38 @@ class Customer:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    async def buy(self, plan: str = "pro") -> str:
+    async def page(self, plan: str = "pro") -> str:
+        """A page to pay on, by what the provider calls it."""
         urls = {"success_url": "https://app.example.com/", "cancel_url": "https://app.example.com/"}
         page = await self.post("checkout-sessions", {"plan": plan, "provider": self.provider.name, **urls}, 201)
         async with self.app.state.db.read() as reader:
             query = "SELECT ref FROM billing_checkouts WHERE id = $1"
-            ref = await reader.raw.fetchval(query, page["id"])
-        await self.sim("pay", {"checkout": ref, "card": "good"})
+            return str(await reader.raw.fetchval(query, page["id"]))
+
+    async def buy(self, plan: str = "pro") -> str:
+        await self.sim("pay", {"checkout": await self.page(plan), "card": "good"})
         await self.told()
         return str((await self.subscription())["id"])
 
     async def told(self) -> None:
         """Everything that the provider has told until now, the newest first."""
+        for found in await self.telling():
+            await self.story.apply(*found)
+
+    async def telling(self) -> list[list[FinanceEvent]]:
+        """What it has told, event by event."""
         adapter = self.app.state.billing.providers.of(self.provider.name)
         # Razorpay lists by the times of objects, which are simulated; the others by when events were made, which is now.
         until = self.clock.wall() + timedelta(days=1) if self.provider.name == "razorpay" else None
         since = datetime.now(UTC) - timedelta(days=2)
-        bodies = [body async for body in adapter.list_events(since, until)]
+        bodies, told = [body async for body in adapter.list_events(since, until)], []
         for body in reversed(bodies):
             text = json.dumps(body).encode()
             origin = Origin(
                 adapter.account, False, datetime.now(UTC), hashlib.sha256(text).digest(), str(body.get("id", ""))
             )
-            found = normalize(self.provider.name, body, await adapter.authority(body), origin=origin)
-            await self.story.apply(*found)
+            told.append(normalize(self.provider.name, body, await adapter.authority(body), origin=origin))
+        return told
 
     async def subscription(self) -> Any:
         answer = await self.owner.client.get("/v1/billing/subscription")

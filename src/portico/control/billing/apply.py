@@ -29,9 +29,11 @@ from portico.control.billing import (
     recurring,
     subscriptions,
     waiting,
+    webhook_store,
 )
 from portico.control.billing.billing_store import Source
 from portico.control.billing.customers import MappingConflict
+from portico.control.billing.doubles import Doubles
 from portico.control.billing.dunning import Dunning
 from portico.control.billing.dunning_notices import Notices
 from portico.control.billing.entitlement import Entitlement
@@ -50,6 +52,8 @@ log = logging.getLogger(__name__)
 OURS: Final = ("payout.",)
 #: Kinds that change a payment, which must be here first.
 _AFTER_PAYMENT: Final = ("refund.", "dispute.")
+#: Kinds by which a page may turn out to be paid.
+_BUYING: Final = ("checkout.", "subscription.", "payment.")
 #: Reasons for which an event changed no state, and is recorded all the same: it may be the base of others.
 _KEPT: Final = frozenset({"superseded", "illegal_transition"})
 
@@ -75,8 +79,9 @@ class Applier:
     def __init__(self, settings: ApiSettings, clock: Clock, sealer: Sealer, service: Plans) -> None:
         self.dunning = Dunning(settings, clock, Notices(settings, sealer))
         self.entitlement = Entitlement(settings, service)
+        self.doubles = Doubles(settings, sealer)
         self._book = booking.Booking()
-        self._clock = clock
+        self._settings, self._clock = settings, clock
 
     async def apply(self, tx: Tx, event: FinanceEvent) -> Applied | Ignored:
         """Apply ``event``, and what waited for it. Locks what it names, then its organization."""
@@ -96,6 +101,7 @@ class Applier:
                 await billing_store.lock(tx, waiting.keys(event))
                 outcome = await self._one(tx, event)
                 if isinstance(outcome, Applied) or outcome.reason in _KEPT:
+                    webhook_store.came(tx, event.provider, event.account, event.livemode, event.event_id)
                     woken.append(event.effect_key)
                     brought += waiting.keys(event)
         return woken
@@ -133,12 +139,24 @@ class Applier:
             await self._checkout(tx, event)
         await postings.post(tx, event)
         await self._book.book(tx, event, row)
+        await self._follow(tx, event, row, organization, known=known)
         if row is not None:
             await recurring.follow(tx, row, event, self.entitlement.plan(row)[0])
             await self.settle(tx, row, known=known, reason=event.kind)
         elif known:
             await self.entitlement.settle(tx, organization, event.kind)
         return outcome
+
+    async def _follow(self, tx: Tx, event: FinanceEvent, row: Any | None, organization: str, *, known: bool) -> None:
+        """Have subscriptions ended that nobody should pay for: bought beside another one, of an organization that is gone, or
+        one of whose payments somebody took back."""
+        if row is not None and not known:
+            await endings.gone(tx, row)
+        lost = postings.kind_of(event) == "dispute.lost" and self._settings.dispute_ends_subscription
+        if row is not None and lost:
+            await endings.end(tx, row, f"dispute:{row.id}:{event.dispute_ref}", "a payment was disputed and lost")
+        if event.kind.startswith(_BUYING):
+            await self.doubles.settle(tx, organization)
 
     async def settle(self, tx: Tx, subscription: Any, *, known: bool, reason: str) -> None:
         """Bring dunning and the plan to where they belong now; for the clock, too. ``known``: the organization is there, and

@@ -88,13 +88,15 @@ class RefundBody(_Body):
 
 
 class CheckoutSession(BaseModel):
-    """A page of the provider on which the plan is paid."""
+    """A page of the provider on which the plan is paid. `returns` false: it leads to neither of the addresses afterwards, so
+    whoever paid comes back by themselves."""
 
     id: str
     url: str
     plan: str
     provider: ProviderName
     expires_at: datetime | None
+    returns: bool
 
 
 class Owing(BaseModel):
@@ -234,8 +236,12 @@ async def buy(request: Request, who: Writes, billing: Service, db: Db, body: Che
 
     async def answer(tx: Tx, who: Caller) -> Response:
         row = await checkout_store.checkout(tx, made)
-        known = {"id": made, "url": row.url, "plan": row.plan, "provider": row.provider, "expires_at": row.expires_at}  # type: ignore[union-attr]
-        return _json(CheckoutSession(**known), 201)
+        if row is None or row.url is None:  # it went with its organization, or nobody could open it
+            raise Problem("billing.call_running", headers={"Retry-After": "2"})
+        can = billing.providers.of(row.provider).can
+        return _json(CheckoutSession(
+            id=made, url=row.url, plan=row.plan, provider=row.provider, expires_at=row.expires_at, returns="returns" in can
+        ), 201)  # fmt: skip
 
     return await _answer(request, answer)
 
@@ -341,7 +347,7 @@ async def state_of(reader: Reader, billing: Billing, organization: str) -> dict[
     """What an organization has by paying; the last one that it had when all are over."""
     row = await current(reader, organization)
     if row is None:
-        rows = await billing_store.subscriptions_of(reader, organization)
+        rows = [row for row in await billing_store.subscriptions_of(reader, organization) if row.beside is None]
         row = rows[-1] if rows else None
     if row is None:
         return {"subscription": None}

@@ -53,6 +53,8 @@ subscriptions = sa.Table(
     *_source(),
     sa.Column("ref", sa.Text, nullable=False),
     sa.Column("customer_ref", sa.Text),
+    # It was bought although the organization had this other one already: it is ended, and its money goes back (doubles.py).
+    sa.Column("beside", sa.Text),
     # What was bought here; what the provider says of its price afterwards decides.
     sa.Column("checkout_plan", sa.Text),
     sa.Column("checkout_plan_version", sa.Integer),
@@ -327,6 +329,18 @@ async def payments_of(reader: Reader, organization: str, limit: int, before: str
     return await reader.fetch_all(query.order_by(t.id.desc()).limit(limit))
 
 
+async def payments_for(reader: Reader, subscription_id: str) -> Sequence[Any]:
+    """What was paid for a subscription, the oldest first."""
+    t = payments.c
+    return await reader.fetch_all(sa.select(payments).where(t.subscription_id == subscription_id).order_by(t.id))
+
+
+async def beside(tx: Tx, subscription_id: str, other: str) -> None:
+    """Mark a subscription as bought beside another one, for good."""
+    t = subscriptions
+    await tx.execute(sa.update(t).where(t.c.id == subscription_id, t.c.beside.is_(None)).values(beside=other))
+
+
 async def add_payment(tx: Tx, values: dict[str, Any]) -> Any:
     """Keep a payment; its row."""
     return (await tx.execute(sa.insert(payments).values(id=new_id("pay"), **values).returning(payments))).one()
@@ -373,7 +387,8 @@ async def park(tx: Tx, event: Any, needs: Sequence[str], document: dict[str, Any
     await tx.raw.execute(
         "INSERT INTO billing_waiting_events (effect_key, needs, kind, event, occurred_at)"
         " VALUES ($1, $2, $3, $4::text::jsonb, $5)"
-        " ON CONFLICT (effect_key) DO UPDATE SET needs = excluded.needs",
+        # A later look at the same event knows more.
+        " ON CONFLICT (effect_key) DO UPDATE SET needs = excluded.needs, event = excluded.event",
         f"{event.source} {event.effect_key}", list(needs), event.kind, json.dumps(document), event.occurred_at,
     )  # fmt: skip
 
@@ -396,11 +411,50 @@ async def unparked(tx: Tx, event: Any) -> None:
     )
 
 
+_SAID: Final = ("provider", "account", "livemode", "event_id")
+
+
 async def waiting_since(reader: Reader, before: datetime, limit: int) -> Sequence[Any]:
     """What has waited since before a time, the oldest first."""
     t = waiting.c
     columns = (t.effect_key, t.kind, t.needs, t.created_at)
     return await reader.fetch_all(sa.select(*columns).where(t.created_at < before).order_by(t.created_at).limit(limit))
+
+
+async def waiting_listing(
+    reader: Reader, provider: str | None, limit: int, after: tuple[datetime, str] | None
+) -> Sequence[Any]:
+    """What waits, the longest first: after the one that waits since a time and has an effect."""
+    t = waiting.c
+    said = [t.event[name].astext.label(name) for name in _SAID]
+    query = sa.select(t.effect_key, t.kind, t.needs, t.occurred_at, t.created_at, *said)
+    if provider is not None:
+        query = query.where(t.event["provider"].astext == provider)
+    if after is not None:
+        query = query.where(
+            sa.tuple_(t.created_at, t.effect_key) > sa.tuple_(sa.literal(after[0]), sa.literal(after[1]))
+        )
+    return await reader.fetch_all(query.order_by(t.created_at, t.effect_key).limit(limit))
+
+
+async def waiting_count(reader: Reader) -> list[Any]:
+    """By provider: how many wait (``count``), and for how many seconds the oldest has (``seconds``)."""
+    return list(
+        await reader.raw.fetch(
+            "SELECT event ->> 'provider' AS provider, count(*) AS count,"
+            " greatest(0, extract(epoch FROM now() - min(created_at)))::float8 AS seconds"
+            " FROM billing_waiting_events GROUP BY 1"
+        )
+    )
+
+
+async def wait_no_longer(tx: Tx, effect: str) -> Any | None:
+    """Take out one that waited; of which event it was, or ``None`` when it came to be applied in this moment."""
+    query = (
+        "DELETE FROM billing_waiting_events WHERE effect_key = $1 RETURNING event ->> 'provider' AS provider,"
+        " event ->> 'account' AS account, (event ->> 'livemode')::boolean AS livemode, event ->> 'event_id' AS event_id"
+    )
+    return await tx.raw.fetchrow(query, effect)
 
 
 # -- what billing gave ---------------------------------------------------------------------------------------------------

@@ -40,12 +40,14 @@ class Booking:
 
     async def _payment_succeeded(self, tx: Tx, event: FinanceEvent, subscription: Any | None) -> None:
         ref = event.payment_ref or event.invoice_ref or event.effect_key
+        invoice = await invoices.hold(tx, event)
         await billing_store.add_payment(tx, {
             "organization_id": event.organization_id,
             **Source.of(event).columns,
             "ref": ref,
             "subscription_id": subscription.id if subscription is not None else None,
             "invoice_ref": event.invoice_ref or event.payment_ref,
+            "invoice_id": invoice.id if invoice is not None else None,
             "currency": event.currency,
             "amount_minor": event.amount_minor or 0,
             "tax_minor": event.tax_minor or 0,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import uuid
 from collections.abc import Mapping
 from datetime import datetime
@@ -21,11 +22,14 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from portico.control.access import Caller
-from portico.control.billing import billing_store, checkout_store, waiting
+from portico.control.audit import service as audit
+from portico.control.billing import billing_store, checkout_store, customers, waiting
 from portico.control.billing.apply import Applier
 from portico.control.billing.billing_store import Source
 from portico.control.billing.checkout_store import CALL
+from portico.control.billing.endings import PLATFORM
 from portico.control.billing.provider import Order, Provider, Providers
+from portico.control.billing.subscriptions import WORKER
 from portico.control.identity import plans
 from portico.errors import Problem
 from portico.kit import queue
@@ -35,8 +39,12 @@ from portico.kit.ids import new_id
 from portico.kit.queue import Limits, Retry, Work
 from portico.settings import ApiSettings
 
+log = logging.getLogger(__name__)
+
 #: What can be asked.
-ACTS: Final = ("checkout", "cancel", "resume", "change", "refund")
+ACTS: Final = ("checkout", "close", "cancel", "resume", "change", "refund")
+#: Seconds for which a provider surely knows a key again (Stripe: a day). What is asked for again after that is looked for first.
+_KEY_SECONDS: Final = 72_000.0
 
 
 def request_key(caller: Caller, given: str | None) -> str:
@@ -111,6 +119,8 @@ class Calls:
             raise Problem("billing.call_running", headers={"Retry-After": "2"})
         if row.refusal is not None:
             raise Problem(row.refusal["code"], row.refusal["detail"])
+        if row.queue_state == "dead":
+            raise Problem("billing.provider_unreachable", "there was no answer to this request; ask again as a new one")
         return row
 
     async def _given_up(self, work: Work, row: Any, err: Retry) -> None:
@@ -149,11 +159,16 @@ class Calls:
             }  # fmt: skip
         ref = arguments["ref"]
         if act == "refund":
-            back = await adapter.refund(
+            old = (self._clock.wall() - row["queued_at"]).total_seconds() > _KEY_SECONDS
+            back = await adapter.refund_made(ref, key=key) if old else None
+            back = back or await adapter.refund(
                 ref, amount_minor=arguments["amount_minor"], currency=arguments["currency"],
                 reason=arguments["reason"], key=key,
             )  # fmt: skip
             return {"ref": back.ref, "status": back.status}
+        if act == "close":
+            await adapter.close_page(ref, key=key)
+            return {"status": "done"}
         if act == "change":
             change = await adapter.change(
                 ref, arguments["price"], when=arguments["when"], return_url=arguments["return_url"], key=key
@@ -171,6 +186,13 @@ class Calls:
 
     async def _refused(self, tx: Tx, row: Mapping[str, Any], problem: Problem) -> None:
         await checkout_store.answered(tx, row["id"], None, {"code": problem.code, "detail": problem.detail})
+        actor = json.loads(row["actor"]) if isinstance(row["actor"], str) else row["actor"]
+        if actor == PLATFORM and row["act"] != "close":  # nobody waits for an answer: whoever runs this has to see it
+            facts = {"call": row["id"], "act": row["act"], "subject": row["subject"], "code": problem.code}
+            log.error("a provider refuses what we asked for by ourselves", extra={"f": facts})
+            await audit.record(
+                tx, WORKER, "billing_call.refused", row["subject"], details=facts, organization=audit.INSTALLATION
+            )
         if row["act"] == "checkout":
             await checkout_store.ended(tx, row["subject"], "failed", {})
         elif row["act"] == "refund":
@@ -183,6 +205,8 @@ class Calls:
             await self._opened(tx, row, answer)
         elif row["act"] == "refund":
             await self._refunded(tx, row["subject"], answer)
+        elif row["act"] == "close":
+            await checkout_store.ended(tx, row["subject"], "expired", {})
         shown = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in answer.items()}
         await checkout_store.answered(tx, row["id"], shown, None)
 
@@ -203,15 +227,17 @@ class Calls:
         known = await plans.hold(tx, page.organization_id) is not None
         await checkout_store.opened(tx, page.id, dict(answer))
         if answer["customer_ref"] is not None:
-            await billing_store.add_customer(tx, page.organization_id, source, answer["customer_ref"])
+            await customers.belongs(tx, page.organization_id, source, answer["customer_ref"])
         await self._applier.wake(tx, keys)
-        if answer["subscription_ref"] is None:
-            return
-        bought = await billing_store.subscription(tx, source, answer["subscription_ref"])
+        bought = None
+        if answer["subscription_ref"] is not None:
+            bought = await billing_store.subscription(tx, source, answer["subscription_ref"])
         if bought is not None and bought.checkout_plan is None:
             await billing_store.bought(tx, bought.id, page.plan, page.plan_version)
             if known:
                 await self._applier.entitlement.settle(tx, page.organization_id, "checkout")
+        # Another page may have been paid while this one was being made.
+        await self._applier.doubles.settle(tx, page.organization_id)
 
     @staticmethod
     async def _refunded(tx: Tx, refund_id: str, answer: Mapping[str, Any]) -> None:

@@ -15,9 +15,10 @@ from portico.control.audit import service as audit
 from portico.control.billing import billing_store, checkout_store
 from portico.control.billing.billing_store import Source
 from portico.control.billing.calls import Calls, request_key
+from portico.control.billing.doubles import alive
 from portico.control.billing.entitlement import Entitlement, prices
 from portico.control.billing.provider import Name, Providers
-from portico.control.billing.subscription_states import ENTITLED, TERMINAL
+from portico.control.billing.subscription_states import ENTITLED
 from portico.control.identity import facts as identity_facts
 from portico.control.identity import plans
 from portico.errors import Problem
@@ -70,7 +71,8 @@ class Checkouts:
     async def buy(self, tx: Tx, who: Caller, wanted: Purchase, given_key: str | None) -> tuple[str, str]:
         """Ask for a page on which a plan is paid: ids of the checkout and of the call.
 
-        Raises ``plan.not_found``, ``billing.plan_not_sold``, ``billing.already_subscribed``, ``billing.url_invalid``.
+        Raises ``plan.not_found``, ``billing.plan_not_sold``, ``billing.already_subscribed``, ``billing.url_invalid``. Of two
+        pages that are open at once the first that is paid counts (``doubles.py``).
         """
         check_url(wanted.success_url, "success_url")
         check_url(wanted.cancel_url, "cancel_url")
@@ -129,6 +131,7 @@ class Checkouts:
         key = request_key(who, given_key)
         if (before := await self._calls.known(tx, who, key, "cancel", arguments)) is not None:
             return str(before.id)
+        await _one_at_a_time(tx, row)
         adapter, at = self._providers.of(row.provider), None
         if at_period_end and "cancel_at_period_end" not in adapter.can:
             if row.period_end is None or row.period_end <= self._clock.wall():
@@ -150,6 +153,7 @@ class Checkouts:
         key, arguments = request_key(who, given_key), {"ref": row.ref}
         if (before := await self._calls.known(tx, who, key, "resume", arguments)) is not None:
             return str(before.id)
+        await _one_at_a_time(tx, row)
         if await checkout_store.unschedule(tx, row.id):
             await audit.record(tx, who, "subscription.resume", row.id)
             return None
@@ -175,6 +179,7 @@ class Checkouts:
         key = request_key(who, given_key)
         if (before := await self._calls.known(tx, who, key, "change", arguments)) is not None:
             return str(before.id)
+        await _one_at_a_time(tx, row)
         if self._entitlement.plan(row)[0] == plan:
             raise Problem("billing.same_plan", f"the subscription is for {plan} already")
         if row.status not in ENTITLED:
@@ -232,6 +237,16 @@ class Checkouts:
         return made, call
 
 
+async def _one_at_a_time(tx: Tx, row: Any) -> None:
+    """Raises ``billing.call_running`` while an earlier request about a subscription, which is held, has no answer: made again
+    after a later one, it would undo that."""
+    if await checkout_store.unfinished(tx, row.id):
+        raise Problem(
+            "billing.call_running", "an earlier request about the subscription is not answered yet",
+            headers={"Retry-After": "5"},
+        )  # fmt: skip
+
+
 def _for(who: Caller, organization: str) -> Caller:
     return Caller(who.kind, who.id, organization, platform_operator=who.platform_operator)
 
@@ -239,5 +254,5 @@ def _for(who: Caller, organization: str) -> Caller:
 async def current(reader: Reader, organization: str) -> Any | None:
     """The subscription that an organization has: the newest that is not over; ``None`` when all are."""
     rows = await billing_store.subscriptions_of(reader, organization)
-    alive = [row for row in rows if row.status not in TERMINAL and row.status != "pending"]
-    return max(alive, key=lambda row: (row.status in ENTITLED, row.id), default=None)
+    found = [row for row in rows if alive(row) and row.beside is None]
+    return max(found, key=lambda row: (row.status in ENTITLED, row.id), default=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -78,7 +77,7 @@ calls = sa.Table(
     # Of one key of an organization there is one call, however often it is asked for.
     sa.Column("request_key", sa.Text, nullable=False),
     sa.Column("act", sa.Text, nullable=False),
-    # The checkout, the subscription or the refund.
+    # The checkout (to be made, or closed), the subscription or the refund.
     sa.Column("subject", sa.Text, nullable=False, index=True),
     sa.Column("provider", sa.Text, nullable=False),
     sa.Column("arguments", JSONB, nullable=False),
@@ -121,6 +120,26 @@ async def latest_open(reader: Reader, organization: str) -> Any | None:
     c = checkouts.c
     query = sa.select(checkouts).where(c.organization_id == organization, c.state == "open")
     return await reader.fetch_one(query.order_by(c.id.desc()).limit(1))
+
+
+async def open_pages(reader: Reader, organization: str) -> Sequence[Any]:
+    """Pages of the organization on which somebody can still pay."""
+    c = checkouts.c
+    query = sa.select(checkouts).where(
+        c.organization_id == organization, c.state == "open", sa.func.coalesce(c.expires_at > sa.func.now(), True)
+    )
+    return await reader.fetch_all(query.order_by(c.id))
+
+
+async def closed(reader: Reader, organization: str) -> dict[tuple[Source, str], str]:
+    """Subscriptions that came from pages which were to be closed, and beside which other one (by our id)."""
+    c, t = checkouts.c, calls.c
+    query = (
+        sa.select(checkouts, t.arguments)
+        .join(calls, (t.subject == c.id) & (t.act == "close"))
+        .where(c.organization_id == organization, c.subscription_ref.is_not(None))
+    )
+    return {(Source.of(row), row.subscription_ref): row.arguments["first"] for row in await reader.fetch_all(query)}
 
 
 async def add_checkout(tx: Tx, values: dict[str, Any]) -> None:
@@ -239,13 +258,6 @@ async def answered(tx: Tx, call_id: str, result: dict[str, Any] | None, refusal:
     await tx.execute(sa.update(calls).where(calls.c.id == call_id).values(result=result, refusal=refusal))
 
 
-async def stale(reader: Reader, before: datetime) -> Sequence[Any]:
-    """Checkouts whose page has expired without a word from the provider."""
-    c = checkouts.c
-    query = sa.select(checkouts).where(c.state.in_(("requested", "open")), c.expires_at < before).limit(100)
-    return await reader.fetch_all(query)
-
-
 async def scheduled(reader: Reader, subscription_id: str) -> Any | None:
     """The cancellation that is made at the end of a subscription's period."""
     t = calls.c
@@ -254,6 +266,16 @@ async def scheduled(reader: Reader, subscription_id: str) -> Any | None:
         *mine, t.attempts == 0, t.available_at > sa.func.now() + sa.text("interval '5 minutes'")
     )
     return await reader.fetch_one(query)
+
+
+async def unfinished(reader: Reader, subscription_id: str) -> bool:
+    """Whether something that was asked for of a subscription is not answered yet. What is scheduled for later does not count."""
+    t = calls.c
+    later = (t.attempts == 0) & (t.available_at > sa.func.now() + sa.text("interval '5 minutes'"))
+    query = sa.select(t.id).where(
+        t.subject == subscription_id, t.act.in_(("cancel", "resume", "change")), t.queue_state == "pending", ~later
+    )
+    return await reader.fetch_one(query.limit(1)) is not None
 
 
 async def ending(reader: Reader, subscription_id: str) -> bool:

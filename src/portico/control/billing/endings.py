@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 from portico.control.billing import billing_store, checkout_store
 from portico.control.billing.subscription_states import TERMINAL
@@ -10,13 +11,23 @@ from portico.kit import queue
 from portico.kit.db import Tx
 from portico.kit.ids import new_id
 
+#: The actor of a call that nobody waits for.
+PLATFORM: Final = {"kind": "operator", "id": "billing"}
+
 
 async def leave(tx: Tx, organization: str) -> int:
-    """Have every subscription of an organization that goes ended; always 0: nothing is left to do another time. The records of
-    its money stay."""
+    """Have every subscription of an organization that goes ended, and its open pages closed; always 0: nothing is left to do
+    another time. The records of its money stay."""
     for row in await billing_store.subscriptions_of(tx, organization):
-        await end(tx, row, f"departure:{row.id}", "the organization was deleted")
+        await gone(tx, row)
+    for page in await checkout_store.open_pages(tx, organization):
+        await ask(tx, page, "close", page.id, f"close:{page.id}", {"ref": page.ref, "first": ""})
     return 0
+
+
+async def gone(tx: Tx, row: Any) -> None:
+    """Have a subscription ended whose organization is gone, or going: nobody has what it would pay for."""
+    await end(tx, row, f"departure:{row.id}", "the organization was deleted")
 
 
 async def end(tx: Tx, row: Any, key: str, reason: str) -> None:
@@ -24,9 +35,16 @@ async def end(tx: Tx, row: Any, key: str, reason: str) -> None:
     if row.status in TERMINAL or await checkout_store.call_by_request(tx, row.organization_id, key) is not None:
         return
     await checkout_store.unschedule(tx, row.id)
+    await ask(tx, row, "cancel", row.id, key, {"ref": row.ref, "at_period_end": False, "reason": reason})
+
+
+async def ask(tx: Tx, row: Any, act: str, subject: str, key: str, arguments: Mapping[str, Any]) -> None:
+    """Have the provider of ``row`` asked by the worker, once for each ``key`` of its organization; ``subject``: what it is about,
+    by our id."""
+    if await checkout_store.call_by_request(tx, row.organization_id, key) is not None:
+        return
     await checkout_store.add_call(tx, {
-        "id": new_id("cll"), "organization_id": row.organization_id, "request_key": key, "act": "cancel",
-        "subject": row.id, "provider": row.provider, "actor": {"kind": "operator", "id": "billing"},
-        "arguments": {"ref": row.ref, "at_period_end": False, "reason": reason},
+        "id": new_id("cll"), "organization_id": row.organization_id, "request_key": key, "act": act, "subject": subject,
+        "provider": row.provider, "actor": PLATFORM, "arguments": dict(arguments),
     })  # fmt: skip
     await queue.wake(tx, checkout_store.CALL)

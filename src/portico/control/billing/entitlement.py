@@ -70,6 +70,7 @@ class Entitlement:
         """Give the organization, which the caller holds, what it pays for now; whether that changed something."""
         before = await billing_store.standing(tx, organization)
         rows = await billing_store.subscriptions_of(tx, organization)
+        rows = [row for row in rows if row.beside is None]  # what was bought twice gives nothing
         if before is None and not any(row.status in ENTITLED for row in rows):
             return False
         wanted = await self._wanted(tx, organization, rows)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, Final
 
+from portico.control.billing import refund_words
 from portico.control.billing.foreign import moment, part, ref, rows, whole, word
 from portico.control.billing.normalize_event import Head, unconfirmed, unreadable
 from portico.control.billing.provider import Fetched, Origin
@@ -45,6 +46,8 @@ _BEGUN: Final = frozenset({"BILLING.SUBSCRIPTION.ACTIVATED", "BILLING.SUBSCRIPTI
 #: States of a sale that brought money, whatever became of it later.
 _TAKEN: Final = frozenset({"completed", "partially_refunded", "refunded", "reversed"})
 _LOST: Final = frozenset({"RESOLVED_BUYER_FAVOUR", "ACCEPTED"})
+#: Why PayPal takes a sale back; it says so where it has no state for that.
+_TAKEN_BACK: Final = frozenset({"CHARGEBACK", "CHARGEBACK_SETTLEMENT", "BUYER_COMPLAINT", "GUARANTEE"})
 
 Object = Mapping[str, Any]
 
@@ -226,12 +229,13 @@ def _sale(head: Head, fetched: Fetched) -> list[FinanceEvent]:
 
 def _refunded(head: Head, fetched: Fetched) -> list[FinanceEvent]:
     refund = _have(fetched, "refund")
-    status = {"completed": "succeeded", "failed": "failed", "cancelled": "failed"}.get(_sale_state(refund))
+    found = refund_words.status_of("paypal", refund_words.PAYPAL, _sale_state(refund))
+    status = None if found == "pending" else found
     amount, code = _amount(part(refund, "amount"))
     links = _links(fetched)
     links["payment_ref"] = links["payment_ref"] or ref(refund.get("sale_id"))
     links["invoice_ref"] = links["payment_ref"]
-    kind = f"refund.{status or 'pending'}"
+    kind = f"refund.{found}"
     return [
         head.event(
             kind, f"{kind}:paypal:{ref(refund)}", refund_ref=ref(refund), status=status, amount_minor=abs(amount),
@@ -242,9 +246,10 @@ def _refunded(head: Head, fetched: Fetched) -> list[FinanceEvent]:
 
 def _reversed(head: Head, fetched: Fetched) -> list[FinanceEvent]:
     sale = _have(fetched, "payment")
-    if _sale_state(sale) == "completed":
-        raise unconfirmed("paypal", "that the sale is reversed")
     dispute = fetched.objects.get("dispute", {})
+    # A sale that was given back is none that was taken back, whatever a body says that only a checksum vouches for.
+    if not (_sale_state(sale) == "reversed" or word(sale.get("reason_code")) in _TAKEN_BACK or _lost(dispute)):
+        raise unconfirmed("paypal", "that the sale is reversed")
     # Without a case it is the bank's doing, and all of the sale.
     amount, code = _amount(part(dispute, "dispute_amount") or part(sale, "amount"))
     facts = {**_links(fetched), "dispute_ref": ref(sale), "amount_minor": amount, "currency": code}
@@ -252,6 +257,10 @@ def _reversed(head: Head, fetched: Fetched) -> list[FinanceEvent]:
         head.event("dispute.opened", f"dispute.opened:paypal:{ref(sale)}", status="open", **facts),
         head.event("dispute.lost", f"dispute.lost:paypal:{ref(sale)}", status="lost", **facts),
     ]
+
+
+def _lost(dispute: Object) -> bool:
+    return word(part(dispute, "dispute_outcome").get("outcome_code")) in _LOST
 
 
 def _dispute(head: Head, fetched: Fetched) -> list[FinanceEvent]:
@@ -265,9 +274,8 @@ def _dispute(head: Head, fetched: Fetched) -> list[FinanceEvent]:
     }  # fmt: skip
     events = [head.event("dispute.opened", f"dispute.opened:paypal:{ref(sale)}", status="open", **facts)]
     if word(found.get("status")) == "RESOLVED":
-        outcome = word(part(found, "dispute_outcome").get("outcome_code"))
         # A refund ended it: the refund is told of by itself, and what was held is free.
-        status = "lost" if outcome in _LOST and _sale_state(sale) != "refunded" else "won"
+        status = "lost" if _lost(found) and _sale_state(sale) != "refunded" else "won"
         events.append(head.event(f"dispute.{status}", f"dispute.{status}:paypal:{ref(sale)}", status=status, **facts))
     return events
 

@@ -259,6 +259,9 @@ _DISPUTES: Final[Mapping[str, str]] = {"created": "open", "won": "won", "closed"
 def _dispute(view: _View) -> list[FinanceEvent]:
     told = view.told("payment.dispute") or view.told("dispute")
     status = _DISPUTES[view.head.event_type.rpartition(".")[2]]
+    # One that was lost is closed, too.
+    if status == "won" and view.now("dispute").get("status") == "lost":
+        status = "lost"
     amount, code = _amount(told)
     kind = f"dispute.{'opened' if status == 'open' else status}"
     links = {**view.links(), "payment_ref": ref(told.get("payment_id")) or view.links()["payment_ref"]}

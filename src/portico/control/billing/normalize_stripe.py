@@ -13,9 +13,10 @@ The shape is that of the endpoint's API version, not of the object's age, so eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from portico.control.billing import refund_words
 from portico.control.billing.foreign import REF_CHARS, currency, part, ref, rows, seconds, whole, word
 from portico.control.billing.normalize_event import Head, unreadable
 from portico.control.billing.provider import Fetched, Origin
@@ -135,19 +136,18 @@ def _checkout(head: Head, body: Object, told: Object, fetched: Fetched) -> list[
 # -- invoices and payments -------------------------------------------------------------------------------------------------
 
 
-def _invoice_facts(told: Object) -> dict[str, Any]:
+def _invoice_facts(told: Object, fetched: Fetched) -> dict[str, Any]:
     (total, tax), code = _money(told, "total", "tax")
     for name in ("total_taxes", "total_tax_amounts"):
         if isinstance(told.get(name), list):
             tax = sum(iso(whole(one.get("amount")) or 0, code) for one in rows(told, name))
             break
     details = part(told, "parent", "subscription_details")
-    lines = tuple(_line(one, code) for one in rows(told, "lines"))
-    plans = [line for line in lines if line.kind == "plan" and line.period_start] or [
-        line for line in lines if line.period_start
-    ]
-    newest = max(plans, key=lambda line: line.period_end or line.period_start, default=None)  # type: ignore[arg-type, return-value]
-    priced = [ref(_price(one)) for one in rows(told, "lines") if _line_kind(one) == "plan"]
+    # An event has ten lines at most; all of them are fetched when there are more.
+    listed = rows(fetched.objects, "lines") or rows(told, "lines")
+    lines = tuple(_line(one, code) for one in listed)
+    newest = _newest(lines)
+    priced = [ref(_price(one)) for one in listed if _line_kind(one) == "plan"]
     return {
         "customer_ref": ref(told.get("customer")),
         "subscription_ref": ref(details.get("subscription")) or ref(told.get("subscription")),
@@ -162,6 +162,14 @@ def _invoice_facts(told: Object) -> dict[str, Any]:
         "period_end": newest.period_end if newest else seconds(told.get("period_end")),
         "lines": lines,
     }
+
+
+def _newest(lines: Sequence[Line]) -> Line | None:
+    """The line whose period ends last; a plan's, if there is one."""
+    dated = [(line.period_end or line.period_start, line) for line in lines if line.period_start is not None]
+    plans = [pair for pair in dated if pair[1].kind == "plan"]
+    found = max(plans or dated, key=lambda pair: pair[0], default=None)
+    return found[1] if found is not None else None
 
 
 def _line(found: Object, code: str) -> Line:
@@ -210,7 +218,7 @@ def _price(found: Object) -> Any:
 
 
 def _issued(head: Head, body: Object, told: Object, fetched: Fetched) -> list[FinanceEvent]:
-    facts = _invoice_facts(told)
+    facts = _invoice_facts(told, fetched)
     total = facts["amount_minor"]
     if total is None:
         raise unreadable("stripe", "a total of the invoice")
@@ -230,13 +238,13 @@ def _issued(head: Head, body: Object, told: Object, fetched: Fetched) -> list[Fi
 
 def _closed(head: Head, body: Object, told: Object, fetched: Fetched) -> list[FinanceEvent]:
     kind = "invoice.voided" if head.event_type == "invoice.voided" else "invoice.uncollectible"
-    facts = _invoice_facts(told)
+    facts = _invoice_facts(told, fetched)
     (left,), _ = _money(told, "amount_remaining")
     return [head.event(kind, f"{kind}:stripe:{ref(told)}", **{**facts, "amount_minor": left or 0})]
 
 
 def _paid(head: Head, body: Object, told: Object, fetched: Fetched) -> list[FinanceEvent]:
-    facts = _invoice_facts(told)
+    facts = _invoice_facts(told, fetched)
     (paid,), code = _money(told, "amount_paid")
     if paid is None:
         raise unreadable("stripe", "an amount that was paid")
@@ -279,7 +287,7 @@ def _payment(told: Object, fetched: Fetched) -> str | None:
 
 
 def _failed(head: Head, body: Object, told: Object, fetched: Fetched) -> list[FinanceEvent]:
-    facts = _invoice_facts(told)
+    facts = _invoice_facts(told, fetched)
     (left, due), _ = _money(told, "amount_remaining", "amount_due")
     attempt = whole(told.get("attempt_count")) or 0
     later = seconds(told.get("next_payment_attempt"))
@@ -311,8 +319,8 @@ def _charge_refunded(head: Head, body: Object, told: Object, fetched: Fetched) -
 
 
 def _one_refund(head: Head, told: Object, fetched: Fetched) -> FinanceEvent:
-    status = {"succeeded": "succeeded", "failed": "failed", "canceled": "failed"}.get(word(told.get("status")))
-    kind = f"refund.{status or 'pending'}"
+    found = refund_words.status_of("stripe", refund_words.STRIPE, word(told.get("status")))
+    status, kind = None if found == "pending" else found, f"refund.{found}"
     (amount,), code = _money(told, "amount")
     return head.event(
         kind,
@@ -349,16 +357,26 @@ def _dispute(head: Head, body: Object, told: Object, fetched: Fetched) -> list[F
         return [head.event(f"dispute.{status}", f"dispute.{status}:stripe:{ref(told)}", status=status, **facts)]
     if stage == "funds_reinstated" and status == "won":
         return [head.event("dispute.won", f"dispute.won:stripe:{ref(told)}", status="won", **facts)]
-    # An inquiry (`warning_…`) takes no money; when it becomes a dispute, money is withdrawn, and that is told.
-    if stage == "funds_withdrawn" or (stage == "created" and not status.startswith("warning_")):
-        fees = [
-            whole(one.get("fee")) for one in rows(told, "balance_transactions") if currency(one.get("currency")) == code
-        ]
-        fee = sum(iso(each, code) for each in fees if each and each > 0) or None
-        return [
-            head.event("dispute.opened", f"dispute.opened:stripe:{ref(told)}", status="open", fee_minor=fee, **facts)
-        ]
-    return []
+    # An inquiry (`warning_…`) takes no money; when it becomes a dispute, money is withdrawn, and that is told. Before money has
+    # moved nobody knows what Stripe keeps for it.
+    own = fetched.objects.get("dispute", {})
+    moved = rows(own if ref(own) == ref(told) else {}, "balance_transactions") or rows(told, "balance_transactions")
+    if stage != "funds_withdrawn" and not (stage == "created" and moved and not status.startswith("warning_")):
+        return []
+    fees = dict[str, int]()
+    for one in moved:
+        each, of = whole(one.get("fee")), currency(one.get("currency"))
+        if each and each > 0 and of is not None:
+            fees[of] = fees.get(of, 0) + iso(each, of)
+    fee = fees.pop(code, None)
+    opened = head.event("dispute.opened", f"dispute.opened:stripe:{ref(told)}", status="open", fee_minor=fee, **facts)
+    links = {name: facts[name] for name in ("customer_ref", "subscription_ref", "invoice_ref")}
+    return [opened] + [
+        head.event(
+            "fee.charged", f"fee.charged:stripe:{ref(told)}:{of}", amount_minor=each, fee_minor=each, currency=of, **links
+        )
+        for of, each in sorted(fees.items())
+    ]  # fmt: skip
 
 
 def _payout(head: Head, body: Object, told: Object, fetched: Fetched) -> list[FinanceEvent]:

@@ -72,6 +72,7 @@ async def _settle(
     conditions = [
         c.provider == provider,
         c.queue_state == "dead",
+        c.reason.is_distinct_from(store.WAITED),
         c.automatic_replays < settings.billing_webhook_auto_replay_times,
         c.received_at > now - timedelta(seconds=settings.billing_webhook_auto_replay_age_seconds),
     ]

@@ -26,6 +26,7 @@ from typing import Any, Final
 from urllib.parse import quote, urlencode, urlsplit
 
 from portico.control.billing import provider_errors as errors
+from portico.control.billing import refund_words
 from portico.control.billing.provider import (
     Ability,
     Change,
@@ -35,7 +36,6 @@ from portico.control.billing.provider import (
     Name,
     Order,
     Refund,
-    RefundStatus,
     State,
     When,
 )
@@ -45,10 +45,8 @@ from portico.kit import money
 from portico.kit.clock import utcnow
 from portico.settings import ApiSettings
 
-#: What its words for a refund mean; another is `pending`.
-_REFUNDS: Final[Mapping[str, RefundStatus]] = {"completed": "succeeded", "failed": "failed", "cancelled": "failed"}
 _CAN: Final[frozenset[Ability]] = frozenset(
-    {"change_at_period_end", "change_needs_consent", "resume", "events", "retries"}
+    {"change_at_period_end", "change_needs_consent", "resume", "events", "retries", "returns"}
 )
 _SUBSCRIPTION: Final = "/v1/billing/subscriptions"
 #: Currencies that PayPal takes without decimals, whatever ISO 4217 says.
@@ -117,6 +115,9 @@ class PayPal:
             raise errors.unreadable(self.name, "a subscription without id or page")
         return Checkout(ref, url, None, ref, None)
 
+    async def close_page(self, checkout_ref: str, *, key: str) -> None:
+        raise errors.unsupported(self.name, "take back a page; it ends what was approved there")
+
     async def change(self, subscription_ref: str, price: str, *, when: When, return_url: str = "", key: str) -> Change:
         if when == "now":
             raise errors.unsupported(self.name, "change a plan at once; it changes with the next period")
@@ -173,13 +174,17 @@ class PayPal:
                 raise Problem("billing.amount_invalid", f"PayPal cannot give that back: {err}") from None
             body["amount"] = {"total": total, "currency": currency}
         found = await self._ask("POST", f"{_where(payment_ref, 'payment')}/refund", body, key=key)
-        status = _REFUNDS.get(str(found.get("state") or found.get("status")).lower(), "pending")
+        said = str(found.get("state") or found.get("status")).lower()
+        status = refund_words.status_of(self.name, refund_words.PAYPAL, said)
         amount = found.get("amount")
         try:
             value, code = _amount(amount if isinstance(amount, dict) else {})
         except (money.MoneyError, KeyError):
             raise errors.unreadable(self.name, "a refund without an amount") from None
         return Refund(str(found.get("id")), status, abs(value), code)
+
+    async def refund_made(self, payment_ref: str, *, key: str) -> Refund | None:
+        return None  # it knows a PayPal-Request-Id for longer than a job is tried
 
     async def portal(self, customer_ref: str, return_url: str, *, key: str) -> str:
         raise errors.unsupported(self.name, "show a page of ours; customers look after payments in their account")
@@ -201,7 +206,9 @@ class PayPal:
             subscription = resource.get("id")
         elif kind == "PAYMENT.SALE.REFUNDED":
             await self._put(objects, "refund", resource.get("id"))
-            sale = objects.get("refund", {}).get("sale_id") or resource.get("sale_id")
+            sale = objects.get("refund", {}).get(
+                "sale_id"
+            )  # not the body's word: whose money it was is believed of nobody
         elif kind.startswith("PAYMENT.SALE."):
             sale = resource.get("sale_id") or resource.get("id")
             if kind == "PAYMENT.SALE.REVERSED":

@@ -41,6 +41,8 @@ Ability = Literal[
     "resume",  # resume() of a paused or suspended subscription
     "events",  # a list of past events, as its webhooks had them; otherwise they are made from its lists of objects
     "portal",  # a page of the provider on which customers change how they pay
+    "close_page",  # close_page(): a page that is open can be paid no longer
+    "returns",  # its page leads back to success_url or cancel_url
     "retries",  # the provider tries failed payments again by itself
 ]
 
@@ -145,6 +147,9 @@ class Provider(Protocol):
     async def checkout(self, order: Order, *, key: str) -> Checkout:
         """Make a page on which ``order`` is paid."""
 
+    async def close_page(self, checkout_ref: str, *, key: str) -> None:
+        """Let a page of :meth:`checkout` be paid no longer. One that was paid, or is over, is refused."""
+
     async def change(self, subscription_ref: str, price: str, *, when: When, return_url: str = "", key: str) -> Change:
         """Put a subscription on another price, prorated at once or from its next period on.
 
@@ -161,6 +166,10 @@ class Provider(Protocol):
         self, payment_ref: str, *, amount_minor: int | None, currency: str, reason: str, key: str
     ) -> Refund:
         """Give a payment back, all that is left of it when ``amount_minor`` is ``None``."""
+
+    async def refund_made(self, payment_ref: str, *, key: str) -> Refund | None:
+        """The refund that :meth:`refund` made under ``key``, when that is so long ago that the provider may have forgotten the
+        key; ``None``: there is none, or the provider never forgets."""
 
     async def fetch(self, ref: str, kind: Kind | None = None) -> Mapping[str, Any]:
         """One object by its id. ``kind`` is needed where ids do not tell what they name (PayPal's sales and refunds).

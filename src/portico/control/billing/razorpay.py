@@ -26,6 +26,7 @@ from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 from portico.control.billing import provider_errors as errors
+from portico.control.billing import refund_words
 from portico.control.billing.provider import (
     Ability,
     Change,
@@ -35,7 +36,6 @@ from portico.control.billing.provider import (
     Name,
     Order,
     Refund,
-    RefundStatus,
     State,
     When,
 )
@@ -44,10 +44,8 @@ from portico.errors import Problem
 from portico.kit.clock import utcnow
 from portico.settings import ApiSettings
 
-#: What its words for a refund mean; another is `pending`.
-_REFUNDS: Final[Mapping[str, RefundStatus]] = {"processed": "succeeded", "failed": "failed"}
 _CAN: Final[frozenset[Ability]] = frozenset(
-    {"change_now", "change_at_period_end", "cancel_at_period_end", "resume", "retries"}
+    {"change_now", "change_at_period_end", "cancel_at_period_end", "resume", "retries", "close_page"}
 )
 _FOLDERS: Final = {
     "sub": "subscriptions", "pay": "payments", "inv": "invoices", "rfnd": "refunds", "disp": "disputes",
@@ -116,6 +114,13 @@ class Razorpay:
                 return one
         return None
 
+    async def close_page(self, checkout_ref: str, *, key: str) -> None:
+        # The page is the subscription's, which nobody has paid for yet.
+        found = await self.fetch(checkout_ref)
+        if found.get("status") != "created":
+            raise errors.unsupported(self.name, f"close the page of a subscription that is {found.get('status')}")
+        await self.cancel(checkout_ref, at_period_end=False, reason="", key=key)
+
     async def change(self, subscription_ref: str, price: str, *, when: When, return_url: str = "", key: str) -> Change:
         current = await self.fetch(subscription_ref)
         if when == "now":
@@ -168,7 +173,17 @@ class Razorpay:
         found = await self._ask(
             "POST", f"{_path(payment_ref)}/refund", body, headers={"X-Refund-Idempotency": safe}, again=True
         )
-        status = _REFUNDS.get(str(found.get("status")), "pending")
+        return self._refund(found)
+
+    async def refund_made(self, payment_ref: str, *, key: str) -> Refund | None:
+        async for one in self._list(f"payments/{quote(payment_ref, safe='')}/refunds", {}):
+            notes = one.get("notes")
+            if isinstance(notes, dict) and notes.get("key") == key:
+                return self._refund(one)
+        return None
+
+    def _refund(self, found: Mapping[str, Any]) -> Refund:
+        status = refund_words.status_of(self.name, refund_words.RAZORPAY, str(found.get("status")))
         amount, code = found.get("amount"), found.get("currency")
         if not isinstance(amount, int) or not isinstance(code, str):
             raise errors.unreadable(self.name, "a refund without an amount")

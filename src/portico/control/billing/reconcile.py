@@ -155,7 +155,7 @@ def _row(work: Work, tools: Tools, document: Mapping[str, Any], found: Found) ->
     except Unreadable:
         found.unreadable += 1
         return None
-    if mismatch(settings, provider, facts) is not None:
+    if mismatch(settings, provider, facts.account, facts.livemode) is not None:
         found.foreign += 1
         return None
     return new_row(provider, facts, body, tools.sealer) | {

@@ -4,10 +4,10 @@
     POST   /v1/subscriptions/{id}                        another price at once; an end with the period, and back
     POST   /v1/subscription_schedules[/{id}[/release]]   another price from the next period on
     DELETE /v1/subscriptions/{id}                        an end at once
-    POST   /v1/subscriptions/{id}/resume, /v1/refunds, /v1/billing_portal/sessions
+    POST   /v1/subscriptions/{id}/resume, /v1/refunds, /v1/billing_portal/sessions, /v1/checkout/sessions/{id}/expire
     GET    /v1/{subscriptions|invoices|payment_intents|charges|refunds|disputes|payouts|checkout/sessions|…}/{id}
     GET    /v1/invoice_payments?payment[type]&payment[payment_intent]     which invoice a payment was for
-    GET    /v1/refunds?charge, /v1/events?created[gte]&created[lte]
+    GET    /v1/refunds?charge, /v1/events?created[gte]&created[lte], /v1/invoices/{id}/lines
 
 The SDK makes requests, signs them with our key and reads errors; it sends them through our own :class:`Wire`, which decides about
 time, retries and the breaker. Answers come in the shapes of the SDK's own API version; webhooks in that of their endpoint.
@@ -21,6 +21,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from portico.control.billing import provider_errors as errors
+from portico.control.billing import refund_words
 from portico.control.billing.foreign import part, ref, rows, seconds, word
 from portico.control.billing.provider import (
     Ability,
@@ -31,7 +32,6 @@ from portico.control.billing.provider import (
     Name,
     Order,
     Refund,
-    RefundStatus,
     State,
     When,
 )
@@ -42,11 +42,10 @@ from portico.kit import money
 from portico.kit.clock import utcnow
 from portico.settings import ApiSettings
 
-#: What its words for a refund mean; another is `pending`.
-_REFUNDS: Final[Mapping[str, RefundStatus]] = {"succeeded": "succeeded", "failed": "failed", "canceled": "failed"}
 _CAN: Final[frozenset[Ability]] = frozenset(
     {
         "change_now", "change_at_period_end", "cancel_at_period_end", "undo_cancel", "resume", "events", "portal", "retries",
+        "close_page", "returns",
     }
 )  # fmt: skip
 _FOLDERS: Final[Mapping[str, str]] = {
@@ -114,6 +113,9 @@ class Stripe:
         if session is None or not isinstance(url, str):
             raise errors.unreadable(self.name, "a checkout session without id or page")
         return Checkout(session, url, customer, ref(found.get("subscription")), seconds(found.get("expires_at")))
+
+    async def close_page(self, checkout_ref: str, *, key: str) -> None:
+        await self._ask("post", f"/v1/checkout/sessions/{checkout_ref}/expire", {}, key=key, ref=checkout_ref)
 
     async def change(self, subscription_ref: str, price: str, *, when: When, return_url: str = "", key: str) -> Change:
         current = await self.fetch(subscription_ref)
@@ -204,19 +206,28 @@ class Stripe:
         body: dict[str, Any] = {
             "charge" if payment_ref.startswith(("ch_", "py_")) else "payment_intent": payment_ref,
             "reason": "requested_by_customer",
-            "metadata": {"reason": errors.words(reason)},
+            "metadata": {"reason": errors.words(reason), "key": key},
         }
         if amount_minor is not None:
             try:
                 body["amount"] = stripe_integer(amount_minor, currency)
             except money.MoneyError as err:
                 raise Problem("billing.amount_invalid", f"Stripe cannot give that back: {err}") from None
-        found = await self._ask("post", "/v1/refunds", body, key=key)
+        return self._refund(await self._ask("post", "/v1/refunds", body, key=key))
+
+    async def refund_made(self, payment_ref: str, *, key: str) -> Refund | None:
+        kind = "charge" if payment_ref.startswith(("ch_", "py_")) else "payment_intent"
+        async for one in self._all("/v1/refunds", {kind: payment_ref}):
+            if part(one, "metadata").get("key") == key:
+                return self._refund(one)
+        return None
+
+    def _refund(self, found: Mapping[str, Any]) -> Refund:
         amount, code = found.get("amount"), word(found.get("currency")).upper()
         made = ref(found)
         if made is None or not isinstance(amount, int) or code not in money.EXPONENTS:
             raise errors.unreadable(self.name, "a refund without an amount")
-        status = _REFUNDS.get(word(found.get("status")), "pending")
+        status = refund_words.status_of(self.name, refund_words.STRIPE, word(found.get("status")))
         return Refund(made, status, iso(amount, code), code)
 
     async def portal(self, customer_ref: str, return_url: str, *, key: str) -> str:
@@ -246,11 +257,20 @@ class Stripe:
             await self._put(objects, "invoice", told.get("id"))
             await self._payment(objects, told)
         elif kind.startswith(("refund.", "charge.refund", "charge.dispute.")):
+            if kind.startswith("charge.dispute."):
+                await self._put(objects, "dispute", told.get("id"))
             await self._put(objects, "charge", told.get("id") if kind == "charge.refunded" else told.get("charge"))
             if kind == "charge.refunded" and not rows(told, "refunds"):
-                objects["refunds"] = await self._ask("get", "/v1/refunds", {"charge": ref(told), "limit": 100})
+                objects["refunds"] = {"data": [one async for one in self._all("/v1/refunds", {"charge": ref(told)})]}
             await self._invoice_of(objects, told)
+        if kind.startswith("invoice.") and part(told, "lines").get("has_more") is True:
+            await self._lines(objects, told)
         return Fetched(at, objects)
+
+    async def _lines(self, objects: dict[str, Mapping[str, Any]], told: Mapping[str, Any]) -> None:
+        """All lines of an invoice: an event has ten at most."""
+        where = f"/v1/invoices/{ref(told)}/lines"
+        objects["lines"] = {"data": [one async for one in self._all(where, {})]}
 
     async def _payment(self, objects: dict[str, Mapping[str, Any]], told: Mapping[str, Any]) -> None:
         """The payment of an invoice, and what Stripe kept of it."""
@@ -286,16 +306,21 @@ class Stripe:
     async def list_events(self, since: datetime, until: datetime | None = None) -> AsyncIterator[Mapping[str, Any]]:
         # Stripe lists the newest first. Whoever applies them does not depend on their order.
         window = {"gte": int(since.timestamp()), "lte": int((until or self._now()).timestamp())}
+        async for one in self._all("/v1/events", {"created": window}):
+            yield one
+
+    async def _all(self, path: str, query: Mapping[str, Any]) -> AsyncIterator[Mapping[str, Any]]:
+        """Every object of a list, page by page."""
         after: dict[str, Any] = {}
         for _ in range(self._pages):
-            page = await self._ask("get", "/v1/events", {"created": window, "limit": self._page_size, **after})
-            events = rows(page, "data")
-            for one in events:
+            page = await self._ask("get", path, {**query, "limit": self._page_size, **after})
+            found = rows(page, "data")
+            for one in found:
                 yield one
-            if not events or page.get("has_more") is not True:
+            if not found or page.get("has_more") is not True:
                 return
-            after = {"starting_after": ref(events[-1])}
-        raise errors.unreadable(self.name, "the list of events has no end (billing_list_pages)")
+            after = {"starting_after": ref(found[-1])}
+        raise errors.unreadable(self.name, f"the list {path} has no end (billing_list_pages)")
 
     # -- requests
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from portico.control.access import Caller, Instant, InTx, Paging, Reading, anonymous, require_operator
-from portico.control.billing import reconcile, reconcile_store, webhook_replay
+from portico.control.billing import billing_store, reconcile, reconcile_store, webhook_replay
 from portico.control.billing import webhook_store as store
 from portico.control.billing.provider import NAMES, Name
 from portico.control.billing.webhooks import Received, Webhooks
@@ -190,6 +190,20 @@ class WebhookReconcileRun(BaseModel):
     finished_at: datetime | None
 
 
+class WaitingEffect(BaseModel):
+    """Something that an event told of and that cannot be applied yet. `needs`: any of these brings it, `customer:…` for
+    example. At `gives_up_at` its event is `dead`."""
+
+    effect: str
+    provider: Name
+    event_id: str
+    kind: str
+    needs: list[str]
+    occurred_at: datetime
+    waits_since: datetime
+    gives_up_at: datetime
+
+
 class WebhookHealth(BaseModel):
     """How a provider's events fared in the window that was looked at last. `broken_by` names what of the objective is broken."""
 
@@ -277,6 +291,36 @@ async def replay_billing_webhooks(
 async def billing_webhook_health(reader: Reading, who: Operator) -> Any:
     """How the events of each provider fare, as it was last looked at."""
     return [dict(row._mapping) for row in await store.all_health(reader)]
+
+
+@admin.get("/waiting", response_model=Page[WaitingEffect])
+async def list_waiting_effects(
+    request: Request, reader: Reading, who: Operator, page: Paging, provider: Annotated[Name | None, Query()] = None
+) -> Any:
+    """What waits for whose it is, or for the payment that it changes; the longest first."""
+    age = timedelta(seconds=request.app.state.settings.billing_waiting_seconds)
+    rows = await billing_store.waiting_listing(reader, provider, page.limit + 1, _after(page.after))
+
+    def shown(row: Any) -> dict[str, Any]:
+        return {
+            "effect": row.effect_key.partition(" ")[2], "provider": row.provider, "event_id": row.event_id, "kind": row.kind,
+            "needs": row.needs, "occurred_at": row.occurred_at, "waits_since": row.created_at,
+            "gives_up_at": row.created_at + age,
+        }  # fmt: skip
+
+    return pages.listing(rows, page.limit, lambda row: (f"{row.created_at.isoformat()} {row.effect_key}",), shown)
+
+
+def _after(cursor: tuple[str, ...] | None) -> tuple[datetime, str] | None:
+    """Since when, and which; raises ``request.cursor_invalid``."""
+    if cursor is None:
+        return None
+    text, _, effect = cursor[0].partition(" ")
+    try:
+        at = datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise Problem("request.cursor_invalid") from None
+    return at, effect
 
 
 @admin.post("/reconcile", response_model=WebhookReconcileRun, status_code=202)

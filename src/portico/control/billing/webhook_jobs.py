@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final, Protocol
 
+from portico.control.audit import service as audit
+from portico.control.billing import billing_store
 from portico.control.billing import webhook_store as store
 from portico.control.billing.normalize import normalize
+from portico.control.billing.objectives import PLATFORM
 from portico.control.billing.provider import Fetched, Name, Origin
 from portico.control.billing.webhook_certificates import Certificates, Unreachable
-from portico.control.billing.webhooks import PURPOSE, certificate_name
+from portico.control.billing.webhooks import PURPOSE, certificate_name, mismatch
 from portico.control.finance.events import FinanceEvent
 from portico.errors import Problem
 from portico.kit import provider_signatures as signatures
 from portico.kit import strict_json
-from portico.kit.batches import delete_in_batches, until_done
+from portico.kit.batches import ROWS, delete_in_batches, until_done
 from portico.kit.db import Database, Tx
 from portico.kit.provider_signatures import Transmission, Unbelieved
 from portico.kit.queue import Hopeless, Retry, Work
@@ -62,6 +65,11 @@ async def apply_event(work: Work, tools: Tools) -> None:
     row = work.row
     if row["sealed_body"] is None:
         raise Hopeless("its body was deleted (billing_webhook_body_keep_seconds)")
+    # It was ignored for that when it came; a replay makes it no more ours, and payouts belong to no organization.
+    if (foreign := mismatch(tools.settings, row["provider"], row["account"], row["livemode"])) is not None:
+        async with work.done() as tx:
+            await store.settled(tx, work.id, "ignored", foreign)
+        return
     body = tools.sealer.open(PURPOSE, work.id, bytes(row["sealed_body"]))
     if not row["proven"]:
         reason = await _prove(work, tools, body)
@@ -100,10 +108,16 @@ async def _effects(work: Work, tools: Tools, found: Sequence[FinanceEvent]) -> N
 
 
 async def _fetch(work: Work, tools: Tools, document: Mapping[str, Any]) -> Fetched:
-    """The objects that an event is about, as they are now."""
+    """The objects that an event is about, as they are now.
+
+    Looks are ordered by when they were begun, so one clock says when, whichever machine's worker looks: PostgreSQL's.
+    """
+    async with work.db.read() as reader:
+        at = await reader.raw.fetchval("SELECT clock_timestamp()")
     try:
         async with work.call():
-            return await tools.of(work.row["provider"]).authority(document)
+            found = await tools.of(work.row["provider"]).authority(document)
+            return replace(found, at=at)
     except Problem as problem:
         if problem.code == "billing.provider_unconfigured":
             raise Hopeless(problem.detail) from None
@@ -127,7 +141,26 @@ async def _prove(work: Work, tools: Tools, body: bytes) -> str | None:
     async with work.step() as tx:
         await tools.certificates.keep(tx, sent.cert_url, pem, until)
         held = await store.prove(tx, work.id, certificate_name(sent), sent.id)
-    return None if held else "duplicate"
+    return None if held else await _other(work, sent)
+
+
+async def _other(work: Work, sent: Transmission) -> str:
+    """Another event has the id, the body or the delivery of this one: its copy, or another story under one id."""
+    row = work.row
+    asked = {name: row[name] for name in ("provider", "account", "livemode", "event_id", "raw_sha256")}
+    async with work.db.read() as reader:
+        found = (await store.rivals(reader, [{**asked, "transmission_id": sent.id}])).get(0, [])
+    if not found or any(bytes(digest) == bytes(row["raw_sha256"]) or of == "reconcile" for _, digest, of in found):
+        return "duplicate"
+    details = {
+        "code": "billing.webhook_conflict", "provider": row["provider"], "event": row["event_id"], "type": row["event_type"],
+        "sha256": bytes(row["raw_sha256"]).hex(),
+    }  # fmt: skip
+    await audit.refused(
+        work.db, replace(PLATFORM, id=row["provider"]), "billing_webhook.conflict", found[0][0], details,
+        organization=audit.INSTALLATION,
+    )  # fmt: skip
+    return "conflict"
 
 
 def _transmission(stored: Any, origins: Sequence[str]) -> Transmission:
@@ -137,6 +170,24 @@ def _transmission(stored: Any, origins: Sequence[str]) -> Transmission:
         return signatures.transmission(given or {}, origins)
     except Unbelieved as err:
         raise Hopeless(str(err)) from None
+
+
+async def wait_no_longer(db: Database, settings: ApiSettings, now: datetime) -> int:
+    """Give up events that have waited for their base for too long (``billing_waiting_seconds``); how many. A replay lets one
+    wait again."""
+    before, count = now - timedelta(seconds=settings.billing_waiting_seconds), 0
+    while True:
+        async with db.read() as reader:
+            found = await billing_store.waiting_since(reader, before, ROWS)
+        for each in found:
+            async with db.transaction() as tx:
+                row = await billing_store.wait_no_longer(tx, each.effect_key)
+                if row is not None:  # None: it was applied in this moment, or another worker was here
+                    why = f"{each.kind} has waited since {each.created_at:%Y-%m-%d} for any of {', '.join(each.needs)}"
+                    await store.given_up(tx, row, why)
+                    count += 1
+        if len(found) < ROWS:
+            return count
 
 
 async def clear(db: Database, settings: ApiSettings, now: datetime) -> None:

@@ -17,13 +17,15 @@ from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from portico.kit import queue
 from portico.kit.batches import ROWS
-from portico.kit.db import Reader, Tx, metadata
+from portico.kit.db import JOBS, Reader, Tx, metadata
 from portico.kit.queue import Kind
 
 #: status: what has become of an event. Beside it, its row in the queue may be dead, or be tried again (`failed`).
 STATUSES: Final = ("received", "verified", "applied", "ignored")
 #: How an event came here: the provider posted it, or its list had it and nobody had posted it.
 ORIGINS: Final = ("webhook", "reconcile")
+#: Why an event is dead that waited for its base: no fault of ours or of the provider's, as others are.
+WAITED: Final = "waited"
 
 
 def _required(name: str) -> sa.Column[Any]:
@@ -211,6 +213,32 @@ async def settled(tx: Tx, event: str, status: str, reason: str | None, effects: 
     await tx.execute(sa.update(events).where(_E.id == event).values(**values))
 
 
+_CAME = """
+UPDATE billing_webhook_events SET status = 'applied', reason = NULL, effects = effects + 1
+WHERE provider = $1 AND account = $2 AND livemode = $3 AND event_id = $4 AND proven AND queue_state = 'done'
+"""
+_GIVEN_UP = """
+UPDATE billing_webhook_events SET queue_state = 'dead', reason = $5, last_error = $6, finished_at = now()
+WHERE provider = $1 AND account = $2 AND livemode = $3 AND event_id = $4 AND proven AND queue_state = 'done'
+"""
+
+
+def came(tx: Tx, provider: str, account: str, livemode: bool, event_id: str) -> None:
+    """What an event had waited for is there, and it is applied in ``tx``."""
+
+    async def step() -> None:
+        await tx.raw.execute(_CAME, provider, account, livemode, event_id)
+
+    tx.before_commit(step, order=JOBS)
+
+
+async def given_up(tx: Tx, row: Mapping[str, Any], why: str) -> None:
+    """An event (``provider, account, livemode, event_id``) has waited for too long. It is dead, until it is replayed."""
+    await tx.raw.execute(
+        _GIVEN_UP, row["provider"], row["account"], row["livemode"], row["event_id"], WAITED, why[: queue.ERROR_CHARS]
+    )
+
+
 async def verified(tx: Tx, event: str) -> None:
     """It is known to be the provider's, and its objects were fetched."""
     await tx.execute(sa.update(events).where(_E.id == event).values(status="verified"))
@@ -275,6 +303,12 @@ async def one(reader: Reader, event: str, *, lock: bool = False) -> sa.Row[Any] 
     """One event, without its body."""
     query = sa.select(*_SHOWN).where(_E.id == event)
     return await reader.fetch_one(query.with_for_update() if lock else query)
+
+
+async def sealed(reader: Reader, event: str) -> bytes | None:
+    """The body of an event, while it is kept."""
+    found = await reader.scalar(sa.select(_E.sealed_body).where(_E.id == event))
+    return None if found is None else bytes(found)
 
 
 async def count(reader: Reader, conditions: Sequence[sa.ColumnElement[bool]]) -> int:
@@ -353,7 +387,8 @@ async def keep_certificate(tx: Tx, url: str, pem: str, not_after: datetime) -> N
 
 _MEASURE: Final = """
 SELECT
-    count(*) FILTER (WHERE (queue_state = 'dead' AND finished_at > now() - make_interval(secs => $2))
+    count(*) FILTER (WHERE (queue_state = 'dead' AND finished_at > now() - make_interval(secs => $2)
+            AND reason IS DISTINCT FROM 'waited')
         OR (queue_state = 'pending' AND last_error IS NOT NULL)) AS failed,
     count(*) FILTER (WHERE queue_state = 'pending' AND queued_at < now() - make_interval(secs => $3)) AS stale,
     count(*) FILTER (WHERE queue_state = 'done' AND finished_at > now() - make_interval(secs => $2)) AS applied,

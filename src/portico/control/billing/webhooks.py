@@ -31,7 +31,7 @@ from portico.control.billing.webhook_body import Facts, Unreadable
 from portico.control.billing.webhook_certificates import Certificates
 from portico.errors import Problem
 from portico.kit import provider_signatures as signatures
-from portico.kit import queue
+from portico.kit import queue, strict_json
 from portico.kit.batches import Together
 from portico.kit.clock import Clock
 from portico.kit.db import Database, Tx
@@ -149,11 +149,11 @@ def certificate_name(sent: Transmission) -> str:
     return sent.cert_url.rpartition("/")[2]
 
 
-def mismatch(settings: ApiSettings, provider: str, facts: Facts) -> str | None:
-    """Why a believed event is not about our account in our mode; ``None`` when it is."""
-    if facts.account is not None and facts.account != account_of(settings, provider):
+def mismatch(settings: ApiSettings, provider: str, account: str | None, livemode: bool | None) -> str | None:
+    """Why a believed event is not about our account in our mode; ``None`` when it is. What it does not say is as it should be."""
+    if account is not None and account != account_of(settings, provider):
         return "other_account"
-    if facts.livemode is not None and facts.livemode != settings.billing_livemode:
+    if livemode is not None and livemode != settings.billing_livemode:
         return "other_mode"
     return None
 
@@ -310,12 +310,31 @@ class Webhooks:
         except Problem as problem:
             if problem.code == "billing.webhook_backlog":
                 self.intake.refused(caller, provider, "full")
+            if problem.code == "billing.webhook_conflict" and await self._recounted(row, problem):
+                outcomes[provider, "duplicate"] += 1
+                return Taken(str(problem.extra["event"]), "duplicate")
             if problem.code == "billing.webhook_conflict":
                 outcomes[provider, "conflict"] += 1
                 await self._alarm(caller, row, problem)
             raise
         outcomes[provider, taken.status] += 1
         return taken
+
+    async def _recounted(self, row: Mapping[str, Any], problem: Problem) -> bool:
+        """Whether what is stored under the same id differs in nothing but how many endpoints had not answered yet
+        (``pending_webhooks``): Stripe counts that anew for each delivery."""
+        if row["provider"] != "stripe":
+            return False
+        async with self._db.read() as reader:
+            stored = await store.sealed(reader, str(problem.extra["event"]))
+        if stored is None:
+            return False
+        bodies_ = (self._sealer.open(PURPOSE, str(problem.extra["event"]), stored), self._body(row))
+        first, second = (strict_json.loads(body) for body in bodies_)
+        return bool(first | {"pending_webhooks": 0} == second | {"pending_webhooks": 0})
+
+    def _body(self, row: Mapping[str, Any]) -> bytes:
+        return self._sealer.open(PURPOSE, row["id"], row["sealed_body"])
 
     async def _alarm(self, caller: Caller, row: dict[str, Any], problem: Problem) -> None:
         """Somebody who can sign told two stories of one event: whoever runs this wants to know. What follows within a second or
@@ -335,7 +354,7 @@ class Webhooks:
     def _row(self, received: Received, proof: Proof, facts: Facts) -> dict[str, Any]:
         """The row of ``billing_webhook_events``."""
         settings, provider, sent = self._settings, received.provider, proof.transmission
-        wrong = mismatch(settings, provider, facts)
+        wrong = mismatch(settings, provider, facts.account, facts.livemode)
         proven = proof.name is not None
         row = new_row(provider, facts, received.body, self._sealer)
         row |= {

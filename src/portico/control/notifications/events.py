@@ -181,4 +181,14 @@ EVENTS: Final[dict[str, Event]] = {
         "What was owed on the subscription since {opened_at} is paid.",
         {**_DUNNING, "state": "recovered"},
     ),
+    "subscription.double": Event(
+        "A second checkout page was paid although the organization had a subscription. The second subscription was ended at "
+        "once, and what was paid for it goes back; `first` is the one that stays. Who pays gets a mail, too.",
+        "A second subscription was paid at {provider}; it was ended, and the money goes back.",
+        {
+            "subscription": "sub_01jd2x8k3nf0v4q5w6e7r8t9yb",
+            "first": "sub_01jd2x8k3nf0v4q5w6e7r8t9ya",
+            "provider": "stripe",
+        },
+    ),
 }
