@@ -101,7 +101,13 @@ async def fill(uri: str, count: int) -> None:
         heads[org, store.EVENTS] = seq + 1, event["hash"]
         told.append(tuple(event.values()))
     connection = await asyncpg.connect(uri)
-    await connection.set_type_codec("jsonb", encoder=json.dumps, decoder=json.loads, schema="pg_catalog")
+    await connection.set_type_codec(
+        "jsonb",
+        encoder=lambda value: b"\x01" + json.dumps(value).encode(),
+        decoder=bytes,
+        schema="pg_catalog",
+        format="binary",
+    )
     await connection.execute("SET session_replication_role = replica")
     copied = (
         ("ledger_transactions", [c.name for c in store.transactions.columns], transactions),
