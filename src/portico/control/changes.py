@@ -21,6 +21,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
+from portico.kit import columns
 from portico.kit.db import HasConnection, Tx, metadata
 
 CHANNEL: Final = "portico_edge"
@@ -36,7 +37,7 @@ edge_changes = sa.Table(
     metadata,
     sa.Column("version", sa.BigInteger, sa.Identity(always=False, start=1, minvalue=0), primary_key=True),
     sa.Column("payload", JSONB, nullable=False),
-    sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
+    columns.created(),
     sa.Index(None, "created_at"),
 )
 

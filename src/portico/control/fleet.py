@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
+from portico.kit import columns
 from portico.kit.db import HasConnection, metadata
 
 relays = sa.Table(
@@ -27,8 +28,8 @@ relays = sa.Table(
     sa.Column("draining", sa.Boolean, nullable=False),
     # Digest of the bound set in relay_bindings: an unchanged heartbeat writes one row.
     sa.Column("bound_digest", sa.LargeBinary),
-    sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
-    sa.Column("seen_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
+    columns.created(),
+    columns.now("seen_at"),
 )
 
 _HEALTHY = """

@@ -31,6 +31,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from portico.control import access
 from portico.errors import Problem
+from portico.kit import columns
 from portico.kit.batches import delete_in_batches
 from portico.kit.db import Database, Reader, Tx, metadata
 from portico.kit.sealing import Sealer
@@ -48,7 +49,7 @@ idempotency_keys = sa.Table(
     sa.Column("content_type", sa.Text),
     sa.Column("location", sa.Text),
     sa.Column("body", sa.LargeBinary),
-    sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
+    columns.created(),
     sa.Index(None, "created_at"),
 )
 

@@ -29,7 +29,7 @@ from typing import Any, Final, Literal, Protocol
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
-from portico.kit import queue
+from portico.kit import columns, queue
 from portico.kit.batches import delete_in_batches
 from portico.kit.db import Database, Tx, metadata
 from portico.kit.ids import new_id
@@ -61,7 +61,7 @@ messages = sa.Table(
     sa.Column("keep_body", sa.Boolean, nullable=False, server_default=sa.false()),
     # What the receiver answered last (an HTTP status, an SMTP code), and when it was tried last.
     sa.Column("status", sa.Integer),
-    sa.Column("attempted_at", sa.DateTime(timezone=True)),
+    columns.time("attempted_at"),
     *queue.columns(),
     *queue.rules("outbox_messages", "driver"),
     queue.turns("outbox_messages", "lane", "driver"),
@@ -215,7 +215,7 @@ async def resend(tx: Tx, message: str) -> bool:
 
 async def clear(db: Database, keep_seconds: float) -> int:
     """Delete messages that were delivered, or died, longer ago than this; returns how many. Their keys go with them."""
-    old = sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, keep_seconds)
+    old = columns.ago(keep_seconds)
     return await delete_in_batches(db, messages, (messages.c.queue_state != "pending") & (messages.c.finished_at < old))
 
 

@@ -16,6 +16,7 @@ from portico.control.billing import exports as reports
 from portico.control.domains import vault
 from portico.control.identity import departure, exports
 from portico.control.tunnels import departure as tunnel_departure
+from portico.kit import columns
 from portico.kit.batches import some
 from portico.kit.db import Tx, metadata
 from portico.worker.jobs import Context
@@ -112,7 +113,7 @@ def _below(name: str, organization: str) -> Iterator[Step]:
 
 def _sweep(table: sa.Table, where: sa.ColumnElement[bool], context: Context) -> Step:
     if table.name == "agent_sessions":  # relays must refuse the tokens of an ended one for as long as any is alive
-        grace = sa.func.make_interval(0, 0, 0, 0, 0, 0, float(context.control.grant_outage_grace_seconds))
+        grace = columns.seconds(context.control.grant_outage_grace_seconds)
         where &= sa.func.coalesce(table.c.refused_until, table.c.expires_at + grace) < sa.func.now()
     return _plain(table, where)
 

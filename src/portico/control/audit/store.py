@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
 from portico.control.audit import chain as chains
-from portico.kit import scrub
+from portico.kit import columns, scrub
 from portico.kit.canonical import MAX_INTEGER
 from portico.kit.db import CHAINS, Database, HasConnection, Reader, Tx, metadata
 from portico.kit.ids import first_id
@@ -42,7 +42,7 @@ audit_events = sa.Table(
     # Erasable, as `address` is: the personal members of the details, and the salt of the commitments.
     sa.Column("personal", JSONB),
     sa.Column("salt", sa.LargeBinary),
-    sa.Column("erased_at", sa.DateTime(timezone=True)),
+    columns.time("erased_at"),
     sa.CheckConstraint("outcome IN ('success', 'refused')", name="outcome"),
     sa.UniqueConstraint("chain", "seq", name="audit_events_chain_seq_key"),
     sa.Index("audit_events_organization_id_id_ix", "organization_id", "id"),
@@ -71,11 +71,11 @@ audit_checkpoints = sa.Table(
     metadata,
     sa.Column("chain", sa.Text, primary_key=True),
     sa.Column("seq", sa.BigInteger, primary_key=True),
-    sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
+    columns.created(),
     sa.Column("kid", sa.Text, nullable=False),
     sa.Column("token", sa.Text, nullable=False),
     # When it was written where this platform keeps copies outside the database.
-    sa.Column("stored_at", sa.DateTime(timezone=True)),
+    columns.time("stored_at"),
     sa.Index("audit_checkpoints_unstored_ix", "created_at", postgresql_where=sa.text("stored_at IS NULL")),
 )
 # The public halves of the keys that signed checkpoints: kept when the key itself is long gone.
@@ -84,7 +84,7 @@ audit_checkpoint_keys = sa.Table(
     metadata,
     sa.Column("kid", sa.Text, primary_key=True),
     sa.Column("public_x", sa.LargeBinary, nullable=False),
-    sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
+    columns.created(),
 )
 
 #: Rows without a number that one writer takes into the chain before its own; the worker takes the rest.
@@ -265,21 +265,21 @@ async def listing(
     reader: Reader, chain: str, limit: int, before: str | None, filters: dict[str, Any]
 ) -> Sequence[sa.Row[Any]]:
     """Newest first: up to ``limit`` rows of one chain with ids below ``before``; ``filters`` as in the API."""
-    columns = audit_events.c
-    tenant = columns.organization_id
+    row = audit_events.c
+    tenant = row.organization_id
     query = sa.select(audit_events).where(tenant.is_(None) if chain == chains.INSTALLATION else tenant == chain)
     if before is not None:
-        query = query.where(columns.id < before)
+        query = query.where(row.id < before)
     for name in ("action", "target", "outcome"):
         if (wanted := filters.get(name)) is not None:
-            query = query.where(columns[name] == wanted)
+            query = query.where(row[name] == wanted)
     if (actor := filters.get("actor")) is not None:
-        query = query.where(columns.actor_id == actor)
+        query = query.where(row.actor_id == actor)
     if (since := filters.get("since")) is not None:
-        query = query.where(columns.at >= since)
+        query = query.where(row.at >= since)
     if (until := filters.get("until")) is not None:
-        query = query.where(columns.at < until)
-    return await reader.fetch_all(query.order_by(columns.id.desc()).limit(limit))
+        query = query.where(row.at < until)
+    return await reader.fetch_all(query.order_by(row.id.desc()).limit(limit))
 
 
 # Head and rows in one statement: one snapshot, so that a writer in between is no fault.

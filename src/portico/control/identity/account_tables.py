@@ -9,15 +9,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from portico.kit import columns
 from portico.kit.db import metadata
-
-
-def _time(name: str, *, required: bool = False) -> sa.Column[object]:
-    return sa.Column(name, sa.DateTime(timezone=True), nullable=not required)
-
-
-def _created() -> sa.Column[object]:
-    return sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now())
 
 
 def _user(*, primary_key: bool = False, required: bool = True) -> sa.Column[object]:
@@ -41,9 +34,9 @@ account_tokens = sa.Table(
     _user(required=False),
     # The address that the token was made for: worth nothing once the person has another.
     sa.Column("email", sa.Text, nullable=False),
-    _created(),
-    _time("expires_at", required=True),
-    _time("used_at"),
+    columns.created(),
+    columns.time("expires_at", required=True),
+    columns.time("used_at"),
     sa.CheckConstraint("purpose IN ('verify', 'reset', 'change', 'sign_in')", name="purpose"),
     sa.Index(None, "expires_at"),
 )
@@ -56,8 +49,8 @@ totp_keys = sa.Table(
     sa.Column("sealed_secret", sa.LargeBinary, nullable=False),
     # The last time step whose code was accepted: neither it nor an earlier one is accepted again.
     sa.Column("last_step", sa.BigInteger, nullable=False, server_default="0"),
-    _created(),
-    _time("confirmed_at"),
+    columns.created(),
+    columns.time("confirmed_at"),
 )
 
 recovery_codes = sa.Table(
@@ -65,8 +58,8 @@ recovery_codes = sa.Table(
     metadata,
     _user(primary_key=True),
     sa.Column("digest", sa.LargeBinary, primary_key=True),
-    _created(),
-    _time("used_at"),
+    columns.created(),
+    columns.time("used_at"),
 )
 
 passkeys = sa.Table(
@@ -83,8 +76,8 @@ passkeys = sa.Table(
     sa.Column("aaguid", sa.Text, nullable=False),
     # Whether the authenticator keeps copies elsewhere (synchronized passkeys).
     sa.Column("backed_up", sa.Boolean, nullable=False),
-    _created(),
-    _time("last_used_at"),
+    columns.created(),
+    columns.time("last_used_at"),
 )
 
 passkey_challenges = sa.Table(
@@ -95,7 +88,7 @@ passkey_challenges = sa.Table(
     # Whose challenge it is: a sign-in session, or the first step of a sign-in; null for a sign-in without a name.
     sa.Column("bound_to", sa.Text),
     _user(required=False),
-    _time("expires_at", required=True),
+    columns.time("expires_at", required=True),
     sa.CheckConstraint("purpose IN ('register', 'sign_in', 'second_step', 'step_up')", name="purpose"),
     sa.Index(None, "expires_at"),
 )

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
-from portico.kit import queue
+from portico.kit import columns, queue
 from portico.kit.db import metadata
-
-
-def _time(name: str, *, required: bool = False) -> sa.Column[Any]:
-    return sa.Column(name, sa.DateTime(timezone=True), nullable=not required)
-
-
-def _created() -> sa.Column[Any]:
-    return sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now())
-
 
 # Every version of every plan; a row is never changed.
 plans = sa.Table(
@@ -31,7 +20,7 @@ plans = sa.Table(
     sa.Column("hard_cap", sa.Boolean, nullable=False),
     sa.Column("limits", JSONB, nullable=False),
     sa.Column("features", ARRAY(sa.Text), nullable=False),
-    _created(),
+    columns.created(),
 )
 
 organizations = sa.Table(
@@ -45,13 +34,13 @@ organizations = sa.Table(
     # What relays were told of it, and how often that changed (tunnels/standing.py).
     sa.Column("edge_version", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("edge_state", JSONB),
-    _created(),
-    _time("suspended_at"),
+    columns.created(),
+    columns.time("suspended_at"),
     # What its people are told.
     sa.Column("suspended_reason", sa.Text),
     # Set while its deletion is under way: asked for, and to be carried out from then on.
-    _time("deletion_requested_at"),
-    _time("delete_after"),
+    columns.time("deletion_requested_at"),
+    columns.time("delete_after"),
     sa.Index("organizations_delete_after_ix", "delete_after", postgresql_where=sa.text("delete_after IS NOT NULL")),
     sa.ForeignKeyConstraint(["plan", "plan_version"], ["plans.id", "plans.version"], name="organizations_plan_fkey"),
     sa.Index("organizations_edge_version_ix", "edge_version", postgresql_where=sa.text("edge_version > 0")),
@@ -66,8 +55,8 @@ plan_overrides = sa.Table(
     # Who set it: an operator, or dunning, which restricts who does not pay; of one name dunning's holds.
     sa.Column("source", sa.Text, primary_key=True, server_default="operator"),
     sa.Column("value", sa.BigInteger),
-    _time("expires_at"),
-    _created(),
+    columns.time("expires_at"),
+    columns.created(),
     sa.CheckConstraint("source IN ('operator', 'dunning')", name="source"),
     sa.Index("plan_overrides_expires_at_ix", "expires_at", postgresql_where=sa.text("expires_at IS NOT NULL")),
 )
@@ -79,13 +68,13 @@ users = sa.Table(
     # Lower-cased and NFC: one address, one account.
     sa.Column("email", sa.Text, nullable=False, unique=True),
     # When somebody showed that mail to the address reaches them; null: not yet.
-    _time("email_verified_at"),
+    columns.time("email_verified_at"),
     # One way in of several (passkeys; later identities of other providers): null for who has no password.
     sa.Column("password_hash", sa.Text),
     # For code older than `operator_grants` alone, which follows this: true while a grant without expiry lives.
     sa.Column("platform_operator", sa.Boolean, nullable=False, server_default=sa.false()),
-    _created(),
-    _time("disabled_at"),
+    columns.created(),
+    columns.time("disabled_at"),
 )
 
 members = sa.Table(
@@ -94,9 +83,9 @@ members = sa.Table(
     sa.Column("organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("user_id", sa.Text, sa.ForeignKey("users.id", ondelete="CASCADE"), primary_key=True, index=True),
     sa.Column("role", sa.Text, nullable=False),
-    _created(),
+    columns.created(),
     # When the person last signed in to it or switched to it: the next sign-in begins there.
-    _time("last_used_at"),
+    columns.time("last_used_at"),
 )
 
 # Platform operators: one live grant a person, given on the machine of the installation and nowhere else. Rows stay.
@@ -106,10 +95,10 @@ operator_grants = sa.Table(
     sa.Column("id", sa.Text, primary_key=True),
     sa.Column("user_id", sa.Text, sa.ForeignKey("users.id", ondelete="CASCADE"), nullable=False, index=True),
     sa.Column("granted_by", sa.Text, nullable=False),
-    sa.Column("granted_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
+    columns.now("granted_at"),
     sa.Column("reason", sa.Text),
-    _time("expires_at"),
-    _time("revoked_at"),
+    columns.time("expires_at"),
+    columns.time("revoked_at"),
     sa.Column("revoked_by", sa.Text),
     sa.Index("operator_grants_one_live", "user_id", unique=True, postgresql_where=sa.text("revoked_at IS NULL")),
 )
@@ -123,9 +112,9 @@ support_consents = sa.Table(
     sa.Column("scope", sa.Text, nullable=False),
     sa.Column("reason", sa.Text),
     sa.Column("given_by", sa.Text, nullable=False),
-    _created(),
-    _time("expires_at", required=True),
-    _time("withdrawn_at"),
+    columns.created(),
+    columns.time("expires_at", required=True),
+    columns.time("withdrawn_at"),
     sa.Column("withdrawn_by", sa.Text),
     sa.CheckConstraint("scope IN ('read', 'write')", name="scope"),
     sa.Index("support_consents_organization_id_id_ix", "organization_id", "id"),
@@ -143,9 +132,9 @@ support_sessions = sa.Table(
     sa.Column("sign_in_session", sa.Text, nullable=False),
     sa.Column("digest", sa.LargeBinary, nullable=False, unique=True),
     sa.Column("reason", sa.Text, nullable=False),
-    _created(),
-    _time("expires_at", required=True),
-    _time("ended_at"),
+    columns.created(),
+    columns.time("expires_at", required=True),
+    columns.time("ended_at"),
 )
 
 # One operator asks that a person's second factors be taken away, another one confirms.
@@ -156,11 +145,11 @@ mfa_resets = sa.Table(
     sa.Column("user_id", sa.Text, sa.ForeignKey("users.id", ondelete="CASCADE"), nullable=False, index=True),
     sa.Column("requested_by", sa.Text, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
-    _created(),
-    _time("expires_at", required=True),
+    columns.created(),
+    columns.time("expires_at", required=True),
     sa.Column("confirmed_by", sa.Text),
-    _time("confirmed_at"),
-    _time("withdrawn_at"),
+    columns.time("confirmed_at"),
+    columns.time("withdrawn_at"),
 )
 
 # The roles that an organization made for itself; ``members.role`` is the name of a built-in role, or the id of one of these.
@@ -171,8 +160,8 @@ roles = sa.Table(
     sa.Column("organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), nullable=False),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("permissions", ARRAY(sa.Text), nullable=False),
-    _created(),
-    _time("updated_at", required=True),
+    columns.created(),
+    columns.time("updated_at", required=True),
     sa.Index("roles_organization_id_name_ix", "organization_id", sa.text("lower(name)"), unique=True),
 )
 
@@ -189,12 +178,12 @@ invitations = sa.Table(
     # Of the token in the newest mail.
     sa.Column("digest", sa.LargeBinary, nullable=False, unique=True),
     sa.Column("sends", sa.Integer, nullable=False, server_default="1"),
-    _created(),
-    _time("sent_at", required=True),
-    _time("expires_at", required=True),
-    _time("accepted_at"),
+    columns.created(),
+    columns.time("sent_at", required=True),
+    columns.time("expires_at", required=True),
+    columns.time("accepted_at"),
     sa.Column("accepted_by", sa.Text, sa.ForeignKey("users.id", ondelete="SET NULL"), index=True),
-    _time("revoked_at"),
+    columns.time("revoked_at"),
     sa.Index(
         "invitations_one_open", "organization_id", "email", unique=True,
         postgresql_where=sa.text("accepted_at IS NULL AND revoked_at IS NULL"),
@@ -210,12 +199,12 @@ organization_exports = sa.Table(
     sa.Column("id", sa.Text, primary_key=True),
     sa.Column("organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), nullable=False),
     sa.Column("requested_by", sa.Text, nullable=False),
-    _created(),
+    columns.created(),
     # Of the finished file; null before.
     sa.Column("file", sa.Text),
     sa.Column("bytes", sa.BigInteger),
     sa.Column("sha256", sa.LargeBinary),
-    _time("expires_at"),
+    columns.time("expires_at"),
     *queue.columns(),
     *queue.rules("organization_exports"),
     sa.Index("organization_exports_organization_id_id_ix", "organization_id", "id"),
@@ -232,12 +221,12 @@ sign_in_sessions = sa.Table(
     sa.Column("user_agent", sa.Text),
     sa.Column("address", sa.Text),
     # When the person last proved who they are, and by what, in order: pwd, otp, recovery, passkey.
-    sa.Column("authenticated_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
+    columns.now("authenticated_at"),
     sa.Column("methods", ARRAY(sa.Text), nullable=False, server_default="{}"),
-    _created(),
-    _time("last_used_at", required=True),
-    _time("expires_at", required=True),
-    _time("ended_at"),
+    columns.created(),
+    columns.time("last_used_at", required=True),
+    columns.time("expires_at", required=True),
+    columns.time("ended_at"),
     sa.Column("end_reason", sa.Text),
     # SHA-256 of the cookie, of a session that lives in a browser (it has no tokens).
     sa.Column("cookie_digest", sa.LargeBinary, unique=True),
@@ -250,9 +239,9 @@ refresh_tokens = sa.Table(
     sa.Column(
         "session_id", sa.Text, sa.ForeignKey("sign_in_sessions.id", ondelete="CASCADE"), nullable=False, index=True
     ),
-    _created(),
-    _time("expires_at", required=True),
-    _time("used_at"),
+    columns.created(),
+    columns.time("expires_at", required=True),
+    columns.time("used_at"),
 )
 
 api_keys = sa.Table(
@@ -268,10 +257,10 @@ api_keys = sa.Table(
     sa.Column("digest", sa.LargeBinary, nullable=False, unique=True),
     sa.Column("prefix", sa.Text, nullable=False),
     sa.Column("scopes", ARRAY(sa.Text), nullable=False),
-    _created(),
-    _time("expires_at"),
-    _time("last_used_at"),
-    _time("revoked_at"),
+    columns.created(),
+    columns.time("expires_at"),
+    columns.time("last_used_at"),
+    columns.time("revoked_at"),
     sa.Column("rotated_from", sa.Text),
     # Networks that it may be used from (kit.networks.canonical); none: from anywhere.
     sa.Column("allowed_cidrs", ARRAY(sa.Text), nullable=False, server_default="{}"),
@@ -291,9 +280,9 @@ device_codes = sa.Table(
     sa.Column("address", sa.Text),
     sa.Column("state", sa.Text, nullable=False, server_default="pending"),
     sa.Column("interval_seconds", sa.Integer, nullable=False),
-    _created(),
-    _time("expires_at", required=True),
-    _time("last_polled_at"),
+    columns.created(),
+    columns.time("expires_at", required=True),
+    columns.time("last_polled_at"),
     sa.Column("user_id", sa.Text, sa.ForeignKey("users.id", ondelete="CASCADE"), index=True),
     sa.Column("organization_id", sa.Text, sa.ForeignKey("organizations.id", ondelete="CASCADE"), index=True),
     sa.CheckConstraint("state IN ('pending', 'approved', 'denied', 'used')", name="state"),
@@ -308,9 +297,9 @@ signing_keys = sa.Table(
     sa.Column("public_x", sa.LargeBinary, nullable=False),
     # Sealed under the master key; erased when the key retires.
     sa.Column("sealed_seed", sa.LargeBinary),
-    _created(),
-    _time("activated_at"),
-    _time("retired_at"),
+    columns.created(),
+    columns.time("activated_at"),
+    columns.time("retired_at"),
     sa.CheckConstraint("state IN ('next', 'active', 'retired')", name="state"),
     sa.Index("signing_keys_one_next_key", "state", unique=True, postgresql_where=sa.text("state = 'next'")),
     sa.Index("signing_keys_one_active_key", "state", unique=True, postgresql_where=sa.text("state = 'active'")),
@@ -322,6 +311,6 @@ throttles = sa.Table(
     # SHA-256 of what is counted: an attempted address or e-mail is not kept in clear.
     sa.Column("bucket", sa.LargeBinary, primary_key=True),
     sa.Column("count", sa.Integer, nullable=False),
-    _time("window_ends_at", required=True),
+    columns.time("window_ends_at", required=True),
     sa.Index(None, "window_ends_at"),
 )

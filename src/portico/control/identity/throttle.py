@@ -19,6 +19,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from portico.control.identity.tables import throttles as t
 from portico.errors import Problem
+from portico.kit import columns
 from portico.kit.batches import delete_in_batches
 from portico.kit.db import Database, Tx
 
@@ -56,7 +57,7 @@ async def count_within(tx: Tx, buckets: Sequence[Bucket]) -> None:
 async def _count(tx: Tx, bucket: Bucket) -> int | None:
     """Seconds to wait when the bucket is over its limit, else ``None``."""
     now = sa.func.now()
-    ends = now + sa.func.make_interval(0, 0, 0, 0, 0, 0, bucket.window_seconds)
+    ends = now + columns.seconds(bucket.window_seconds)
     over = t.c.window_ends_at < now
     statement = insert(t).values(bucket=bucket.digest, count=1, window_ends_at=ends)
     statement = statement.on_conflict_do_update(

@@ -9,13 +9,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from portico.control.notifications import events
+from portico.kit import columns
 from portico.kit.db import Reader, Tx, metadata
 from portico.kit.outbox import lane, messages
-
-
-def _time(name: str) -> sa.Column[Any]:
-    return sa.Column(name, sa.DateTime(timezone=True))
-
 
 channels = sa.Table(
     "notification_channels",
@@ -34,13 +30,13 @@ channels = sa.Table(
     # JSON: a list of {"secret", "until"}, the newest first, which has no end.
     sa.Column("sealed_secrets", sa.LargeBinary),
     sa.Column("code_digest", sa.Text),
-    _time("code_expires_at"),
+    columns.time("code_expires_at"),
     sa.Column("code_tries", sa.Integer, nullable=False, server_default="0"),
-    sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
-    _time("updated_at"),
+    columns.created(),
+    columns.time("updated_at"),
     # Since when every attempt has failed; null: the last one did not.
-    _time("failing_since"),
-    _time("delivered_at"),
+    columns.time("failing_since"),
+    columns.time("delivered_at"),
     sa.Column("last_error", sa.Text),
     sa.Index(None, "organization_id", "id"),
     sa.CheckConstraint("kind IN ('webhook', 'email', 'slack')", name="kind"),
@@ -97,7 +93,7 @@ async def delivered(tx: Tx, channel: str) -> None:
 async def failed(tx: Tx, channel: str, error: str, patience_seconds: float) -> Any | None:
     """Note that a receiver did not; the row with ``impatient``: whether all have failed for so long."""
     since = sa.func.coalesce(channels.c.failing_since, sa.func.now())
-    limit = sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, patience_seconds)
+    limit = columns.ago(patience_seconds)
     statement = sa.update(channels).where(channels.c.id == channel).values(failing_since=since, last_error=error)
     return (await tx.execute(statement.returning(channels, (since < limit).label("impatient")))).first()
 
@@ -137,7 +133,7 @@ async def delivery(reader: Reader, organization: str, message: str, *, lock: boo
 async def tests_since(reader: Reader, organization: str, channel: str, seconds: float) -> tuple[int, int]:
     """How many tests, and codes, were asked for lately: of a channel, and of all that the organization has or had."""
     m = messages.c
-    lately = m.queued_at > sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, seconds)
+    lately = m.queued_at > columns.ago(seconds)
     asked = m.topic.in_([events.TEST, events.CODE])
     here = sa.func.count().filter(m.lane == lane(organization, channel))
     found = sa.select(here, sa.func.count()).where(m.organization_id == organization, asked, lately)
@@ -148,6 +144,6 @@ async def tests_since(reader: Reader, organization: str, channel: str, seconds: 
 async def codes_since(reader: Reader, organization: str, seconds: float) -> int:
     """How many codes the organization had mailed lately, to channels that are gone, too."""
     m = messages.c
-    lately = m.queued_at > sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, seconds)
+    lately = m.queued_at > columns.ago(seconds)
     found = sa.select(sa.func.count()).where(m.organization_id == organization, m.topic == events.CODE, lately)
     return int(await reader.scalar(found))

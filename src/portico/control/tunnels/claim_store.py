@@ -13,12 +13,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from portico.kit import columns
 from portico.kit.db import Reader, Tx, metadata
-
-
-def _time(name: str) -> sa.Column[Any]:
-    return sa.Column(name, sa.DateTime(timezone=True))
-
 
 subdomain_claims = sa.Table(
     "subdomain_claims",
@@ -27,9 +23,9 @@ subdomain_claims = sa.Table(
     # No foreign key: the name of a deleted organization cools down, too.
     sa.Column("organization_id", sa.Text, nullable=False),
     # Since when the organization keeps it, with or without a tunnel.
-    _time("reserved_at"),
+    columns.time("reserved_at"),
     # Since when nobody holds it.
-    _time("freed_at"),
+    columns.time("freed_at"),
     sa.Index("subdomain_claims_reserved_ix", "organization_id", postgresql_where=sa.text("reserved_at IS NOT NULL")),
     sa.Index("subdomain_claims_freed_at_ix", "freed_at", postgresql_where=sa.text("freed_at IS NOT NULL")),
 )

@@ -15,7 +15,7 @@ from typing import Any
 from portico.control import changes
 from portico.control.identity import plans
 from portico.control.identity.plans import Entitlements
-from portico.control.tunnels import policy, store
+from portico.control.tunnels import policy, session_store, store
 from portico.control.tunnels.addresses import Addresses
 from portico.errors import Problem
 from portico.kit.db import Database, Tx
@@ -57,7 +57,7 @@ class Frozen:
         """
         try:
             async with db.read() as reader:
-                crowd = await store.crowd(reader, list(tunnels), self._settings.relay_lease_seconds)
+                crowd = await session_store.crowd(reader, list(tunnels), self._settings.relay_lease_seconds)
                 held = await plans.entitlements_of(reader, list(crowd))
             for organization, online in sorted(crowd.items()):
                 allowed = held[organization].limit("tunnels_online") if organization in held else None
@@ -73,7 +73,7 @@ class Frozen:
         allowed = held.limit("tunnels_online")
         if allowed is None:
             return
-        online = await store.online_tunnels(tx, held.organization, "", self._settings.relay_lease_seconds)
+        online = await session_store.online_tunnels(tx, held.organization, "", self._settings.relay_lease_seconds)
         if beyond := [tunnel for tunnel in online if tunnel not in set(frozen)][allowed:]:
             rows = await store.take_offline(tx, held.organization, beyond)
             changes.append(tx, *(changes.tunnel(self._addresses.edge_row(row._mapping)) for row in rows))

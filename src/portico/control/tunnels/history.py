@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from portico.control.access import Caller
-from portico.control.tunnels import store
+from portico.control.tunnels import relay_store, store
 from portico.errors import Problem
 from portico.kit import pages
 from portico.kit.db import Reader, Tx
@@ -35,7 +35,7 @@ async def presence_changed(
     """
     came = [tunnel for tunnel, session in now.items() if before.get(tunnel) != session]
     gone = [tunnel for tunnel in before if tunnel not in now]
-    held = {row["tunnel_id"] for row in await store.live_bindings(tx, gone, lease)} if gone else set()
+    held = {row["tunnel_id"] for row in await relay_store.live_bindings(tx, gone, lease)} if gone else set()
     events = [
         ("offline", tunnel, before[tunnel], left.get(tunnel) or "the relay was restarted")
         for tunnel in gone
@@ -46,8 +46,8 @@ async def presence_changed(
 
 async def relays_fell_silent(tx: Tx, lease: float) -> int:
     """Tunnels of relays that report no more are off line; how many. Twice the lease: an outage of the API is not theirs."""
-    rows = await store.forget_silent_relays(tx, 2 * lease)
-    held = {row["tunnel_id"] for row in await store.live_bindings(tx, [row["tunnel_id"] for row in rows], lease)}
+    rows = await relay_store.forget_silent_relays(tx, 2 * lease)
+    held = {row["tunnel_id"] for row in await relay_store.live_bindings(tx, [row["tunnel_id"] for row in rows], lease)}
     gone: dict[str, list[tuple[str, str, str, str]]] = {}
     for row in rows:
         if row["tunnel_id"] not in held:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from redis.asyncio.client import Pipeline
 
-from portico.control.tunnels import store
+from portico.control.tunnels import relay_store
 from portico.kit.db import Reader
 from portico.kit.redis import Redis
 
@@ -67,7 +67,7 @@ async def places(
     found = await _from_redis(redis, relays, tunnel_ids)
     if found is not None:
         return found
-    rows = await store.live_bindings(reader, tunnel_ids, lease)
+    rows = await relay_store.live_bindings(reader, tunnel_ids, lease)
     return {row["tunnel_id"]: Place(row["relay"], row["session_id"]) for row in rows}
 
 

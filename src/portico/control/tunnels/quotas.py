@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from portico.control.identity.quotas import Kind
-from portico.control.tunnels import claim_store, store
+from portico.control.tunnels import claim_store, session_store, store
 from portico.kit.db import Reader
 from portico.settings import ApiSettings
 
@@ -12,7 +12,7 @@ def kinds(settings: ApiSettings) -> dict[str, Kind]:
     """The kinds that are counted here, by the names of their limits."""
 
     async def online(reader: Reader, organization: str) -> int:
-        return len(await store.online_tunnels(reader, organization, "", settings.relay_lease_seconds))
+        return len(await session_store.online_tunnels(reader, organization, "", settings.relay_lease_seconds))
 
     most, names = settings.tunnels_per_organization, settings.reserved_names_per_organization
     return {

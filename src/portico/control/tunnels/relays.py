@@ -19,7 +19,7 @@ from typing import Any
 from portico.control.access import Caller
 from portico.control.audit import service as audit
 from portico.control.identity.leaks import Match
-from portico.control.tunnels import history, presence, store
+from portico.control.tunnels import history, presence, relay_store
 from portico.control.tunnels.presence import Bound
 from portico.errors import Problem
 from portico.kit import ids, pages
@@ -45,7 +45,7 @@ async def create_key(tx: Tx, caller: Caller, name: str, *, relay: str | None = N
     """A new relay key: its id, and the token, which is stored as a digest only. ``relay`` binds it to one name."""
     token = ids.new_token("rly")
     key_id = ids.new_id("key")
-    await store.insert_relay_key(
+    await relay_store.insert_relay_key(
         tx,
         {
             "id": key_id,
@@ -61,7 +61,7 @@ async def create_key(tx: Tx, caller: Caller, name: str, *, relay: str | None = N
 
 async def revoke_key(tx: Tx, caller: Caller, key_id: str) -> bool:
     """Refuse the key from now on, also on open streams (within a heartbeat). False when it was not live."""
-    revoked = await store.revoke_relay_key(tx, key_id)
+    revoked = await relay_store.revoke_relay_key(tx, key_id)
     if revoked:
         await audit.record(tx, caller, "relay_key.revoke", key_id)
     return revoked
@@ -69,17 +69,17 @@ async def revoke_key(tx: Tx, caller: Caller, key_id: str) -> bool:
 
 async def end_leaked(tx: Tx, caller: Caller, digest: bytes, match: Match) -> bool:
     """``leaks.End`` for relay keys; whether there ever was one."""
-    row = await store.relay_key(tx, digest)
+    row = await relay_store.relay_key(tx, digest)
     if row is None:
         return False
-    if await store.revoke_relay_key(tx, row["id"]):
+    if await relay_store.revoke_relay_key(tx, row["id"]):
         await audit.record(tx, caller, "relay_key.revoke", row["id"], details=match.told)
     return True
 
 
 async def replace_key(tx: Tx, caller: Caller, relay: str) -> str:
     """A new key bound to ``relay`` (the token); the keys that were bound to it before are revoked."""
-    for key_id in await store.relay_keys_of(tx, relay):
+    for key_id in await relay_store.relay_keys_of(tx, relay):
         await revoke_key(tx, caller, key_id)
     _, token = await create_key(tx, caller, relay, relay=relay)
     return token
@@ -89,7 +89,7 @@ async def authenticate(reader: Reader, token: str) -> RelayKey:
     """The relay key behind ``token``. Raises ``edge.relay_key_invalid`` (any other credential too) or ``…_revoked``."""
     if ids.check_token(token) != "rly":
         raise Problem("edge.relay_key_invalid", "this credential is not a relay key")
-    row = await store.relay_key(reader, ids.digest(token))
+    row = await relay_store.relay_key(reader, ids.digest(token))
     if row is None:
         raise Problem("edge.relay_key_invalid")
     if row["revoked_at"] is not None:
@@ -99,7 +99,7 @@ async def authenticate(reader: Reader, token: str) -> RelayKey:
 
 async def live_keys(reader: HasConnection, key_ids: list[str]) -> set[str]:
     """Those of the keys that are not revoked."""
-    return await store.live_relay_keys(reader, key_ids)
+    return await relay_store.live_relay_keys(reader, key_ids)
 
 
 def check_name(key: RelayKey, relay: str) -> None:
@@ -139,7 +139,7 @@ async def heartbeat(tx: Tx, key: RelayKey, beat: Heartbeat, *, lease: float) -> 
     Raises ``auth.forbidden`` for another relay's key.
     """
     check_name(key, beat.relay)
-    row = await store.heartbeat(
+    row = await relay_store.heartbeat(
         tx,
         (beat.relay, key.id, beat.region, beat.connect_url, beat.public_url, beat.version, json.dumps(beat.load),
          beat.draining),
@@ -150,8 +150,8 @@ async def heartbeat(tx: Tx, key: RelayKey, beat: Heartbeat, *, lease: float) -> 
     fresh: list[str] = []
     if row["bound_digest"] != digest:
         latest = {b.tunnel: b for b in beat.bound}
-        before = await store.bindings_of(tx, beat.relay)
-        await store.replace_bindings(
+        before = await relay_store.bindings_of(tx, beat.relay)
+        await relay_store.replace_bindings(
             tx,
             beat.relay,
             digest,
@@ -168,7 +168,7 @@ async def heartbeat(tx: Tx, key: RelayKey, beat: Heartbeat, *, lease: float) -> 
 async def acknowledge(tx: Tx, key: RelayKey, relay: str, version: int) -> None:
     """Note the version that a registered relay has applied; a lower one than known is late and means nothing."""
     check_name(key, relay)
-    await store.acknowledge(tx, relay, version)
+    await relay_store.acknowledge(tx, relay, version)
 
 
 # -- choice -------------------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ class RelayDirectory:
     async def listing(self, reader: Reader, page: pages.PageRequest) -> dict[str, Any]:
         """A page of every relay that was registered, by name, live or not."""
         after = page.after[0] if page.after else None
-        rows = await store.list_relays(reader, self._settings.relay_lease_seconds, page.limit + 1, after)
+        rows = await relay_store.list_relays(reader, self._settings.relay_lease_seconds, page.limit + 1, after)
         document: dict[str, Any] = pages.listing(rows, page.limit, lambda row: (row.name,), lambda row: row._asdict())
         return document
 
@@ -255,7 +255,7 @@ class RelayDirectory:
 
     async def _read(self, reader: Reader) -> None:
         lease = self._settings.relay_lease_seconds
-        rows = await store.live_relays(reader, lease)
+        rows = await relay_store.live_relays(reader, lease)
         now = self._monotonic()
         self._names = tuple(row["name"] for row in rows)
         self._relays = [

@@ -27,7 +27,7 @@ from portico.control.identity import plans
 from portico.control.identity.org_standing import check_standing, standing
 from portico.control.identity.plans import Entitlements
 from portico.control.identity.quotas import Quotas
-from portico.control.tunnels import claim_store, names, policy, presence, store
+from portico.control.tunnels import claim_store, names, policy, presence, session_store, store
 from portico.control.tunnels.addresses import Addresses
 from portico.control.tunnels.domain_routes import DomainRoutes
 from portico.control.tunnels.frozen import Frozen
@@ -114,7 +114,7 @@ class Tunnels:
             lease=self._settings.relay_lease_seconds,
         )
         sessions = list({place.session for place in places.values()})
-        machines = await store.hostnames(reader, organization, sessions) if sessions else {}
+        machines = await session_store.hostnames(reader, organization, sessions) if sessions else {}
         led = await self._domains.names_of(reader, [row.id for row in rows]) if rows else {}
         return [self._document(row, places.get(row.id), machines, led.get(row.id, [])) for row in rows]
 

@@ -24,7 +24,7 @@ from portico.control.identity.plans import Entitlements
 from portico.control.identity.quotas import Quotas
 from portico.control.identity.service import Identity
 from portico.control.identity.signing_keys import SigningKeys
-from portico.control.tunnels import frozen, policy, store
+from portico.control.tunnels import frozen, policy, session_store, store
 from portico.control.tunnels.relays import RelayDirectory
 from portico.control.tunnels.service import Tunnels, kind_of
 from portico.control.tunnels.spec import TunnelSpec
@@ -126,7 +126,7 @@ class Sessions:
         account = await facts.hold_key(tx, key_id, "agent:connect", caller.address)
         if account.entitlements.limit("tunnels_online") is not None:
             await store.lock_set(tx, caller.org)
-        session = await store.open_session(
+        session = await session_store.open_session(
             tx,
             new_id("ses"),
             caller.org,
@@ -160,7 +160,7 @@ class Sessions:
         limited = account.entitlements.limit("tunnels_online") is not None
         lease = self._settings.relay_lease_seconds if limited else None
         life, about = self._life, (agent.hostname, agent.version, agent.region)
-        found = await store.continue_session(reader, key_id, agent.agent_id, life, about, caller.address, lease)
+        found = await session_store.continue_session(reader, key_id, agent.agent_id, life, about, caller.address, lease)
         rows = [_parsed(row) for row in found if row["id"] is not None]
         if not found or len(rows) != len(specs) or not all(map(_fits, rows, specs)):
             return None
@@ -183,7 +183,7 @@ class Sessions:
             self._accounts.forget(key_id)
             return None
         session, about = new_id("ses"), {"agent_id": agent.agent_id, "hostname": agent.hostname}
-        found = await store.start_session(
+        found = await session_store.start_session(
             reader,
             (session, caller.org, key_id, held.mark, agent.agent_id),
             (agent.hostname, agent.version, agent.region),
@@ -218,9 +218,9 @@ class Sessions:
         account = await facts.hold_key(tx, key_id, "agent:connect", caller.address)
         if account.entitlements.limit("tunnels_online") is not None:
             await store.lock_set(tx, caller.org)
-        if await store.lock_session(tx, session_id, key_id) is None:
+        if await session_store.lock_session(tx, session_id, key_id) is None:
             raise await self._gone(tx, session_id, key_id)
-        tunnels = await store.tunnels_of_session(tx, session_id)
+        tunnels = await session_store.tunnels_of_session(tx, session_id)
         await self._room_online(tx, account.entitlements, session_id, tunnels, len(tunnels))
         found = await self._refreshed(tx, caller, session_id, agent_id, account, None)
         if found is None:
@@ -231,7 +231,9 @@ class Sessions:
         self, reader: Reader, caller: Caller, session_id: str, agent_id: str, account: Account, lease: float | None
     ) -> dict[str, Any] | None:
         key_id = _key_of(caller)
-        rows = await store.refresh_session(reader, key_id, agent_id, self._life, session_id, caller.address, lease)
+        rows = await session_store.refresh_session(
+            reader, key_id, agent_id, self._life, session_id, caller.address, lease
+        )
         if not rows:
             return None
         edges = await self._directory.edges(reader, rows[0]["region"])
@@ -248,17 +250,17 @@ class Sessions:
         account = await facts.hold_key(tx, key_id, "agent:connect", caller.address)
         if account.entitlements.limit("tunnels_online") is not None:
             await store.lock_set(tx, caller.org)
-        session = await store.lock_session(tx, session_id, key_id)
+        session = await session_store.lock_session(tx, session_id, key_id)
         if session is None:
             raise await self._gone(tx, session_id, key_id)
-        size, position = await store.session_size(tx, session_id)
+        size, position = await session_store.session_size(tx, session_id)
         if size >= self._settings.session_max_tunnels:
             limit = self._settings.session_max_tunnels
             raise Problem("tunnel.limit_reached", f"a session has at most {limit} tunnels", limit=limit)
         (row,), _ = await self._resolve(tx, caller, session_id, session["hostname"], [spec], account.entitlements)
         if row["position"] is None:
             await self._room_online(tx, account.entitlements, session_id, [row["id"]], size + 1)
-            await store.bind(tx, session_id, {row["id"]: position}, [row["id"]])
+            await session_store.bind(tx, session_id, {row["id"]: position}, [row["id"]])
         now = int(self._clock.wall().timestamp())
         signer = await self._keys.current_signer(tx)
         life = _within_key(caller, now, self._settings.grant_life_seconds)
@@ -267,14 +269,16 @@ class Sessions:
     async def remove(self, tx: Tx, caller: Caller, session_id: str, tunnel_id: str) -> None:
         """Take a tunnel out of a live session: the next refresh has no grant for it. Twice is no error."""
         key_id = _key_of(caller)
-        if await store.lock_session(tx, session_id, key_id) is None:
+        if await session_store.lock_session(tx, session_id, key_id) is None:
             raise await self._gone(tx, session_id, key_id)
-        await store.unbind(tx, session_id, [tunnel_id])
+        await session_store.unbind(tx, session_id, [tunnel_id])
 
     async def end(self, tx: Tx, caller: Caller, session_id: str) -> None:
         """End a live session; relays are told within 2 s. Raises ``session.not_found``."""
         key_id = _key_of(caller)
-        ended = await store.end_session(tx, session_id, "session.ended", self._refusal_seconds, key_id, caller.org)
+        ended = await session_store.end_session(
+            tx, session_id, "session.ended", self._refusal_seconds, key_id, caller.org
+        )
         if not ended:
             raise Problem("session.not_found")
         await audit.record(tx, caller, "agent_session.end", session_id)
@@ -282,26 +286,26 @@ class Sessions:
 
     async def on_key_revoked(self, tx: Tx, key_id: str) -> None:
         """Identity's callback: the sessions of a revoked key end with it."""
-        ended = await store.end_sessions_of_key(tx, key_id, "session.revoked", self._refusal_seconds)
+        ended = await session_store.end_sessions_of_key(tx, key_id, "session.revoked", self._refusal_seconds)
         _announce(tx, ended, "session.revoked")
 
     async def on_key_restricted(self, tx: Tx, key_id: str, cidrs: Sequence[str]) -> None:
         """Identity's callback: sessions that were opened or last refreshed outside the key's new networks end."""
-        found = await store.session_addresses(tx, key_id)
+        found = await session_store.session_addresses(tx, key_id)
         outside = [row["id"] for row in found if not networks.allows(cidrs, row["address"])]
         if outside:
-            ended = await store.end_sessions_by_id(tx, outside, "session.revoked", self._refusal_seconds)
+            ended = await session_store.end_sessions_by_id(tx, outside, "session.revoked", self._refusal_seconds)
             _announce(tx, ended, "session.revoked")
 
     async def on_standing(self, tx: Tx, organization: str, standing: Standing | None) -> None:
         """Identity's callback: the sessions of an organization that does not stand well end."""
         if standing is not None:
             code = f"organization.{standing}"
-            ended = await store.end_sessions_of_organization(tx, organization, code, self._refusal_seconds)
+            ended = await session_store.end_sessions_of_organization(tx, organization, code, self._refusal_seconds)
             _announce(tx, ended, code)
 
     async def _gone(self, reader: Reader, session_id: str, key_id: str) -> Problem:
-        code = await store.session_end_code(reader, session_id, key_id)
+        code = await session_store.session_end_code(reader, session_id, key_id)
         return Problem(code if code in _TOLD else "session.not_found")
 
     # -- which tunnels the specs mean
@@ -357,7 +361,7 @@ class Sessions:
         specs: Sequence[TunnelSpec],
         origins: Sequence[str | None],
     ) -> _Choice:
-        found = await store.session_candidates(
+        found = await session_store.session_candidates(
             tx,
             caller.org,
             session_id,
@@ -369,7 +373,7 @@ class Sessions:
         choice = _Choice([_parsed(row) for row in found])
         if any(origins):
             taken = [row["id"] for row in choice.by_id.values() if row["origin"] and row["position"] is None]
-            choice.busy = await store.busy_tunnels(tx, taken, session_id, self._settings.relay_lease_seconds)
+            choice.busy = await session_store.busy_tunnels(tx, taken, session_id, self._settings.relay_lease_seconds)
         return choice
 
     async def _make(self, tx: Tx, caller: Caller, spec: TunnelSpec, origin: str | None) -> dict[str, Any]:
@@ -403,7 +407,9 @@ class Sessions:
             return
         held = await plans.entitlements(tx, held.organization)
         allowed = held.limit("tunnels_online")
-        online = await store.online_tunnels(tx, held.organization, session_id, self._settings.relay_lease_seconds)
+        online = await session_store.online_tunnels(
+            tx, held.organization, session_id, self._settings.relay_lease_seconds
+        )
         used = len(set(online).difference(coming))
         if allowed is not None and used + wanted > allowed:
             raise await self._quotas.exceeded(tx, held, "tunnels_online", used, allowed, wanted)
@@ -437,9 +443,9 @@ class Sessions:
         wanted = {row["id"]: index for index, row in enumerate(rows)}
         current = {row["id"]: row["position"] for row in rows if row["position"] is not None}
         if others:
-            await store.unbind(tx, session_id, others)
+            await session_store.unbind(tx, session_id, others)
         if current != wanted:
-            await store.bind(tx, session_id, wanted, [tunnel for tunnel in wanted if tunnel not in current])
+            await session_store.bind(tx, session_id, wanted, [tunnel for tunnel in wanted if tunnel not in current])
 
     # -- what the agent gets
 
@@ -629,5 +635,5 @@ def _rfc3339(seconds: int) -> str:
 
 async def ended_sessions(reader: Reader, now: float) -> list[dict[str, Any]]:
     """Ended sessions whose tokens could still be accepted after ``now`` (unix seconds), as relays hold them."""
-    rows = await store.edge_ended(reader, now)
+    rows = await session_store.edge_ended(reader, now)
     return [{"session": row["id"], "code": row["ended_code"], "until": row["until"]} for row in rows]

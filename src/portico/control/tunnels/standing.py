@@ -18,7 +18,7 @@ from portico.control import changes
 from portico.control.identity import plans
 from portico.control.identity.plans import MONTHLY, Entitlements
 from portico.control.identity.quotas import Quotas
-from portico.control.tunnels import policy, store
+from portico.control.tunnels import policy, usage_store
 from portico.errors import Problem
 from portico.kit.clock import Clock
 from portico.kit.db import Database, Reader, Tx
@@ -60,7 +60,7 @@ def used_of(total: Any) -> dict[str, int]:
 
 async def used(reader: Reader, organization: str, month: date) -> dict[str, int]:
     """What an organization used of each limit of a month."""
-    return used_of(await store.month(reader, organization, month))
+    return used_of(await usage_store.month(reader, organization, month))
 
 
 class Standing:
@@ -83,7 +83,7 @@ class Standing:
             return
         held, before = found
         month = month_of(self._clock.wall())
-        used = used_of(await store.month(tx, organization, month))
+        used = used_of(await usage_store.month(tx, organization, month))
         state: dict[str, Any] = {"limits": policy.organization_limits(self._settings, held)}
         if held.hard_cap and any(_full(held, name, used[name]) for name in MONTHLY):
             state["refuse"] = {"code": REFUSAL, "until": int(next_month(month).timestamp())}
@@ -97,7 +97,7 @@ class Standing:
         for name, count in used.items():
             allowed = held.limit(name)
             passed = _passed(held, name, count)
-            fresh = await store.add_notices(tx, held.organization, month, name, passed) if passed else []
+            fresh = await usage_store.add_notices(tx, held.organization, month, name, passed) if passed else []
             if not fresh:
                 continue
             facts = {
@@ -136,12 +136,12 @@ class Standing:
             raise Problem("usage.range_invalid", f"by {by}, at most {MAX_DAYS[by]} days can be asked for at once")
         if last.year >= date.max.year:
             raise Problem("usage.range_invalid", f"{last} is too far away")
-        if tunnel is not None and not await store.had_tunnel(reader, organization, tunnel):
+        if tunnel is not None and not await usage_store.had_tunnel(reader, organization, tunnel):
             raise Problem("tunnel.not_found")
         start, end = midnight(first), midnight(last + timedelta(days=1))
         if by == "month":
             start, end = midnight(first.replace(day=1)), next_month(last.replace(day=1))
-        rows = await store.usage(reader, organization, tunnel, by, start, end)
+        rows = await usage_store.usage(reader, organization, tunnel, by, start, end)
         return {
             "from": start.date(),
             "to": end.date() - timedelta(days=1),
@@ -154,7 +154,7 @@ class Standing:
     async def _month(self, reader: Reader, organization: str, now: datetime) -> dict[str, Any]:
         held = await plans.entitlements(reader, organization)
         month = month_of(now)
-        used = used_of(await store.month(reader, organization, month))
+        used = used_of(await usage_store.month(reader, organization, month))
         limits = []
         for name, count in used.items():
             most = held.limit(name)
@@ -187,8 +187,8 @@ class Standing:
         if not found:
             return []
         month, ids = month_of(self._clock.wall()), [held.organization for held, _ in found]
-        totals = await store.months(reader, ids, month)
-        noted = await store.notices(reader, ids, month)
+        totals = await usage_store.months(reader, ids, month)
+        noted = await usage_store.notices(reader, ids, month)
         due = []
         for held, refused in found:
             used = used_of(totals.get(held.organization))

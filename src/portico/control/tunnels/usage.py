@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 
 from portico.control.identity import facts
-from portico.control.tunnels import store
+from portico.control.tunnels import usage_store
 from portico.control.tunnels.standing import month_of
 from portico.kit.db import Tx
 
@@ -49,7 +49,7 @@ def _hour(since: datetime, now: datetime) -> datetime:
 
 
 def _add(left: Counts, right: Counts) -> Counts:
-    a, b, most = left, right, store.MAX_TOTAL
+    a, b, most = left, right, usage_store.MAX_TOTAL
     return (
         min(a[0] + b[0], most),
         min(a[1] + b[1], most),
@@ -64,9 +64,9 @@ async def count(tx: Tx, relay: str, boot: str, batches: Sequence[Batch], now: da
 
     Rows of a tunnel that never existed count for their organization if that exists, and are dropped with a log line if not.
     """
-    fresh = await store.claim_batches(tx, relay, boot, sorted({batch.seq for batch in batches}))
+    fresh = await usage_store.claim_batches(tx, relay, boot, sorted({batch.seq for batch in batches}))
     rows = [(_hour(batch.since, now), row) for batch in _once(batches) if batch.seq in fresh for row in batch.rows]
-    owners = await store.tunnel_owners(tx, list({row.tunnel for _, row in rows}))
+    owners = await usage_store.tunnel_owners(tx, list({row.tunnel for _, row in rows}))
     known = await facts.known_organizations(tx, list({row.organization for _, row in rows} - set(owners.values())))
     tunnels: dict[tuple[str, datetime, str], Counts] = {}
     organizations: dict[tuple[str, datetime], Counts] = {}
@@ -101,14 +101,16 @@ async def _write(
 ) -> None:
     """Add the totals, rows in one order everywhere, so that two reports wait for each other and never deadlock."""
     if tunnels:
-        await store.add_tunnel_usage(tx, _columns([(*key, *tunnels[key]) for key in sorted(tunnels)]))
+        await usage_store.add_tunnel_usage(tx, _columns([(*key, *tunnels[key]) for key in sorted(tunnels)]))
     if organizations:
         months: dict[tuple[str, date], Counts] = {}
         for (organization, hour), counts in organizations.items():
             key = (organization, month_of(hour))
             months[key] = _add(months.get(key, _ZERO), counts)
-        await store.add_month_usage(tx, _columns([(*key, *months[key]) for key in sorted(months)]))
-        await store.add_organization_usage(tx, _columns([(*key, *organizations[key]) for key in sorted(organizations)]))
+        await usage_store.add_month_usage(tx, _columns([(*key, *months[key]) for key in sorted(months)]))
+        await usage_store.add_organization_usage(
+            tx, _columns([(*key, *organizations[key]) for key in sorted(organizations)])
+        )
 
 
 def _columns(rows: list[tuple[object, ...]]) -> list[list[object]]:
