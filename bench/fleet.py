@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from portico import settings
 from portico.agent.api import Api
-from portico.agent.client import Agent, Events
+from portico.agent.client import Agent
 from portico.agent.forward import Forwarder
 from portico.agent.stats import Stats
 from portico.agent.target import parse_target
+from portico.agent.tunnel import Events
 from portico.kit import loop
 from portico.settings import AgentSettings, Secret
 

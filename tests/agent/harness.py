@@ -20,7 +20,8 @@ from portico.errors import Problem
 from portico.kit.carrier import Carrier
 from portico.settings import AgentSettings
 from portico.wire import frames as f
-from portico.wire.session import Session, Stream
+from portico.wire.session import Session
+from portico.wire.stream import Stream
 
 
 class Visit:

@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 
 from portico.agent import client
+from portico.agent.tunnel import public_url
 from portico.agent.api import Api
 from portico.agent.client import Agent
 from portico.settings import AgentSettings, Secret
@@ -29,7 +30,7 @@ from tests.timing import Since
     ],
 )
 def test_a_tunnel_is_shown_by_its_own_domain(domain: str | None, url: str, shown: str) -> None:
-    assert client._public({"protocol": "http", "domain": domain}, url) == shown
+    assert public_url({"protocol": "http", "domain": domain}, url) == shown
 
 
 class TestStart:

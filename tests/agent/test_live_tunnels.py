@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from portico.agent.client import Tunnel
+from portico.agent.tunnel import Tunnel
 from portico.wire import frames as f
 from tests.agent.api_server import problem
 from tests.agent.harness import RelayConnection

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from portico.agent.api import Grant
-from portico.agent.client import Tunnel
 from portico.agent.stats import CONNECTION, RECORDS, Stats, connection_id, request_id
 from portico.agent.status import JsonLines, Lines, Screen, make_display
+from portico.agent.tunnel import Tunnel
 from portico.errors import Problem
 from portico.kit.clock import uptime
 from portico.kit.jwt import SigningKey

@@ -7,10 +7,12 @@ import contextlib
 from typing import Any
 
 from portico.agent.api import Api
-from portico.agent.client import Agent, Events, Tunnel
+from portico.agent.client import Agent
+from portico.agent.tunnel import Events, Tunnel
 from portico.errors import Problem
 from portico.settings import AgentSettings, Secret
-from portico.wire.session import Session, Sink, Stream
+from portico.wire.session import Session
+from portico.wire.stream import Sink, Stream
 from tests.agent.api_server import KEY, TestApi
 from tests.agent.harness import Relay
 

@@ -13,10 +13,12 @@ import time
 from typing import Any, ClassVar
 
 from portico.agent.api import Api
-from portico.agent.client import Agent, Events, Tunnel
+from portico.agent.client import Agent
+from portico.agent.tunnel import Events, Tunnel
 from portico.kit import loop
 from portico.settings import AgentSettings, agent_settings
-from portico.wire.session import Session, Sink, Stream
+from portico.wire.session import Session
+from portico.wire.stream import Sink, Stream
 
 #: Agents that begin at once: the first start is not what is drilled.
 STARTS_AT_ONCE = 20

@@ -37,7 +37,8 @@ from portico.relay.snapshot import Snapshot
 from portico.relay.tally import Tally
 from portico.settings import AgentSettings, RelaySettings, Secret
 from portico.wire import frames as f
-from portico.wire.session import HEADROOM, Session, Stream
+from portico.wire.session import Session
+from portico.wire.stream import HEADROOM, Stream
 from tests.wire.recorder import Recorder, wire_bytes
 
 #: Fields that the relay adds; a visitor's own are dropped.

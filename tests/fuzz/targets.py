@@ -15,7 +15,8 @@ from portico.relay.heads import normal_host
 from portico.relay.hello import Hello, Invalid, NeedMore, parse
 from portico.wire import frames as f
 from portico.wire.frames import WireError
-from portico.wire.session import HEADROOM, Session, Stream
+from portico.wire.session import Session
+from portico.wire.stream import HEADROOM, Stream
 from tests.fuzz import http
 from tests.wire.recorder import Recorder, wire_bytes
 from tests.wire.vectors import AGENT_HELLO, RELAY_HELLO

@@ -16,7 +16,8 @@ from portico.relay.server import Relay
 from portico.wire import frames as f
 from portico.wire import grants
 from portico.wire.counts import Counts
-from portico.wire.session import Session, Stream
+from portico.wire.session import Session
+from portico.wire.stream import Stream
 
 KEY = SigningKey.generate()
 ORG = "org_test"

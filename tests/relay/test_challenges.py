@@ -14,8 +14,10 @@ import pytest
 from cryptography import x509
 
 from portico.control.domains import acme_client
+from portico.relay.edge_rows import Challenge, SnapshotInvalid
 from portico.relay.server import Relay
-from portico.relay.snapshot import Challenge, Snapshot, SnapshotInvalid, SnapshotStore
+from portico.relay.snapshot import Snapshot
+from portico.relay.snapshot_store import SnapshotStore
 from tests import pebble
 from tests.relay.doubles import Client, ScriptedAgent, port, row
 from tests.relay.test_tls_port import until

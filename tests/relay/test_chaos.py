@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from argon2 import PasswordHasher
 
+from portico.relay.agent_connection import LiveTunnel
 from portico.relay.server import Relay
-from portico.relay.sessions import LiveTunnel
 from portico.wire import frames as f
 from tests.relay.doubles import Client, ScriptedAgent, ScriptedStream, grant, port, row, session_token
 from tests.relay.known import forget, whole

@@ -15,7 +15,7 @@ import pytest
 from portico.errors import catalogue
 from portico.relay import decide
 from portico.relay.door import Door
-from portico.relay.snapshot import Organization
+from portico.relay.edge_rows import Organization
 
 HOST = b"web.localhost"
 DOORS = {

@@ -23,7 +23,8 @@ from portico.relay.http1 import Visitor
 from portico.relay.rates import Rates
 from portico.settings import RelaySettings, Secret
 from portico.wire import frames as f
-from portico.wire.session import Session, Stream
+from portico.wire.session import Session
+from portico.wire.stream import Stream
 from tests.fuzz.http import OURS, Memory, Server, remember, run, shuttle
 from tests.wire.recorder import Recorder
 

@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 import pytest
 
 from portico.kit.jwt import SigningKey
-from portico.relay.snapshot import Change, OutOfOrder, Snapshot, SnapshotInvalid, SnapshotStore, parse_json
+from portico.relay.edge_rows import SnapshotInvalid, parse_json
+from portico.relay.snapshot import Change, OutOfOrder, Snapshot
+from portico.relay.snapshot_store import SnapshotStore
 
 KEY = SigningKey.generate().public_jwk()
 OTHER_KEY = SigningKey.generate().public_jwk()

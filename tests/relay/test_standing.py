@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from portico.relay.edge_rows import SnapshotInvalid
 from portico.relay.server import Relay
-from portico.relay.snapshot import Change, Snapshot, SnapshotInvalid, SnapshotStore
+from portico.relay.snapshot import Change, Snapshot
+from portico.relay.snapshot_store import SnapshotStore
 from tests.relay.doubles import ORG, Client, ScriptedAgent, grant
 from tests.relay.test_peers import agent as peers_agent
 from tests.relay.test_peers import pair

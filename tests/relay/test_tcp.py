@@ -18,7 +18,7 @@ import pytest
 from portico.relay.server import Relay
 from portico.wire import frames as f
 from portico.wire import grants
-from portico.wire.session import Stream
+from portico.wire.stream import Stream
 from tests.ports import free_port
 from tests.relay.doubles import KEY, ORG, ScriptedAgent, session_token
 from tests.relay.doubles import port as control_port

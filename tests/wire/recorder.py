@@ -6,7 +6,7 @@ from typing import Any
 
 from portico.wire import frames as f
 from portico.wire.counts import Counts
-from portico.wire.session import Sink, Stream
+from portico.wire.stream import Sink, Stream
 
 
 class StreamRecorder:

@@ -9,19 +9,8 @@ import pytest
 
 from portico.wire import frames as f
 from portico.wire.frames import WireError
-from portico.wire.session import (
-    DEAD_MOST,
-    FIRST,
-    HEADROOM,
-    KEEPS_QUANTUM,
-    KEPT,
-    LARGE,
-    PROVEN,
-    QUANTUM,
-    TURN,
-    Session,
-    Stream,
-)
+from portico.wire.session import DEAD_MOST, QUANTUM, TURN, Session
+from portico.wire.stream import FIRST, HEADROOM, KEEPS_QUANTUM, KEPT, LARGE, PROVEN, Stream
 from tests.wire.recorder import Recorder, parse
 from tests.wire.vectors import AGENT_HELLO, session_in
 

@@ -18,7 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from portico.wire import frames as f
 from portico.wire import session as session_module
-from portico.wire.session import HEADROOM, Session, Stream
+from portico.wire import stream as stream_module
+from portico.wire.session import Session
+from portico.wire.stream import HEADROOM, Stream
 from tests.wire.recorder import Recorder, parse, wire_bytes
 from tests.wire.vectors import AGENT_HELLO, RELAY_HELLO
 
@@ -178,6 +180,7 @@ class TwoSessions(RuleBasedStateMachine):
         self.smaller = [
             mock.patch.object(session_module, "_SESSION_RETURN", SESSION_WINDOW // 4),
             mock.patch.object(session_module, "KEPT", SESSION_WINDOW // 8),
+            mock.patch.object(stream_module, "KEPT", SESSION_WINDOW // 8),
         ]
         for one in self.smaller:
             one.start()

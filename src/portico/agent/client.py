@@ -19,12 +19,12 @@ import secrets
 import socket
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
-from portico.agent.api import VERSION, Api, Grant, SessionInfo
+from portico.agent.api import VERSION, Api, SessionInfo
 from portico.agent.link import Link, Serves
+from portico.agent.tunnel import Events, Tunnel, asked_of, public_url
 from portico.errors import Problem
 from portico.settings import AgentSettings
 from portico.wire.counts import Counts
@@ -53,75 +53,6 @@ def credential_refused(problem: Problem) -> bool:
 def tunnel_refused(problem: Problem) -> bool:
     """Whether the API refused what one tunnel asks for, which says nothing about the others."""
     return problem.code.startswith(("tunnel.", "quota.")) or problem.code == "request.invalid"
-
-
-@dataclass(slots=True, eq=False)
-class Tunnel:
-    """One tunnel of this agent. ``state``: ``starting``, ``online``, ``offline`` (trying), ``ended``, ``removed``.
-
-    ``ended`` with a ``problem``: the platform's word; without: its own time was up (``ttl`` seconds from its first
-    moment online; ``ends_at`` on the clock of :func:`portico.kit.clock.uptime`).
-    """
-
-    spec: dict[str, Any]
-    serves: Serves
-    target: str
-    bind: int
-    grant: Grant | None = None
-    url: str = ""
-    state: str = "starting"
-    was_online: bool = False
-    problem: Problem | None = None
-    attempt: int = 0
-    link: Link | None = None
-    ttl: float | None = None
-    ends_at: float | None = None
-    #: What relays told of it: requests and refusals at the edge, since this agent began.
-    edge: Counts = field(default_factory=Counts)
-    #: The spec that the API took last.
-    agreed: dict[str, Any] | None = None
-
-    @property
-    def over(self) -> bool:
-        return self.state in ("ended", "removed")
-
-    @property
-    def name(self) -> str:
-        return self.grant.name if self.grant is not None else str(self.spec.get("name") or "")
-
-
-def _public(spec: dict[str, Any], url: str) -> str:
-    """The URL that is shown: by the domain of the user's own that the tunnel was asked to serve, where there is one."""
-    domain = spec.get("domain")
-    if not domain or not url:
-        return url
-    parts = urlsplit(url)
-    port = f":{parts.port}" if parts.port is not None else ""
-    return f"{parts.scheme}://{str(domain).strip().rstrip('.').lower()}{port}"
-
-
-def _asked(tunnel: Tunnel) -> dict[str, Any]:
-    """What the API is asked for."""
-    spec = {"protocol": "http", **tunnel.spec, "target": tunnel.target}
-    if tunnel.grant is not None:
-        spec["name"] = tunnel.grant.name  # the name that was made up stays
-    return spec
-
-
-class Events:
-    """What an agent tells its screen or log; every method may be overridden."""
-
-    def connection(self, state: str, detail: str) -> None:
-        """The session's state: ``connecting``, ``online``, ``reconnecting``, ``ended``."""
-
-    def tunnel(self, tunnel: Tunnel) -> None:
-        """A tunnel changed its state, or (still ``online``) its target or address."""
-
-    def warning(self, text: str) -> None:
-        """Something that a person may want to act on; the agent goes on."""
-
-    def note(self, text: str) -> None:
-        """Something that went as a person wanted it."""
 
 
 class Agent:
@@ -190,7 +121,7 @@ class Agent:
             "hostname": socket.gethostname()[:255],
             "version": VERSION,
             "region": self.settings.region or None,
-            "tunnels": [_asked(tunnel) for tunnel in tunnels],
+            "tunnels": [asked_of(tunnel) for tunnel in tunnels],
         }
 
     async def _open_session(self, limit: float | None = None) -> SessionInfo:
@@ -214,7 +145,7 @@ class Agent:
         for number, tunnel in enumerate(live):
             spec = tunnel.spec
             try:
-                grants.append(await self.api.add_tunnel(info.session, _asked(tunnel)))
+                grants.append(await self.api.add_tunnel(info.session, asked_of(tunnel)))
                 tunnel.agreed = spec
             except Problem as problem:
                 if tunnel_refused(problem):
@@ -236,7 +167,7 @@ class Agent:
                 grant = info.grants[index]
             if grant is not None:
                 tunnel.grant = grant
-                tunnel.url = _public(tunnel.spec, grant.url)
+                tunnel.url = public_url(tunnel.spec, grant.url)
             elif tunnel.grant is None and tunnel.name and tunnel.agreed is None:
                 self._spawn(self._admit(tunnel))  # it was added while this answer was on its way
         self.info = info
@@ -496,11 +427,11 @@ class Agent:
     async def _admit(self, tunnel: Tunnel) -> None:
         """Ask for a tunnel's grant, and bind it; while the API is away, again and again."""
         attempt = 0
-        asked, asked_spec = _asked(tunnel), tunnel.spec
+        asked, asked_spec = asked_of(tunnel), tunnel.spec
         while self.info is not None and not self._over():
             try:
                 async with self._asking:  # one after the other: an older wish may not arrive after a newer one
-                    if tunnel.over or asked != _asked(tunnel):
+                    if tunnel.over or asked != asked_of(tunnel):
                         return
                     grant = await self.api.add_tunnel(self.info.session, asked)
             except Problem as problem:
@@ -551,7 +482,7 @@ class Agent:
             return
         if link is not self.link:
             return
-        url = _public(tunnel.spec, url)
+        url = public_url(tunnel.spec, url)
         renewed = tunnel.link is link and tunnel.state == "online" and url in ("", tunnel.url)
         tunnel.link, tunnel.url = link, url or tunnel.url
         tunnel.attempt, tunnel.problem, tunnel.was_online = 0, None, True

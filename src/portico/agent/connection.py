@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from portico.agent.forward import Exchange, Forwarder
     from portico.agent.pool import Pool
     from portico.agent.raw import RawPipe
-    from portico.wire.session import Session, Stream
+    from portico.wire.session import Session
+    from portico.wire.stream import Stream
 
 log = logging.getLogger("portico.agent")
 

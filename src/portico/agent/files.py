@@ -26,7 +26,8 @@ from portico.agent.stats import Stats, request_id
 from portico.agent.target import Target
 from portico.settings import AgentSettings
 from portico.wire import frames as f
-from portico.wire.session import Session, Sink, Stream
+from portico.wire.session import Session
+from portico.wire.stream import Sink, Stream
 
 #: Bytes read from disk at once.
 CHUNK = 65_536

@@ -10,11 +10,12 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from portico.agent.client import Agent, Events, Tunnel
+from portico.agent.client import Agent
 from portico.agent.files import FileServer
 from portico.agent.forward import Forwarder
 from portico.agent.hints import HostHint
 from portico.agent.tcp import TcpForwarder
+from portico.agent.tunnel import Events, Tunnel
 from portico.kit.clock import uptime
 from portico.wire.policy_check import HOST_KEPT
 

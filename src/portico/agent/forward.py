@@ -22,7 +22,8 @@ from portico.agent.stats import Stats, request_id
 from portico.agent.target import Target, tls_context
 from portico.settings import AgentSettings
 from portico.wire import frames as f
-from portico.wire.session import Session, Sink, Stream
+from portico.wire.session import Session
+from portico.wire.stream import Sink, Stream
 
 #: Methods that may be sent twice (RFC 9110, 9.2.2): the only ones that are retried after bytes were written.
 IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE", b"PROPFIND", b"REPORT", b"SEARCH"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 if TYPE_CHECKING:
     from portico.agent.forward import Exchange
-    from portico.wire.session import Stream
+    from portico.wire.stream import Stream
 
 #: Bytes of a body that are looked at: Rails says it below a style sheet.
 LOOK_BYTES: Final = 16_384

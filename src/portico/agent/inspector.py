@@ -29,11 +29,12 @@ from typing import Any
 
 from portico.agent import views
 from portico.agent.api import VERSION
-from portico.agent.client import Agent, Tunnel
+from portico.agent.client import Agent
 from portico.agent.link import Serves
 from portico.agent.live import Live
 from portico.agent.recorder import Entry, Recorder
 from portico.agent.stats import Stats
+from portico.agent.tunnel import Tunnel
 from portico.agent.web import Answer, Guard, Request, WebServer
 from portico.errors import Problem
 from portico.kit.sockets import bind_tcp, port_of

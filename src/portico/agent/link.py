@@ -21,7 +21,8 @@ from portico.kit.dial import connect_tcp, reason
 from portico.settings import AgentSettings
 from portico.wire import frames as f
 from portico.wire.counts import Counts
-from portico.wire.session import Lazy, Quick, Session, Sink, Stream
+from portico.wire.session import Quick, Session
+from portico.wire.stream import Lazy, Sink, Stream
 
 #: The ping whose answer says that the relay has read all that was sent before it; no time stamp is negative as this is.
 GOODBYE = b"\xffgoodbye"

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from portico.agent.client import Tunnel
+from portico.agent.tunnel import Tunnel
 from portico.errors import catalogue
 
 #: Seconds between two log lines about one code of one tunnel: a flood of refused visitors is a line with a count.

@@ -21,7 +21,8 @@ from portico.errors import Problem
 from portico.settings import AgentSettings
 from portico.wire import frames as f
 from portico.wire.counts import Counts
-from portico.wire.session import HEADROOM, Session, Sink, Stream
+from portico.wire.session import Session
+from portico.wire.stream import HEADROOM, Sink, Stream
 
 #: Fields that say how a body is framed: the forwarder writes its own.
 _FRAMING = frozenset((b"content-length", b"transfer-encoding", b"connection", b"te"))

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from portico.agent import policies
 from portico.agent.api import VERSION
-from portico.agent.client import Agent, Events, Tunnel
+from portico.agent.client import Agent
 from portico.agent.durations import shown_duration
 from portico.agent.refusals import News, Refusals, summary
 from portico.agent.stats import CONNECTIONS, Record, Stats
+from portico.agent.tunnel import Events, Tunnel
 from portico.kit.clock import uptime
 from portico.settings import AgentSettings, color_wanted
 

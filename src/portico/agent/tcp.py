@@ -25,7 +25,8 @@ from portico.errors import Problem
 from portico.kit.sockets import keep_alive, reset_transport
 from portico.settings import AgentSettings
 from portico.wire import frames as f
-from portico.wire.session import Session, Sink, Stream
+from portico.wire.session import Session
+from portico.wire.stream import Sink, Stream
 
 #: A write that the target takes within this many seconds is no sign of a slow reader.
 STALL_SECONDS: Final = 0.02

@@ -16,7 +16,7 @@ from typing import Final
 
 from portico.agent.raw import RawPipe
 from portico.wire import frames as f
-from portico.wire.session import Stream
+from portico.wire.stream import Stream
 
 #: The longest plain text of a TLS record, and more than a record adds to it with any suite that is offered.
 RECORD: Final = 16_384

@@ -29,12 +29,12 @@ from portico.errors import Problem
 from portico.settings import RelaySettings
 
 if TYPE_CHECKING:
+    from portico.relay.agent_connection import LiveTunnel
     from portico.relay.exchange import Exchange
     from portico.relay.heads import KnownAnswer
     from portico.relay.peers import RemoteTunnel
     from portico.relay.raw import RawVisitor
     from portico.relay.repeats import Asked, Repeats
-    from portico.relay.sessions import LiveTunnel
 
 log = logging.getLogger("portico.relay.access_log")
 

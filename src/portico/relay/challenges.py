@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from portico.relay.certificates import build, server_context
-from portico.relay.snapshot import Challenge, Change, Snapshot
+from portico.relay.edge_rows import Challenge
+from portico.relay.snapshot import Change, Snapshot
 
 PATH: Final = b"/.well-known/acme-challenge/"
 ALPN: Final = b"acme-tls/1"

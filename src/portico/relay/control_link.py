@@ -20,7 +20,8 @@ from typing import Any
 
 import httpx
 
-from portico.relay.snapshot import OutOfOrder, Snapshot, SnapshotInvalid, parse_json
+from portico.relay.edge_rows import SnapshotInvalid, parse_json
+from portico.relay.snapshot import OutOfOrder, Snapshot
 from portico.settings import RelaySettings
 
 log = logging.getLogger(__name__)

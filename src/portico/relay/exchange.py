@@ -22,16 +22,16 @@ from portico.relay.decide import PASSWORD, decide
 from portico.relay.heads import PASS
 from portico.relay.policy import OPEN
 from portico.wire import frames as f
-from portico.wire.session import Stream
+from portico.wire.stream import Stream
 
 if TYPE_CHECKING:
+    from portico.relay.agent_connection import LiveTunnel
     from portico.relay.client_address import Told
     from portico.relay.credentials import Accounts
     from portico.relay.door import Door
     from portico.relay.http1 import Visitor
     from portico.relay.line import Line
     from portico.relay.peers import RemoteTunnel
-    from portico.relay.sessions import LiveTunnel
 
 # How an answer's body is framed towards the visitor.
 NO_BODY, COUNTED, CHUNKED, UNTIL_CLOSE, RAW = range(5)

@@ -17,8 +17,9 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
+    from portico.relay.agent_connection import LiveTunnel
     from portico.relay.peers import Peers
-    from portico.relay.sessions import Agents, LiveTunnel
+    from portico.relay.sessions import Agents
     from portico.relay.snapshot import Snapshot
     from portico.settings import RelaySettings
 

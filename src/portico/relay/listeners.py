@@ -23,6 +23,7 @@ from portico.kit.carrier import MAX_MESSAGE
 from portico.kit.networks import is_loopback, network
 from portico.relay import introduction, pages
 from portico.relay.access_log import AccessLog
+from portico.relay.agent_connection import LiveTunnel
 from portico.relay.challenges import Challenges
 from portico.relay.client_address import Networks
 from portico.relay.credentials import Credentials, authorization
@@ -34,7 +35,7 @@ from portico.relay.http1 import BULK_READ, HEAD_READ, READ_SIZE, Visitor, plain_
 from portico.relay.introduction import Introduction
 from portico.relay.peers import Peers, RemoteTunnel
 from portico.relay.proxied import ProxiedVisitor
-from portico.relay.sessions import Agents, LiveTunnel
+from portico.relay.sessions import Agents
 from portico.relay.snapshot import Snapshot
 from portico.relay.tally import Tally
 from portico.settings import RelaySettings

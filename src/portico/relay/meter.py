@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from portico.relay.control_link import MAX_REASONS, Backoff, LinkLost, LinkRefused, post, why
-from portico.relay.snapshot import SnapshotInvalid, parse_json
+from portico.relay.edge_rows import SnapshotInvalid, parse_json
 from portico.relay.spool import FIELDS, SUFFIX, Batch, Spool, batch, merged_rows
 from portico.relay.statefiles import in_thread
 from portico.settings import RelaySettings

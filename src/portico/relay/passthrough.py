@@ -21,8 +21,8 @@ from portico.relay.http1 import LINGER_SECONDS
 from portico.relay.raw import RawServer, RawVisitor
 
 if TYPE_CHECKING:
+    from portico.relay.agent_connection import LiveTunnel
     from portico.relay.peers import RemoteTunnel
-    from portico.relay.sessions import LiveTunnel
 
 log = logging.getLogger("portico.relay.passthrough")
 

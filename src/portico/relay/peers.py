@@ -25,16 +25,18 @@ import picows
 
 from portico.errors import Problem
 from portico.kit.carrier import MAX_MESSAGE, Carrier
+from portico.relay.agent_connection import LiveTunnel, new_session
 from portico.relay.control_link import Backoff
 from portico.relay.meter import Counters
 from portico.relay.policy import Governed, PolicyInvalid
-from portico.relay.sessions import Agents, LiveTunnel, new_session
+from portico.relay.sessions import Agents
 from portico.relay.snapshot import Change
 from portico.relay.telling import Told, heard
 from portico.settings import RelaySettings
 from portico.wire import frames as f
 from portico.wire.counts import Counts
-from portico.wire.session import IGNORE, Session, Sink, Stream
+from portico.wire.session import Session
+from portico.wire.stream import IGNORE, Sink, Stream
 
 if TYPE_CHECKING:
     from portico.relay.rates import TunnelRates

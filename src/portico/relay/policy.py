@@ -23,8 +23,8 @@ from portico.wire import policy as documents
 from portico.wire.policy import HeaderRules, PolicyInvalid
 
 if TYPE_CHECKING:
+    from portico.relay.edge_rows import Organization
     from portico.relay.rates import TunnelRates
-    from portico.relay.snapshot import Organization
 
 __all__ = ["OPEN", "AddressSet", "Compiled", "Governed", "PolicyInvalid", "compiled"]
 

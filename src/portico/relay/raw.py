@@ -22,12 +22,13 @@ from portico.relay.exchange import ANSWERED, BROKEN, REFUSED, RESET_CODES, reque
 from portico.relay.http1 import READ_SIZE, STALL_SECONDS, plain_address
 from portico.relay.telling import is_news
 from portico.wire import frames as f
-from portico.wire.session import Stream
+from portico.wire.stream import Stream
 
 if TYPE_CHECKING:
+    from portico.relay.agent_connection import LiveTunnel
     from portico.relay.listeners import PublicServer
     from portico.relay.peers import RemoteTunnel
-    from portico.relay.sessions import Agents, LiveTunnel
+    from portico.relay.sessions import Agents
 
 log = logging.getLogger("portico.relay.raw")
 

@@ -25,13 +25,13 @@ from portico.relay.policy import OPEN, Compiled
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from portico.relay.agent_connection import LiveTunnel
     from portico.relay.decide import Chain
     from portico.relay.door import Door
     from portico.relay.http1 import Visitor
     from portico.relay.listeners import PublicServer
     from portico.relay.peers import RemoteTunnel
-    from portico.relay.sessions import LiveTunnel
-    from portico.wire.session import Stream
+    from portico.wire.stream import Stream
 
     Asked = tuple[int, bytes, heads.KnownHead, bytes, float, LiveTunnel | RemoteTunnel]
 

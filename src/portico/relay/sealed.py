@@ -31,7 +31,7 @@ from portico.kit.envelope import Binding, EnvelopeInvalid, Keys, Manifest, Opene
 from portico.kit.jwt import KeySet
 from portico.relay import certificates
 from portico.relay.certificates import Certificate, CertificateInvalid
-from portico.relay.snapshot import CertificateRef
+from portico.relay.edge_rows import CertificateRef
 
 #: Bytes of a chain and of a sealed key, far above any that a CA issues.
 CHAIN_MAX: Final = 262_144

@@ -35,7 +35,8 @@ from portico.relay.rates import Rates
 from portico.relay.raw import RawServer
 from portico.relay.sessions import Agents
 from portico.relay.shared_rates import SharedRates
-from portico.relay.snapshot import Snapshot, SnapshotStore
+from portico.relay.snapshot import Snapshot
+from portico.relay.snapshot_store import SnapshotStore
 from portico.relay.tcp import TcpPorts
 from portico.relay.telling import Teller
 from portico.relay.tls_port import TlsPort

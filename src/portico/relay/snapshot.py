@@ -1,42 +1,37 @@
 """What the relay knows about the world: tunnels by id and by host, ended sessions, verification keys.
 
 The control plane streams it (``control_link``): one snapshot, then deltas, each with the version that it leads to. All
-look-ups are one dictionary access. A message is checked whole before any of it is applied, so a malformed one changes
-nothing; the caller then asks for a new snapshot. Whoever must act at once on a change (the session table unbinds
-tunnels) listens with ``on_change``.
-
-``SnapshotStore`` keeps a copy in the state folder, so that a relay that restarts while the control plane is out of
-reach still knows keys, hosts and ended sessions, and resumes the stream at its version.
+look-ups are one dictionary access. A message is checked whole (``edge_rows``) before any of it is applied, so a malformed one
+changes nothing; the caller then asks for a new snapshot. Whoever must act at once on a change (the session table unbinds
+tunnels) listens with ``on_change``. ``snapshot_store`` keeps a copy on disk.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from portico.errors import catalogue
-from portico.relay import statefiles
+from portico.relay import edge_rows
+from portico.relay.edge_rows import (
+    REMOVED_FALLBACK,
+    CertificateRow,
+    Challenge,
+    Domain,
+    Ended,
+    Organization,
+    SnapshotInvalid,
+    TunnelRow,
+    canonical,
+)
 from portico.wire.grants import KeySet
 
 log = logging.getLogger(__name__)
 
-MAX_ID_CHARS = 128
-MAX_HOST_CHARS = 253
-MAX_HOSTS = 1024  # of one tunnel
-MAX_TOKEN_CHARS = 512
-MAX_NUMBER = 2**53 - 1  # what JSON carries exactly everywhere; also beyond any time in seconds
-ENDED_FALLBACK = "session.revoked"  # for a code that this relay's catalogue does not know yet
-REMOVED_FALLBACK = "tunnel.deleted"
-REFUSED_FALLBACK = "edge.account_suspended"
-JWK_MEMBERS = ("kid", "kty", "crv", "x", "alg", "use")  # all that is kept of a key
 CHUNK_ROWS = 500  # checked between two turns of the loop: some milliseconds
 PRUNE_MARGIN_SECONDS = 300.0  # an ended session is kept this much longer: the clocks of relay and API may differ
 
@@ -45,108 +40,11 @@ Kind = Literal[
 ]  # fmt: skip
 
 
-class SnapshotInvalid(ValueError):
-    """A message of the edge stream that is malformed; nothing of it was applied."""
-
-
 class OutOfOrder(SnapshotInvalid):
     """A delta that does not follow the state held; only a new snapshot helps."""
 
 
 _NONE: Mapping[str, Any] = {}
-_NO_POLICY: Mapping[str, Any] = {}  # one for all: most tunnels have none
-
-
-@dataclass(frozen=True, slots=True)
-class TunnelRow:
-    """One tunnel as the control plane sees it. ``canonical``: the row as received, for hash and copy. ``policy`` is read by
-    whoever has the tunnel live: one that this relay does not understand is no fault of the stream."""
-
-    id: str
-    organization: str
-    hosts: tuple[str, ...]
-    state: str
-    generation: int
-    canonical: bytes
-    protocol: str = "http"
-    policy_version: int = 0
-    policy: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def active(self) -> bool:
-        return self.state == "active"
-
-
-@dataclass(frozen=True, slots=True)
-class Domain:
-    """A customer's name that leads to a tunnel: a host, or ``*.`` and what it stands below. ``valid_until`` (unix seconds): it is
-    served by HTTPS alone, and only until then; ``None``: like any other host."""
-
-    id: str
-    host: str
-    tunnel: str
-    valid_until: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A session that may not come back before ``until`` (unix seconds), by which time its tokens are worthless."""
-
-    session: str
-    code: str
-    until: float
-
-
-@dataclass(frozen=True, slots=True)
-class Organization:
-    """What holds for all tunnels of an organization whose plan has changed since grants began to carry its limits: ``limits`` as
-    in grants (with ``connections``, for tunnels that are not HTTP), in force instead of those of an older ``version``; and the
-    ``code`` with which traffic is refused until ``until`` (unix seconds), both absent when it is not."""
-
-    id: str
-    version: int
-    limits: Mapping[str, int]
-    code: str | None = None
-    until: float = math.inf
-
-    def refuses(self, now: float) -> bool:
-        """Whether traffic is refused at ``now`` (unix seconds)."""
-        return self.code is not None and now < self.until
-
-
-@dataclass(frozen=True, slots=True)
-class Challenge:
-    """What a certificate authority asks this edge about ``host``, to see whose it is; worthless after ``until`` (unix seconds).
-
-    ``type``: http-01 or tls-alpn-01; another one is kept and not answered.
-    """
-
-    id: str
-    type: str
-    host: str
-    token: str
-    authorization: str
-    until: float
-
-
-@dataclass(frozen=True, slots=True)
-class CertificateRef:
-    """A version of a domain's certificate by name; ``fingerprint``: SHA-256 of the leaf, hex."""
-
-    id: str
-    version: int
-    fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
-class CertificateRow:
-    """Which version of a domain's certificate serves, and which is to be held ready; contents are asked for (``vault.py``)."""
-
-    domain: str
-    hostname: str
-    active: CertificateRef | None
-    staged: CertificateRef | None
-    canonical: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,177 +60,6 @@ class Change:
 
 
 Listener = Callable[[Change], None]
-
-
-_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode  # kept: json.dumps makes one per call
-
-
-def canonical(value: Any) -> bytes:
-    """The one spelling that hashes are taken over: sorted keys, no spaces, ASCII."""
-    return _encode(value).encode()
-
-
-def parse_json(text: bytes) -> Any:
-    """JSON without the non-finite numbers that Python would add; raises ``SnapshotInvalid``."""
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as err:
-        raise SnapshotInvalid(f"not JSON: {err}") from None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise SnapshotInvalid(f"{name} is not a JSON number")
-
-
-def _text(value: Any, name: str, limit: int = MAX_ID_CHARS) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= limit:
-        raise SnapshotInvalid(f"{name} is not a text of 1 to {limit} characters")
-    return value
-
-
-def _whole(value: Any, name: str) -> int:
-    if type(value) is not int or not 0 <= value <= MAX_NUMBER:  # bool is an int to isinstance
-        raise SnapshotInvalid(f"{name} is not a whole number")
-    return value
-
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise SnapshotInvalid(f"{name} is not a number")
-    if not (math.isfinite(value) and 0 <= value <= MAX_NUMBER):
-        raise SnapshotInvalid(f"{name} is out of range")
-    return float(value)
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise SnapshotInvalid(f"{name} is not a list")
-    return value
-
-
-def _object(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise SnapshotInvalid(f"{name} is not an object")
-    return value
-
-
-def _tunnel(value: Any) -> TunnelRow:
-    row = _object(value, "a tunnel")
-    hosts = _list(row.get("hosts"), "hosts of a tunnel")
-    if len(hosts) > MAX_HOSTS:
-        raise SnapshotInvalid(f"a tunnel has more than {MAX_HOSTS} hosts")
-    return TunnelRow(
-        id=_text(row.get("id"), "id of a tunnel"),
-        organization=_text(row.get("organization"), "organization of a tunnel"),
-        hosts=tuple(_text(host, "a host", MAX_HOST_CHARS) for host in hosts),
-        state=_text(row.get("state"), "state of a tunnel"),
-        generation=_whole(row.get("generation"), "generation of a tunnel"),
-        canonical=canonical(row),
-        protocol=_text(row.get("protocol", "http"), "protocol of a tunnel"),
-        policy_version=_whole(row.get("policy_version", 0), "policy version of a tunnel"),
-        policy=_object(row.get("policy", {}), "policy of a tunnel") or _NO_POLICY,
-    )
-
-
-def _tunnels(values: list[Any]) -> list[TunnelRow]:
-    """Rows, some of which may have been checked before. Raises ``SnapshotInvalid``."""
-    try:
-        return [value if isinstance(value, TunnelRow) else _tunnel(value) for value in values]
-    except RecursionError:
-        raise SnapshotInvalid("nested too deeply") from None
-
-
-def _organization(value: Any) -> Organization:
-    row = _object(value, "an organization")
-    limits = _object(row.get("limits", {}), "limits of an organization")
-    refuse = row.get("refuse")
-    if refuse is not None:
-        refuse = _object(refuse, "the refusal of an organization")
-    return Organization(
-        id=_text(row.get("id"), "id of an organization"),
-        version=_whole(row.get("version"), "version of an organization"),
-        limits={_text(name, "a limit"): _whole(limit, "a limit") for name, limit in limits.items()},
-        code=_known(_text(refuse.get("code"), "code of a refusal"), REFUSED_FALLBACK) if refuse is not None else None,
-        until=_number(refuse["until"], "until") if refuse is not None and "until" in refuse else math.inf,
-    )
-
-
-def _certificate_ref(value: Any) -> CertificateRef | None:
-    if value is None:
-        return None
-    row = _object(value, "a version of a certificate")
-    return CertificateRef(
-        _text(row.get("id"), "id of a certificate"),
-        _whole(row.get("version"), "version of a certificate"),
-        _text(row.get("fingerprint"), "fingerprint of a certificate"),
-    )
-
-
-def _certificate(value: Any) -> CertificateRow:
-    row = _object(value, "a certificate")
-    return CertificateRow(
-        domain=_text(row.get("domain"), "domain of a certificate"),
-        hostname=_text(row.get("hostname"), "host name of a certificate", MAX_HOST_CHARS),
-        active=_certificate_ref(row.get("active")),
-        staged=_certificate_ref(row.get("staged")),
-        canonical=canonical(row),
-    )
-
-
-def _told(row: Organization) -> dict[str, Any]:
-    """The row as the stream has it, for the copy on disk."""
-    found: dict[str, Any] = {"id": row.id, "version": row.version, "limits": dict(row.limits)}
-    if row.code is not None:
-        found["refuse"] = {"code": row.code} | ({"until": row.until} if math.isfinite(row.until) else {})
-    return found
-
-
-def _challenge(value: Any) -> Challenge:
-    row = _object(value, "a challenge")
-    return Challenge(
-        id=_text(row.get("id"), "id of a challenge"),
-        type=_text(row.get("type"), "type of a challenge"),
-        host=_text(row.get("host"), "host of a challenge", MAX_HOST_CHARS),
-        token=_text(row.get("token"), "token of a challenge", MAX_TOKEN_CHARS),
-        authorization=_text(row.get("authorization"), "authorization of a challenge", MAX_TOKEN_CHARS),
-        until=_number(row.get("until"), "until"),
-    )
-
-
-def _domain(value: Any) -> Domain:
-    row = _object(value, "a domain")
-    return Domain(
-        id=_text(row.get("id"), "id of a domain"),
-        host=_text(row.get("host"), "host of a domain", MAX_HOST_CHARS),
-        tunnel=_text(row.get("tunnel"), "tunnel of a domain"),
-        valid_until=_number(row["valid_until"], "valid_until") if "valid_until" in row else None,
-    )
-
-
-def _domain_told(row: Domain) -> dict[str, Any]:
-    """The row as the stream has it, for the copy on disk."""
-    found: dict[str, Any] = {"id": row.id, "host": row.host, "tunnel": row.tunnel}
-    return found if row.valid_until is None else {**found, "valid_until": row.valid_until}
-
-
-def _known(code: str, fallback: str) -> str:
-    """A control plane newer than this relay may name codes that this one cannot render."""
-    return code if code in catalogue() else fallback
-
-
-def _ended(value: Any) -> Ended:
-    row = _object(value, "an ended session")
-    code = _known(_text(row.get("code"), "code of an ended session"), ENDED_FALLBACK)
-    return Ended(_text(row.get("session"), "an ended session"), code, _number(row.get("until"), "until"))
-
-
-def _keys(value: Any) -> tuple[list[dict[str, Any]], KeySet]:
-    rows = _list(value, "keys")
-    try:
-        keys = KeySet.from_jwks({"keys": rows})
-    except (ValueError, TypeError) as err:
-        raise SnapshotInvalid(f"keys: {err}") from None
-    return [{name: row[name] for name in JWK_MEMBERS if name in row} for row in rows], keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,9 +104,9 @@ class FrozenState:
         more = b""
         if self.complete:
             certificates = b",".join(row.canonical for row in self.certificates.values())
-            told = canonical([_told(row) for row in self.organizations.values()])
+            told = canonical([edge_rows.told_organization(row) for row in self.organizations.values()])
             more = b'"certificates":[%b],"organizations":%b,' % (certificates, told)
-            more += b'"domains":%b,' % canonical([_domain_told(row) for row in self.domains.values()])
+            more += b'"domains":%b,' % canonical([edge_rows.told_domain(row) for row in self.domains.values()])
         if self.challenges:
             more += b'"challenges":%b,' % canonical([asdict(row) for row in self.challenges.values()])
         return b'{"state":{"ended":%b,"keys":%b,%b"tunnels":[%b]},"type":"snapshot","version":%d}' % (
@@ -473,19 +200,19 @@ class Snapshot:
             return self.apply(message)
         rows: list[TunnelRow] = []
         for start in range(0, len(tunnels), CHUNK_ROWS):
-            rows += _tunnels(tunnels[start : start + CHUNK_ROWS])
+            rows += edge_rows.tunnels(tunnels[start : start + CHUNK_ROWS])
             await asyncio.sleep(0)
         return self.apply({**message, "state": {**state, "tunnels": rows}})
 
     def apply(self, message: Any) -> None:
         """One ``snapshot`` or ``delta``. Raises ``SnapshotInvalid`` or ``OutOfOrder``, with nothing applied."""
-        message = _object(message, "a message")
-        version = _whole(message.get("version"), "version")
+        message = edge_rows.members(message, "a message")
+        version = edge_rows.whole(message.get("version"), "version")
         try:
             if message.get("type") == "snapshot":
-                changes = self._apply_snapshot(_object(message.get("state"), "state"))
+                changes = self._apply_snapshot(edge_rows.members(message.get("state"), "state"))
             elif message.get("type") == "delta":
-                changes = self._apply_delta(version, _list(message.get("changes"), "changes"))
+                changes = self._apply_delta(version, edge_rows.items(message.get("changes"), "changes"))
             else:
                 raise SnapshotInvalid("neither a snapshot nor a delta")
         except RecursionError:  # nested deeper than the encoder follows; raised while checking, so nothing is applied
@@ -532,16 +259,19 @@ class Snapshot:
     # -- applying
 
     def _apply_snapshot(self, state: dict[str, Any]) -> list[Change]:
-        rows = {row.id: row for row in _tunnels(_list(state.get("tunnels"), "tunnels"))}
-        ended = {row.session: row for row in map(_ended, _list(state.get("ended"), "ended"))}
-        jwks, keys = _keys(state.get("keys"))
-        told = _list(state.get("organizations", []), "organizations")
-        organizations = {row.id: row for row in map(_organization, told)}
-        asked = {row.id: row for row in map(_challenge, _list(state.get("challenges", []), "challenges"))}
-        certificates = {
-            row.domain: row for row in map(_certificate, _list(state.get("certificates", []), "certificates"))
+        rows = {row.id: row for row in edge_rows.tunnels(edge_rows.items(state.get("tunnels"), "tunnels"))}
+        ended = {row.session: row for row in map(edge_rows.ended, edge_rows.items(state.get("ended"), "ended"))}
+        jwks, keys = edge_rows.keys(state.get("keys"))
+        told = edge_rows.items(state.get("organizations", []), "organizations")
+        organizations = {row.id: row for row in map(edge_rows.organization, told)}
+        asked = {
+            row.id: row for row in map(edge_rows.challenge, edge_rows.items(state.get("challenges", []), "challenges"))
         }
-        domains = {row.id: row for row in map(_domain, _list(state.get("domains", []), "domains"))}
+        certificates = {
+            row.domain: row
+            for row in map(edge_rows.certificate, edge_rows.items(state.get("certificates", []), "certificates"))
+        }
+        domains = {row.id: row for row in map(edge_rows.domain, edge_rows.items(state.get("domains", []), "domains"))}
         changes = self._difference(rows, ended, jwks)
         before, self._organizations = self._organizations, organizations
         self.complete = "organizations" in state and "domains" in state
@@ -579,41 +309,41 @@ class Snapshot:
 
     def _step(self, value: Any) -> Callable[[], Change] | None:
         """One change, checked now and performed when the whole delta has passed; ``None`` for a kind not known here."""
-        change = _object(value, "a change")
+        change = edge_rows.members(value, "a change")
         match kind := change.get("kind"):
             case "tunnel":
-                row = _tunnel(change.get("tunnel"))
+                row = edge_rows.tunnel(change.get("tunnel"))
                 return lambda: self._put(row)
             case "tunnel_removed":
-                id = _text(change.get("id"), "id of a removed tunnel")
-                code = _known(_text(change.get("code"), "code of a removed tunnel"), REMOVED_FALLBACK)
+                id = edge_rows.text(change.get("id"), "id of a removed tunnel")
+                code = edge_rows.known(edge_rows.text(change.get("code"), "code of a removed tunnel"), REMOVED_FALLBACK)
                 return lambda: self._remove(id, code)
             case "session_ended":
-                ended = _ended(change)
+                ended = edge_rows.ended(change)
                 return lambda: self._end(ended)
             case "keys":
-                jwks, keys = _keys(change.get("keys"))
+                jwks, keys = edge_rows.keys(change.get("keys"))
                 return lambda: self._rekey(jwks, keys)
             case "organization":
-                organization = _organization(change.get("organization"))
+                organization = edge_rows.organization(change.get("organization"))
                 return lambda: self._entitle(organization)
             case "challenge":
-                challenge = _challenge(change.get("challenge"))
+                challenge = edge_rows.challenge(change.get("challenge"))
                 return lambda: self._ask(challenge)
             case "challenge_removed":
-                gone = _text(change.get("id"), "id of a removed challenge")
+                gone = edge_rows.text(change.get("id"), "id of a removed challenge")
                 return lambda: self._unask(gone)
             case "certificate":
-                certificate = _certificate(change.get("certificate"))
+                certificate = edge_rows.certificate(change.get("certificate"))
                 return lambda: self._certify(certificate)
             case "certificate_removed":
-                domain = _text(change.get("domain"), "domain of a certificate")
+                domain = edge_rows.text(change.get("domain"), "domain of a certificate")
                 return lambda: self._uncertify(domain)
             case "domain":
-                leads = _domain(change.get("domain"))
+                leads = edge_rows.domain(change.get("domain"))
                 return lambda: self._route(leads)
             case "domain_removed":
-                over = _text(change.get("id"), "id of a removed domain")
+                over = edge_rows.text(change.get("id"), "id of a removed domain")
                 return lambda: self._unroute(over)
             case str():
                 log.warning("edge change of an unknown kind is left out", extra={"f": {"kind": kind[:64]}})
@@ -698,87 +428,3 @@ class Snapshot:
                     log.exception("listener failed on an edge change", extra={"f": {"kind": change.kind}})
         for callback in self._applied:
             callback()
-
-
-class SnapshotStore:
-    """The copy on disk: loaded at start, written a moment after a change, never in the loop's own time.
-
-    ``source`` names the control plane; a copy of another one is not used, since its versions mean nothing here.
-    """
-
-    FILE = "edge-state.json"
-    FORMAT = 1
-    RETRY_SECONDS = 5.0
-    SHARE = 10  # a write that takes t seconds is followed by a pause of at least SHARE × t
-
-    def __init__(self, snapshot: Snapshot, state_dir: Path, *, source: str, delay: float) -> None:
-        self._snapshot = snapshot
-        self._path = state_dir / self.FILE
-        self._source = source
-        self._delay = delay
-        self._dirty = asyncio.Event()
-        self._failing = False
-        snapshot.on_applied(self._dirty.set)
-
-    def load(self) -> bool:
-        """Applies the copy when there is a sound one of this control plane; a damaged one is reported and left out."""
-        try:
-            head, _, body = self._path.read_bytes().partition(b"\n")
-            if not self._sound(parse_json(head), body):
-                return False
-            message = parse_json(body)
-            self._snapshot.apply(message)
-            # Of an earlier version of this program: what the control plane said beyond it was passed over, so ask for all of it.
-            self._snapshot.complete &= "certificates" in message["state"]
-        except FileNotFoundError:
-            return False
-        except (OSError, SnapshotInvalid) as err:
-            log.warning("the saved edge state cannot be used", extra={"f": {"file": self._path, "why": err}})
-            return False
-        self._dirty.clear()
-        return True
-
-    def _sound(self, head: Any, body: bytes) -> bool:
-        head = _object(head, "the head")
-        if head.get("format") != self.FORMAT or head.get("source") != self._source:
-            log.info("the saved edge state is of another control plane", extra={"f": {"file": self._path}})
-            return False
-        if head.get("sha256") != hashlib.sha256(body).hexdigest():
-            raise SnapshotInvalid("its checksum does not match")
-        return True
-
-    async def run(self) -> None:
-        """Writes until cancelled. A full disk is reported once and tried again; nothing else waits for it."""
-        while True:
-            await self._dirty.wait()
-            await asyncio.sleep(self._delay)
-            started = time.monotonic()
-            saved = await self.save()
-            pause = self.SHARE * (time.monotonic() - started) if saved else self.RETRY_SECONDS
-            await asyncio.sleep(pause)
-
-    async def save(self) -> bool:
-        """One write of the present state, in a thread; ``False`` when the disk refused it."""
-        self._dirty.clear()
-        if (frozen := self._snapshot.frozen()) is None:
-            return True
-        try:
-            await statefiles.in_thread(self._write, frozen)
-        except OSError as err:
-            self._dirty.set()
-            if not self._failing:
-                log.error("the edge state cannot be saved", extra={"f": {"file": self._path, "why": err}})
-            self._failing = True
-            return False
-        self._failing = False
-        return True
-
-    async def close(self) -> None:
-        """Writes what is not written yet."""
-        if self._dirty.is_set():
-            await self.save()
-
-    def _write(self, frozen: FrozenState) -> None:
-        body = frozen.encode()
-        head = {"format": self.FORMAT, "source": self._source, "sha256": hashlib.sha256(body).hexdigest()}
-        statefiles.replace(self._path, canonical(head) + b"\n" + body)

@@ -23,7 +23,8 @@ from portico.relay.door import Door
 from portico.relay.raw import RawServer, RawVisitor
 
 if TYPE_CHECKING:
-    from portico.relay.sessions import Agents, LiveTunnel
+    from portico.relay.agent_connection import LiveTunnel
+    from portico.relay.sessions import Agents
 
 log = logging.getLogger("portico.relay.tcp")
 

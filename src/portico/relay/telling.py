@@ -19,8 +19,9 @@ from portico.wire import frames as f
 from portico.wire.counts import MAX_CODES, Counts
 
 if TYPE_CHECKING:
+    from portico.relay.agent_connection import LiveTunnel
     from portico.relay.peers import Peers, RemoteTunnel
-    from portico.relay.sessions import Agents, LiveTunnel
+    from portico.relay.sessions import Agents
 
 #: Seconds between two looks, and tunnels that are looked at before others get their turn.
 TELL_SECONDS: Final = 1.0

@@ -34,8 +34,9 @@ from portico.kit.jwt import InvalidKey
 from portico.relay import statefiles
 from portico.relay.certificates import VAULT, CertificateStore
 from portico.relay.control_link import Backoff, LinkLost, post, why
+from portico.relay.edge_rows import CertificateRef, CertificateRow, SnapshotInvalid, parse_json
 from portico.relay.sealed import Held, Trust, Unusable, parse
-from portico.relay.snapshot import CertificateRef, CertificateRow, Change, Snapshot, SnapshotInvalid, parse_json
+from portico.relay.snapshot import Change, Snapshot
 from portico.settings import RelaySettings
 
 log = logging.getLogger(__name__)
