@@ -8,9 +8,9 @@ import dataclasses
 import pytest
 
 from portico.agent import client
-from portico.agent.tunnel import public_url
 from portico.agent.api import Api
 from portico.agent.client import Agent
+from portico.agent.tunnel import public_url
 from portico.settings import AgentSettings, Secret
 from portico.wire import frames as f
 from tests.agent.api_server import KEY, problem
@@ -84,6 +84,29 @@ class TestStart:
         await world.api.stop()
         err = await world.start().ended()
         assert err is not None and err.code == "api.unreachable"
+
+    async def test_a_platform_that_does_not_know_its_relays_yet(self, world: World) -> None:
+        """It has just started: the first heartbeat of its relay is still on its way."""
+        world.api.refuse = problem(503, "edge.no_relay")
+        world.start()
+        await world.seen.until(lambda: "connecting" in world.seen.states)
+        assert len(world.api.calls) >= 3
+        world.api.refuse = None
+        await world.online()
+
+    async def test_one_without_relays_is_said_after_a_while(self, world: World) -> None:
+        world.api.refuse = problem(503, "edge.no_relay")
+        err = await world.start(dataclasses.replace(FAST, first_relay_seconds=0.3)).ended()
+        assert err is not None and err.code == "edge.no_relay"
+        assert len(world.api.calls) > 1
+
+    async def test_stop_while_it_waits_for_a_relay(self, world: World) -> None:
+        world.api.refuse = problem(503, "edge.no_relay")
+        world.start()
+        await world.seen.until(lambda: "connecting" in world.seen.states)
+        world.agent.stop()
+        assert await world.ended() is None
+        assert world.seen.states[-1] == "ended"
 
     @pytest.mark.parametrize("code", ["auth.key_invalid", "auth.key_revoked"])
     async def test_a_refused_key(self, world: World, code: str) -> None:

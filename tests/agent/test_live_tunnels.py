@@ -229,7 +229,7 @@ class TestRefusedAtTheStart:
     @pytest.mark.parametrize("code", ["auth.key_revoked", "edge.no_relay"])
     async def test_what_is_not_about_a_tunnel_ends_it_or_is_said(self, world: World, code: str) -> None:
         world.api.refuse = problem(403 if code.startswith("auth") else 503, code)
-        err = await world.start(names=("a", "b")).ended()
+        err = await world.start(dataclasses.replace(FAST, first_relay_seconds=0), names=("a", "b")).ended()
         assert err is not None and err.code == code
         assert len(world.api.calls) == 1
 

@@ -52,6 +52,16 @@ class TestSampleApp:
         writer.close()
 
 
+async def test_a_connection_that_ends_without_an_answer() -> None:
+    async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(leave, "127.0.0.1", 0) as server:
+        with pytest.raises(ValueError, match="without an answer"):
+            await fetch("127.0.0.1", server.sockets[0].getsockname()[1], "hello.localhost", "/")
+
+
 def test_chunked_answers_are_joined() -> None:
     assert _unchunk(b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\n\r\n") == b"abcde"
 

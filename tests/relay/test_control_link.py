@@ -174,18 +174,22 @@ class TestStream:
             await api.until(lambda: r.snapshot.complete)
         assert [stream.version for stream in api.streams[:2]] == [None, None]
 
-    async def test_silence_means_dead(self, api: EdgeApi, rig: Any) -> None:
+    async def test_silence_means_dead(self, api: EdgeApi, rig: Any, caplog: pytest.LogCaptureFixture) -> None:
         api.scripts = [script(whole(3)), script(put(4, "tun_b"))]
         async with rig(edge_silence_seconds=0.2) as r:
             await api.until(lambda: r.snapshot.version == 4)
+        assert "edge stream is down" in caplog.text
 
-    async def test_an_api_that_takes_the_connection_and_never_answers(self, api: EdgeApi, rig: Any) -> None:
+    async def test_an_api_that_takes_the_connection_and_never_answers(
+        self, api: EdgeApi, rig: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
         async def stall(stream: Stream) -> None:
             await asyncio.Event().wait()
 
         api.scripts = [stall, script(whole(3))]
         async with rig(edge_connect_timeout_seconds=0.1, edge_answer_timeout_seconds=0.1) as r:
             await api.until(lambda: r.snapshot.version == 3)
+        assert "edge stream is down" not in caplog.text, "it may be starting beside us"
 
     async def test_a_revocation_applies_within_two_seconds_of_the_apis_return(
         self, api: EdgeApi, rig: Any, caplog: pytest.LogCaptureFixture

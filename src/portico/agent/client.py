@@ -94,7 +94,11 @@ class Agent:
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────────
     async def run(self) -> None:
         """Be online until :meth:`stop`; raises what ended it otherwise (``api.unreachable`` only at the first start)."""
-        self._adopt(await self._open_session())
+        first = await self._first_session()
+        if first is None:
+            self._say("ended", "")
+            return
+        self._adopt(first)
         refreshing = asyncio.create_task(self._keep_fresh())
         try:
             await self._stay_connected()
@@ -123,6 +127,26 @@ class Agent:
             "region": self.settings.region or None,
             "tunnels": [asked_of(tunnel) for tunnel in tunnels],
         }
+
+    async def _first_session(self) -> SessionInfo | None:
+        """The session to begin with; ``None`` when we were stopped before there was one.
+
+        A platform that has just started may not have heard of a relay yet: that is waited for. All else is said at once.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self.settings.first_relay_seconds
+        attempt = 0
+        while not self._over():
+            try:
+                return await self._open_session()
+            except Problem as problem:
+                if problem.code != "edge.no_relay" or loop.time() >= until:
+                    raise
+                if attempt == 2:  # it is not over in a moment
+                    self._say("connecting", problem.detail)
+            await self._pause(min(attempt, 3))
+            attempt += 1
+        return None
 
     async def _open_session(self, limit: float | None = None) -> SessionInfo:
         """A session with all tunnels; when the API refuses one of several, a session with the others."""

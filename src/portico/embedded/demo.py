@@ -17,7 +17,9 @@ from portico.embedded.units import ProcessUnit
 from portico.errors import Problem
 from portico.kit.paint import Paint
 
-REQUEST_TIMEOUT_SECONDS = 10.0
+#: Patience for a machine that has much else to do: nothing here is waited for when it is not under way.
+REQUEST_TIMEOUT_SECONDS = 30.0
+API_TIMEOUT_SECONDS = 30
 ANSWER_MAX_BYTES = 256 * 1024
 TUNNEL = "hello"
 
@@ -46,6 +48,8 @@ async def fetch(host: str, port: int, authority: str, path: str) -> Answer:
         finally:
             writer.close()
     first, *lines = head.decode("latin-1").split("\r\n")
+    if len(first.split()) < 2:
+        raise ValueError("the connection ended without an answer")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     if headers.get("transfer-encoding", "").lower() == "chunked":
         body = _unchunk(body)
@@ -96,6 +100,8 @@ class Demo:
             server=platform.api_url,
             agent_key=platform.credentials["agent_key"],
             config_dir=str(platform.home / "agent"),
+            api_timeout_seconds=API_TIMEOUT_SECONDS,
+            connect_timeout_seconds=API_TIMEOUT_SECONDS,
         )
         return ProcessUnit(
             "agent",

@@ -48,7 +48,9 @@ _NOT_FOR_CHILDREN = (
 #: Seconds for a relay's visitors and a worker's job when everything ends: the rest of the ten is for what comes after.
 _RELAY_DRAIN_SECONDS = 5
 _API_DRAIN_SECONDS = 2
-_FOLLOW_SECONDS = 5.0
+#: Seconds that we wait for relays to follow: above the ten in which one fetches its certificates before it serves, and the time
+#: that a busy machine needs for the rest.
+_FOLLOW_SECONDS = 30.0
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104 - where to reach a wildcard listener
 
 

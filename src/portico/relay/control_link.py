@@ -26,7 +26,7 @@ from portico.settings import RelaySettings
 
 log = logging.getLogger(__name__)
 
-#: Seconds after the start in which an unanswered first heartbeat is no news: the API may be starting beside us.
+#: Seconds after the start in which a heartbeat or a stream that is not answered is no news: the API may be starting beside us.
 STARTING_SECONDS = 10.0
 #: Different reasons of one outage that are logged.
 MAX_REASONS = 8
@@ -193,6 +193,7 @@ class ControlLink:
         self._poked = asyncio.Event()
         self._began = time.monotonic()
         self._heard = False  # a heartbeat was answered
+        self._streamed = False  # a stream was sound
         self._said: dict[str, set[str]] = {}  # reasons logged in the present outage, per loop
         self._unknown_types: set[str] = set()
         self.connected = False
@@ -238,7 +239,11 @@ class ControlLink:
                 self._lost("the control plane refuses this relay's key (relay_key)", why(err))
                 self.refused = True
                 await asyncio.sleep(limits.edge_refused_seconds)
-            except (LinkLost, SnapshotInvalid, httpx.HTTPError, OSError, TimeoutError) as err:
+            except (TimeoutError, httpx.TimeoutException) as err:
+                news = not self._starting(self._streamed)
+                self._lost("edge stream is down, serving from the state held", why(err), news=news)
+                await asyncio.sleep(backoff.next())
+            except (LinkLost, SnapshotInvalid, httpx.HTTPError, OSError) as err:
                 self._lost("edge stream is down, serving from the state held", why(err))
                 await asyncio.sleep(backoff.next())
             except Exception as err:
@@ -365,6 +370,7 @@ class ControlLink:
         away = self._monotonic() - (self.disconnected_since or self._monotonic())
         log.info("edge stream is up", extra={"f": {"version": self._snapshot.version, "after_seconds": round(away, 1)}})
         self.connected, self.refused, self.disconnected_since = True, False, None
+        self._streamed = True
         self.failed = False
         self._said.pop("stream", None)
         for callback in self.on_connected:
@@ -376,11 +382,16 @@ class ControlLink:
             log.info("edge stream ends: the API process stops; opening another")
         self.connected = False
 
-    def _lost(self, what: str, reason: str) -> None:
+    def _starting(self, answered: bool) -> bool:
+        """Whether silence is no news: nothing was answered yet, and we have just started."""
+        return not answered and time.monotonic() - self._began <= STARTING_SECONDS
+
+    def _lost(self, what: str, reason: str, *, news: bool = True) -> None:
         if self.connected or self.disconnected_since is None:
             self.disconnected_since = self._monotonic()
         self.connected, self.failed = False, True
-        self._say("stream", what, reason)
+        if news:
+            self._say("stream", what, reason)
 
     def _say(self, loop: str, what: str, reason: str) -> None:
         """Once per reason and outage: an hour of it is a line or two, not an hour of lines."""
@@ -404,7 +415,7 @@ class ControlLink:
                 await asyncio.sleep(limits.edge_refused_seconds)
                 continue
             except (LinkLost, httpx.HTTPError, OSError, TimeoutError) as err:
-                if self._heard or time.monotonic() - self._began > STARTING_SECONDS:
+                if not self._starting(self._heard):
                     self._say("heartbeat", "heartbeat failed", why(err))
                 await asyncio.sleep(backoff.next())
                 continue

@@ -40,6 +40,8 @@ class AgentSettings:
     renew_timeout_seconds: float = 2.0
     # Longest wait in seconds before a failed refresh is tried again; well below the relays' grant_refresh_grace_seconds.
     refresh_retry_max_seconds: float = 15.0
+    # Seconds that an agent which starts waits for the API to know of a relay, as a platform that has just started may not yet.
+    first_relay_seconds: float = 15.0
     # Seconds to connect to a relay: TCP, TLS, upgrade and hello together.
     connect_timeout_seconds: float = 10.0
     # Seconds for a proxy to open one connection; below connect_timeout_seconds, so that the proxy is named as the one that hangs.
