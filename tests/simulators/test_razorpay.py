@@ -148,6 +148,14 @@ async def test_changes_now_and_with_the_cycle(shop: Shop) -> None:
     assert (await shop.get("payments?count=1"))["items"][0]["amount"] == 149_900
 
 
+async def test_whoever_lives_by_the_machines_clock_buys_when_ours_was_set_forward(shop: Shop) -> None:
+    await shop.razorpay.advance(MONTH)
+    sub = await shop.created(expire_by=int(time.time()) + 3600)
+    assert 3590 < sub["expire_by"] - shop.razorpay.clock.now <= 3600
+    late = {"plan_id": sub["plan_id"], "total_count": 3, "expire_by": int(time.time()) - 60}
+    assert (await shop.post("subscriptions", late, 400))["error"]["code"] == "BAD_REQUEST_ERROR"
+
+
 async def test_cancel_pause_resume_completion_and_expiry(shop: Shop) -> None:
     first, second, third = await shop.subscribed(), await shop.subscribed(), await shop.subscribed(total_count=2)
     fourth = await shop.created(expire_by=shop.razorpay.clock.now + 3600)
