@@ -7,6 +7,8 @@ import struct
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from portico.kit import canonical
 
@@ -68,3 +70,33 @@ def test_members_are_sorted_by_utf_16() -> None:
 def test_what_has_no_form_is_refused(value: Any) -> None:
     with pytest.raises(ValueError):
         canonical.encode(value)
+
+
+_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**54), 2**54)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(_JSON)
+def test_the_quick_way_says_the_same(value: Any) -> None:
+    """Whatever is plain enough for the encoder of json is written as the slow way writes it; all else goes that way."""
+    try:
+        slow = canonical._text(value).encode("utf-8")
+    except ValueError:
+        with pytest.raises(ValueError):
+            canonical.encode(value)
+    else:
+        assert canonical.encode(value) == slow
+
+
+def test_what_is_plain() -> None:
+    assert canonical._is_plain({"b": [1, "é", None, True], "a": {"\u2028": 1}} | {}) is False, "a name beyond ASCII"
+    assert canonical._is_plain({"b": [1, "é\u2028\U0001f600", None, True], "a": {}}) is True
+    for other in (1.0, 2**53, (1,), {1: 2}, [[1.5]], b"x"):
+        assert not canonical._is_plain(other)

@@ -76,15 +76,15 @@ def verify(
     """Check that the books are what was written.
 
     Every finance event and every transaction is hashed again; that nothing is outside of the chains, that the database still
-    guards its tables, and that each seal says what the ledger says. With --organization its two chains alone. Exit code 1 when
-    something is wrong: docs/runbooks/ledger-chain.md says what to do then.
+    guards its tables, and that seals and invoices say what the ledger says. With --organization its two chains alone. Exit code
+    1 when something is wrong: docs/runbooks/ledger-chain.md says what to do then.
     """  # fmt: skip
     kept = _hashes(seal or [])
 
     async def act(db: Database) -> dict[str, Any]:
-        from portico.control.finance import verification
+        from portico.control.billing import books
 
-        found = await verification.everything(db, organization, kept)
+        found = await books.look(db, organization, kept)
         fault = found.fault and {"place": found.fault.place, "detail": found.fault.detail}
         return {
             "valid": not fault, "chains": found.chains, "events": found.events, "transactions": found.transactions,

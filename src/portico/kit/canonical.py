@@ -14,9 +14,27 @@ from typing import Any, Final
 MAX_INTEGER: Final = 2**53 - 1
 
 
+# The same text for what is plain, several times as fast: hash chains are made of it.
+_PLAIN: Final = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
 def encode(value: Any) -> bytes:
     """The canonical form of ``value`` in UTF-8. Raises ``ValueError`` for what has none."""
-    return _text(value).encode("utf-8")  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
+    text = _PLAIN.encode(value) if _is_plain(value) else _text(value)
+    return text.encode("utf-8")  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether there is nothing in ``value`` that JSON in general writes otherwise: floats, long integers, members whose names are
+    not ASCII (and so might be sorted otherwise), or what is no JSON."""
+    kind = type(value)
+    if kind is str or kind is bool or value is None:
+        return True
+    if kind is int:
+        return bool(-MAX_INTEGER <= value <= MAX_INTEGER)
+    if kind is dict:
+        return all(type(key) is str and key.isascii() for key in value) and all(map(_is_plain, value.values()))
+    return kind is list and all(map(_is_plain, value))
 
 
 def _text(value: Any) -> str:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import logging
 from datetime import UTC
 
-from portico.control.finance import recognition, revenue, seals, verification
+from portico.control.billing import books
+from portico.control.finance import recognition, revenue, seals
 from portico.control.finance.ledger_figures import FIGURES
 from portico.kit import queue
 from portico.kit.queue import Work
@@ -52,7 +53,7 @@ async def seal(context: Context, work: Work) -> None:
 
 async def verify(context: Context, work: Work) -> None:
     """All of the books. A fault is no failure of this job: it is found, and told until it is mended."""
-    outcome = await verification.everything(context.db)
+    outcome = await books.look(context.db)
     FIGURES.found(outcome, context.clock, 2 * context.settings.verify_ledger_seconds)
     if outcome.fault is not None:
         facts = {"place": outcome.fault.place, "detail": outcome.fault.detail}

@@ -109,7 +109,7 @@ async def everything(db: Database, organization: str | None = None, kept: Sequen
                 return found
     if organization is None:
         async with db.read(snapshot=True) as reader:
-            await _take_your_time(reader)
+            await take_your_time(reader)
             found.fault = await stray(reader)
             if found.fault is None and (guard := await guards.fault(reader)) is not None:
                 found.fault = Fault(*guard)
@@ -120,7 +120,7 @@ async def everything(db: Database, organization: str | None = None, kept: Sequen
 
 async def _seals(db: Database, found: Outcome, kept: Sequence[str]) -> None:
     async with db.read(snapshot=True) as reader:
-        await _take_your_time(reader)
+        await take_your_time(reader)
         rows = await seals.every(reader)
         found.fault = await seals.verify_seals(reader, kept)
     found.seals = len(rows)
@@ -128,7 +128,7 @@ async def _seals(db: Database, found: Outcome, kept: Sequence[str]) -> None:
         found.newest_seal = {"ends_on": rows[-1].ends_on.isoformat(), "hash": rows[-1].hash.hex()}
 
 
-async def _take_your_time(reader: Reader) -> None:
+async def take_your_time(reader: Reader) -> None:
     """Statements over whole tables: the limit of requests is not for them."""
     await reader.raw.execute("SET LOCAL statement_timeout = 0")
 
