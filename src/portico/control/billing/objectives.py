@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
+from portico.control.audit.replays import NAMED
 from portico.control.billing import webhook_store as store
 from portico.control.billing.provider import NAMES
-from portico.control.billing.webhook_replay import NAMED
 from portico.kit.db import Database, Tx
 from portico.kit.ids import new_id
 from portico.settings import WorkerSettings

@@ -284,7 +284,7 @@ async def replay_billing_webhooks(
     limit = min(body.limit, request.app.state.settings.billing_webhook_replay_max)
     filters = body.filter.model_dump()
     filters["event_type"] = filters.pop("type")
-    return await webhook_replay.many(tx, who, filters, body.reason, limit, dry_run=body.dry_run)
+    return await webhook_replay.REPLAYS.many(tx, who, filters, body.reason, limit, dry_run=body.dry_run)
 
 
 @admin.get("/health", response_model=list[WebhookHealth])

@@ -311,17 +311,6 @@ async def sealed(reader: Reader, event: str) -> bytes | None:
     return None if found is None else bytes(found)
 
 
-async def count(reader: Reader, conditions: Sequence[sa.ColumnElement[bool]]) -> int:
-    """How many events fit."""
-    return int(await reader.scalar(sa.select(sa.func.count()).select_from(events).where(*conditions)))
-
-
-async def first(reader: Reader, conditions: Sequence[sa.ColumnElement[bool]], limit: int) -> list[str]:
-    """The ids of the oldest events that fit."""
-    rows = await reader.fetch_all(sa.select(_E.id).where(*conditions).order_by(_E.id).limit(limit))
-    return [row.id for row in rows]
-
-
 #: What can be applied again: whose body is still here, unless it was found to be nobody's.
 REPLAYABLE: Final = (
     (_E.queue_state != "pending") & _E.sealed_body.is_not(None) & (_E.proven | (_E.status == "received"))
@@ -413,6 +402,23 @@ async def health_of(reader: Reader, provider: str) -> sa.Row[Any] | None:
 async def all_health(reader: Reader) -> Sequence[sa.Row[Any]]:
     """The same of every provider."""
     return await reader.fetch_all(sa.select(health).order_by(health.c.provider))
+
+
+_STANDING: Final = """
+SELECT h.provider, h.failed, h.stale, h.p95_seconds,
+    CASE WHEN h.broken_since IS NULL THEN 0
+        ELSE greatest(0, extract(epoch FROM clock_timestamp() - h.broken_since)) END::float8 AS broken_seconds,
+    greatest(0, extract(epoch FROM clock_timestamp() - h.measured_at))::float8 AS age_seconds,
+    (SELECT count(*) FROM billing_webhook_events AS e WHERE e.provider = h.provider AND e.queue_state = 'dead'
+        AND e.reason IS DISTINCT FROM 'waited') AS dead
+FROM billing_webhook_health AS h ORDER BY h.provider
+"""
+
+
+async def standing(reader: Reader) -> Sequence[Mapping[str, Any]]:
+    """How the events of every provider were when they were last looked at, how long ago that was, and how many are dead now."""
+    found: Sequence[Mapping[str, Any]] = await reader.raw.fetch(_STANDING)
+    return found
 
 
 async def note_health(tx: Tx, row: Mapping[str, Any]) -> sa.Row[Any]:

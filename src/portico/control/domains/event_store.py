@@ -294,11 +294,6 @@ async def one(reader: Reader, event: str) -> sa.Row[Any] | None:
     return await reader.fetch_one(sa.select(events).where(_E.id == event))
 
 
-async def count(reader: Reader, conditions: Sequence[sa.ColumnElement[bool]]) -> int:
-    """How many events fit."""
-    return int(await reader.scalar(sa.select(sa.func.count()).select_from(events).where(*conditions)))
-
-
 async def settled(tx: Tx, event: str, status: str, domain: str | None, event_type: str | None) -> None:
     """What has become of an event."""
     values: dict[str, Any] = {"status": status, "event_type": event_type}

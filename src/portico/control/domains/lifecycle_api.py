@@ -196,7 +196,7 @@ async def replay_events(
 ) -> Any:
     """Apply events again that fit a filter, or (`dry_run`, the default) say how many they are."""
     limit = min(body.limit, request.app.state.settings.cert_replay_max)
-    return await replay.many(tx, who, body.filter.model_dump(), body.reason, limit, dry_run=body.dry_run)
+    return await replay.REPLAYS.many(tx, who, body.filter.model_dump(), body.reason, limit, dry_run=body.dry_run)
 
 
 @router.get("/{cert_event}", response_model=CertEventRow)
