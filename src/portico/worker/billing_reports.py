@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from portico.control.billing import export_delivery, export_store, exports, settlement, settlement_store
-from portico.control.billing.settlement_figures import FIGURES
 from portico.kit import outbox, queue
 from portico.kit.batches import until_done
 from portico.kit.queue import Work
@@ -68,6 +67,5 @@ async def reconcile_settlement(context: Context, work: Work) -> None:
 
 
 async def watch_settlements(context: Context, work: Work) -> None:
-    """Receipts for which events came late; and how all of them stand, for the metrics."""
+    """Receipts for which events came late."""
     await settlement.watch(context.db, context.control, context.clock.wall())
-    await FIGURES.refresh(context.db, context.clock)

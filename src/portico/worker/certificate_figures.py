@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Iterator
 
 from portico.control.domains import figures
 from portico.control.domains.figures import Figures
 from portico.kit.db import Database
 from portico.kit.metrics import Metric, Sample
-from portico.kit.queue_runner import FAILURES
-
-log = logging.getLogger(__name__)
+from portico.worker.counted import Counted
 
 INCIDENTS = Metric(
     "portico_certificate_incidents", "gauge",
@@ -34,33 +30,19 @@ COUNTED = Metric(
 DECLARED: tuple[Metric, ...] = (INCIDENTS, REPLICAS, LAG, COUNTED)
 
 
-class CertificateFigures:
+class CertificateFigures(Counted):
     """One per process that runs the worker `certificates`."""
 
+    what = "certificates"
+
     def __init__(self, db: Database, every_seconds: float) -> None:
-        self._db, self._every = db, every_seconds
+        super().__init__(db, every_seconds)
         self._found = Figures()
-        self._at: float | None = None
 
-    async def run(self) -> None:
-        """Count until it is cancelled."""
-        while True:
-            try:
-                await self.count()
-            except FAILURES as err:
-                fields = {"error": f"{type(err).__name__}: {err}"[:200]}
-                log.warning("certificates cannot be counted", extra={"f": fields})
-            await asyncio.sleep(self._every)
+    async def look(self) -> None:
+        self._found = await figures.count(self.db)
 
-    async def count(self) -> None:
-        """Look at the database now."""
-        self._found = await figures.count(self._db)
-        self._at = asyncio.get_running_loop().time()
-
-    def read(self) -> Iterator[Sample]:
-        """What was counted last; nothing before the first count."""
-        if self._at is None:
-            return
+    def samples(self, age_seconds: float) -> Iterator[Sample]:
         for (name, tier, status), count in sorted(self._found.incidents.items()):
             yield INCIDENTS, (name, str(tier), status), count
         replicas = self._found.replicas
@@ -69,4 +51,4 @@ class CertificateFigures:
             for state, (count, _) in found.items():
                 yield REPLICAS, (region, state), count
             yield LAG, (region,), max(lag for _, lag in found.values())
-        yield COUNTED, (), asyncio.get_running_loop().time() - self._at
+        yield COUNTED, (), age_seconds

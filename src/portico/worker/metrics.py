@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from portico.control.billing import settlement_figures, waiting_figures
+from portico.control.billing import waiting_figures
 from portico.control.finance import ledger_figures
 from portico.kit.metrics import Metric, Sample
 from portico.kit.queue_runner import KindRunner
-from portico.worker import certificate_figures
-from portico.worker.certificate_figures import CertificateFigures
+from portico.worker import billing_figures, certificate_figures
+from portico.worker.counted import Counted
 
 JOBS = Metric(
     "portico_queue_jobs_total", "counter",
@@ -24,15 +24,15 @@ DEPTH = Metric(
 OLDEST = Metric("portico_queue_oldest_seconds", "gauge", "How late the oldest due job is; 0 for none.", ("kind",))
 
 DECLARED: tuple[Metric, ...] = (
-    JOBS, SECONDS, DEPTH, OLDEST, *certificate_figures.DECLARED, *settlement_figures.DECLARED, *ledger_figures.DECLARED,
+    JOBS, SECONDS, DEPTH, OLDEST, *certificate_figures.DECLARED, *billing_figures.DECLARED, *ledger_figures.DECLARED,
     *waiting_figures.DECLARED,
 )  # fmt: skip
 
 
-def read(runners: Sequence[KindRunner], certificates: CertificateFigures | None = None) -> Iterator[Sample]:
-    """The values of this moment; those of whole queues, and of certificates, are as old as their last count."""
-    if certificates is not None:
-        yield from certificates.read()
+def read(runners: Sequence[KindRunner], counted: Sequence[Counted] = ()) -> Iterator[Sample]:
+    """The values of this moment; those of whole queues, and what else is counted, are as old as their last count."""
+    for figures in counted:
+        yield from figures.read()
     for runner in runners:
         kind = runner.kind.name
         for outcome, count in runner.outcomes.items():
@@ -42,6 +42,5 @@ def read(runners: Sequence[KindRunner], certificates: CertificateFigures | None 
             for state in ("waiting", "later", "leased", "dead"):
                 yield DEPTH, (kind, state), getattr(counts, state)
             yield OLDEST, (kind,), counts.oldest_seconds
-    yield from settlement_figures.FIGURES.samples()
     yield from ledger_figures.FIGURES.samples()
     yield from waiting_figures.FIGURES.samples()

@@ -19,9 +19,11 @@ from portico.kit.clock import SystemClock
 from portico.kit.db import Database, PoolLimits
 from portico.kit.queue_runner import KindRunner, Pace, Schedules, Served, Wakes
 from portico.settings import ApiSettings, WorkerSettings
-from portico.worker import billing, certificate_orders, certificates, maintenance, notifications
+from portico.worker import billing, billing_webhooks, certificate_orders, certificates, maintenance, notifications
 from portico.worker import metrics as worker_metrics
+from portico.worker.billing_figures import BillingFigures
 from portico.worker.certificate_figures import CertificateFigures
+from portico.worker.counted import Counted
 from portico.worker.jobs import Context, Job
 
 log = logging.getLogger("portico.worker")
@@ -84,15 +86,15 @@ async def run(
     served = [Served(job.kind, job.handler(context), job.limited(settings)) for job in jobs]
     runners = [KindRunner(each, db, stopping, pace) for each in served]
     every = {job.kind: job.every_seconds for job in jobs if job.every_seconds is not None}
-    counted = _certificates(context, jobs)
+    counted = _counted(context, jobs)
     shown = await metrics.serve(
         worker_metrics.DECLARED, lambda: worker_metrics.read(runners, counted), lambda: not stopping.is_set(),
         settings, metrics_socket,
     )  # fmt: skip
     wakes = asyncio.create_task(Wakes(runners, db, "portico worker wakes").run(), name="wakes")
     beside = [wakes]
-    if counted is not None and shown is not None:  # nobody reads them otherwise
-        beside.append(asyncio.create_task(counted.run(), name="certificate figures"))
+    if shown is not None:  # nobody reads them otherwise
+        beside += [asyncio.create_task(each.run(), name=f"figures of {each.what}") for each in counted]
     tasks = [asyncio.create_task(runner.run(settings.shutdown_seconds), name=runner.kind.name) for runner in runners]
     tasks.append(asyncio.create_task(Schedules(every, db, stopping, pace).run(), name="schedules"))
     notify.ready(settings.notify_fd)
@@ -115,8 +117,12 @@ async def run(
             await shown.close()
 
 
-def _certificates(context: Context, jobs: Sequence[Job]) -> CertificateFigures | None:
-    """Counts of certificates, in processes that see to where these are."""
-    if jobs_distribution.SETTLE not in {job.kind for job in jobs}:
-        return None
-    return CertificateFigures(context.db, context.settings.queue_count_seconds)
+def _counted(context: Context, jobs: Sequence[Job]) -> list[Counted]:
+    """What is counted in this process: certificates where somebody sees to where these are, billing where it is watched."""
+    kinds, every = {job.kind for job in jobs}, context.settings.queue_count_seconds
+    found: list[Counted] = []
+    if jobs_distribution.SETTLE in kinds:
+        found.append(CertificateFigures(context.db, every))
+    if billing_webhooks.WATCH in kinds:
+        found.append(BillingFigures(context.db, every))
+    return found

@@ -198,6 +198,23 @@ async def files(reader: Reader) -> set[str]:
     return {row.file for row in await reader.fetch_all(sa.select(E.file).where(E.file.is_not(None)))}
 
 
+#: Days for which a report that failed is a figure.
+_FAILED_DAYS: Final = 7
+_FIGURES: Final = f"""
+SELECT state, count(*) AS n FROM billing_report_exports
+WHERE state IN ('queued', 'generating', 'ready', 'delivering')
+    OR (state = 'failed' AND created_at > now() - interval '{_FAILED_DAYS} days')
+GROUP BY state
+"""  # noqa: S608 - our own words
+
+
+async def figures(reader: Reader) -> tuple[dict[str, int], int]:
+    """Reports on their way, or that failed of late, by state; and acknowledgements of another hash, of those that are kept."""
+    states = {row["state"]: row["n"] for row in await reader.raw.fetch(_FIGURES)}
+    query = "SELECT coalesce(sum(ack_mismatches), 0)::bigint FROM billing_report_exports WHERE file IS NOT NULL"
+    return states, int(await reader.raw.fetchval(query))
+
+
 # -- schedules -----------------------------------------------------------------------------------------------------------
 
 

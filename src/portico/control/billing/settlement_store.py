@@ -150,21 +150,25 @@ async def take_turns(tx: Tx, origin: str) -> None:
     await tx.raw.execute("SELECT pg_advisory_xact_lock(hashtextextended('settlement ' || $1, 0))", origin)
 
 
+#: All but its body, which is large and which only a comparison reads.
+_PLAIN: Final = [column for column in receipts.c if column.name != "sealed_body"]
+
+
 async def one(reader: Reader, receipt: str, *, lock: bool = False) -> Any | None:
     """One of them."""
-    query = sa.select(receipts).where(R.id == receipt)
+    query = sa.select(*_PLAIN).where(R.id == receipt)
     return await reader.fetch_one(query.with_for_update() if lock else query)
 
 
 async def by_message(reader: Reader, origin: str, message: str) -> Any | None:
     """The receipt that a message brought."""
-    return await reader.fetch_one(sa.select(receipts).where(R.origin == origin, R.message_id == message))
+    return await reader.fetch_one(sa.select(*_PLAIN).where(R.origin == origin, R.message_id == message))
 
 
-async def batch(reader: Reader, origin: str, batch_id: str) -> Sequence[Any]:
-    """Every version of a batch, the first first."""
-    query = sa.select(receipts).where(R.origin == origin, R.batch_id == batch_id).order_by(R.revision)
-    return await reader.fetch_all(query)
+async def batch(tx: Tx, origin: str, batch_id: str) -> Sequence[Any]:
+    """Every version of a batch, the first first, held until ``tx`` ends: nobody accepts one that is about to be replaced."""
+    query = sa.select(*_PLAIN).where(R.origin == origin, R.batch_id == batch_id).order_by(R.revision)
+    return await tx.fetch_all(query.with_for_update())
 
 
 async def add(tx: Tx, row: Mapping[str, Any]) -> None:
@@ -202,7 +206,7 @@ AGAIN: Final[Mapping[str, Any]] = {
 async def listing(reader: Reader, filters: Mapping[str, Any], limit: int, before: str | None) -> Sequence[Any]:
     """Receipts that fit, the newest first; never their bodies. ``filters``: ``state``, ``sink``, ``provider``, ``batch``."""
     columns = {"state": R.state, "sink": R.sink_id, "provider": R.provider, "batch": R.batch_id}
-    query = sa.select(*(column for column in receipts.c if column.name != "sealed_body"))
+    query = sa.select(*_PLAIN)
     query = query.where(*(columns[name] == value for name, value in filters.items() if value is not None))
     if before is not None:
         query = query.where(R.id < before)
@@ -229,15 +233,20 @@ async def add_run(tx: Tx, row: Mapping[str, Any]) -> None:
 
 
 async def watched(reader: Reader, since: Any, limit: int, after: str) -> Sequence[Any]:
-    """Receipts that were compared and hold (not those that were replaced), whose period is not too old."""
-    holds = R.state.in_(OPEN) & (sa.func.coalesce(R.resolution, "") != "superseded") & (R.queue_state == "done")
-    query = sa.select(R.id, R.provider, R.account, R.livemode, R.period_start, R.period_end, R.recorded)
+    """Receipts that were compared (not those that were replaced), whose period is not too old; those that failed, too: what
+    they lacked may have come."""
+    holds = (
+        R.state.in_((*OPEN, "failed"))
+        & (sa.func.coalesce(R.resolution, "") != "superseded")
+        & (R.queue_state == "done")
+    )
+    query = sa.select(R.id, R.provider, R.account, R.livemode, R.period_start, R.period_end, R.recorded, R.checked_at)
     return await reader.fetch_all(query.where(holds, R.period_end > since, R.id > after).order_by(R.id).limit(limit))
 
 
 _FIGURES: Final = """
-SELECT d.key AS currency, sum((d.value->>'delta_minor')::numeric)::bigint AS delta_minor,
-    max(abs((d.value->>'delta_bps')::bigint)) AS delta_bps
+SELECT d.key AS currency, sum((d.value->>'delta_minor')::numeric)::float8 AS delta_minor,
+    max(abs((d.value->>'delta_bps')::numeric))::float8 AS delta_bps
 FROM billing_settlement_receipts AS r, jsonb_each(r.deltas) AS d
 WHERE r.state = 'delta' GROUP BY d.key ORDER BY d.key
 """
@@ -248,9 +257,10 @@ WHERE r.state = 'delta' GROUP BY f.key ORDER BY f.key
 """
 
 
-async def figures(reader: Reader) -> tuple[dict[str, int], list[Any], dict[str, int]]:
+async def figures(reader: Reader) -> tuple[dict[str, int], list[tuple[str, float, float]], dict[str, int]]:
     """Receipts by state; of open deltas, by currency, their sum and the greatest in basis points; their findings by class."""
     counted = await reader.raw.fetch("SELECT state, count(*) AS n FROM billing_settlement_receipts GROUP BY state")
     deltas = await reader.raw.fetch(_FIGURES)
     found = await reader.raw.fetch(_FOUND)
-    return {row["state"]: row["n"] for row in counted}, deltas, {row["found"]: row["count"] for row in found}
+    off = [(row["currency"], row["delta_minor"], row["delta_bps"] or 0.0) for row in deltas]
+    return {row["state"]: row["n"] for row in counted}, off, {row["found"]: row["count"] for row in found}
