@@ -649,6 +649,26 @@ async def test_runs_come_by_themselves_and_once(place: Place) -> None:
     assert row.since == rows["paypal"].until - timedelta(hours=1), "from where the last one ended, and some time before"
 
 
+async def test_a_run_that_was_asked_for_leaves_no_gap(place: Place, connect: Callable[..., httpx.AsyncClient]) -> None:
+    """Runs that come by themselves go on where the last of them ended, whatever part of the list somebody looked at meanwhile."""
+    state, now = place.app.state, datetime.now(UTC)
+    await reconcile.schedule(state.db, state.settings, now - timedelta(days=2))
+    await reconciled(place)
+    operator = await operator_client(place.app, connect)
+    body = {
+        "provider": "stripe",
+        "reason": "one hour",
+        "since": (now - timedelta(hours=1)).isoformat(),
+        "dry_run": False,
+    }
+    assert (await operator.post("/v1/admin/billing-webhooks/reconcile", json=body)).status_code == 202
+    await reconciled(place)
+    assert await reconcile.schedule(state.db, state.settings, now) == 3
+    async with state.db.read() as reader:
+        (row, *_) = [row for row in await reconcile_store.listing(reader, 10, None) if row.provider == "stripe"]
+    assert row.since == now - timedelta(days=2, seconds=300, hours=1)
+
+
 async def test_a_list_that_ends_in_the_middle(place: Place) -> None:
     """What came was taken in; the next attempt takes in the rest."""
     state, now = place.app.state, datetime.now(UTC)

@@ -77,10 +77,10 @@ async def add_scheduled(tx: Tx, row: Mapping[str, Any]) -> bool:
 
 
 async def last_until(reader: Reader, provider: str) -> datetime | None:
-    """Until when a provider's list has been looked at."""
-    found: datetime | None = await reader.scalar(
-        sa.select(sa.func.max(_R.until)).where(_R.provider == provider, _R.queue_state == "done", ~_R.dry_run)
-    )
+    """Until when a provider's list has been looked at without a gap: by runs that came by themselves, each from where the last
+    one ended. What somebody asked for looks at any part of it."""
+    query = sa.select(sa.func.max(_R.until)).where(_R.provider == provider, _R.queue_state == "done", _R.scheduled)
+    found: datetime | None = await reader.scalar(query)
     return found
 
 
