@@ -35,6 +35,7 @@ from tests.control.billing.bookkeeping import (
 from tests.control.conftest import MovableClock
 
 GOLDEN = Path(__file__).parent / "settlements"
+HISTORIES = GOLDEN / "histories"
 
 
 @pytest.fixture
@@ -113,6 +114,34 @@ async def test_golden_files_from_the_message_to_the_verdict(
     if found["state"] == "delta":
         assert {k: [v["delta_minor"], v["delta_bps"]] for k, v in found["deltas"].items()} == expected["deltas"]
         assert found["report"]["findings"] == expected["findings"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in HISTORIES.glob("*.json")))
+async def test_golden_histories(app: Any, operator: httpx.AsyncClient, sink: Sink, account: str, name: str) -> None:
+    """What a batch comes to that is sent, sent again, changed, and compared again: each answer, and every version at the end."""
+    document = json.loads((HISTORIES / f"{name}.json").read_text())
+    ids: dict[str, str] = {}
+    for step in document["steps"]:
+        if "send" in step:
+            told = step["send"]
+            answer = await sink.send(receipt(account, told["lines"], "b1", told["issued"]), told["message"])
+            told_us = answer.json()
+            assert [answer.status_code, told_us.get("code", told_us["status"])] == step["answer"], step
+            if answer.status_code < 300:
+                ids.setdefault(answer.json()["receipt"], f"receipt {len(ids) + 1}")
+                assert ids[answer.json()["receipt"]] == step["receipt"]
+        elif "compare" in step:
+            assert await reconcile_all(app) == step["compare"], step
+        else:
+            (again,) = [made for made, known in ids.items() if known == step["again"]]
+            answer = await operator.post(f"/v1/admin/settlements/{again}/reconcile", json={"reason": "again"})
+            assert [answer.status_code, answer.json().get("code")] == step["answer"]
+    listed = (await operator.get("/v1/admin/settlements", params={"sink": sink.id})).json()["data"]
+    members = ("revision", "state", "resolution", "runs", "findings", "deltas")
+    assert {ids[each["id"]]: {member: each[member] for member in members} for each in listed} == document["expected"]
+    for made, known in ids.items():
+        runs = (await operator.get(f"/v1/admin/settlements/{made}/runs")).json()["data"]
+        assert [each["verdict"] for each in reversed(runs)] == document["runs"][known]
 
 
 async def test_unknown_period(app: Any, operator: httpx.AsyncClient, sink: Sink, account: str) -> None:
@@ -194,6 +223,18 @@ async def test_contradictions_are_security_events(app: Any, sink: Sink, account:
     ]  # fmt: skip
 
 
+async def test_a_batch_stays_with_its_account(app: Any, operator: httpx.AsyncClient, sink: Sink, account: str) -> None:
+    """What was accepted adjusted the clearing of one provider: another account's books know nothing of it."""
+    found = await taken(app, operator, sink, receipt(account, JANUARY[:-1]))
+    accepted = {"resolution": "accepted", "reason": "known"}
+    assert (await operator.post(f"/v1/admin/settlements/{found['id']}/resolve", json=accepted)).status_code == 200
+    for change in ({"account": f"{account}x"}, {"provider": "razorpay"}, {"livemode": False}):
+        moved = await sink.send(receipt(account, JANUARY, issued=1) | change)
+        assert (moved.status_code, moved.json()["code"]) == (409, "settlement.batch_conflict"), change
+    assert (await look(operator, found["id"]))["resolution"] == "accepted"
+    assert (await refusals(app, sink.id))[-1]["code"] == "settlement.batch_conflict"
+
+
 async def test_batches_of_two_sinks_are_two(
     app: Any, operator: httpx.AsyncClient, client: httpx.AsyncClient, clock: MovableClock, sink: Sink, account: str
 ) -> None:
@@ -239,6 +280,62 @@ async def test_a_late_event_opens_it_again_and_history_is_kept(
     assert [(each["number"], each["verdict"], each["cause"]) for each in runs] == [
         (2, "matched", "late_event"), (1, "delta", "received"),
     ]  # fmt: skip
+
+
+async def test_what_failed_is_opened_by_what_it_lacked(
+    app: Any, operator: httpx.AsyncClient, sink: Sink, account: str, clock: MovableClock
+) -> None:
+    """A receipt may be faster than every webhook of its period, and than the period's end by our clock."""
+    state, unheard = app.state, f"{account}_unheard"
+    early = await taken(app, operator, sink, receipt(unheard, JANUARY))
+    assert (early["state"], early["reason"]) == ("failed", "unknown_period")
+    ends = clock.wall() + timedelta(hours=1)
+    soon = await taken(app, operator, sink, receipt(account, JANUARY, "b2", period_end=ends.isoformat()))
+    assert (soon["state"], soon["reason"]) == ("failed", "unknown_period")
+    lost = await taken(app, operator, sink, receipt(account, JANUARY, "b3", export_id="rex_none"))
+    assert await settlement.watch(state.db, state.settings, END) == 0, "nothing came"
+    await january(state.db, unheard)
+    assert await settlement.watch(state.db, state.settings, END) == 1
+    await reconcile_all(app)
+    assert (await look(operator, early["id"]))["state"] == "matched"
+    clock.advance(7200)
+    assert await settlement.watch(state.db, state.settings, clock.wall()) == 1
+    await reconcile_all(app)
+    assert (await look(operator, soon["id"]))["state"] == "matched"
+    assert await settlement.watch(state.db, state.settings, clock.wall()) == 0
+    assert (await look(operator, lost["id"]))["state"] == "failed"
+
+
+async def test_a_refund_whose_success_is_told_late_and_of_another_month(
+    app: Any, operator: httpx.AsyncClient, sink: Sink, account: str
+) -> None:
+    """It failed in January after it had succeeded in December: January gets its money back."""
+    about = {"account": account, "refund_ref": "re_9", "payment_ref": "ch_9", "invoice_ref": None}
+    await book(app.state.db, finance_event("refund.failed", 1000, status="failed", **about))
+    found = await taken(app, operator, sink, receipt(account, [*JANUARY, line("re_9", "refund", 1000)]))
+    assert (found["state"], found["findings"]) == ("delta", {"extra": 1})
+    earlier = finance_event(
+        "refund.succeeded", 1000, status="succeeded", **about, occurred_at=START - timedelta(days=5)
+    )
+    await book(app.state.db, earlier)
+    assert await settlement.watch(app.state.db, app.state.settings, END) == 1
+    await reconcile_all(app)
+    assert (await look(operator, found["id"]))["state"] == "matched"
+    assert await settlement.watch(app.state.db, app.state.settings, END) == 0
+
+
+async def test_what_the_ledger_has_once_counts_once(
+    app: Any, operator: httpx.AsyncClient, sink: Sink, account: str
+) -> None:
+    for _ in range(2):  # two events of the provider's, and one payment
+        await book(app.state.db, finance_event(
+            "payment.succeeded", 700, account=account, payment_ref="ch_9", invoice_ref="in_9", fee_minor=20
+        ))  # fmt: skip
+    found = await taken(app, operator, sink, receipt(account, [*JANUARY, line("ch_9", "payment", 700, 20)]))
+    assert (found["state"], found["findings"]) == ("matched", {})
+    query = "SELECT count(*) FROM ledger_transactions WHERE provider_account = $1 AND payment_ref = 'ch_9'"
+    async with app.state.db.read() as reader:
+        assert await reader.raw.fetchval(query, account) == 1
 
 
 async def test_history_cannot_be_changed(app: Any, operator: httpx.AsyncClient, sink: Sink, account: str) -> None:
@@ -336,6 +433,29 @@ async def test_another_difference_of_the_same_size_is_not_the_accepted_one(
     assert (new["state"], new["findings"]) == ("delta", {"missing": 1})
 
 
+async def test_a_delta_that_is_accepted_while_its_batch_changes(
+    app: Any, operator: httpx.AsyncClient, sink: Sink, account: str
+) -> None:
+    """The new version waits for it, and knows what was adjusted for the batch."""
+    found = await taken(app, operator, sink, receipt(account, JANUARY[:-1]))
+    state = app.state
+    async with state.db.transaction() as tx:
+        await state.settlements.resolve(tx, settlement.PLATFORM, found["id"], "accepted", "known")
+        sending = asyncio.create_task(
+            sink.send(receipt(account, [*JANUARY[:-1], line("ch_9", "payment", 1)], issued=1))
+        )
+        async with asyncio.timeout(30), state.db.read() as reader:
+            while not await reader.raw.fetchval("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)"):
+                assert not sending.done(), sending.result().text
+                await asyncio.sleep(0.01)
+    answer = await sending
+    assert (answer.status_code, answer.json()["status"]) == (202, "accepted"), answer.text
+    await reconcile_all(app)
+    new = await look(operator, answer.json()["receipt"])
+    assert (new["state"], new["adjusted"], new["deltas"]["EUR"]["delta_minor"]) == ("delta", {"EUR": 6500}, 1)
+    assert (await look(operator, found["id"]))["superseded_by"] == new["id"]
+
+
 async def test_disputing_a_delta_writes_nothing(
     app: Any, operator: httpx.AsyncClient, sink: Sink, account: str
 ) -> None:
@@ -396,6 +516,8 @@ async def test_a_body_that_does_not_fit_is_told_to_who_signed_it(sink: Sink, acc
         {"surplus": 1}, {"lines": [{**JANUARY[0], "amount_minor": 1.5}]}, {"lines": [{**JANUARY[0], "currency": "eur"}]},
         {"period_end": START.isoformat()}, {"lines": None}, {"provider": "other"}, {"issued_at": "2026-01-01T00:00:00"},
         {"totals": [{"currency": "EUR"}, {"currency": "EUR"}]},
+        # Each amount fits, and their sum is no number that could be hashed or posted.
+        {"lines": [{**JANUARY[0], "ref": f"ch_{n}", "amount_minor": 9_000_000_000_000} for n in range(501)]},
     ):  # fmt: skip
         answer = await sink.send({**whole, **change})
         assert (answer.status_code, answer.json()["code"]) == (422, "request.invalid"), change
@@ -466,6 +588,10 @@ async def test_rows_of_a_provider_are_receipts(app: Any, operator: httpx.AsyncCl
     assert (first.status_code, first.json()["status"]) == (202, "accepted"), first.text
     again = await operator.post("/v1/admin/settlements/import", json=body)
     assert again.json() == {"receipt": first.json()["receipt"], "status": "duplicate"}
+    other = body | {"batch_id": "po_2"}
+    both = await asyncio.gather(*(operator.post("/v1/admin/settlements/import", json=other) for _ in range(4)))
+    assert sorted(each.json().get("status", each.text) for each in both) == ["accepted", *["duplicate"] * 3], "at once"
+    assert len({each.json()["receipt"] for each in both}) == 1
     await reconcile_all(app)
     assert (await look(operator, first.json()["receipt"]))["state"] == "matched"
     changed = await operator.post("/v1/admin/settlements/import", json=body | {"rows": rows[1:]})

@@ -51,6 +51,20 @@ class TestStripe:
         assert (line["original_minor"], line["exchange_rate"]) == (12000, "0.91742")
 
     @pytest.mark.parametrize(
+        ("told", "rate"), [(0.000062, "0.000062"), (6.2e-05, "0.000062"), (1e-12, "0.000000000001"), (15_900.25, "15900.25")]
+    )  # fmt: skip
+    def test_a_rate_of_many_places_is_a_rate(self, told: float, rate: str) -> None:
+        charge = {"id": "ch_1", "amount": 100_000_000, "currency": "idr"}
+        (line,) = settlement_import.stripe([txn("charge", 6200, 350, charge, exchange_rate=told)])
+        assert ReceiptLine.model_validate(line).exchange_rate == rate
+
+    @pytest.mark.parametrize("told", ["soon", True, float("nan"), [1]])
+    def test_a_rate_that_is_none_is_named(self, told: Any) -> None:
+        charge = {"id": "ch_1", "amount": 12000, "currency": "usd"}
+        with pytest.raises(Problem, match="row 1: exchange_rate is no number"):
+            settlement_import.stripe([txn("charge", 11009, 350, charge, exchange_rate=told)])
+
+    @pytest.mark.parametrize(
         "change", [{"net": 1}, {"amount": "11900"}, {"amount": True}, {"source": None}, {"currency": "euro"}]
     )
     def test_a_row_that_does_not_add_up_is_named(self, change: dict[str, Any]) -> None:

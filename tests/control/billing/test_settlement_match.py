@@ -45,6 +45,12 @@ def names() -> list[str]:
 def test_every_case_that_was_asked_for_has_a_file() -> None:
     wanted = {"match", "one_minor_unit_off", "missing_line", "extra_line", "refund_sign", "fee", "wrong_currency"}
     assert wanted | {"unknown_period"} <= set(names())
+    # What takes more than one message has a file of its history (test_settlement.py).
+    assert {path.stem for path in (GOLDEN / "histories").glob("*.json")} >= {
+        "duplicate_batch",
+        "changed_batch",
+        "re_run",
+    }
 
 
 @pytest.mark.parametrize("name", names())

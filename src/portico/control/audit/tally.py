@@ -9,6 +9,7 @@ from typing import Final
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
+from portico.kit.clock import Clock
 from portico.kit.db import Tx
 
 #: By target and reason: how many there were, and who the first was.
@@ -49,3 +50,23 @@ class Refusals:
         for (target, reason), (count, caller) in taken.items():
             details = {"code": reason, "count": count}
             await audit.record(tx, caller, self._action, target, "refused", details, organization=audit.INSTALLATION)
+
+
+class Seldom:
+    """Refusals that get their row at once, but seldom: the first of a kind, then one in ``seconds`` with how many had none."""
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self._clock, self._seconds = clock, seconds
+        self._seen: dict[str, tuple[float, int]] = {}
+
+    def due(self, kind: str) -> int | None:
+        """How many of ``kind`` had no row since its last one, when this one is to have one; else ``None``."""
+        now = self._clock.monotonic()
+        at, count = self._seen.get(kind, (float("-inf"), 0))
+        if 0 <= now - at < self._seconds:
+            self._seen[kind] = (at, count + 1)
+            return None
+        if len(self._seen) >= _KEPT:  # it begins anew, and some have a row too many
+            self._seen.clear()
+        self._seen[kind] = (now, 0)
+        return count

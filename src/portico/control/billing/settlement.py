@@ -29,6 +29,7 @@ from pydantic import ValidationError
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
+from portico.control.audit.tally import Seldom
 from portico.control.billing import export_store, settlement_import, settlement_source
 from portico.control.billing import settlement_store as store
 from portico.control.billing.settlement_body import ReceiptBody
@@ -87,7 +88,7 @@ class Settlements:
         self.sinks = Sinks(settings, clock, sealer)
         self.refusals: Counter[str] = Counter(dict.fromkeys(REFUSALS, 0))
         self.outcomes: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
-        self._told: dict[str, tuple[float, int]] = {}
+        self._told = Seldom(clock, settings.settlement_refusal_audit_seconds)
 
     # -- taking them in
 
@@ -126,14 +127,9 @@ class Settlements:
     async def _refused(self, caller: Caller, sink: str | None, reason: str) -> None:
         """Count it; and one row in the audit log for each sink and reason in a while, with how many there were."""
         self.refusals[reason] += 1
-        key = f"{sink}:{reason}"
-        now = self._clock.monotonic()
-        at, count = self._told.get(key, (float("-inf"), 0))
-        if 0 <= now - at < self._settings.settlement_refusal_audit_seconds:
-            self._told[key] = (at, count + 1)
+        if (unrecorded := self._told.due(f"{sink}:{reason}")) is None:
             return
-        self._told[key] = (now, 0)
-        details = {"reason": reason, "unrecorded": count}
+        details = {"reason": reason, "unrecorded": unrecorded}
         await audit.refused(self._db, caller, "settlement.receive", sink, details, organization=audit.INSTALLATION)
 
     async def _take(self, caller: Caller, new: _New) -> Taken:
@@ -150,13 +146,14 @@ class Settlements:
             same = await store.by_message(tx, new.origin, new.message)
             versions = await store.batch(tx, new.origin, new.body.batch_id)
             if same is not None:
-                if bytes(same.body_digest) == digest:
+                # The id of an import is the digest of its rows: asked for twice at once, it differs in its time alone.
+                if new.sink is None or bytes(same.body_digest) == digest:
                     taken = Taken(same.id, "duplicate")
                 else:
                     conflict = "settlement.message_conflict"
             elif twin := [each for each in versions if bytes(each.body_digest) == digest]:
                 taken = Taken(twin[0].id, "duplicate")
-            elif any(each.issued_at == new.body.issued_at for each in versions):
+            elif any(_contradicts(each, new.body) for each in versions):
                 conflict = "settlement.batch_conflict"
             elif sealed is not None:
                 taken = await self._write(tx, caller, new, receipt, digest, sealed, versions)
@@ -212,14 +209,17 @@ class Settlements:
         Of the same rows there is one receipt; other rows under the same batch are a new version of it.
         """
         now = self._clock.wall()
-        made = settlement_import.receipt(
-            provider, rows, batch_id=batch_id, account=account, livemode=livemode, period_start=period_start,
-            period_end=period_end, issued_at=now,
-        )  # fmt: skip
-        content = {name: value for name, value in made.items() if name != "issued_at"}
-        mark = hashlib.sha256(encode(content)).hexdigest()
-        body = _parsed(json.dumps(made).encode())
-        raw = json.dumps(made, separators=(",", ":")).encode()
+
+        def read() -> tuple[str, bytes, ReceiptBody]:
+            made = settlement_import.receipt(
+                provider, rows, batch_id=batch_id, account=account, livemode=livemode, period_start=period_start,
+                period_end=period_end, issued_at=now,
+            )  # fmt: skip
+            content = {name: value for name, value in made.items() if name != "issued_at"}
+            raw = json.dumps(made, separators=(",", ":")).encode()
+            return hashlib.sha256(encode(content)).hexdigest(), raw, _parsed(raw)
+
+        mark, raw, body = await asyncio.to_thread(read)  # of many rows it takes seconds, in which others are answered
         origin = f"import:{provider}:{account}"
         async with self._db.read() as reader:
             known = await store.by_message(reader, origin, f"{batch_id}:{mark}")
@@ -374,6 +374,12 @@ def _render_run(row: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _contradicts(version: Any, body: ReceiptBody) -> bool:
+    """Whether a batch cannot be both: two things said at one time; or of two accounts, of which only one was adjusted for it."""
+    there = (version.provider, version.account, version.livemode)
+    return bool(version.issued_at == body.issued_at or there != (body.provider, body.account, body.livemode))
+
+
 def _parsed(raw: bytes) -> ReceiptBody:
     """The receipt in a body. Raises ``request.invalid`` (422)."""
     try:
@@ -414,10 +420,11 @@ async def reconcile(work: Work, settings: ApiSettings, sealer: Sealer, clock: Cl
     body = await asyncio.to_thread(_opened, sealer, row)
     scope = Scope(row["provider"], row["account"], row["livemode"], row["period_start"], row["period_end"])
     async with work.db.read(snapshot=True) as reader:
-        if (refusal := await _against(reader, row)) is not None:
-            report, seen = refusal, 0
-        elif row["period_end"] > clock.wall():
-            report, seen = failed("unknown_period", "the period has not ended"), 0
+        refusal = await _against(reader, row)
+        if refusal is None and row["period_end"] > clock.wall():
+            refusal = failed("unknown_period", "the period has not ended")
+        if refusal is not None:
+            report, seen = refusal, await settlement_source.count(reader, scope)
         else:
             ours, seen = await settlement_source.read(reader, scope)
             tolerances = await _tolerances(reader, row["sink_id"])
@@ -503,7 +510,7 @@ def _left(report: Report, adjusted: Mapping[str, int]) -> dict[str, dict[str, in
 
 
 async def watch(db: Database, settings: ApiSettings, now: datetime, batch: int = 200) -> int:
-    """Let receipts be compared again for which events came late; how many."""
+    """Let receipts be compared again for which events came late, or whose period had not ended; how many."""
     since, after, found = now - timedelta(days=settings.settlement_watch_days), "", 0
     while True:
         async with db.read() as reader:
@@ -511,7 +518,8 @@ async def watch(db: Database, settings: ApiSettings, now: datetime, batch: int =
             late = []
             for row in rows:
                 scope = Scope(row.provider, row.account, row.livemode, row.period_start, row.period_end)
-                if await settlement_source.count(reader, scope) != (row.recorded or 0):
+                early = row.checked_at is not None and row.checked_at < row.period_end <= now
+                if early or await settlement_source.count(reader, scope) != (row.recorded or 0):
                     late.append(row.id)
         for receipt in late:
             async with db.transaction() as tx:

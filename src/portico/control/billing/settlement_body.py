@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from portico.control.access import Instant
 from portico.control.billing.settlement_match import Kind, Line, Stated
+from portico.kit.canonical import MAX_INTEGER
 
 #: Minor units that a bigint holds, with room for the sum of a million of them.
 MAX_MINOR = 9_000_000_000_000
@@ -103,6 +104,9 @@ class ReceiptBody(_Body):
             raise ValueError("a receipt has totals, lines, or both")
         if len({each.currency for each in self.totals}) != len(self.totals):
             raise ValueError("a currency has one entry in totals")
+        # Each fits, and so must their sum: it is hashed, posted and told as a number that every JSON reader knows.
+        if sum(abs(each.amount_minor) + abs(each.fee_minor or 0) for each in self.lines or ()) > MAX_INTEGER // 2:
+            raise ValueError("its lines come to more than a number of 52 bits")
         return self
 
     def stated(self) -> Mapping[str, Stated]:

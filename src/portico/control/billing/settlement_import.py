@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from decimal import Decimal, InvalidOperation
 from typing import Any, Final
 
 from portico.control.billing.settlement_match import Kind
@@ -68,7 +69,7 @@ def _stripe_line(row: Mapping[str, Any], number: int, kind: Kind, source: Any, a
         line |= {
             "original_currency": _currency(expanded, "currency", number),
             "original_minor": expanded["amount"] if amount >= 0 else -expanded["amount"],
-            "exchange_rate": str(row["exchange_rate"]),
+            "exchange_rate": _rate(row["exchange_rate"], number),
         }
     return line
 
@@ -130,6 +131,19 @@ def _minor(row: Mapping[str, Any], name: str, number: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise _invalid(number, f"{name} is no integer of minor units")
     return value
+
+
+def _rate(value: Any, number: int) -> str:
+    """A rate in plain digits: JSON's 0.00006 is a number that Python writes as 6e-05."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise _invalid(number, "exchange_rate is no number")
+    try:
+        found = Decimal(str(value))
+    except InvalidOperation:
+        raise _invalid(number, "exchange_rate is no number") from None
+    if not found.is_finite():
+        raise _invalid(number, "exchange_rate is no number")
+    return f"{found:f}"[:40]
 
 
 def _currency(row: Mapping[str, Any], name: str, number: int) -> str:

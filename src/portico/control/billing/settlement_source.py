@@ -1,8 +1,8 @@
 """Our side of a settlement: what finance events recorded of an account in a period, with the signs that the ledger gave it.
 
 A payment's fee is what it told, or what lies between gross and net, or what was told later (``fee.charged``), else 0, since
-that is what the ledger has. A refund counts when it succeeded, and is taken back when it failed after that. A dispute is
-withdrawn when it opens and reinstated when it is won.
+that is what the ledger has; and what is posted once there counts once here, however many events tell of it. A refund counts when
+it succeeded, and is taken back when it failed after that. A dispute is withdrawn when it opens and reinstated when it is won.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ FROM billing_finance_events AS e WHERE e.provider = $1 AND e.account = $2 AND e.
 AND e.occurred_at >= $4 AND e.occurred_at < $5 AND {_MOVES}
 """  # our own words
 # Of a refund that failed: whether it had succeeded, in whichever period that was.
+_SUCCEEDED: Final = """
+CASE WHEN e.kind LIKE 'refund.%' THEN (
+    SELECT max(r.amount_minor) FROM billing_finance_events AS r
+    WHERE r.provider = e.provider AND r.account = e.account AND r.livemode = e.livemode AND r.refund_ref = e.refund_ref
+    AND (r.status = 'succeeded' OR r.kind = 'refund.succeeded')) END
+"""
 _LINES: Final = f"""
 SELECT e.kind, e.status, e.payment_ref, e.refund_ref, e.dispute_ref, e.invoice_ref, e.amount_minor, e.fee_minor, e.net_minor,
-    e.currency, CASE WHEN e.kind LIKE 'refund.%' THEN (
-        SELECT max(r.amount_minor) FROM billing_finance_events AS r
-        WHERE r.provider = e.provider AND r.account = e.account AND r.livemode = e.livemode AND r.refund_ref = e.refund_ref
-        AND (r.status = 'succeeded' OR r.kind = 'refund.succeeded')) END AS succeeded_minor
+    e.currency, {_SUCCEEDED} AS succeeded_minor
 {_SCOPE} ORDER BY e.id
-"""  # noqa: S608 - our own words
+"""
+_COUNT: Final = f"SELECT count(*) + count({_SUCCEEDED}) {_SCOPE}"
 _PREFETCH: Final = 5000
 
 
@@ -49,17 +53,18 @@ class Scope:
 
 
 async def count(reader: Reader, scope: Scope) -> int:
-    """How many events there are. Events are never removed, so a greater number means that some came late."""
-    return int(await reader.raw.fetchval("SELECT count(*) " + _SCOPE, *scope.parameters))
+    """How many events there are, and how many of its refunds did succeed, in whichever period that was. Events are never removed,
+    so a greater number means that some came late."""
+    return int(await reader.raw.fetchval(_COUNT, *scope.parameters))
 
 
 async def read(reader: Reader, scope: Scope) -> tuple[Ours, int]:
-    """The lines, and how many events were seen; ``reader`` holds a snapshot, so that both are of one moment."""
+    """The lines, and what :func:`count` says; ``reader`` holds a snapshot, so that both are of one moment."""
     found, seen = Ours(), 0
     once: set[tuple[str, str]] = set()
     fees: list[tuple[str, str, int]] = []
     async for row in reader.raw.cursor(_LINES, *scope.parameters, prefetch=_PREFETCH):
-        seen += 1
+        seen += 1 + (row["succeeded_minor"] is not None)
         if row["currency"] is not None:
             _add(found, row, once, fees)
     for ref, currency, fee in fees:
@@ -71,12 +76,16 @@ def _add(found: Ours, row: Any, once: set[tuple[str, str]], fees: list[tuple[str
     kind, currency = kind_by(row["kind"], row["status"]), row["currency"]
     amount, fee = row["amount_minor"] or 0, row["fee_minor"]
     if kind == "payment.succeeded":
-        if (ref := row["payment_ref"] or row["invoice_ref"]) is not None:
+        ref = row["payment_ref"] or row["invoice_ref"]
+        if ref is not None and (ref, kind) not in once:
+            once.add((ref, kind))
             if fee is None:
                 fee = amount - row["net_minor"] if row["net_minor"] is not None else 0
             found.add(ref, "payment", currency, amount, fee, row["invoice_ref"])
     elif kind == "fee.charged":
-        if (ref := row["payment_ref"] or row["invoice_ref"]) is not None:
+        ref = row["payment_ref"] or row["invoice_ref"]
+        if ref is not None and (row["payment_ref"] is None or (ref, kind) not in once):
+            once.add((ref, kind))
             fees.append((ref, currency, amount if fee is None else fee))
     elif kind in ("refund.succeeded", "refund.failed"):
         ref = row["refund_ref"]
