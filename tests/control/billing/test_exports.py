@@ -8,6 +8,10 @@ import csv
 import hashlib
 import io
 import json
+import multiprocessing
+import resource
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -19,11 +23,16 @@ import pytest
 import sqlalchemy as sa
 
 from portico.control.audit.store import audit_events
+from portico.control.billing import export_delivery as delivery
+from portico.control.billing import export_formats as formats
 from portico.control.billing import export_store, exports
 from portico.control.billing.export_datasets import DATASETS
 from portico.control.notifications import reach
 from portico.kit import queue
-from portico.kit.queue import LeaseLost, Limits
+from portico.kit.clock import SystemClock
+from portico.kit.db import Database, PoolLimits
+from portico.kit.queue import Hopeless, LeaseLost, Limits
+from portico.kit.sealing import Sealer
 from portico.settings import ApiSettings, Secret
 from portico.simulators.webhooks import Behaviour, WebhookReceiver
 from tests.control.billing.bookkeeping import (
@@ -36,7 +45,10 @@ from tests.control.billing.bookkeeping import (
     make_all,
     make_sink,
     operator_client,
+    receipt,
+    reconcile_all,
 )
+from tests.control.billing.bookkeeping import JANUARY as BOOKS
 from tests.control.billing.s3 import ObjectStore
 from tests.control.conftest import Account, MovableClock
 
@@ -167,12 +179,16 @@ class TestContent:
         evil = '=HYPERLINK("http://evil.example","x")'
         await book(app.state.db, finance_event(
             "payment.succeeded", 100, account="evil", organization=owner.organization, payment_ref=evil, failure_code="-1+1",
+            plan_ref="  =1+1", checkout_ref="＝1+1", customer_ref="  1-1",
             occurred_at=datetime(2025, 7, 1, 12, tzinfo=UTC),
         ))  # fmt: skip
         period = {"period_start": "2025-07-01T00:00:00Z", "period_end": "2025-07-02T00:00:00Z"}
         _, answer = await made(app, owner.client, **period)
         (row,) = csv.DictReader(io.StringIO(answer.text))
         assert (row["payment_ref"], row["failure_code"]) == (f"'{evil}", "'-1+1")
+        assert (row["plan_ref"], row["checkout_ref"], row["customer_ref"]) == ("'  =1+1", "'＝1+1", "  1-1"), (
+            "spaces before it and the wide forms change nothing"
+        )
         _, answer = await made(app, owner.client, format="jsonl", **period)
         assert json.loads(answer.text)["payment_ref"] == evil
 
@@ -188,6 +204,57 @@ class TestContent:
         assert row["payment_ref"] == odd
         _, answer = await made(app, owner.client, format="jsonl", **period)
         assert json.loads(answer.content.decode())["payment_ref"] == odd
+
+    async def test_every_format_says_the_same(self, app: Any, owner: Account) -> None:
+        """To the microsecond, before 1970 too; and nothing is no empty text."""
+        from arro3.io import read_parquet
+
+        at = datetime(2025, 9, 1, 12, 0, 0, 1, UTC)
+        for amount, more in (
+            (2**53 - 1, {"failure_code": ""}),
+            (1, {"period_start": datetime(1969, 12, 31, 23, 59, 59, 999_999, UTC)}),
+        ):
+            await book(app.state.db, finance_event(
+                "payment.succeeded", amount, account="same", organization=owner.organization, payment_ref=f"pi_{amount}",
+                occurred_at=at, **more,
+            ))  # fmt: skip
+        period = {"period_start": "2025-09-01T00:00:00Z", "period_end": "2025-09-02T00:00:00Z"}
+        found = {}
+        for format_ in ("csv", "jsonl", "parquet"):
+            _, answer = await made(app, owner.client, format=format_, **period)
+            found[format_] = answer.content
+        columns = read_parquet(io.BytesIO(found["parquet"])).read_all()
+        names = [each.name for each in DATASETS["finance_events"].columns]
+        by_column = [columns[name].to_pylist() for name in names]
+        parquet = [dict(zip(names, row, strict=True)) for row in zip(*by_column, strict=True)]
+        lines = [json.loads(each) for each in found["jsonl"].splitlines()]
+        assert [list(each) for each in lines] == [names, names]
+        for column in DATASETS["finance_events"].columns:
+            for given, told in zip(parquet, lines, strict=True):
+                value = told[column.name]
+                if column.type == "time" and value is not None:
+                    value = datetime.fromisoformat(value)
+                assert given[column.name] == value, column.name
+        told = list(csv.DictReader(io.StringIO(found["csv"].decode())))
+        for given, row in zip(parquet, told, strict=True):
+            assert [row[name] for name in ("id", "amount_minor", "failure_code")] == [
+                given["id"], str(given["amount_minor"]), given["failure_code"] or "",
+            ]  # fmt: skip
+            assert datetime.fromisoformat(row["occurred_at"]) == given["occurred_at"] == at
+        assert sorted((each["amount_minor"], each["failure_code"]) for each in parquet) == [(1, None), (2**53 - 1, "")]
+        assert b',"",' in found["csv"] and b",," in found["csv"], "an empty text is no missing one in CSV either"
+        assert parquet[1]["period_start"] == datetime(1969, 12, 31, 23, 59, 59, 999_999, UTC)
+
+    async def test_days_in_every_format(self, app: Any, owner: Account) -> None:
+        from arro3.io import read_parquet
+
+        _, lines = await made(app, owner.client, dataset="ledger", format="jsonl")
+        _, answer = await made(app, owner.client, dataset="ledger", format="parquet")
+        days = [
+            each.isoformat() for each in read_parquet(io.BytesIO(answer.content)).read_all()["booked_on"].to_pylist()
+        ]
+        assert days == [json.loads(each)["booked_on"] for each in lines.text.splitlines()]
+        assert days and days[0].startswith("2026-01-")
 
     @pytest.mark.parametrize("format_", ["csv", "jsonl", "parquet"])
     async def test_nothing_is_a_report_too(self, app: Any, owner: Account, format_: str) -> None:
@@ -205,7 +272,7 @@ class TestContent:
         self, app: Any, owner: Account, operator: httpx.AsyncClient
     ) -> None:
         report = await asked(operator, "/v1/admin/report-exports")
-        settled = await asked(operator, "/v1/admin/report-exports", dataset="settlements")
+        settled = await asked(operator, "/v1/admin/report-exports", dataset="settlements", format="jsonl")
         assert await make_all(app) >= 2
         answer = await operator.get(f"/v1/admin/report-exports/{report['id']}/download")
         owners = {row["organization_id"] for row in csv.DictReader(io.StringIO(answer.text))}
@@ -214,6 +281,26 @@ class TestContent:
         assert (await operator.get(f"/v1/admin/report-exports/{settled['id']}")).json()["state"] == "ready"
         refused = await owner.client.post(PATH, json={"dataset": "settlements"})
         assert (refused.status_code, refused.json()["code"]) == (400, "report.invalid")
+
+    async def test_what_is_json_already_stays_json(
+        self, app: Any, client: httpx.AsyncClient, clock: MovableClock, owner: Account, operator: httpx.AsyncClient
+    ) -> None:
+        sink = await make_sink(operator, client, clock)
+        told = await sink.send(receipt(f"acct_{owner.organization}", BOOKS[:-1]))
+        await reconcile_all(app)
+        found = {}
+        for format_ in ("csv", "jsonl", "parquet"):
+            report = await asked(operator, "/v1/admin/report-exports", dataset="settlements", format=format_)
+            await make_all(app)
+            found[format_] = (await operator.get(f"/v1/admin/report-exports/{report['id']}/download")).content
+        from arro3.io import read_parquet
+
+        lines = {each["id"]: each for each in map(json.loads, found["jsonl"].splitlines())}
+        assert lines[told.json()["receipt"]]["findings"] == {"missing": 1}
+        table = read_parquet(io.BytesIO(found["parquet"])).read_all()
+        texts = dict(zip(table["id"].to_pylist(), table["findings"].to_pylist(), strict=True))
+        rows = {row["id"]: row["findings"] for row in csv.DictReader(io.StringIO(found["csv"].decode()))}
+        assert json.loads(texts[told.json()["receipt"]]) == json.loads(rows[told.json()["receipt"]]) == {"missing": 1}
 
 
 # -- whose it is
@@ -245,6 +332,9 @@ async def test_refusals(app: Any, owner: Account, stranger: Account, operator: h
     assert await refused(destination={"kind": "webhook", "channel": channel}) == "report.invalid"
     sink = await operator.post("/v1/admin/settlement-sinks", json={"name": "only receipts"})
     assert await refused(destination={"kind": "webhook", "sink": sink.json()["id"]}) == "report.invalid"
+    for beyond in ({"period_start": "9999-12-31T12:00:00Z"}, {"period_end": "0001-01-01T12:00:00Z"}):
+        answer = await owner.client.post(PATH, json={"dataset": "usage", **beyond})
+        assert (answer.status_code, answer.json()["code"]) == (400, "report.invalid"), beyond
     gone = await owner.client.delete("/v1/billing/report-schedules/rsc_none")
     assert (gone.status_code, gone.json()["code"]) == (404, "report.schedule_not_found")
     report = await asked(owner.client)
@@ -266,6 +356,29 @@ async def test_so_many_a_day(app: Any, owner: Account) -> None:
     assert (answer.status_code, answer.json()["code"]) == (409, "report.limit_reached")
 
 
+async def test_a_refusal_is_recorded_as_what_was_refused(
+    app: Any, owner: Account, connect: Callable[..., httpx.AsyncClient]
+) -> None:
+    report, _ = await made(app, owner.client)
+    reader = connect((await owner.key("api", scopes=["billing:read"]))["key"])
+    asked_for = [
+        reader.get(f"{PATH}/{report['id']}/download"), reader.post(f"{PATH}/{report['id']}/redeliver", json={"reason": "x"}),
+        reader.post("/v1/billing/report-schedules", json={"dataset": "usage", "every": "day"}),
+        reader.delete("/v1/billing/report-schedules/rsc_none"), reader.post(PATH, json={"dataset": "usage"}),
+    ]  # fmt: skip
+    assert [(await each).status_code for each in asked_for] == [403] * 5
+    async with app.state.db.read() as found:
+        c = audit_events.c
+        query = (
+            sa.select(c.action).where(c.outcome == "refused", c.organization_id == owner.organization).order_by(c.id)
+        )
+        rows = [row.action for row in await found.fetch_all(query)]
+    assert rows == [
+        "report_export.download", "report_export.redeliver", "report_schedule.create", "report_schedule.delete",
+        "report_export.create",
+    ]  # fmt: skip
+
+
 # -- once, whatever happens
 
 
@@ -279,6 +392,118 @@ async def test_a_file_that_changed_is_never_given_out(app: Any, owner: Account, 
     path.write_bytes(answer.content + b"\n")
     refused = await owner.client.get(f"{PATH}/{report['id']}/download")
     assert (refused.status_code, refused.json()["code"]) == (409, "report.corrupt")
+    path.unlink()
+    refused = await owner.client.get(f"{PATH}/{report['id']}/download")
+    assert (refused.status_code, refused.json()["code"]) == (409, "report.corrupt"), "lost is not expired"
+
+
+async def test_nobody_who_reads_a_large_file_holds_up_its_report(
+    app: Any, owner: Account, settings: ApiSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a file is checked for a download, its report's row is free: the worker records a delivery by it."""
+    report, _ = await made(app, owner.client)
+    begun, free = threading.Event(), threading.Event()
+    whole = delivery._digest
+
+    def slowly(path: Path) -> bytes:
+        begun.set()
+        assert free.wait(60)
+        return whole(path)
+
+    monkeypatch.setattr(delivery, "_digest", slowly)
+    reading = asyncio.create_task(owner.client.get(f"{PATH}/{report['id']}/download"))
+    assert await asyncio.to_thread(begun.wait, 60)
+    try:
+        async with app.state.db.transaction() as tx:
+            assert await export_store.one(tx, report["id"], lock=True) is not None
+    finally:
+        free.set()
+    assert (await reading).status_code == 200
+
+
+async def test_a_disk_that_is_full_leaves_nothing(app: Any, owner: Account, settings: ApiSettings) -> None:
+    await january(app.state.db, "full", owner.organization)
+    assert settings.objects_dir is not None
+    for format_ in ("csv", "jsonl", "parquet"):
+        report = await asked(owner.client, format=format_)
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, most[1]))
+        try:
+            await make_all(app)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, most)
+        found = await look(owner.client, report)
+        assert (found["state"], found["error"]) == ("failed", "it could not be written: File too large")
+        assert not list((settings.objects_dir / "reports").iterdir())
+    assert ("report_export.failed", "success") in await acts(app, report["id"])
+
+
+def _half(pipe: Any, url: str, key: str, folder: str) -> None:
+    """A worker that has written its file, says so, and comes no further."""
+
+    async def main() -> None:
+        settings = ApiSettings(database_url=Secret(url), master_key=Secret(key), objects_dir=Path(folder))
+        db = Database(url, PoolLimits(size=4))
+        (work,), _ = await queue.claim(db, export_store.KIND, Limits(lease_seconds=1.0, max_attempts=9), 1)
+        whole = formats.finish
+
+        def stop(file: Any, path: Path, most: int) -> tuple[int, bytes]:
+            whole(file, path, most)
+            pipe.send(path.name)
+            time.sleep(600)
+            raise AssertionError
+
+        formats.finish = stop  # type: ignore[assignment]
+        await exports.make(work, settings, Sealer(settings.master_key), SystemClock())
+
+    asyncio.run(main())
+
+
+async def test_a_worker_that_is_killed_between_file_and_row(app: Any, owner: Account, settings: ApiSettings) -> None:
+    """Its file is nobody's: the report is made anew by the next worker, and the file is swept up."""
+    await january(app.state.db, "killed", owner.organization)
+    report = await asked(owner.client)
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    args = (theirs, app.state.db.url, settings.master_key.reveal(), str(settings.objects_dir))
+    process = spawn.Process(target=_half, args=args)
+    process.start()
+    try:
+        assert await asyncio.to_thread(ours.poll, 120), "it wrote its file"
+        half = ours.recv()
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.join)
+    assert settings.objects_dir is not None
+    assert [path.name for path in (settings.objects_dir / "reports").iterdir()] == [half]
+    assert (await look(owner.client, report))["state"] == "generating"
+    early = await owner.client.get(f"{PATH}/{report['id']}/download")
+    assert (early.status_code, early.json()["code"]) == (409, "report.not_ready")
+    async with asyncio.timeout(60):
+        found: list[Any] = []
+        while not found:
+            found, _ = await queue.claim(app.state.db, export_store.KIND, Limits(max_attempts=9), 1, suspect=True)
+            await asyncio.sleep(0.05)
+    await exports.make(found[0], settings, app.state.sealer, app.state.clock)
+    async with app.state.db.read() as reader:
+        row = await export_store.one(reader, report["id"])
+    assert row is not None and (row.state, row.attempts) == ("ready", 2)
+    assert row.file != half
+    await exports.forget_strays(app.state.db, settings, app.state.clock.wall() + timedelta(days=2))
+    assert [path.name for path in (settings.objects_dir / "reports").iterdir()] == [row.file]
+    assert (await owner.client.get(f"{PATH}/{report['id']}/download")).status_code == 200
+
+
+async def test_a_report_that_is_over_is_not_made(app: Any, owner: Account, settings: ApiSettings) -> None:
+    """An operator may put its job in again; its state does not come back."""
+    report = await asked(owner.client)
+    async with app.state.db.transaction() as tx:
+        await export_store.update(tx, report["id"], state="failed")
+    (work,), _ = await queue.claim(app.state.db, export_store.KIND, Limits(), 1)
+    with pytest.raises(Hopeless, match="the report is failed"):
+        await exports.make(work, settings, app.state.sealer, app.state.clock)
+    assert settings.objects_dir is not None
+    assert not (settings.objects_dir / "reports").exists()
 
 
 async def test_a_worker_that_lost_its_lease_makes_nothing(app: Any, owner: Account, settings: ApiSettings) -> None:
@@ -312,13 +537,14 @@ async def test_one_whose_last_attempt_breaks_fails(app: Any, owner: Account, set
     async with app.state.db.read() as reader:
         row = await export_store.one(reader, report["id"])
     assert row is not None
-    assert (row.state, row.error) == ("failed", "KeyError: 'none'")
+    assert (row.state, row.error) == ("failed", "it could not be made (KeyError)"), "nothing of ours is told"
     gone = await asked(owner.client)
     async with app.state.db.transaction() as tx:  # the worker was killed each time
         await export_store.update(tx, gone["id"], queue_state="dead", state="generating", last_error="the worker ended")
         await exports.sweep(tx, settings, app.state.clock.wall(), 10)
     found = await look(owner.client, gone)
-    assert (found["state"], found["error"]) == ("failed", "the worker ended")
+    assert (found["state"], found["error"]) == ("failed", "every attempt to make it has failed")
+    assert (await acts(app, gone["id"]))[-1] == ("report_export.failed", "success")
 
 
 async def test_it_expires_and_its_file_goes(
@@ -334,6 +560,7 @@ async def test_it_expires_and_its_file_goes(
         row = await export_store.one(reader, report["id"])
     assert row is not None
     assert (row.state, row.file, row.sha256.hex()) == ("expired", None, report["sha256"])
+    assert (await acts(app, report["id"]))[-1] == ("report_export.expired", "success")
     assert settings.objects_dir is not None
     assert not list((settings.objects_dir / "reports").iterdir())
 
@@ -464,6 +691,38 @@ class TestWebhook:
             assert await deliver_all(app, reach.client_of(settings), small) == ["delivered"]
             assert json.loads(receiver.got[0].body)["data"]["content_base64"] is None
 
+    async def test_the_bytes_that_are_sent_are_those_that_were_checked(
+        self, app: Any, owner: Account, settings: ApiSettings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with WebhookReceiver() as receiver:
+            report = await asked(owner.client, destination={"kind": "webhook", "channel": await hook(owner, receiver)})
+            await make_all(app)
+            checked = delivery._digest
+
+            def then_changed(path: Path) -> bytes:
+                found = checked(path)
+                path.chmod(0o600)
+                path.write_bytes(path.read_bytes() + b"1")
+                return found
+
+            monkeypatch.setattr(delivery, "_digest", then_changed)
+            (came,) = await deliver_all(app, reach.client_of(settings))
+            assert came == "Hopeless: the file is gone, or is not the one that was made"
+            assert not receiver.got
+        assert (await look(owner.client, report))["state"] == "failed"
+
+    async def test_a_worker_without_the_folder_leaves_it_to_another(
+        self, app: Any, owner: Account, settings: ApiSettings
+    ) -> None:
+        async with WebhookReceiver() as receiver:
+            report = await asked(owner.client, destination={"kind": "webhook", "channel": await hook(owner, receiver)})
+            await make_all(app)
+            outside = reach.client_of(settings)
+            (came,) = await deliver_all(app, outside, replace(settings, objects_dir=None))
+            assert came.startswith("Retry: ")
+            assert await deliver_all(app, outside) == ["delivered"]
+        assert (await look(owner.client, report))["state"] == "delivered"
+
     async def test_a_channel_that_is_gone_fails_it(self, app: Any, owner: Account, settings: ApiSettings) -> None:
         async with WebhookReceiver() as receiver:
             report = await asked(owner.client, destination={"kind": "webhook", "channel": await hook(owner, receiver)})
@@ -522,6 +781,21 @@ class TestAcknowledgement:
         assert {(each.status_code, each.json()["code"]) for each in answers} == {(401, "report.ack_refused")}
         assert (await owner.client.get(f"{PATH}/{report}")).json()["state"] == "delivering"
         assert ("report_export.ack", "refused") in await acts(app, report)
+
+    async def test_whoever_guesses_does_not_fill_the_log(
+        self, app: Any, owner: Account, client: httpx.AsyncClient, clock: MovableClock
+    ) -> None:
+        report, _, sha256 = await self._delivering(app, owner)
+        for _ in range(5):
+            assert (await ack(client, report, "guess", sha256)).status_code == 401
+        assert (await acts(app, report)).count(("report_export.ack", "refused")) == 1
+        clock.advance(61)
+        await ack(client, report, "guess", sha256)
+        async with app.state.db.read() as reader:
+            c = audit_events.c
+            query = sa.select(c.details).where(c.target == report, c.action == "report_export.ack").order_by(c.id)
+            rows = await reader.fetch_all(query)
+        assert [row.details["unrecorded"] for row in rows] == [0, 4]
 
     async def test_another_hash_is_an_incident_and_changes_nothing(
         self, app: Any, owner: Account, client: httpx.AsyncClient
@@ -607,6 +881,10 @@ async def test_an_object_store_that_speaks_s3(app: Any, operator: httpx.AsyncCli
         wrong = replace(with_store, report_store_secret=Secret("guessed"))
         (came,) = await deliver_all(app, None, wrong)
         assert came.startswith("Retry") and "guessed" not in came
+        outside.fail = 1_000_000
+        (came,) = await deliver_all(app, None, replace(with_store, report_store_timeout_seconds=0.5))
+        assert came == "Retry: the object store did not take it within 0.5 s"
+        outside.fail = 1  # and the next one is tried again before anybody is told
         assert (outside.refused > 0, outside.objects) == (True, {})
         assert await deliver_all(app, None, with_store) == ["delivered"]
         file, manifest = outside.order

@@ -12,7 +12,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
 from portico.control.access import (
     PUBLIC,
     Caller,
-    Db,
     Instant,
     InTx,
     Paging,
@@ -24,6 +23,7 @@ from portico.control.access import (
 from portico.control.billing import export_formats as formats
 from portico.control.billing.exports import Exports, Wanted, period_of
 from portico.control.requests import JsonRoute, UnitOfWork, shown
+from portico.errors import Problem
 from portico.kit.pages import Page
 
 router = APIRouter(prefix="/billing/report-exports", tags=["billing"], route_class=UnitOfWork)
@@ -32,7 +32,10 @@ admin = APIRouter(prefix="/admin/report-exports", tags=["admin"], route_class=Un
 admin_scheduling = APIRouter(prefix="/admin/report-schedules", tags=["admin"], route_class=UnitOfWork)
 #: Of receivers, who have no credential but what a delivery brought.
 receiving = APIRouter(prefix="/billing/report-exports", tags=["billing"], route_class=JsonRoute)
-routers = (receiving, router, scheduling, admin, admin_scheduling)
+#: Files: checking a large one takes long, and holds no connection of the pool.
+files = APIRouter(prefix="/billing/report-exports", tags=["billing"], route_class=JsonRoute)
+admin_files = APIRouter(prefix="/admin/report-exports", tags=["admin"], route_class=JsonRoute)
+routers = (receiving, files, admin_files, router, scheduling, admin, admin_scheduling)
 
 
 async def service(request: Request) -> Exports:
@@ -44,6 +47,10 @@ async def service(request: Request) -> Exports:
 Service = Annotated[Exports, Depends(service)]
 Reader = Annotated[Caller, Depends(require("billing:read"))]
 Exporter = Annotated[Caller, Depends(require("billing:export", act="report_export.create"))]
+Downloader = Annotated[Caller, Depends(require("billing:export", act="report_export.download"))]
+Sender = Annotated[Caller, Depends(require("billing:export", act="report_export.redeliver"))]
+Scheduler = Annotated[Caller, Depends(require("billing:export", act="report_schedule.create"))]
+Ender = Annotated[Caller, Depends(require("billing:export", act="report_schedule.delete"))]
 Operator = Annotated[Caller, Depends(require_operator())]
 Id = Annotated[str, Path(max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 Named = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
@@ -157,8 +164,11 @@ class Acked(BaseModel):
 
 def _wanted(request: Request, organization: str | None, body: ReportBody) -> Wanted:
     today, _ = period_of("day", request.app.state.clock.wall())
-    start = body.period_start or (body.period_end or today) - timedelta(days=1)
-    end = body.period_end or start + timedelta(days=1)
+    try:
+        start = body.period_start or (body.period_end or today) - timedelta(days=1)
+        end = body.period_end or start + timedelta(days=1)
+    except OverflowError:
+        raise Problem("report.invalid", "the period leaves the calendar") from None
     return Wanted(organization, body.dataset, body.format, start, end, _plain(body.destination))
 
 
@@ -205,16 +215,15 @@ async def get_report(report: Id, reader: Reading, service: Service, who: Reader)
     return await service.document(reader, who.org, report)
 
 
-@router.get("/{report}/download", response_class=FileResponse, responses=_FILE)
-async def download_report(report: Id, db: Db, service: Service, who: Exporter) -> FileResponse:
+@files.get("/{report}/download", response_class=FileResponse, responses=_FILE)
+async def download_report(report: Id, service: Service, who: Downloader) -> FileResponse:
     """The file of a report. `Portico-Ack-Token` is the token to acknowledge it with."""
-    async with db.transaction() as tx:  # who took it is recorded
-        row, path, token = await service.download(tx, who, who.org, report)
+    row, path, token = await service.download(who, who.org, report)
     return _file(row, path, {"Portico-Ack-Token": token})
 
 
 @router.post("/{report}/redeliver", status_code=202, response_model=Report)
-async def redeliver_report(report: Id, body: RedeliverBody, tx: InTx, service: Service, who: Exporter) -> Any:
+async def redeliver_report(report: Id, body: RedeliverBody, tx: InTx, service: Service, who: Sender) -> Any:
     """Send the same bytes once more."""
     return await service.redeliver(tx, who, who.org, report, body.reason)
 
@@ -226,13 +235,13 @@ async def list_schedules(reader: Reading, service: Service, who: Reader, page: P
 
 
 @scheduling.post("", status_code=201, response_model=Schedule)
-async def create_schedule(body: ScheduleBody, request: Request, tx: InTx, service: Service, who: Exporter) -> Any:
+async def create_schedule(body: ScheduleBody, request: Request, tx: InTx, service: Service, who: Scheduler) -> Any:
     """Have reports made from now on."""
     return await service.schedule(tx, who, _scheduled(request, who.org, body), body.every)
 
 
 @scheduling.delete("/{report_schedule}", status_code=204)
-async def delete_schedule(report_schedule: Id, tx: InTx, service: Service, who: Exporter) -> None:
+async def delete_schedule(report_schedule: Id, tx: InTx, service: Service, who: Ender) -> None:
     """End a schedule; what it had made stays."""
     await service.unschedule(tx, who, who.org, report_schedule)
 
@@ -284,13 +293,12 @@ async def get_any_report(report: Id, reader: Reading, service: Service, who: Ope
     return await service.document(reader, None, report)
 
 
-@admin.get("/{report}/download", response_class=FileResponse, responses=_FILE)
+@admin_files.get("/{report}/download", response_class=FileResponse, responses=_FILE)
 async def download_any_report(
-    report: Id, db: Db, service: Service, who: Annotated[Caller, _dangerous("report_export.download")]
+    report: Id, service: Service, who: Annotated[Caller, _dangerous("report_export.download")]
 ) -> FileResponse:
     """The file of a report."""
-    async with db.transaction() as tx:
-        row, path, token = await service.download(tx, who, None, report)
+    row, path, token = await service.download(who, None, report)
     return _file(row, path, {"Portico-Ack-Token": token})
 
 

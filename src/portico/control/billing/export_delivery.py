@@ -45,6 +45,7 @@ READY: Final = "report_export.ready"
 _ACK: Final = "report ack token"
 _LINK: Final = "report link"
 _AGENT: Final = "Portico-Reports/1"
+_CHANGED: Final = "the file is gone, or is not the one that was made"
 _TYPES: Final[Mapping[str, Any]] = {
     name: {"Content-Type": media} for name, media in {**formats.MEDIA, "json": "application/json"}.items()
 }
@@ -53,11 +54,11 @@ PLATFORM: Final = Caller("operator", "installation", None)
 
 
 class Gone(Exception):
-    """Its time is over, or its file is not there."""
+    """Its time is over."""
 
 
 class Changed(Exception):
-    """The file is not the one that was made."""
+    """The file is not the one that was made, or is not there although its time is not over."""
 
 
 async def begin(tx: Tx, sealer: Sealer, row: Any) -> str | None:
@@ -83,14 +84,16 @@ def link_token(sealer: Sealer, row: Any) -> str:
 
 
 async def checked_file(settings: ApiSettings, row: Any, now: datetime) -> Path:
-    """The file of a report, whose hash is right at this moment. Raises :class:`Gone` and :class:`Changed`."""
-    if settings.objects_dir is None or row.file is None or (row.expires_at is not None and row.expires_at <= now):
+    """The file of a report, whose hash is right now. Raises :class:`Gone`, :class:`Changed`, ``report.unavailable``."""
+    if row.file is None or (row.expires_at is not None and row.expires_at <= now):
         raise Gone
+    if settings.objects_dir is None:
+        raise Problem("report.unavailable")
     path: Path = settings.objects_dir / "reports" / row.file
     try:
         digest = await asyncio.to_thread(_digest, path)
     except FileNotFoundError:
-        raise Gone from None
+        raise Changed from None
     if digest != bytes(row.sha256):
         raise Changed
     return path
@@ -149,7 +152,9 @@ class ReportDriver:
         except Gone:
             return Outcome("refused", "the report has expired")
         except Changed:
-            return Outcome("refused", "the file is not the one that was made: its hash is another")
+            return Outcome("refused", _CHANGED)
+        except Problem as problem:  # this worker has not the folder that another has
+            return Outcome("retry", problem.detail)
         if row.destination["kind"] == "s3":
             return await self._store(row, path)
         return await self._post(row, path, message)
@@ -159,8 +164,12 @@ class ReportDriver:
         if isinstance(found, Outcome):
             return found
         url, keys = found
-        small = row.bytes <= self._settings.report_inline_max_bytes
-        body = payload(self._settings, self._sealer, row, await asyncio.to_thread(path.read_bytes) if small else None)
+        content: bytes | None = None
+        if row.bytes <= self._settings.report_inline_max_bytes:
+            content = await asyncio.to_thread(path.read_bytes)
+            if hashlib.sha256(content).digest() != bytes(row.sha256):  # it was right a moment ago: these bytes are sent
+                return Outcome("refused", _CHANGED)
+        body = payload(self._settings, self._sealer, row, content)
         headers = {"content-type": "application/json", "user-agent": _AGENT}
         headers |= signing.headers(keys, message.id, int(self._clock.wall().timestamp()), body)
         try:

@@ -1,10 +1,11 @@
 """How a report is written: CSV, JSON Lines, Parquet; read in one snapshot, streamed, in memory that does not grow with its rows.
 
-CSV and JSON Lines leave PostgreSQL as they are written (COPY): Python passes on bytes and never sees a row. Parquet is made in
-batches of rows, one row group after another, in a thread of its own.
+CSV leaves PostgreSQL as it is written (COPY): Python passes on bytes and never sees a row. The others are made of columns, some
+thousand values of each at a time, by Arrow, which writes JSON in a third less time than PostgreSQL; the next values are read
+while a thread writes those before. JSON inside of JSON is PostgreSQL's alone to write: such datasets leave it by COPY, too.
 
     CSV          RFC 4180 with a head; times RFC 3339 in UTC; no value is nothing at all, an empty text is ""
-    JSON Lines   an object a line, every column in each, null where there is no value
+    JSON Lines   an object a line, every column in each, null where there is no value; times RFC 3339 in UTC
     Parquet      zstd; times are timestamps in UTC with microseconds, JSON is text
 """
 
@@ -13,9 +14,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import struct
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import datetime
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -23,6 +26,7 @@ from typing import Any, Final, Literal
 import asyncpg
 
 from portico.control.billing.export_datasets import Column, Dataset
+from portico.kit import cells
 from portico.kit.db import Reader
 
 Format = Literal["csv", "jsonl", "parquet"]
@@ -30,14 +34,13 @@ MEDIA: Final = {
     "csv": "text/csv; charset=utf-8", "jsonl": "application/x-ndjson", "parquet": "application/vnd.apache.parquet",
 }  # fmt: skip
 _CHUNK: Final = 1 << 20
-#: Rows that Parquet is made of at a time, and of one row group.
+#: Rows that are read at a time, and of one row group of Parquet.
 _BATCH: Final = 4096
 _ROW_GROUP: Final = 65_536
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_FIRST_DAY: Final = date(1970, 1, 1).toordinal()
-_MICROSECOND: Final = timedelta(microseconds=1)
 # What no JSON text and no number holds: with them COPY's CSV is the value itself.
 _NO_QUOTE, _NO_DELIMITER = "\x01", "\x02"
+# The characters by which a spreadsheet takes a text for a formula, as numbers: comparing those costs the least.
+_FORMULA: Final = ", ".join(str(ord(character)) for character in cells.FORMULA)
 
 
 class TooLarge(Exception):
@@ -58,15 +61,6 @@ class Scope:
         return self.organization, self.start, self.end, self.cut_off
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What a file holds."""
-
-    rows: int
-    size: int
-    sha256: bytes
-
-
 # -- the queries ---------------------------------------------------------------------------------------------------------
 
 
@@ -74,22 +68,40 @@ def _csv_expression(column: Column) -> str:
     x = column.sql
     match column.type:
         case "time":
-            return f"""to_char({x} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
+            return _time_text(x)
         case "text":
-            # OWASP, CSV injection: a spreadsheet takes these for the beginning of a formula.
-            return f"CASE WHEN left({x}, 1) IN ('=', '+', '-', '@', E'\\t', E'\\r', E'\\n') THEN '''' || ({x}) ELSE {x} END"
+            # As ``cells.safe`` does it. Most texts begin with none of them and no space: they are looked at once.
+            begins = f"ascii({x}) IN (32, {_FORMULA}) AND ascii(ltrim({x}, ' ')) IN ({_FORMULA})"
+            return f"CASE WHEN {begins} THEN '''' || ({x}) ELSE {x} END"
         case "json" | "boolean":
             return f"({x})::text"
     return x
 
 
-def _select(dataset: Dataset, format_: Format) -> str:
-    expression = _csv_expression if format_ == "csv" else lambda column: column.sql
+def _json_expression(column: Column) -> str:
+    return _time_text(column.sql) if column.type == "time" else column.sql
+
+
+def _arrow_expression(column: Column) -> str:
+    """What Arrow has of it, in the fewest steps: days, and eight bytes of microseconds, since 1970. PostgreSQL counts since 2000,
+    which is 10957 days later."""
+    match column.type:
+        case "time":
+            return f"timestamptz_send({column.sql} + interval '10957 days')"
+        case "date":
+            return f"({column.sql} - DATE '1970-01-01')"
+        case "json":
+            return f"({column.sql})::text"
+    return column.sql
+
+
+def _time_text(x: str) -> str:
+    return f"""to_char({x} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
+
+
+def _select(dataset: Dataset, expression: Callable[[Column], str]) -> str:
     columns = ", ".join(f'{expression(column)} AS "{column.name}"' for column in dataset.columns)
-    query = f"SELECT {columns} FROM {dataset.source} {dataset.conditions} ORDER BY {dataset.order}"  # noqa: S608
-    if format_ == "jsonl":
-        return f"SELECT row_to_json(x)::text FROM ({query}) AS x"  # noqa: S608 - our own words
-    return query
+    return f"SELECT {columns} FROM {dataset.source} {dataset.conditions} ORDER BY {dataset.order}"  # noqa: S608 - our own words
 
 
 async def totals(reader: Reader, dataset: Dataset, scope: Scope) -> dict[str, dict[str, int]]:
@@ -109,42 +121,51 @@ async def totals(reader: Reader, dataset: Dataset, scope: Scope) -> dict[str, di
 
 
 async def write(
-    reader: Reader, dataset: Dataset, scope: Scope, format_: Format, path: Path, most: int, seconds: float
-) -> Written:
-    """A new file, mode 0400 in the end, on the disk when this returns. ``reader`` holds a snapshot. Raises :class:`TooLarge`."""
+    reader: Reader, dataset: Dataset, scope: Scope, format_: Format, file: BufferedRandom, most: int, seconds: float
+) -> int:
+    """The rows of a report into a file of :func:`create`; how many. ``reader`` holds a snapshot. Raises :class:`TooLarge`."""
     # Of this transaction alone: reading it all may take longer than a statement usually may.
     await reader.raw.execute(f"SET LOCAL statement_timeout = {int(seconds * 1000)}")
     await reader.raw.execute("SET LOCAL TIME ZONE 'UTC'")
-    file = await asyncio.to_thread(_create, path)
-    try:
-        if format_ == "parquet":
-            rows = await _parquet(reader, dataset, scope, file, most)
-        else:
-            rows = await _copied(reader, dataset, scope, format_, file, most)
-        size, digest = await asyncio.to_thread(_finish, file, most)
-    finally:
-        await asyncio.to_thread(file.close)
-    return Written(rows, size, digest)
+    if format_ == "csv":
+        options: dict[str, Any] = {"header": True}
+        return await _copied(reader, _select(dataset, _csv_expression), scope, file, most, options)
+    if format_ == "jsonl" and any(column.type == "json" for column in dataset.columns):
+        query = f"SELECT row_to_json(x)::text FROM ({_select(dataset, _json_expression)}) AS x"  # noqa: S608 - our own words
+        return await _copied(reader, query, scope, file, most, {"quote": _NO_QUOTE, "delimiter": _NO_DELIMITER})
+    async with aclosing(_batches(reader, dataset, scope)) as batches:
+        return await _by_column(dataset.columns, batches, file, most, _WRITERS[format_])
 
 
-def _create(path: Path) -> BufferedRandom:
+def create(path: Path) -> BufferedRandom:
+    """A new file, its owner's alone."""
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "r+b")
 
 
-def _finish(file: BufferedRandom, most: int) -> tuple[int, bytes]:
-    """What is on the disk: its size and its hash, read again."""
+def finish(file: BufferedRandom, path: Path, most: int) -> tuple[int, bytes]:
+    """See to it that file and name are on the disk, mode 0400; the size and the hash of what is there, read again. Raises
+    :class:`TooLarge`. It waits for the disk, for long if the file is large: no transaction may be open meanwhile."""
     file.flush()
     os.fsync(file.fileno())
     os.fchmod(file.fileno(), 0o400)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
     size = file.seek(0, os.SEEK_END)
-    if size > most:
-        raise TooLarge(f"it has more than {most} bytes")
+    _bound(size, most)
     file.seek(0)
     return size, hashlib.file_digest(file, "sha256").digest()
 
 
+def _bound(size: int, most: int) -> None:
+    if size > most:
+        raise TooLarge(f"it has more than {most} bytes")
+
+
 async def _copied(
-    reader: Reader, dataset: Dataset, scope: Scope, format_: Format, file: BufferedRandom, most: int
+    reader: Reader, query: str, scope: Scope, file: BufferedRandom, most: int, options: dict[str, Any]
 ) -> int:
     waiting = bytearray()
     written = 0
@@ -154,33 +175,50 @@ async def _copied(
         waiting += data
         if len(waiting) >= _CHUNK:
             written += len(waiting)
-            if written > most:
-                raise TooLarge(f"it has more than {most} bytes")
+            _bound(written, most)
             full, waiting = waiting, bytearray()
             await asyncio.to_thread(file.write, full)
 
-    options: dict[str, Any] = {"format": "csv", "encoding": "utf8"}
-    if format_ == "csv":
-        options["header"] = True
-    else:
-        options |= {"quote": _NO_QUOTE, "delimiter": _NO_DELIMITER}
-    said = await reader.raw.copy_from_query(_select(dataset, format_), *scope.parameters, output=put, **options)
+    said = await reader.raw.copy_from_query(
+        query, *scope.parameters, output=put, format="csv", encoding="utf8", **options
+    )
     await asyncio.to_thread(file.write, waiting)
     return int(said.rpartition(" ")[2])
 
 
-async def _parquet(reader: Reader, dataset: Dataset, scope: Scope, file: BufferedRandom, most: int) -> int:
+# -- by column ------------------------------------------------------------------------------------------
+
+Batch = Sequence[asyncpg.Record]
+
+
+async def _batches(reader: Reader, dataset: Dataset, scope: Scope) -> AsyncGenerator[Batch, None]:
+    """The rows, some at a time; the next ones are on their way while whoever asked for these writes them."""
+    cursor = await reader.raw.cursor(_select(dataset, _arrow_expression), *scope.parameters)
+    ahead = asyncio.ensure_future(cursor.fetch(_BATCH))
+    try:
+        while rows := await ahead:
+            ahead = asyncio.ensure_future(cursor.fetch(_BATCH))
+            yield rows
+    finally:
+        ahead.cancel()
+        await asyncio.gather(ahead, return_exceptions=True)
+
+
+async def _by_column(
+    columns: Sequence[Column], batches: AsyncGenerator[Batch, None], file: BufferedRandom, most: int,
+    write_all: Callable[[Any, Any], None],
+) -> int:  # fmt: skip
     loop = asyncio.get_running_loop()
-    batches = _batches(reader, dataset, scope)
     stopped: list[BaseException] = []
+    sink = _Sink(file, stopped)
     rows = 0
 
-    async def read() -> Sequence[asyncpg.Record]:
+    async def read() -> Batch:
         async for batch in batches:
             return batch
         return ()
 
-    def pull() -> Iterator[Sequence[asyncpg.Record]]:
+    def pull() -> Iterator[Batch]:
         """In the writer's thread: the next batch, read by the loop. An error is kept: the writer makes another of it."""
         nonlocal rows
         try:
@@ -188,16 +226,17 @@ async def _parquet(reader: Reader, dataset: Dataset, scope: Scope, file: Buffere
                 if stopped:
                     return
                 rows += len(batch)
-                if file.tell() > most:
-                    raise TooLarge(f"it has more than {most} bytes")
+                _bound(file.tell(), most)
                 yield batch
         except Exception as err:
             stopped.append(err)
             raise
 
-    writing = asyncio.create_task(asyncio.to_thread(_write_parquet, dataset.columns, pull(), file))
+    writing = asyncio.create_task(asyncio.to_thread(_write, columns, pull(), sink, write_all))
     try:
         await asyncio.shield(writing)
+        if stopped:
+            raise stopped[0]
     except asyncio.CancelledError as err:
         # The thread reads by our connection: nobody else may have that before it has ended.
         stopped.append(err)
@@ -210,22 +249,51 @@ async def _parquet(reader: Reader, dataset: Dataset, scope: Scope, file: Buffere
     return rows
 
 
-async def _batches(reader: Reader, dataset: Dataset, scope: Scope) -> AsyncIterator[Sequence[asyncpg.Record]]:
-    cursor = await reader.raw.cursor(_select(dataset, "parquet"), *scope.parameters)
-    while rows := await cursor.fetch(_BATCH):
-        yield rows
+class _Sink:
+    """The file as Arrow's writer has it, which panics when a write fails: an error is kept, and the rest is dropped."""
+
+    def __init__(self, file: BufferedRandom, stopped: list[BaseException]) -> None:
+        self._file, self._stopped = file, stopped
+
+    def write(self, data: bytes) -> int:
+        if not self._stopped:
+            try:
+                self._file.write(data)
+            except OSError as err:
+                self._stopped.append(err)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing: ``finish`` does it."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Asked for, and not used: all is written from the beginning to the end."""
+        return self._file.seek(offset, whence)
 
 
-def _write_parquet(columns: Sequence[Column], batches: Iterator[Sequence[Any]], file: BufferedRandom) -> None:
+def _write(
+    columns: Sequence[Column], batches: Iterator[Batch], sink: _Sink, write_all: Callable[[Any, Any], None]
+) -> None:
     from arro3.core import RecordBatchReader, Schema
-    from arro3.io import write_parquet
 
     schema = Schema([_field(column) for column in columns])
     made = (_record_batch(schema, columns, batch) for batch in batches)
-    write_parquet(
-        RecordBatchReader.from_batches(schema, made), file, compression="zstd(1)", max_row_group_size=_ROW_GROUP,
-        created_by="portico",
-    )  # fmt: skip
+    write_all(RecordBatchReader.from_batches(schema, made), sink)
+
+
+def _write_parquet(data: Any, sink: Any) -> None:
+    from arro3.io import write_parquet
+
+    write_parquet(data, sink, compression="zstd(1)", max_row_group_size=_ROW_GROUP, created_by="portico")
+
+
+def _write_lines(data: Any, sink: Any) -> None:
+    from arro3.io import write_ndjson
+
+    write_ndjson(data, sink, explicit_nulls=True)
+
+
+_WRITERS: Final = {"jsonl": _write_lines, "parquet": _write_parquet}
 
 
 def _field(column: Column) -> Any:
@@ -238,7 +306,7 @@ def _field(column: Column) -> Any:
     return Field(column.name, kinds[column.type](), nullable=True)
 
 
-def _record_batch(schema: Any, columns: Sequence[Column], rows: Sequence[Any]) -> Any:
+def _record_batch(schema: Any, columns: Sequence[Column], rows: Batch) -> Any:
     from arro3.core import RecordBatch
 
     values = zip(*rows, strict=True)
@@ -247,17 +315,23 @@ def _record_batch(schema: Any, columns: Sequence[Column], rows: Sequence[Any]) -
 
 
 def _array(column: Column, values: Sequence[Any]) -> Any:
+    """The values of a column as :func:`_arrow_expression` gives them."""
     from arro3.core import Array, DataType
 
     match column.type:
         case "time":
-            ticks = [None if each is None else (each - _EPOCH) // _MICROSECOND for each in values]
-            return Array(ticks, type=DataType.int64()).cast(DataType.timestamp("us", tz="UTC"))
+            return Array(_ticks(values), type=DataType.int64()).cast(DataType.timestamp("us", tz="UTC"))
         case "date":
-            days = [None if each is None else each.toordinal() - _FIRST_DAY for each in values]
-            return Array(days, type=DataType.int32()).cast(DataType.date32())
+            return Array(list(values), type=DataType.int32()).cast(DataType.date32())
         case "integer":
             return Array(list(values), type=DataType.int64())
         case "boolean":
             return Array(list(values), type=DataType.bool())
     return Array(list(values), type=DataType.utf8())
+
+
+def _ticks(values: Sequence[bytes | None]) -> list[int | None]:
+    """Numbers of eight bytes each; those of a column without gaps in one step."""
+    if None not in values:
+        return list(struct.unpack(f">{len(values)}q", b"".join(values)))  # type: ignore[arg-type]
+    return [None if each is None else int.from_bytes(each, "big", signed=True) for each in values]

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import calendar
+import contextlib
 import hashlib
 import hmac
+import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from typing import Any, Final
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
+from portico.control.audit.tally import Seldom
 from portico.control.billing import export_delivery as delivery
 from portico.control.billing import export_formats as formats
 from portico.control.billing import export_store as store
@@ -43,8 +46,12 @@ from portico.kit.queue import Hopeless, LeaseLost, Work
 from portico.kit.sealing import Sealer
 from portico.settings import ApiSettings
 
+log = logging.getLogger(__name__)
+
 _ACK: Final = "report ack token"
 _DAY: Final = timedelta(days=1)
+_UNMADE: Final = "every attempt to make it has failed"
+_UNSENT: Final = "every attempt at its delivery has failed"
 #: Who an audit row names for what the platform does by itself.
 PLATFORM: Final = Caller("operator", "installation", None)
 
@@ -66,6 +73,7 @@ class Exports:
 
     def __init__(self, settings: ApiSettings, db: Database, clock: Clock, sealer: Sealer) -> None:
         self._settings, self._db, self._clock, self._sealer = settings, db, clock, sealer
+        self._refusals = Seldom(clock, settings.settlement_refusal_audit_seconds)
 
     # -- asking for them
 
@@ -164,18 +172,23 @@ class Exports:
 
     # -- giving them out
 
-    async def download(self, tx: Tx, caller: Caller, organization: str | None, export: str) -> tuple[Any, Path, str]:
+    async def download(self, caller: Caller, organization: str | None, export: str) -> tuple[Any, Path, str]:
         """The row, the file, whose hash was checked, and the token to acknowledge it with. It counts as a delivery.
 
         Raises ``report.not_found``, ``report.not_ready``, ``report.expired``, ``report.corrupt``.
         """
-        row = await self._of(tx, organization, export, lock=True)
+        async with self._db.read() as reader:
+            row = await self._of(reader, organization, export)
+        # Large files take long to read: no row is held meanwhile. What a report's file is never changes.
         path = await self._file(row)
-        if row.state == "ready" and await store.move(tx, export, "delivering") is not None:
-            await store.move(tx, export, "delivered", delivered_at=self._clock.wall(), delivery=row.delivery + 1)
-        await self._record(
-            tx, caller, "report_export.download", export, row.organization_id, {"sha256": row.sha256.hex()}
-        )
+        async with self._db.transaction() as tx:
+            row = await self._of(tx, organization, export, lock=True)
+            if row.file != path.name:
+                raise Problem("report.expired")
+            if row.state == "ready" and await store.move(tx, export, "delivering") is not None:
+                await store.move(tx, export, "delivered", delivered_at=self._clock.wall(), delivery=row.delivery + 1)
+            details = {"sha256": row.sha256.hex()}
+            await self._record(tx, caller, "report_export.download", export, row.organization_id, details)
         return row, path, token_of(self._sealer, row)
 
     async def content(self, export: str, token: str) -> tuple[Any, Path]:
@@ -257,8 +270,11 @@ class Exports:
         return {"id": row.id, "state": "acked", "applied": True}
 
     async def _refused(self, caller: Caller, export: str | None, organization: str | None, why: str) -> None:
+        """One row in the audit log for each report and reason in a while: whoever guesses does not fill it."""
+        if (unrecorded := self._refusals.due(f"{export}:{why}")) is None:
+            return
         await audit.refused(
-            self._db, caller, "report_export.ack", export, {"reason": why},
+            self._db, caller, "report_export.ack", export, {"reason": why, "unrecorded": unrecorded},
             organization=organization or audit.INSTALLATION,
         )  # fmt: skip
 
@@ -333,12 +349,14 @@ async def make(work: Work, settings: ApiSettings, sealer: Sealer, clock: Clock) 
     if settings.objects_dir is None:
         raise Hopeless("there is no folder for files: set objects_dir")
     row = work.row
+    if row["state"] not in ("queued", "generating"):
+        raise Hopeless(f"the report is {row['state']}: ask for another")
     async with work.step() as tx:
         await store.move(tx, work.id, "generating")
     folder = settings.objects_dir / "reports"
-    await asyncio.to_thread(folder.mkdir, 0o700, True, True)
     path = folder / f"{work.id}-{work.token.hex}.{row['format']}"
     try:
+        await asyncio.to_thread(folder.mkdir, 0o700, True, True)
         values = await _write(work, settings, path)
         async with work.done() as tx:
             now = clock.wall()
@@ -349,10 +367,7 @@ async def make(work: Work, settings: ApiSettings, sealer: Sealer, clock: Clock) 
             if made.destination["kind"] != "download":
                 await delivery.begin(tx, sealer, made)
             details = {"sha256": values["sha256"].hex(), "rows": values["row_count"], "cut_off": values["cut_off"]}
-            await audit.record(
-                tx, PLATFORM, "report_export.ready", work.id, details=details,
-                organization=made.organization_id or audit.INSTALLATION,
-            )  # fmt: skip
+            await _note(tx, "report_export.ready", work.id, made.organization_id, details)
     except formats.TooLarge as err:
         await _unlink(path)
         await _give_up(work, str(err))
@@ -360,9 +375,17 @@ async def make(work: Work, settings: ApiSettings, sealer: Sealer, clock: Clock) 
         await _unlink(path)
         last = work.attempt >= work.limits.max_attempts and isinstance(err, Exception)
         if last and not isinstance(err, LeaseLost):
-            await _give_up(work, f"{type(err).__name__}: {err}"[:300])
+            log.exception("a report could not be made", extra={"f": {"report": work.id}})
+            await _give_up(work, _told(err))
             return
         raise
+
+
+def _told(err: BaseException) -> str:
+    """What whoever asked for a report is told of a failure: no path and no statement of ours; the log has it all."""
+    if isinstance(err, OSError) and err.strerror:
+        return f"it could not be written: {err.strerror}"
+    return f"it could not be made ({type(err).__name__})"
 
 
 async def _unlink(path: Path) -> None:
@@ -372,25 +395,25 @@ async def _unlink(path: Path) -> None:
 async def _give_up(work: Work, why: str) -> None:
     async with work.done() as tx:
         await store.move(tx, work.id, "failed", error=why)
-        await audit.record(
-            tx, PLATFORM, "report_export.failed", work.id, details={"reason": why},
-            organization=work.row["organization_id"] or audit.INSTALLATION,
-        )  # fmt: skip
+        await _note(tx, "report_export.failed", work.id, work.row["organization_id"], {"reason": why})
 
 
 async def _write(work: Work, settings: ApiSettings, path: Path) -> dict[str, Any]:
-    row = work.row
+    row, most = work.row, settings.report_max_bytes
     dataset = DATASETS[row["dataset"]]
     # Everything up to it is committed before the snapshot begins: what is read up to it is the same whenever it is read.
     cut_off = await ledger.cut_off(work.db)
     scope = formats.Scope(row["organization_id"], row["period_start"], row["period_end"], cut_off)
-    async with work.db.read(snapshot=True) as reader:
-        written = await formats.write(
-            reader, dataset, scope, row["format"], path, settings.report_max_bytes, settings.report_seconds
-        )
-        totals = await formats.totals(reader, dataset, scope)
+    file = await asyncio.to_thread(formats.create, path)
+    try:
+        async with work.db.read(snapshot=True) as reader:
+            rows = await formats.write(reader, dataset, scope, row["format"], file, most, settings.report_seconds)
+            totals = await formats.totals(reader, dataset, scope)
+        size, digest = await asyncio.to_thread(formats.finish, file, path, most)
+    finally:
+        await asyncio.to_thread(file.close)
     return {
-        "file": path.name, "bytes": written.size, "sha256": written.sha256, "row_count": written.rows, "totals": totals,
+        "file": path.name, "bytes": size, "sha256": digest, "row_count": rows, "totals": totals,
         "schema_version": dataset.version, "cut_off": cut_off,
     }  # fmt: skip
 
@@ -417,13 +440,21 @@ async def sweep(tx: Tx, settings: ApiSettings, now: datetime, limit: int) -> int
     rows = await store.expiring(tx, now, limit)
     for row in rows:
         await delivery.remove(settings, row)
-        if row.state != "acked":
-            await store.move(tx, row.id, "expired")
+        if row.state != "acked" and await store.move(tx, row.id, "expired") is not None:
+            await _note(tx, "report_export.expired", row.id, row.organization_id, {"was": row.state})
         await store.update(tx, row.id, file=None)
     left: Sequence[Any] = await store.abandoned(tx, limit)
     for row in left:
-        await store.move(tx, row.id, "failed", error=row.last_error or "every attempt at its delivery has failed")
+        # What its job says last is the operator's to read (`portico admin queues dead`).
+        why = _UNSENT if row.state == "delivering" else _UNMADE
+        if await store.move(tx, row.id, "failed", error=why) is not None:
+            await _note(tx, "report_export.failed", row.id, row.organization_id, {"reason": why})
     return max(len(rows), len(left))
+
+
+async def _note(tx: Tx, act: str, export: str, organization: str | None, details: dict[str, Any]) -> None:
+    """What becomes of a report by itself."""
+    await audit.record(tx, PLATFORM, act, export, details=details, organization=organization or audit.INSTALLATION)
 
 
 async def drop_all(tx: Tx, settings: ApiSettings, organization: str, limit: int) -> int:
@@ -444,11 +475,12 @@ async def forget_strays(db: Database, settings: ApiSettings, now: datetime) -> i
         known = await store.files(reader)
 
     def remove() -> int:
-        old = (now - _DAY).timestamp()
-        strays = [path for path in folder.glob("rex_*") if path.name not in known]
-        gone = [path for path in strays if path.stat().st_mtime < old]
-        for path in gone:
-            path.unlink(missing_ok=True)
-        return len(gone)
+        old, gone = (now - _DAY).timestamp(), 0
+        for path in folder.glob("rex_*"):
+            with contextlib.suppress(FileNotFoundError):  # another worker sweeps, too
+                if path.name not in known and path.stat().st_mtime < old:
+                    path.unlink()
+                    gone += 1
+        return gone
 
     return await asyncio.to_thread(remove)
