@@ -101,6 +101,7 @@ events = sa.Table(
     sa.Index("billing_finance_events_invoice_ref_ix", "invoice_ref"),
     sa.Index("billing_finance_events_refund_ref_ix", "refund_ref"),
     sa.Index("billing_finance_events_payout_ref_ix", "payout_ref"),
+    sa.Index("billing_finance_events_occurred_at_id_ix", "occurred_at", "id"),
     sa.Index("billing_finance_events_account_occurred_at_ix", "provider", "account", "livemode", "occurred_at"),
     sa.Index("billing_finance_events_kind_ix", "kind", "id"),
     sa.Index(
