@@ -135,7 +135,9 @@ def main() -> None:
         server.stop()
         shutil.rmtree(home, ignore_errors=True)
     if args.json:
-        print(json.dumps(found))
+        figures: dict[str, Any] = {f"{each['format']}_seconds": each["seconds"] for each in found}
+        figures |= {f"{each['format']}_mb": each["bytes"] / 1e6 for each in found}
+        print(json.dumps({"rows": args.rows, "peak_mb": max(each["peak_mb"] for each in found), **figures}))
         return
     for each in found:
         print(

@@ -26,6 +26,8 @@ IDLE_SECONDS = 12.0
 ONLINE_SECONDS = 180.0
 FIRST_REQUEST_SECONDS = 15.0
 PROGRAM_SECONDS = 180.0
+#: The books of a million events take a while to be filled, and are read three times.
+BOOKS_SECONDS = 900.0
 
 Figures = dict[str, Any]
 
@@ -138,15 +140,25 @@ def webhook_ingest(ground: Ground, repeats: int) -> Figures:
     return _program("bench.webhook_ingest")
 
 
-def _program(module: str) -> Figures:
+def reports(ground: Ground, repeats: int) -> Figures:
+    """Reports of a million finance events in each format; see bench/exports.py."""
+    return _program("bench.exports", BOOKS_SECONDS)
+
+
+def settlement(ground: Ground, repeats: int) -> Figures:
+    """A receipt of 100,000 lines compared with the books; see bench/reconcile.py."""
+    return _program("bench.reconcile")
+
+
+def _program(module: str, seconds: float = PROGRAM_SECONDS) -> Figures:
     """What a benchmark that is a program of its own says in JSON."""
     argv = [sys.executable, "-m", module, "--json"]
     try:
         done = subprocess.run(
-            argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=False
+            argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired:
-        raise Refused(f"{module} did not end within {PROGRAM_SECONDS:g} s") from None
+        raise Refused(f"{module} did not end within {seconds:g} s") from None
     lines = done.stdout.strip().splitlines()
     if not lines or not lines[-1].startswith("{"):
         raise Refused(f"{module} ended with {done.returncode}: {' '.join(done.stderr.split())[-200:]}")
@@ -161,4 +173,6 @@ MEASURES: dict[str, Callable[[Ground, int], Figures]] = {
     "queue": queue,
     "cert-ingest": cert_ingest,
     "webhook-ingest": webhook_ingest,
+    "reports": reports,
+    "settlement": settlement,
 }

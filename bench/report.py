@@ -242,6 +242,15 @@ PLATFORM: tuple[tuple[str, str, str, str], ...] = (
     ("webhook-ingest", "per_second", "payment providers' webhooks stored, one API process", "/s"),
     ("webhook-ingest", "cpu_ms", "CPU of the API process for each", "ms"),
     ("webhook-ingest", "p99_ms", "answer to each, p99, while nothing is applied", "ms"),
+    ("reports", "rows", "finance events in a report", ""),
+    ("reports", "csv_seconds", "made as CSV, by the worker's job", "s"),
+    ("reports", "jsonl_seconds", "made as JSON Lines", "s"),
+    ("reports", "parquet_seconds", "made as Parquet", "s"),
+    ("reports", "peak_mb", "memory of the worker meanwhile, at most", "MB"),
+    ("settlement", "lines", "lines of a settlement receipt", ""),
+    ("settlement", "take_in_seconds", "taken in", "s"),
+    ("settlement", "compare_seconds", "compared with the books", "s"),
+    ("settlement", "peak_mb", "memory of the process meanwhile", "MB"),
 )
 
 

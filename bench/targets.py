@@ -118,4 +118,9 @@ TARGETS: tuple[Target, ...] = (
         cpu=True,
     ),
     Target("their answers while nothing is applied, p99", "ms", 250, _platform("webhook-ingest", "p99_ms")),
+    Target("a report of 1,000,000 finance events as CSV", "s", 20, _platform("reports", "csv_seconds"), cpu=True),
+    Target("the same as JSON Lines", "s", 20, _platform("reports", "jsonl_seconds"), cpu=True),
+    Target("the same as Parquet", "s", 20, _platform("reports", "parquet_seconds"), cpu=True),
+    Target("memory of the worker meanwhile, at most", "MB", 200, _platform("reports", "peak_mb")),
+    Target("a settlement of 100,000 lines compared", "s", 10, _platform("settlement", "compare_seconds"), cpu=True),
 )
