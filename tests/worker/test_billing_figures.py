@@ -74,13 +74,13 @@ async def test_a_worker_shows_what_is_wrong_with_money(db: Database) -> None:
     sock, stopping = bind_tcp("127.0.0.1", 0, what="metrics", option="metrics_port"), asyncio.Event()
     url = f"http://127.0.0.1:{sock.getsockname()[1]}/metrics"
     jobs = runner.choose(settings, ["billing.watch_webhooks"])
+    broken = 'billing_objective_broken_seconds{provider="stripe"}'
     task = asyncio.create_task(runner.run(Context(settings, control, db, SystemClock()), jobs, stopping, sock))
     try:
         async with asyncio.timeout(60), httpx.AsyncClient(trust_env=False) as client:
-            while value(text := await _scrape(client, url), 'objective_broken_seconds{provider="stripe"}') in (
-                None,
-                0.0,
-            ):
+            text = ""
+            while not (value(text, broken) and value(text, 'billing_webhooks_stale{provider="paypal"}')):
+                text = await _scrape(client, url)
                 await asyncio.sleep(0.05)
     finally:
         stopping.set()

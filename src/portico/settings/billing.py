@@ -179,7 +179,7 @@ class BillingSettings:
     settlement_tolerance_seconds: int = 300
     # Bytes of one settlement receipt, and of one import.
     settlement_receipt_max_bytes: int = 33_554_432
-    # Seconds for which refusals of one sink and reason share a row of the audit log.
+    # Seconds for which refusals of one sink or report, for one reason, share a row of the audit log.
     settlement_refusal_audit_seconds: float = 60.0
     # Days after the end of its period in which an event that comes late opens a settlement again.
     settlement_watch_days: float = 120.0

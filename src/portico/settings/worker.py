@@ -199,6 +199,8 @@ class WorkerBilling:
     billing_webhook_auto_replay_age_seconds: float = 604_800.0
     # Seconds between two comparisons with the list of each payment provider.
     billing_reconcile_seconds: float = 900.0
+    # Seconds that one of them may take; after an outage of days there is much to list.
+    billing_reconcile_timeout_seconds: float = 3600.0
     # Seconds between two removals of providers' events and bodies past their time.
     clear_billing_webhooks_seconds: float = 3600.0
 

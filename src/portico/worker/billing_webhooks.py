@@ -30,9 +30,10 @@ def jobs(settings: WorkerSettings) -> list[Job]:
         "backoff_seconds": settings.billing_webhook_retry_seconds,
         "backoff_max_seconds": settings.billing_webhook_retry_max_seconds,
     }
+    listing = {"concurrency": 1, "timeout_seconds": settings.billing_reconcile_timeout_seconds}
     return [
         Job(webhook_jobs.KIND, apply_event, limits=applying),
-        Job(reconcile.KIND, reconcile_events, limits={"concurrency": 1}),
+        Job(reconcile.KIND, reconcile_events, limits=listing),
         Job(WATCH, watch, settings.billing_webhook_watch_seconds),
         Job(RECONCILE_DUE, reconcile_due, settings.billing_reconcile_seconds),
         Job(CLEAR, clear, settings.clear_billing_webhooks_seconds),
