@@ -269,6 +269,28 @@ def test_a_sale_that_was_given_back_is_none_that_was_taken_back(state: str) -> N
     assert len(found(event("PAYMENT.SALE.REVERSED"), payment=sale(state=state, reason_code="CHARGEBACK"))) == 2
 
 
+def test_no_time_is_taken_from_a_body_that_a_checksum_vouches_for() -> None:
+    """Somebody makes a body that says when: in which month a refund is booked is not theirs to choose."""
+    then, at = "2019-01-01T00:00:00Z", datetime(2026, 11, 6, 12, 0, tzinfo=UTC)
+    refund = {
+        "id": "REF1", "state": "completed", "sale_id": "SALE1", "create_time": _PAID, "amount": {"total": "-5", "currency": "EUR"}
+    }  # fmt: skip
+    dispute = _dispute(
+        status="RESOLVED", dispute_outcome={"outcome_code": "ACCEPTED"}, create_time=_PAID, update_time=_PAID
+    )
+    objects = {"payment": sale(update_time=_PAID, state="reversed"), "subscription": subscription()}
+    forged = [
+        *found(event("PAYMENT.SALE.REFUNDED", {"id": "REF1"}, create_time=then), refund=refund, **objects),
+        *found(event("CUSTOMER.DISPUTE.RESOLVED", create_time=then), dispute=dispute, **objects),
+        *found(event("PAYMENT.SALE.REVERSED", create_time=then), dispute=dispute, **objects),
+        *found(event("PAYMENT.SALE.REVERSED", create_time=then), **objects),
+        *found(event("PAYMENT.SALE.COMPLETED", create_time=then), **objects),
+        *found(event("BILLING.SUBSCRIPTION.UPDATED", create_time=then), subscription=subscription()),
+    ]
+    assert len(forged) == 11
+    assert {each.occurred_at for each in forged} == {at}
+
+
 def test_a_reversal_and_the_dispute_behind_it_lose_the_money_of_a_sale_once() -> None:
     gone = found(event("PAYMENT.SALE.REVERSED"), payment=sale(state="reversed"))
     done = _dispute(status="RESOLVED", dispute_outcome={"outcome_code": "RESOLVED_BUYER_FAVOUR"})

@@ -1,8 +1,8 @@
 """PayPal's events (https://developer.paypal.com/api/rest/webhooks/event-names/).
 
 PayPal signs a CRC of 32 bits, so somebody who has seen one good delivery can make another body that fits its signature. Nothing
-but ids is taken from a body: amounts, states and who paid come from the objects that were fetched by them, and an event whose
-object PayPal does not have is refused (``billing.event_unconfirmed``).
+but ids is taken from a body: amounts, times, states and who paid come from the objects that were fetched by them, and an event
+whose object PayPal does not have is refused (``billing.event_unconfirmed``). A time that an object does not have is the body's.
 
 | what | how it is known |
 |---|---|
@@ -116,6 +116,7 @@ def _state(head: Head, fetched: Fetched) -> FinanceEvent:
         subscription_ref=ref(found),
         customer_ref=ref(part(found, "subscriber").get("payer_id")),
         status=status,
+        occurred_at=moment(found.get("status_update_time")) or head.occurred_at,
         plan_ref=ref(found.get("plan_id")),
         period_start=start,
         period_end=end,
@@ -239,7 +240,7 @@ def _refunded(head: Head, fetched: Fetched) -> list[FinanceEvent]:
     return [
         head.event(
             kind, f"{kind}:paypal:{ref(refund)}", refund_ref=ref(refund), status=status, amount_minor=abs(amount),
-            currency=code, **links,
+            currency=code, occurred_at=moment(refund.get("create_time")) or head.occurred_at, **links,
         )
     ]  # fmt: skip
 
@@ -253,9 +254,11 @@ def _reversed(head: Head, fetched: Fetched) -> list[FinanceEvent]:
     # Without a case it is the bank's doing, and all of the sale.
     amount, code = _amount(part(dispute, "dispute_amount") or part(sale, "amount"))
     facts = {**_links(fetched), "dispute_ref": ref(sale), "amount_minor": amount, "currency": code}
+    ended = moment(dispute.get("update_time")) or moment(sale.get("update_time")) or head.occurred_at
+    since = moment(dispute.get("create_time")) or ended
     return [
-        head.event("dispute.opened", f"dispute.opened:paypal:{ref(sale)}", status="open", **facts),
-        head.event("dispute.lost", f"dispute.lost:paypal:{ref(sale)}", status="lost", **facts),
+        head.event("dispute.opened", f"dispute.opened:paypal:{ref(sale)}", status="open", occurred_at=since, **facts),
+        head.event("dispute.lost", f"dispute.lost:paypal:{ref(sale)}", status="lost", occurred_at=ended, **facts),
     ]
 
 
@@ -272,11 +275,15 @@ def _dispute(head: Head, fetched: Fetched) -> list[FinanceEvent]:
         **_links(fetched), "dispute_ref": ref(sale), "amount_minor": amount, "currency": code,
         "failure_code": word(found.get("reason")) or None,
     }  # fmt: skip
-    events = [head.event("dispute.opened", f"dispute.opened:paypal:{ref(sale)}", status="open", **facts)]
+    since, ended = (moment(found.get(name)) or head.occurred_at for name in ("create_time", "update_time"))
+    events = [
+        head.event("dispute.opened", f"dispute.opened:paypal:{ref(sale)}", status="open", occurred_at=since, **facts)
+    ]
     if word(found.get("status")) == "RESOLVED":
         # A refund ended it: the refund is told of by itself, and what was held is free.
         status = "lost" if _lost(found) and _sale_state(sale) != "refunded" else "won"
-        events.append(head.event(f"dispute.{status}", f"dispute.{status}:paypal:{ref(sale)}", status=status, **facts))
+        effect = f"dispute.{status}:paypal:{ref(sale)}"
+        events.append(head.event(f"dispute.{status}", effect, status=status, occurred_at=ended, **facts))
     return events
 
 
