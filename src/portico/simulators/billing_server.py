@@ -47,7 +47,7 @@ from starlette.routing import BaseRoute, Route
 
 from portico.simulators import billing_pages as pages
 from portico.simulators.billing_delivery import Courier, Endpoint, Faults, Manner, Message
-from portico.simulators.billing_world import DAY, OFFERS, Clock, Doc, Offer, World, iso, run_until
+from portico.simulators.billing_world import DAY, OFFERS, Clock, Doc, Offer, World, iso, public, run_until
 
 #: How a card behaves: charges succeed, are declined, or succeed once (at the checkout) and are declined afterwards.
 Card = Literal["good", "declines", "fails_later"]
@@ -82,6 +82,8 @@ class ProviderSimulator(ABC):
 
     name: ClassVar[str]
     look: ClassVar[pages.Look]
+    #: States of a dispute in which nothing is left to decide.
+    decided: ClassVar[frozenset[str]] = frozenset({"won", "lost"})
     #: Pauses before a webhook is tried again.
     again_seconds: ClassVar[Sequence[float]]
     webhook_timeout: ClassVar[float] = 15.0
@@ -168,9 +170,24 @@ class ProviderSimulator(ABC):
     def dispute(self, payment: str, reason: str) -> Doc:
         """The bank takes a payment back, until it is decided."""
 
-    @abstractmethod
     def decide(self, dispute: str, won: bool) -> Doc:
         """The bank decides a dispute."""
+        found = self._known("disputes", dispute)
+        if found["status"] in self.decided:
+            raise ValueError("it is decided")
+        self.conclude(found, won)
+        decided: Doc = public(found)
+        return decided
+
+    @abstractmethod
+    def conclude(self, dispute: Doc, won: bool) -> None:
+        """What becomes of the money of a dispute that is decided."""
+
+    def _known(self, kind: str, ref: object) -> Doc:
+        found = self.world.get(kind, ref)
+        if found is None:
+            raise KeyError(f"no such {kind[:-1]}: {ref}")
+        return found
 
     @abstractmethod
     def payout(self) -> Doc | None:

@@ -48,6 +48,7 @@ class PayPalSimulator(ProviderSimulator):
     """One account of PayPal's sandbox."""
 
     name = "paypal"
+    decided = frozenset({"RESOLVED"})
     look = _LOOK
     # 25 times in three days.
     again_seconds: ClassVar[Sequence[float]] = (10, 60, 300, 1800, 7200, *([12_000] * 20))
@@ -194,23 +195,12 @@ class PayPalSimulator(ProviderSimulator):
         found: Doc = public(self.books.dispute(self._known("sales", payment), words.get(reason, reason.upper())))
         return found
 
-    def decide(self, dispute: str, won: bool) -> Doc:
-        found = self._known("disputes", dispute)
-        if found["status"] == "RESOLVED":
-            raise ValueError("it is decided")
-        self.books.decide(found, won)
-        decided: Doc = public(found)
-        return decided
+    def conclude(self, dispute: Doc, won: bool) -> None:
+        self.books.decide(dispute, won)
 
     def payout(self) -> Doc | None:
         """PayPal keeps the money until it is withdrawn; reports tell of every transaction."""
         return None
-
-    def _known(self, kind: str, ref: object) -> Doc:
-        found = self.world.get(kind, ref)
-        if found is None:
-            raise KeyError(f"no such {kind[:-1]}: {ref}")
-        return found
 
     # -- the API -------------------------------------------------------------------------------------------------------
 

@@ -155,22 +155,11 @@ class RazorpaySimulator(ProviderSimulator):
         found: Doc = public(self.books.dispute(self._known("payments", payment), reason))
         return found
 
-    def decide(self, dispute: str, won: bool) -> Doc:
-        found = self._known("disputes", dispute)
-        if found["status"] in ("won", "lost"):
-            raise ValueError("it is decided")
-        self.books.decide(found, won)
-        decided: Doc = public(found)
-        return decided
+    def conclude(self, dispute: Doc, won: bool) -> None:
+        self.books.decide(dispute, won)
 
     def payout(self) -> Doc | None:
         found: Doc | None = public(self.books.settle())
-        return found
-
-    def _known(self, kind: str, ref: object) -> Doc:
-        found = self.world.get(kind, ref)
-        if found is None:
-            raise KeyError(f"no such {kind[:-1]}: {ref}")
         return found
 
     # -- the API -------------------------------------------------------------------------------------------------------

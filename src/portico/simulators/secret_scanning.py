@@ -14,28 +14,27 @@ import base64
 import json
 import secrets
 from collections.abc import Iterable
-from contextlib import suppress
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from portico.simulators.loopback import Loopback
+
 Mode = Literal["ok", "down", "hang", "huge", "nonsense"]
 _HUGE_CHUNK = b"x" * 65_536
 
 
-class SecretScanner:
+class SecretScanner(Loopback):
     """One scanner; ``url`` has its public keys while it is entered."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.mode: Mode = "ok"
         self.fetches = 0
-        self.url = ""
         self._keys: dict[str, ec.EllipticCurvePrivateKey] = {}
         self.current = self.rotate()
-        self._server: asyncio.Server | None = None
 
     def rotate(self) -> str:
         """A new signing key beside those before; its identifier."""
@@ -71,24 +70,15 @@ class SecretScanner:
         body = json.dumps(matches).encode()
         return body, self.sign(body)
 
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        port = self._server.sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/meta/public_keys/secret_scanning"
-        return self
+    @property
+    def url(self) -> str:
+        """Where its public keys are."""
+        return f"http://127.0.0.1:{self.port}/meta/public_keys/secret_scanning"
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._server is not None
-        self._server.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            await reader.readuntil(b"\r\n\r\n")
-            self.fetches += 1
-            await self._answer(reader, writer)
-        writer.close()
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        self.fetches += 1
+        await self._answer(reader, writer)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.mode == "hang":

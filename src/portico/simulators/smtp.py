@@ -14,13 +14,12 @@ never comes).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ssl
 from collections import deque
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Final, Self
+from typing import ClassVar, Final
 
+from portico.simulators.loopback import Loopback
 from portico.simulators.webhooks import reset
 
 HANG: Final = "hang"
@@ -52,46 +51,22 @@ class _Talk:
     recipients: list[str] = field(default_factory=list)
 
 
-class MailServer:
+class MailServer(Loopback):
     """Listens on 127.0.0.1 while it is entered, on ``port``. With a ``context`` it speaks TLS from the start."""
 
+    broken: ClassVar = (asyncio.IncompleteReadError, ValueError)
+
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
-        self._context, self.port = context, 0
+        super().__init__(context)
         self.got: list[Letter] = []
         self._plans: dict[str, deque[str]] = {}
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def plan(self, command: str, *answers: str) -> None:
         """How the next commands of this name fare; ``""`` is the greeting, ``.`` the end of a text."""
         self._plans.setdefault(command, deque()).extend(answers)
 
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, ssl=self._context, limit=_LINE_BYTES)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._server is not None
-        self._server.close()
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        try:
-            with contextlib.suppress(
-                OSError, ssl.SSLError, asyncio.CancelledError, asyncio.IncompleteReadError, ValueError
-            ):
-                await self._serve(_Talk(reader, writer))
-        finally:
-            self._tasks.discard(task)
-            writer.close()
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._serve(_Talk(reader, writer))
 
     async def _serve(self, talk: _Talk) -> None:
         going = await self._answer(talk, "")

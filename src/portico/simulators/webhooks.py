@@ -19,12 +19,12 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Literal, Self
+from typing import ClassVar, Literal
 
 import h11
 
 from portico.kit import signing
+from portico.simulators.loopback import Loopback
 
 #: How a request can fare. ``answer``: as told. ``hang``: never an answer. ``reset``: the connection is reset when the request is
 #: read. ``reset_in_head``, ``reset_in_body``: in the middle of the answer. ``drip``: a byte of the answer each ``seconds``.
@@ -60,8 +60,10 @@ class Got:
         return self.headers.get(signing.ID, "")
 
 
-class WebhookReceiver:
+class WebhookReceiver(Loopback):
     """Listens on 127.0.0.1 while it is entered; ``url`` is where. With a ``context`` it speaks https."""
+
+    broken: ClassVar = (h11.RemoteProtocolError,)
 
     def __init__(
         self,
@@ -71,7 +73,8 @@ class WebhookReceiver:
         host: str = "localhost",
         port: int = 0,
     ) -> None:
-        self._context, self._host, self._port = context, host, port
+        super().__init__(context, port=port)
+        self._host = host
         self.secrets = list(secrets)
         self.got: list[Got] = []
         self.refused: list[Got] = []
@@ -81,8 +84,6 @@ class WebhookReceiver:
         self.usual = Behaviour()
         self._plan: deque[Behaviour] = deque()
         self._changed = asyncio.Condition()
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def plan(self, *behaviours: Behaviour) -> None:
         """How the next requests fare, one each."""
@@ -96,38 +97,15 @@ class WebhookReceiver:
 
     @property
     def url(self) -> str:
-        return f"{'https' if self._context else 'http'}://{self._host}:{self._port}/hook"
+        return f"{'https' if self._context else 'http'}://{self._host}:{self.port}/hook"
 
-    @property
-    def port(self) -> int:
-        return self._port
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self._port, ssl=self._context)
-        self._port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._server is not None
-        self._server.close()
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.now += 1
         self.most = max(self.most, self.now)
         try:
-            with contextlib.suppress(OSError, ssl.SSLError, asyncio.CancelledError, h11.RemoteProtocolError):
-                await self._serve(reader, writer)
+            await self._serve(reader, writer)
         finally:
             self.now -= 1
-            self._tasks.discard(task)
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
