@@ -28,6 +28,7 @@ from portico.control.billing import (
     export_store,
     exports,
     invoices,
+    overage_store,
     settlement_store,
     webhook_body,
     webhook_store,
@@ -287,6 +288,7 @@ class World:
             "billing_webhook": self._billing_webhook,
             "cert_incident": self._cert_incident,
             "dunning_case": self._dunning_case,
+            "overage_charge": self._overage_charge,
             "report": self._report,
             "report_schedule": self._report_schedule,
             "settlement": self._settlement,
@@ -386,6 +388,17 @@ class World:
             facts = {"organization_id": self.owner.organization, "subscription_id": row.id, "currency": "EUR"}
             facts |= {"state": "notified", "amount_minor": 100, "attempts": 1, "opened_at": now}
             return str((await dunning_store.add(tx, facts)).id)
+
+    async def _overage_charge(self) -> str:
+        """One that the provider refused."""
+        source, month = Source("stripe", "acct_1", False), datetime(2026, 1, 1, tzinfo=UTC).date()
+        async with self.db.transaction() as tx:
+            row = await billing_store.add_subscription(tx, self.owner.organization, source, new_id("x"), None)
+            facts: dict[str, Any] = {"organization_id": self.owner.organization, "subscription_id": row.id}
+            facts |= {"provider": "stripe", "plan": "pro", "metric": "bytes_per_month", "month": month}
+            facts |= {"billed_month": month, "description": "1 × 1 GiB", "used": 2, "allowed": 1, "quantity": 1}
+            facts |= {"unit_minor": 50, "amount_minor": 50, "currency": "EUR", "state": "failed"}
+            return str((await overage_store.add(tx, facts)).id)
 
     async def _invoice(self, kind: str) -> str:
         """An invoice, or the credit note of its refund."""

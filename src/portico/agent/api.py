@@ -135,17 +135,29 @@ class Api:
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None
     ) -> dict[str, Any]:
         """One call; raises the API's problem, ``api.unreachable``, ``api.unexpected`` or a ``proxy.…``."""
+        response = await self._ask(method, path, body, timeout)
+        if response.is_success:
+            return self._document(response)
+        raise self._refusal(response)
+
+    async def content(self, path: str) -> bytes:
+        """The bytes that a GET answers with, whatever they are; raises as :meth:`call` does."""
+        response = await self._ask("GET", path)
+        if response.is_success:
+            return bytes(response.content)
+        raise self._refusal(response)
+
+    async def _ask(
+        self, method: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None
+    ) -> httpx.Response:
         limit = httpx.USE_CLIENT_DEFAULT if timeout is None else httpx.Timeout(timeout)
         try:
-            response = await self._http.request(method, path, json=body, timeout=limit)
+            return await self._http.request(method, path, json=body, timeout=limit)
         except httpx.TimeoutException:
             raise Problem("api.unreachable", f"the API at {self.server} did not answer in time") from None
         except httpx.HTTPError as err:
             detail = f"the API at {self.server} cannot be reached ({_reason(err)})"
             raise Problem("api.unreachable", detail, hint=UNTRUSTED if _untrusted(err) else None) from None
-        if response.is_success:
-            return self._document(response)
-        raise self._refusal(response)
 
     async def lines(self, path: str) -> AsyncIterator[bytes]:
         """The answer of a GET line by line, whatever its length; raises as :meth:`call` does."""

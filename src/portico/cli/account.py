@@ -138,7 +138,7 @@ async def _by_device(api: Api) -> str:
     except (KeyError, ValueError) as err:
         raise Problem("api.unexpected", f"the sign-in lacks {err}") from None
     output.echo(f"Open {url}\nand check that it shows the code {code}")
-    _open_browser(url)
+    open_browser(url)
     while True:
         await asyncio.sleep(interval)
         try:
@@ -150,7 +150,7 @@ async def _by_device(api: Api) -> str:
                 raise
 
 
-def _open_browser(url: str) -> None:
+def open_browser(url: str) -> None:
     """Open the page where there is a browser with a window; a text browser would take the terminal away."""
     import webbrowser
 

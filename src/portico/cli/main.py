@@ -37,6 +37,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "logout": "account",
         "whoami": "account",
         "usage": "usage",
+        "billing": "billing",
         "keys": "keys",
         "diagnose": "diagnose",
         "completion": "completion",

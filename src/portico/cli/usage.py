@@ -34,7 +34,12 @@ def usage(server: ServerOption = None, json: JsonOption = False) -> None:
         count = monthly[name]["used"] if name in monthly else limit["used"]
         if count is not None:
             rows.append(
-                (name.replace("_", " "), _amount(name, count), _allowed(name, limit["allowed"]), _bar(limit, count))
+                (
+                    name.replace("_", " "),
+                    amount_text(name, count),
+                    allowed_text(name, limit["allowed"]),
+                    _bar(limit, count),
+                )
             )
     output.echo(f"Plan {plan['plan']['name']}, {month['month']}")
     output.table(("limit", "used", "allowed", ""), rows)
@@ -47,7 +52,8 @@ def usage(server: ServerOption = None, json: JsonOption = False) -> None:
         )
 
 
-def _amount(name: str, count: int) -> str:
+def amount_text(name: str, count: int) -> str:
+    """A count of a limit as people read it."""
     if name != _BYTES:
         return f"{count:,}"
     size, unit = float(count), "B"
@@ -58,8 +64,9 @@ def _amount(name: str, count: int) -> str:
     return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
-def _allowed(name: str, most: int | None) -> str:
-    return "no limit" if most is None else _amount(name, most)
+def allowed_text(name: str, most: int | None) -> str:
+    """The same of what is allowed."""
+    return "no limit" if most is None else amount_text(name, most)
 
 
 def _bar(limit: dict[str, Any], count: int) -> str:

@@ -30,7 +30,7 @@ from portico.control import admin_api, changes, http, migrations, openapi, reque
 from portico.control.access import PUBLIC
 from portico.control.audit import api as audit_api
 from portico.control.audit import service as audit
-from portico.control.billing import billing_api, dunning_api, invoice_api, settlement_api, webhook_api
+from portico.control.billing import billing_api, dunning_api, invoice_api, overage_api, settlement_api, webhook_api
 from portico.control.billing import export_api as report_api
 from portico.control.billing.exports import Exports
 from portico.control.billing.provider import Providers
@@ -242,6 +242,8 @@ def _routes() -> list[BaseRoute]:
         billing_api.of_operators,
         dunning_api.router,
         dunning_api.of_operators,
+        overage_api.router,
+        overage_api.of_operators,
         *report_api.routers,
         *settlement_api.routers,
         *invoice_api.routers,

@@ -131,6 +131,12 @@ class BillingSettings:
     # == Subscriptions and dunning
     # What use beyond a plan costs: PLAN:LIMIT=CURRENCY:MINOR:PER, as pro:bytes_per_month=EUR:50:1073741824; comma separated.
     overage_prices: tuple[str, ...] = ()
+    # Seconds after the end of a month at which its use is priced; what relays report later is charged with the next month.
+    overage_lag_seconds: float = 3600.0
+    # Minor units of one charge for use above which it waits for an operator instead of being charged by itself.
+    overage_review_minor: int = 100_000
+    # Days within which the next invoice of a subscription has to come for a charge to wait for it.
+    overage_wait_days: float = 40.0
     # Days after a first failed payment on which a notice is sent: the first one of all, then one with each attempt.
     dunning_notice_days: tuple[float, ...] = (0.0, 1.0, 3.0, 7.0)
     # Days after it from which an organization gets no more tunnels, and a slow pace.

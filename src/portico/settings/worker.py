@@ -207,6 +207,8 @@ class WorkerBilling:
     # == Dunning, reports and the ledger
     # Seconds between two looks for dunning cases whose next day has come.
     dunning_seconds: float = 60.0
+    # Seconds between two looks for months whose use beyond plans is to be charged.
+    overage_seconds: float = 900.0
     # Attempts at making a report.
     report_attempts: int = 5
     # Seconds that one of them may take.

@@ -34,7 +34,17 @@ from portico.simulators.billing_world import Doc, Offer, amount, fixed, iso, pub
 OFFERS: Final = (Offer("pro", "Pro", 149_900, "INR"), Offer("team", "Team", 799_900, "INR"))
 _LOOK: Final = pages.Look("Razorpay", "#1d5fd1", "Pay")
 _MAX_PAGE: Final = 100
-_READABLE: Final = ("plans", "customers", "subscriptions", "payments", "refunds", "invoices", "settlements", "disputes")
+_READABLE: Final = (
+    "plans",
+    "customers",
+    "subscriptions",
+    "payments",
+    "refunds",
+    "invoices",
+    "settlements",
+    "disputes",
+    "addons",
+)
 _CHANGEABLE: Final = ("created", "authenticated", "active", "pending", "halted", "paused")
 
 
@@ -184,7 +194,7 @@ class RazorpaySimulator(ProviderSimulator):
             "customers": lambda params, _: self.books.customer(params), "subscriptions": self._create,
             "subscriptions/{ref}/cancel": self._cancel, "subscriptions/{ref}/pause": self._pause,
             "subscriptions/{ref}/resume": self._resume, "subscriptions/{ref}/cancel_scheduled_changes": self._unschedule,
-            "payments/{ref}/refund": self._refund, "disputes/{ref}/accept": self._accept,
+            "subscriptions/{ref}/addons": self._add, "payments/{ref}/refund": self._refund, "disputes/{ref}/accept": self._accept,
         }  # fmt: skip
         made: list[BaseRoute] = [self.api(f"/v1/{path}", self._write(call), "POST") for path, call in verbs.items()]
         made += [
@@ -334,6 +344,12 @@ class RazorpaySimulator(ProviderSimulator):
         at_end = params.get("schedule_change_at", "now") == "cycle_end"
         self.books.change(sub, plan["id"], int(params.get("quantity") or sub["quantity"]), at_end)
         return sub
+
+    def _add(self, params: Doc, ref: str) -> Doc:
+        sub, item = self._live(ref, "authenticated", "active", "pending"), params["item"]
+        if item["currency"] != self.books.plan(sub)["item"]["currency"]:
+            raise ValueError("an add-on has the currency of the plan")
+        return self.books.addon(sub, item, int(params.get("quantity", 1)))
 
     def _unschedule(self, _: Doc, ref: str) -> Doc:
         sub = self._live(ref)

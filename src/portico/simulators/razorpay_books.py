@@ -224,7 +224,7 @@ class RazorpayBooks:
         start = max(sub["current_end"], sub["charge_at"])
         end = self._end_of(sub, start)
         sub |= {"current_start": start, "current_end": end, "auth_attempts": 0, "charge_at": end}
-        invoice = self.invoice(sub, start, end, self.price(sub))
+        invoice = self.invoice(sub, start, end, self.price(sub), addons=sub["status"] != "halted")
         if sub["status"] == "halted":  # issued, and not collected any more
             sub["_done"] += 1
             sub["remaining_count"] = max(0, sub["total_count"] - sub["_done"])
@@ -266,20 +266,32 @@ class RazorpayBooks:
 
     # -- money -------------------------------------------------------------------------------------------------------
 
-    def invoice(self, sub: Doc, start: int, end: int, amount: int) -> Doc:
-        """An invoice of a subscription, to be paid."""
+    def addon(self, sub: Doc, item: Doc, quantity: int) -> Doc:
+        """Something beside the plan, on the next invoice of a subscription."""
+        return self.world.put("addons", {
+            "id": new_id("ao"), "entity": "addon", "item": {
+                "id": new_id("item"), "active": True, "name": item["name"], "description": item.get("description"),
+                "amount": int(item["amount"]), "unit_amount": int(item["amount"]), "currency": item["currency"],
+                "type": "addon", "unit": None, "tax_inclusive": False,
+            },
+            "quantity": quantity, "subscription_id": sub["id"], "invoice_id": None, "created_at": self.now,
+        })  # fmt: skip
+
+    def invoice(self, sub: Doc, start: int, end: int, amount: int, *, addons: bool = False) -> Doc:
+        """An invoice of a subscription, to be paid; ``addons``: with what is to be charged beside the plan."""
         item = self.plan(sub)["item"]
-        line = {
-            "id": new_id("li"), "item_id": None, "name": item["name"], "description": None, "amount": amount,
-            "unit_amount": amount,
-            "gross_amount": amount, "tax_amount": 0, "taxable_amount": amount, "net_amount": amount, "currency": item["currency"],
-            "type": "plan", "tax_inclusive": False, "quantity": 1, "taxes": [],
-        }  # fmt: skip
+        lines = [_line(item["name"], None, amount, item["currency"], "plan")]
+        ref = new_id("inv")
+        for one in list(self.world.where("addons", subscription_id=sub["id"], invoice_id=None)) if addons else []:
+            one["invoice_id"] = ref
+            cost = one["item"]["amount"] * one["quantity"]
+            lines.append(_line(one["item"]["name"], one["item"]["description"], cost, item["currency"], "addon"))
+        amount = sum(line["amount"] for line in lines)
         customer = self.world.kinds["customers"][sub["customer_id"]]
         return self.world.put("invoices", {
-            "id": new_id("inv"), "entity": "invoice", "receipt": None, "invoice_number": None, "customer_id": sub["customer_id"],
+            "id": ref, "entity": "invoice", "receipt": None, "invoice_number": None, "customer_id": sub["customer_id"],
             "customer_details": {"id": customer["id"], "name": customer["name"], "email": customer["email"], "contact": None},
-            "order_id": new_id("order"), "subscription_id": sub["id"], "line_items": [line], "payment_id": None,
+            "order_id": new_id("order"), "subscription_id": sub["id"], "line_items": lines, "payment_id": None,
             "status": "issued",
             "expire_by": None, "issued_at": self.now, "paid_at": None, "cancelled_at": None, "expired_at": None, "date": self.now,
             "partial_payment": False, "gross_amount": amount, "tax_amount": 0, "taxable_amount": amount, "amount": amount,
@@ -404,3 +416,11 @@ class RazorpayBooks:
             row["_of"]["_settlement"] = made["id"]
         self.emit("settlement.processed", {"settlement": made})
         return made
+
+
+def _line(name: str, about: str | None, amount: int, currency: str, kind: str) -> Doc:
+    return {
+        "id": new_id("li"), "item_id": None, "name": name, "description": about, "amount": amount, "unit_amount": amount,
+        "gross_amount": amount, "tax_amount": 0, "taxable_amount": amount, "net_amount": amount, "currency": currency,
+        "type": kind, "tax_inclusive": False, "quantity": 1, "taxes": [],
+    }  # fmt: skip

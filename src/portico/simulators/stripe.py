@@ -39,7 +39,8 @@ _READABLE: Final = {
     "charges": "charges", "payment_intents": "payment_intents", "refunds": "refunds", "disputes": "disputes",
     "payouts": "payouts", "balance_transactions": "balance_transactions", "prices": "prices", "products": "products",
     "customers": "customers", "subscriptions": "subscriptions", "invoices": "invoices", "events": "events",
-    "invoice_payments": "invoice_payments", "checkout/sessions": "sessions", "subscription_schedules": "schedules",
+    "invoice_payments": "invoice_payments",
+    "invoiceitems": "invoiceitems", "checkout/sessions": "sessions", "subscription_schedules": "schedules",
 }  # fmt: skip
 #: Names of filters that are another field, or a field of the simulator's own.
 _FILTERS: Final[Mapping[str, Mapping[str, str]]] = {
@@ -227,7 +228,8 @@ class StripeSimulator(ProviderSimulator):
             "subscription_schedules/{ref}": self._update_schedule,
             "subscription_schedules/{ref}/release": self._release_schedule, "refunds": self._create_refund,
             "invoices/create_preview": self._preview, "invoices/{ref}/pay": self._pay_invoice,
-            "invoices/{ref}/void": self._void_invoice,
+            "invoices/{ref}/void": self._void_invoice, "invoices": self._create_invoice,
+            "invoices/{ref}/finalize": self._finalize_invoice, "invoiceitems": self._create_item,
             "billing_portal/sessions": self._create_portal, "disputes/{ref}/close": self._close_dispute,
         }  # fmt: skip
         made: list[BaseRoute] = [self.api(f"/v1/{path}", self._write(call), "POST") for path, call in writes.items()]
@@ -331,7 +333,7 @@ class StripeSimulator(ProviderSimulator):
         names = _FILTERS.get(kind, {})
         for name, wanted in params.items():
             if name == "created":
-                if not _in_range(doc["created"], wanted):
+                if not _in_range(doc["date"] if kind == "invoiceitems" else doc["created"], wanted):
                     return False
             elif name == "types":
                 if doc["type"] not in wanted:
@@ -548,6 +550,27 @@ class StripeSimulator(ProviderSimulator):
             text = "Your card was declined."
             raise Refused(402, shapes.error("card_error", text, "card_declined", decline_code="generic_decline"))
         return invoice
+
+    def _create_item(self, params: Doc, _: str) -> Doc:
+        customer = self._need("customers", params.get("customer"), "customer")
+        if params.get("subscription"):
+            sub = self._live(params["subscription"])
+            if sub["currency"] != str(params["currency"]).lower():
+                raise ValueError(f"the subscription is in {sub['currency']}")
+        if params.get("invoice") and self._need("invoices", params["invoice"], "invoice")["status"] != "draft":
+            raise ValueError("items can be added to drafts alone")
+        return self.books.item(customer, params)
+
+    def _create_invoice(self, params: Doc, _: str) -> Doc:
+        if params.get("pending_invoice_items_behavior") != "exclude":
+            raise ValueError("the simulator makes invoices without pending items")
+        return self.books.draft(self._need("customers", params.get("customer"), "customer"), params)
+
+    def _finalize_invoice(self, _: Doc, ref: str) -> Doc:
+        draft = self._need("invoices", ref)
+        if draft["status"] != "draft":
+            raise ValueError(f"the invoice is {draft['status']}")
+        return self.books.finalize(draft)
 
     def _void_invoice(self, _: Doc, ref: str) -> Doc:
         invoice = self._need("invoices", ref)

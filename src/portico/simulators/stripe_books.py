@@ -245,14 +245,29 @@ class StripeBooks:
 
     # -- invoices ----------------------------------------------------------------------------------------------------
 
-    def _invoice(self, sub: Doc, reason: str, lines: Sequence[Any]) -> Doc:
+    def _invoice(self, sub: Doc, reason: str, lines: Sequence[Any], items: Sequence[Doc] = ()) -> Doc:
         """A finalized invoice: ``open``, or ``paid`` when nothing is due. Its events are made by :meth:`_tell`."""
-        customer = self.world.kinds["customers"][sub["customer"]]
         ref, bp = shapes.new_id("invoices"), sub["_tax_bp"]
         rows = [
             shapes.line_of(ref, sub, item, price, amount, share(amount * bp, 1, 10_000), period, text, proration)
             for item, price, amount, period, text, proration in lines
         ]
+        made = self._finalized(
+            ref, sub["customer"], sub["currency"], bp, reason, rows + self._take(ref, items, bp), sub
+        )
+        sub["latest_invoice"] = ref
+        return made
+
+    def _take(self, invoice: str, items: Sequence[Doc], bp: int) -> list[Doc]:
+        """Lines of invoice items, which are on this invoice from now on."""
+        for item in items:
+            item["invoice"] = invoice
+        return [shapes.item_line(invoice, item, share(item["amount"] * bp, 1, 10_000), bp) for item in items]
+
+    def _finalized(
+        self, ref: str, customer_ref: str, currency: str, bp: int, reason: str, rows: list[Doc], sub: Doc | None
+    ) -> Doc:
+        customer = self.world.kinds["customers"][customer_ref]
         subtotal = sum(row["amount"] for row in rows)
         tax = sum(entry["amount"] for row in rows for entry in row["taxes"])
         total, balance = subtotal + tax, customer["balance"]
@@ -260,30 +275,58 @@ class StripeBooks:
         customer["balance"] = min(0, total + balance)
         number = f"{customer['invoice_prefix']}-{customer['next_invoice_sequence']:04d}"
         customer["next_invoice_sequence"] += 1
-        details = {"metadata": sub["metadata"], "subscription": sub["id"]}
+        details = None if sub is None else {"metadata": sub["metadata"], "subscription": sub["id"]}
+        parent = None if details is None else {
+            "quote_details": None, "subscription_details": details, "type": "subscription_details"
+        }  # fmt: skip
         made = {
             "id": ref, "object": "invoice", "account_country": "US", "amount_due": due, "amount_overpaid": 0, "amount_paid": 0,
             "amount_remaining": due, "amount_shipping": 0, "attempt_count": 0, "attempted": False, "auto_advance": True,
             "automatic_tax": {"enabled": False, "status": None}, "billing_reason": reason,
             "collection_method": "charge_automatically",
-            "created": self.now, "currency": sub["currency"], "customer": customer["id"], "customer_email": customer["email"],
+            "created": self.now, "currency": currency, "customer": customer["id"], "customer_email": customer["email"],
             "customer_name": customer["name"], "customer_tax_ids": [], "default_payment_method": None, "description": None,
             "discounts": [], "due_date": None, "effective_at": self.now, "ending_balance": customer["balance"],
             "hosted_invoice_url": None, "invoice_pdf": None, "lines": shapes.listed(f"/v1/invoices/{ref}/lines", rows),
             "livemode": False, "metadata": {}, "next_payment_attempt": None, "number": number,
-            "parent": {"quote_details": None, "subscription_details": details, "type": "subscription_details"},
+            "parent": parent,
             "period_end": self.now, "period_start": self.now, "post_payment_credit_notes_amount": 0,
             "pre_payment_credit_notes_amount": 0, "starting_balance": balance, "status": "open",
             "status_transitions": {"finalized_at": self.now, "marked_uncollectible_at": None, "paid_at": None, "voided_at": None},
             "subtotal": subtotal, "subtotal_excluding_tax": subtotal, "total": total, "total_excluding_tax": subtotal,
             "total_taxes": _summed(rows, bp), "webhooks_delivered_at": None,
-            "_subscription": sub["id"], "_charge": None, "_payment_intent": None,
+            "_subscription": sub and sub["id"], "_charge": None, "_payment_intent": None,
         }  # fmt: skip
-        sub["latest_invoice"] = ref
         self.world.put("invoices", made)
         draft = copy.deepcopy(made) | {"status": "draft", "number": None, "effective_at": None, "attempted": False}
         draft["status_transitions"]["finalized_at"] = None
         made["_first"] = [draft, copy.deepcopy(made)]
+        return made
+
+    def item(self, customer: Doc, params: Doc) -> Doc:
+        """Something beside the plan: on the invoice that is named, else on the next one of the subscription."""
+        made = shapes.invoice_item(customer, params, self.now)
+        self.world.put("invoiceitems", made)
+        self.emit("invoiceitem.created", made, None)
+        return made
+
+    def draft(self, customer: Doc, params: Doc) -> Doc:
+        """An invoice of its own, of no subscription, without a line yet."""
+        return self.world.put("invoices", {
+            "id": shapes.new_id("invoices"), "object": "invoice", "amount_due": 0, "amount_paid": 0, "amount_remaining": 0,
+            "billing_reason": "manual", "created": self.now, "currency": params["currency"], "customer": customer["id"],
+            "lines": shapes.listed("", []), "livemode": False, "metadata": params.get("metadata") or {}, "number": None,
+            "next_payment_attempt": None, "parent": None, "status": "draft", "total": 0, "total_taxes": [],
+            "_subscription": None, "_charge": None, "_payment_intent": None,
+        })  # fmt: skip
+
+    def finalize(self, draft: Doc) -> Doc:
+        """Give a draft its lines and its number, and try to be paid."""
+        items = list(self.world.where("invoiceitems", invoice=draft["id"]))
+        rows = self._take(draft["id"], items, self.tax_bp)
+        made = self._finalized(draft["id"], draft["customer"], draft["currency"], self.tax_bp, "manual", rows, None)
+        made["metadata"] = draft["metadata"]
+        self._tell(made, self._charge(made))
         return made
 
     def _tell(self, invoice: Doc, paid: bool) -> None:
@@ -390,9 +433,11 @@ class StripeBooks:
 
     def collect(self, invoice: Doc) -> bool:
         """Try an open invoice again (by the clock, or because somebody asked); whether it is paid now."""
-        sub = self.world.kinds["subscriptions"][invoice["_subscription"]]
+        sub = self.world.get("subscriptions", invoice["_subscription"])
         paid = self._charge(invoice)
         self._tell(invoice, paid)
+        if sub is None:
+            return paid
         if paid:
             if sub["_waits_for"] == invoice["id"]:
                 self._settle_update(sub, applied=True)
@@ -463,7 +508,9 @@ class StripeBooks:
             (item, price, price["unit_amount"] * quantity, (start, end), f"{quantity} × {price['nickname']}", False),
         ]
         sub["_pending"] = []
-        invoice = self._invoice(sub, "subscription_cycle", lines)
+        waiting = self.world.where("invoiceitems", customer=sub["customer"], invoice=None)
+        items = [one for one in waiting if one["_subscription"] in (None, sub["id"])]
+        invoice = self._invoice(sub, "subscription_cycle", lines, items)
         paid = self._charge(invoice)
         after_it = "active" if paid and was == "trialing" else "past_due" if not paid else was
         self._status(sub, after_it, before)

@@ -24,6 +24,7 @@ ID_FORMS: Final = {
     "lines": ("il_1", 23), "invoice_payments": ("inpay_1", 23), "payment_intents": ("pi_3", 23), "charges": ("ch_3", 23),
     "refunds": ("re_3", 23), "disputes": ("du_1", 23), "payouts": ("po_1", 23), "balance_transactions": ("txn_3", 23),
     "events": ("evt_1", 23), "sessions": ("cs_test_a1", 56), "payment_methods": ("pm_1", 23), "portals": ("bps_1", 23),
+    "invoiceitems": ("ii_1", 23),
     "products": ("prod_", 14), "prices": ("price_1", 23), "requests": ("req_", 14), "schedules": ("sub_sched_1", 23),
 }  # fmt: skip
 
@@ -113,6 +114,36 @@ def line_of(
     }  # fmt: skip
 
 
+def invoice_item(customer: Doc, params: Doc, now: int) -> Doc:
+    """Something that is charged beside the plan."""
+    period, sub = params.get("period") or {}, params.get("subscription")
+    parent = {"subscription_details": {"subscription": sub, "subscription_item": None}, "type": "subscription_details"}
+    return {
+        "id": new_id("invoiceitems"), "object": "invoiceitem", "amount": int(params["amount"]),
+        "currency": str(params["currency"]).lower(), "customer": customer["id"], "date": now,
+        "description": params.get("description"), "discountable": True, "discounts": [], "invoice": params.get("invoice"),
+        "livemode": False, "metadata": params.get("metadata") or {}, "parent": parent if sub else None,
+        "period": {"start": int(period.get("start", now)), "end": int(period.get("end", now))}, "pricing": None,
+        "proration": False, "quantity": 1, "tax_rates": [], "test_clock": None, "_subscription": sub,
+    }  # fmt: skip
+
+
+def item_line(invoice: str, item: Doc, tax: int, rate_bp: int) -> Doc:
+    """An invoice's line for an invoice item."""
+    details = {
+        "invoice_item": item["id"], "proration": False, "proration_details": {"credited_items": None},
+        "subscription": item["_subscription"],
+    }  # fmt: skip
+    return {
+        "id": new_id("lines"), "object": "line_item", "amount": item["amount"], "currency": item["currency"],
+        "description": item["description"], "discount_amounts": [], "discountable": True, "discounts": [], "invoice": invoice,
+        "livemode": False, "metadata": item["metadata"], "parent": {"invoice_item_details": details,
+        "subscription_item_details": None, "type": "invoice_item_details"}, "period": item["period"],
+        "pretax_credit_amounts": [], "pricing": None, "quantity": 1, "subtotal": item["amount"],
+        "taxes": [tax_row(item["amount"], tax, rate_bp)] if tax else [], "_price": None,
+    }  # fmt: skip
+
+
 def tax_row(base: int, tax: int, rate_bp: int) -> Doc:
     """A row of an invoice's taxes."""
     rate = "txr_1" + fixed(23, "rate", str(rate_bp))
@@ -188,8 +219,15 @@ def _tax(row: Doc) -> Doc:
 
 def _line(made: Doc, doc: Doc) -> None:
     details = doc["parent"]["subscription_item_details"]
+    added = doc["parent"]["invoice_item_details"]
     for name in ("parent", "pricing", "taxes", "subtotal"):
         made.pop(name, None)
+    if details is None:
+        made |= {
+            "price": None, "plan": None, "proration": False, "type": "invoiceitem", "subscription": added["subscription"],
+            "invoice_item": added["invoice_item"], "tax_amounts": [_tax(row) for row in doc["taxes"]],
+        }  # fmt: skip
+        return
     made |= {
         "price": doc["_price"], "plan": plan_of(doc["_price"]), "proration": details["proration"], "type": "subscription",
         "subscription": details["subscription"], "subscription_item": details["subscription_item"],

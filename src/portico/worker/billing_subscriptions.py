@@ -1,4 +1,5 @@
-"""Jobs of the worker `billing` about subscriptions: calls of providers that nobody waits for, and dunning by the clock."""
+"""Jobs of the worker `billing` about subscriptions: calls of providers that nobody waits for, dunning by the clock, use
+beyond plans when its month is over."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from portico.worker import billing_tools
 from portico.worker.jobs import Context, Job
 
 DUNNING = queue.plain("billing.dunning")
+OVERAGE = queue.plain("billing.overage")
 
 
 def jobs(settings: WorkerSettings) -> list[Job]:
@@ -17,6 +19,7 @@ def jobs(settings: WorkerSettings) -> list[Job]:
     return [
         Job(checkout_store.CALL, carry_out),
         Job(DUNNING, dunning, settings.dunning_seconds),
+        Job(OVERAGE, overage, settings.overage_seconds),
     ]
 
 
@@ -28,3 +31,8 @@ async def carry_out(context: Context, work: Work) -> None:
 async def dunning(context: Context, work: Work) -> None:
     """Cases whose next day has come."""
     await dunning_jobs.round_(context.db, context.clock, billing_tools.applier(context))
+
+
+async def overage(context: Context, work: Work) -> None:
+    """Use beyond plans of months that are over."""
+    await billing_tools.billing(context).overage_billing.round(context.db)

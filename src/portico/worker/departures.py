@@ -19,6 +19,7 @@ from portico.control.tunnels import departure as tunnel_departure
 from portico.kit import columns
 from portico.kit.batches import some
 from portico.kit.db import Tx, metadata
+from portico.worker import billing_tools
 from portico.worker.jobs import Context
 
 #: Rows that one transaction deletes, and organizations that one job deals with.
@@ -40,6 +41,8 @@ KEPT: Final = {
     "billing_checkouts": "money outlives an organization",
     "billing_customers": "a late refund must find whose it was",
     "billing_dunning_cases": "money outlives an organization",
+    "billing_overage_charges": "money outlives an organization",
+    "billing_overage_closings": "money outlives an organization",
     "billing_payment_failures": "money outlives an organization",
     "billing_payments": "money outlives an organization",
     "billing_refunds": "money outlives an organization",
@@ -80,6 +83,7 @@ async def depart(context: Context, organization: str) -> bool:
 
 def steps(context: Context, organization: str) -> Iterator[Step]:
     """In order: what others have to hear of, files, then tables from the leaves to the root."""
+    yield lambda tx: billing_tools.billing(context).overage_billing.leave(tx, organization)
     yield lambda tx: endings.leave(tx, organization)
     yield lambda tx: vault.leave(tx, organization, ROWS)
     yield from _below("tunnels", organization)

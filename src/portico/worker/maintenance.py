@@ -7,6 +7,7 @@ from datetime import timedelta
 from portico.control import requests
 from portico.control.audit import checkpoint_files, checkpoints
 from portico.control.audit import service as audit
+from portico.control.billing import departure as billing_departure
 from portico.control.domains import departure as domain_departure
 from portico.control.identity import exports, plans
 from portico.control.identity.signing_keys import SigningKeys
@@ -90,7 +91,9 @@ async def delete_organizations(context: Context, work: Work) -> None:
 
 async def export_organization(context: Context, work: Work) -> None:
     """Make the file of an export."""
-    sources = {**exports.SOURCES, **tunnel_departure.SOURCES, **domain_departure.SOURCES}
+    sources = {
+        **exports.SOURCES, **tunnel_departure.SOURCES, **domain_departure.SOURCES, **billing_departure.SOURCES
+    }  # fmt: skip
     await exports.make(work, context.control, sources, context.clock.wall())
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from portico.control.billing import provider
 from portico.control.billing.normalize import normalize
-from portico.control.billing.provider import Name, Order, Origin, Provider
+from portico.control.billing.provider import Charge, Name, Order, Origin, Provider
 from portico.control.finance.events import FinanceEvent, check
 from portico.errors import Problem
 from portico.simulators.paypal import PayPalSimulator
@@ -463,6 +463,89 @@ async def test_what_is_not_there_is_missing(name: Name) -> None:
             "paypal": {"event_type": "BILLING.SUBSCRIPTION.UPDATED", "resource": {"id": ref}},
         }[name]
         assert (await at.adapter.authority(body)).objects == {}
+
+
+def charge(at: Shop, subscription: str, customer: str | None, **changes: Any) -> Charge:
+    now = datetime.now(UTC)
+    facts = {
+        "amount_minor": 250,
+        "currency": at.sim.offers["pro"].currency,
+        "description": "2 × 1 GiB beyond the plan pro",
+    }
+    times = {"period_start": now - timedelta(days=30), "period_end": now, "since": now}
+    return Charge("ovc_0001", subscription, customer, **{**facts, **times, **changes})
+
+
+@EVERY
+async def test_a_charge_beside_the_plan_is_one_and_is_on_the_next_invoice(name: Name) -> None:
+    async with shop(name) as at:
+        subscription = await at.buy()
+        customer = (await at.adapter.fetch(subscription)).get("customer")
+        wanted = charge(at, subscription, customer)
+        if "charge" not in at.adapter.can:
+            assert (await refusal(at.adapter.charge(wanted, key="cll_1"))).code == "billing.provider_unsupported"
+            return
+        first = await at.adapter.charge(wanted, key="cll_1")
+        assert await at.adapter.charge(wanted, key="cll_1") == first
+        assert await at.adapter.charge(wanted, key="cll_2") == first, "a key of long ago is known no more"
+        await at.sim.advance(32 * 86_400)
+        issued = [
+            each for each in await at.meaning("invoice.issued") if any(line.kind == "overage" for line in each.lines)
+        ]
+        (event,) = {each.effect_key: each for each in issued}.values()
+        price = at.sim.offers["pro"].amount_minor
+        assert event.amount_minor == price + 250
+        assert {(line.kind, line.net_minor) for line in event.lines} == {("plan", price), ("overage", 250)}
+
+
+async def test_a_charge_has_an_invoice_of_its_own_when_no_other_comes() -> None:
+    async with shop("stripe") as at:
+        subscription = await at.buy()
+        customer = (await at.adapter.fetch(subscription))["customer"]
+        await at.adapter.cancel(subscription, at_period_end=False, reason="enough", key="can_1")
+        wanted = charge(at, subscription, customer, at_once=True)
+        made = [await at.adapter.charge(wanted, key=key) for key in ("cll_1", "cll_1", "cll_2")]
+        assert len(set(made)) == 1
+        found = {each.effect_key: each for each in await at.meaning("invoice.issued", "payment.succeeded")}
+        about = [(each.kind, each.amount_minor, [line.kind for line in each.lines]) for each in found.values()][-2:]
+        assert about == [("invoice.issued", 250, ["overage"]), ("payment.succeeded", 250, [])]
+
+
+async def test_an_invoice_that_was_left_as_a_draft_is_finished() -> None:
+    async with shop("stripe") as at:
+        subscription = await at.buy()
+        customer = (await at.adapter.fetch(subscription))["customer"]
+        wanted = charge(at, subscription, customer, at_once=True)
+        at.sim.faults.api_lost = 0
+        draft = await at.adapter._ask("post", "/v1/invoices", {  # type: ignore[attr-defined]
+            "customer": customer, "currency": "usd", "auto_advance": False, "pending_invoice_items_behavior": "exclude",
+        }, key="cll_1:invoice")  # fmt: skip
+        item = {"customer": customer, "amount": 250, "currency": "usd", "invoice": draft["id"]}
+        await at.adapter._ask(  # type: ignore[attr-defined]
+            "post", "/v1/invoiceitems", {**item, "metadata": {"reference": wanted.reference}}, key="cll_1:item"
+        )
+        await at.adapter.charge(wanted, key="cll_2")
+        assert (await at.adapter.fetch(draft["id"]))["status"] == "paid"
+
+
+@EVERY
+async def test_a_payment_that_failed_is_tried_once_more(name: Name) -> None:
+    async with shop(name) as at:
+        subscription = await at.buy()
+        paid = await at.payment()
+        facts: dict[str, Any] = {"amount_minor": 1, "currency": at.sim.offers["pro"].currency}
+        if "collect" not in at.adapter.can:
+            problem = await refusal(at.adapter.collect(subscription, paid.invoice_ref, key="col_1", **facts))
+            assert problem.code == "billing.provider_unsupported"
+            return
+        assert await at.adapter.collect(subscription, paid.invoice_ref, key="col_1", **facts) == "nothing"
+        at.sim.set_card(subscription, "declines")
+        await at.sim.advance(32 * 86_400)
+        failed = (await at.meaning("payment.failed"))[-1]
+        assert await at.adapter.collect(subscription, failed.invoice_ref, key="col_2", **facts) == "declined"
+        at.sim.set_card(subscription, "good")
+        assert await at.adapter.collect(subscription, failed.invoice_ref, key="col_3", **facts) == "paid"
+        assert await at.adapter.collect(subscription, failed.invoice_ref, key="col_4", **facts) == "nothing"
 
 
 @EVERY

@@ -15,7 +15,7 @@ import pytest
 
 from portico.control.billing import provider
 from portico.control.billing.normalize import normalize
-from portico.control.billing.provider import Order, Provider
+from portico.control.billing.provider import Charge, Order, Provider
 from portico.control.finance.events import check
 from portico.kit import money
 from tests.control.billing import stripe_shapes as shapes
@@ -73,6 +73,13 @@ async def test_everything_that_is_asked_of_stripe_is_asked_as_it_is_described(st
             )
             assert made.ref.startswith("re_") and made.currency in money.EXPONENTS
     assert (await stripe.portal("cus_1", "https://app.example.com", key="por_1")).startswith("https://")
+    now = datetime.now(UTC)
+    for alone in (False, True):
+        made_of = Charge(
+            f"ovc_{alone}", "sub_1", "cus_1", "12 × 1 GiB", 600, "USD", now - timedelta(days=30), now, now, alone
+        )
+        assert await stripe.charge(made_of, key=f"cll_{alone}")
+    assert await stripe.collect("sub_1", "in_1", amount_minor=1, currency="USD", key="col_1") in ("paid", "nothing")
 
 
 @pytest.mark.parametrize(

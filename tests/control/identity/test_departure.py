@@ -14,6 +14,7 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
+from portico.control.billing import departure as billing_departure
 from portico.control.identity import departure, exports
 from portico.control.identity.tables import organization_exports, organizations
 from portico.kit import queue
@@ -84,7 +85,8 @@ class TestExport:
         problem(await owner.client.get(f"/v1/org/exports/{export}/download"), 409, "export.not_ready")
         await maintenance.export_organization(context, await job(db, export))
         found = await content(owner, export)
-        assert found.keys() == exports.SOURCES.keys() | {"domains", "tunnels", "tunnel_usage", "usage"}
+        others = {"domains", "tunnels", "tunnel_usage", "usage"} | billing_departure.SOURCES.keys()
+        assert found.keys() == exports.SOURCES.keys() | others
         assert {m["email"] for m in found["members"]} == {owner.email, member.email}
         assert [t["name"] for t in found["tunnels"]] == ["web"]
         assert [(k["id"], "digest" in k) for k in found["keys"]] == [(key["id"], False)]

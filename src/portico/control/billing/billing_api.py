@@ -171,13 +171,23 @@ class OverageLine(BaseModel):
     amount_minor: int
 
 
+class LimitUse(BaseModel):
+    """What was used of a limit of a month; `allowed` null: there is none."""
+
+    limit: str
+    used: int
+    allowed: int | None
+    beyond: int
+
+
 class OverageFacts(BaseModel):
     """What a month's use beyond the plan costs so far, by the plan that holds now, without tax. `currency` null: it costs
-    nothing."""
+    nothing. It is charged when the month is over: /v1/billing/overage-charges."""
 
     month: str
     plan: str
     currency: str | None
+    use: list[LimitUse]
     lines: list[OverageLine]
     total_minor: int
 

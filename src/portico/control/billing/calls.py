@@ -23,12 +23,12 @@ import sqlalchemy as sa
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.billing import billing_store, checkout_store, customers, waiting
+from portico.control.billing import billing_store, checkout_store, customers, overage_store, waiting
 from portico.control.billing.apply import Applier
 from portico.control.billing.billing_store import Source
 from portico.control.billing.checkout_store import CALL
 from portico.control.billing.endings import PLATFORM
-from portico.control.billing.provider import Order, Provider, Providers
+from portico.control.billing.provider import Charge, Order, Provider, Providers
 from portico.control.billing.subscriptions import WORKER
 from portico.control.identity import plans
 from portico.errors import Problem
@@ -42,7 +42,7 @@ from portico.settings import ApiSettings
 log = logging.getLogger(__name__)
 
 #: What can be asked.
-ACTS: Final = ("checkout", "close", "cancel", "resume", "change", "refund")
+ACTS: Final = ("checkout", "close", "cancel", "resume", "change", "refund", "collect", "overage")
 #: Seconds for which a provider surely knows a key again (Stripe: a day). What is asked for again after that is looked for first.
 _KEY_SECONDS: Final = 72_000.0
 
@@ -157,7 +157,7 @@ class Calls:
                 "ref": page.ref, "url": page.url, "customer_ref": page.customer_ref,
                 "subscription_ref": page.subscription_ref, "expires_at": page.expires_at,
             }  # fmt: skip
-        ref = arguments["ref"]
+        ref = arguments.get("ref", "")
         if act == "refund":
             old = (self._clock.wall() - row["queued_at"]).total_seconds() > _KEY_SECONDS
             back = await adapter.refund_made(ref, key=key) if old else None
@@ -174,6 +174,20 @@ class Calls:
                 ref, arguments["price"], when=arguments["when"], return_url=arguments["return_url"], key=key
             )
             return {"status": change.status, "url": change.url}
+        if act == "collect":
+            if "collect" not in adapter.can:
+                return {"status": "unsupported"}
+            came = await adapter.collect(
+                ref,
+                arguments["invoice"],
+                amount_minor=arguments["amount_minor"],
+                currency=arguments["currency"],
+                key=key,
+            )
+            return {"status": came}
+        if act == "overage":
+            times = {name: datetime.fromisoformat(arguments[name]) for name in ("period_start", "period_end", "since")}
+            return {"ref": await adapter.charge(Charge(**{**arguments, **times}), key=key)}
         if act == "resume":
             state = await adapter.resume(ref, key=key)
         else:
@@ -197,6 +211,8 @@ class Calls:
             await checkout_store.ended(tx, row["subject"], "failed", {})
         elif row["act"] == "refund":
             await checkout_store.put_refund(tx, row["subject"], state="failed")
+        elif row["act"] == "overage":
+            await overage_store.failed(tx, row["subject"], problem.code)
 
     async def _record(
         self, tx: Tx, row: Mapping[str, Any], arguments: Mapping[str, Any], answer: dict[str, Any]
@@ -207,6 +223,8 @@ class Calls:
             await self._refunded(tx, row["subject"], answer)
         elif row["act"] == "close":
             await checkout_store.ended(tx, row["subject"], "expired", {})
+        elif row["act"] == "overage":
+            await overage_store.charged(tx, row["subject"], ref=answer["ref"])
         shown = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in answer.items()}
         await checkout_store.answered(tx, row["id"], shown, None)
 

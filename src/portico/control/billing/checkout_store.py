@@ -77,7 +77,7 @@ calls = sa.Table(
     # Of one key of an organization there is one call, however often it is asked for.
     sa.Column("request_key", sa.Text, nullable=False),
     sa.Column("act", sa.Text, nullable=False),
-    # The checkout (to be made, or closed), the subscription or the refund.
+    # The checkout (to be made, or closed), the subscription, the refund, the dunning case, or the charge of use.
     sa.Column("subject", sa.Text, nullable=False, index=True),
     sa.Column("provider", sa.Text, nullable=False),
     sa.Column("arguments", JSONB, nullable=False),
@@ -284,6 +284,15 @@ async def ending(reader: Reader, subscription_id: str) -> bool:
     query = sa.select(calls).where(t.subject == subscription_id, t.act.in_(("cancel", "resume")), t.refusal.is_(None))
     last = await reader.fetch_one(query.order_by(t.id.desc()).limit(1))
     return last is not None and last.act == "cancel" and bool(last.arguments["at_period_end"])
+
+
+async def withdraw(tx: Tx, act: str, subject: str, *, untried: bool = False) -> int:
+    """Take back calls that nobody makes now (``untried``: or has ever begun to make); how many."""
+    t = calls.c
+    mine = [t.act == act, t.subject == subject, t.queue_state == "pending", t.lease_token.is_(None)]
+    if untried:
+        mine.append(t.attempts == 0)
+    return int((await tx.execute(sa.delete(calls).where(*mine))).rowcount)
 
 
 async def unschedule(tx: Tx, subscription_id: str) -> bool:

@@ -4,15 +4,21 @@
 touches money, by the clock, and after an operator's act; twice, or late, is no harm. A case is over when nothing is owed of what
 began it: a payment of the younger of two unpaid invoices does not end it, one of the older begins another for what is left. It
 ends with its subscription, too, and by an operator's hand.
+
+Where the provider does not try by itself, stages that are ``retrying`` have it try (``endings.collect``). A dispute about a
+payment of the subscription pauses its cases (``disputes``): such a case is ``paused`` without ``paused_at``, which is of an
+operator's pauses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.billing import billing_store, dunning_states, dunning_store
+from portico.control.billing import billing_store, checkout_store, disputes, dunning_states, dunning_store, endings
+from portico.control.billing.disputes import Dispute
 from portico.control.billing.dunning_notices import Notices
 from portico.control.billing.dunning_states import Owed, Schedule
 from portico.control.billing.subscription_states import TERMINAL
@@ -24,6 +30,8 @@ from portico.settings import ApiSettings
 
 #: Who an audit row names for what follows from an event or from the clock.
 WORKER: Final = Caller("operator", "billing", None)
+#: Why a case is paused by itself.
+DISPUTED: Final = "a payment is disputed"
 
 
 async def owed(reader: Reader, subscription: Any) -> list[dict[str, Any]]:
@@ -54,6 +62,9 @@ class Dunning:
         """Bring the cases of a subscription to where they belong now; those that were written off by this."""
         rows = await owed(tx, subscription)
         open_ = await dunning_store.open_cases(tx, subscription.id)
+        if not rows and not open_:
+            return []
+        disputed = await disputes.of(tx, subscription)
         written_off = []
         for currency in sorted({row["currency"] for row in rows} | open_.keys()):
             unpaid = [row for row in rows if row["currency"] == currency]
@@ -69,14 +80,17 @@ class Dunning:
                     await self._end(tx, subscription, case, "recovered", "a later payment is owed")
                     case = None
                 before = case.state if case is not None else None
-                after = await self._advance(tx, subscription, case, currency, unpaid)
+                after = await self._advance(tx, subscription, case, currency, unpaid, disputed)
                 if after.state == "written_off" != before:
                     written_off.append(after)
         return written_off
 
-    async def _advance(self, tx: Tx, subscription: Any, case: Any | None, currency: str, rows: list[Any]) -> Any:
+    async def _advance(
+        self, tx: Tx, subscription: Any, case: Any | None, currency: str, rows: list[Any], disputed: Sequence[Dispute]
+    ) -> Any:
         now = self._clock.wall()
-        debt = Owed.together(rows, case.paused_days if case is not None else 0.0)
+        by_hand = case.paused_days if case is not None else 0.0
+        debt = Owed.together(rows, by_hand + disputes.days(disputed, min(row["since"] for row in rows), now))
         known = {
             "amount_minor": debt.amount_minor,
             "attempts": debt.attempts,
@@ -93,6 +107,10 @@ class Dunning:
                 "state": "grace",
             }
             case = await dunning_store.add(tx, {**made, **known})
+        if (dispute := disputes.open_(disputed)) is not None:
+            case = await self.pause_for_dispute(tx, case, dispute.ref)
+        else:
+            case = await self.resume_after_dispute(tx, case)
         if case.state == "paused":
             return await dunning_store.put(tx, case.id, **{**known, "due_at": None})
         stage = self._schedule.at(debt, now)
@@ -102,8 +120,36 @@ class Dunning:
             dunning_states.step(case.state, stage.state)
             await self._record(tx, case, stage.state, {"stage": stage.name})
         case = await dunning_store.put(tx, case.id, state=stage.state, stage=stage.name, **known)
+        if stage.state == "retrying" and not self._schedule.waits(debt, now):
+            for row in rows:
+                await endings.collect(
+                    tx, subscription, case.id, f"dunning:{case.id}:{stage.name}:{row['invoice_ref']}", row
+                )
         await self._notices.stage(tx, subscription, case)
         return case
+
+    # -- disputes
+
+    async def pause_for_dispute(self, tx: Tx, case: Any, dispute: str) -> Any:
+        """Let nothing happen in a case while a payment is disputed; the case. One that is paused or written off stays so."""
+        if case.state in ("paused", "written_off"):
+            return case
+        self._check(case, "paused")
+        await checkout_store.withdraw(tx, "collect", case.id)
+        await self._record(tx, case, "paused", {"dispute": dispute})
+        return await dunning_store.put(tx, case.id, state="paused", due_at=None, reason=f"{DISPUTED} ({dispute})")
+
+    async def resume_after_dispute(self, tx: Tx, case: Any) -> Any:
+        """Go on where a dispute, which is decided, had stopped a case; the case. Any other stays as it is."""
+        if case.state != "paused" or case.paused_at is not None:
+            return case
+        before = self._before(case)
+        await self._record(tx, case, before, {"dispute": "decided"})
+        return await dunning_store.put(tx, case.id, state=before, reason=None)
+
+    def _before(self, case: Any) -> str:
+        """The state that a paused case comes back to."""
+        return next((each.state for each in self._schedule.stages if each.name == case.stage), "grace")
 
     def _later(self, case: Any, stage: dunning_states.Stage) -> bool:
         """Whether a case has not been at a stage yet: it goes on, never back."""
@@ -112,6 +158,7 @@ class Dunning:
 
     async def _end(self, tx: Tx, subscription: Any, case: Any, state: str, reason: str | None) -> None:
         dunning_states.step(case.state, state)
+        await checkout_store.withdraw(tx, "collect", case.id)
         ended = await dunning_store.put(
             tx, case.id, state=state, closed_at=self._clock.wall(), due_at=None, paused_at=None, reason=reason
         )
@@ -128,30 +175,41 @@ class Dunning:
 
     async def pause(self, tx: Tx, caller: Caller, case: Any, reason: str) -> Any:
         """Let nothing happen in a case, and take back what it took away, until it is resumed. Raises ``dunning.state``."""
-        self._check(case, "paused")
+        if (
+            case.state != "paused" or case.paused_at is not None
+        ):  # what a dispute has paused can be paused by hand as well
+            self._check(case, "paused")
+        await checkout_store.withdraw(tx, "collect", case.id)
         row = await dunning_store.put(
             tx, case.id, state="paused", paused_at=self._clock.wall(), due_at=None, reason=reason
         )
         await self._by_hand(tx, caller, "dunning.pause", case, reason)
         return row
 
-    async def resume(self, tx: Tx, caller: Caller, case: Any, subscription: Any) -> Any:
-        """Go on where it was: the days of the pause do not count. Raises ``dunning.state``."""
+    async def resume(self, tx: Tx, caller: Caller, case: Any, subscription: Any) -> None:
+        """Go on where it was: the days of the pause do not count. Whoever calls settles the subscription then.
+
+        Raises ``dunning.state``.
+        """
         if case.state != "paused":
             raise Problem("dunning.state", f"the case is {case.state}, not paused", state=case.state)
-        days = (self._clock.wall() - case.paused_at).total_seconds() / 86_400
-        before = next((each.state for each in self._schedule.stages if each.name == case.stage), "grace")
+        if case.paused_at is None:
+            raise Problem("dunning.state", "a payment is disputed; the end of that resumes the case", state=case.state)
+        now = self._clock.wall()
+        # Days on which a payment was disputed stand still already.
+        standing = disputes.days(await disputes.of(tx, subscription), case.paused_at, now)
+        days = (now - case.paused_at).total_seconds() / 86_400 - standing
         await dunning_store.put(
-            tx, case.id, state=before, paused_at=None, paused_days=case.paused_days + max(0.0, days), reason=None
-        )
+            tx, case.id, state=self._before(case), paused_at=None, paused_days=case.paused_days + max(0.0, days),
+            reason=None,
+        )  # fmt: skip
         await self._by_hand(tx, caller, "dunning.resume", case, None)
-        await self.settle(tx, subscription)
-        return await dunning_store.one(tx, case.id)
 
     async def close(self, tx: Tx, caller: Caller, case: Any, reason: str) -> Any:
         """End a case, and let what is owed open none again. The receivable stays where it is. Raises ``dunning.state``."""
         self._check(case, "canceled")
         await billing_store.waive(tx, case.subscription_id, case.currency)
+        await checkout_store.withdraw(tx, "collect", case.id)
         row = await dunning_store.put(
             tx, case.id, state="canceled", closed_at=self._clock.wall(), due_at=None, paused_at=None, reason=reason
         )

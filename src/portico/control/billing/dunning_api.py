@@ -106,9 +106,11 @@ async def pause(
 async def resume(dunning_case: Id, tx: InTx, billing: Service, who: Annotated[Caller, _acts("dunning.resume")]) -> Any:
     """Go on with a case where it was paused."""
     case, subscription = await _held(tx, dunning_case)
-    row = await billing.applier.dunning.resume(tx, who, case, subscription)
-    await _settle(tx, billing, subscription, "dunning.resume")
-    return _shown(row)
+    await billing.applier.dunning.resume(tx, who, case, subscription)
+    # All of it, as by the clock: the day that has come meanwhile may be the last one.
+    known = await plans.hold(tx, subscription.organization_id) is not None
+    await billing.applier.settle(tx, subscription, known=known, reason="dunning.resume")
+    return _shown(await dunning_store.one(tx, dunning_case))
 
 
 @of_operators.post("/{dunning_case}/close", response_model=AnyCase)

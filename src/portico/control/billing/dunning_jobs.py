@@ -13,21 +13,25 @@ from portico.kit.db import Database
 
 log = logging.getLogger(__name__)
 
-#: Subscriptions that one round looks at.
+#: Cases that one look is for.
 ROUND: Final = 200
 
 
 async def round_(db: Database, clock: Clock, applier: Applier) -> int:
     """Settle what is due; how many subscriptions. Any number of workers may: whoever comes second finds nothing to do."""
-    async with db.read() as reader:
-        due = await dunning_store.due(reader, clock.wall(), ROUND)
-    for organization, subscription in due:
-        try:
-            async with db.transaction() as tx:
-                known = await plans.hold(tx, organization) is not None
-                row = await billing_store.hold_subscription(tx, subscription)
-                await applier.settle(tx, row, known=known, reason="dunning")
-        except Exception:
-            # One that fails is no reason for the others to wait; it is due still.
-            log.exception("a dunning case was not settled", extra={"f": {"subscription": subscription}})
-    return len(due)
+    seen = set[str]()
+    while True:
+        async with db.read() as reader:
+            due = await dunning_store.due(reader, clock.wall(), ROUND, seen)
+        for organization, subscription in due:
+            seen.add(subscription)
+            try:
+                async with db.transaction() as tx:
+                    known = await plans.hold(tx, organization) is not None
+                    row = await billing_store.hold_subscription(tx, subscription)
+                    await applier.settle(tx, row, known=known, reason="dunning")
+            except Exception:
+                # One that fails is no reason for the others to wait, however many those are; it is due still.
+                log.exception("a dunning case was not settled", extra={"f": {"subscription": subscription}})
+        if not due:
+            return len(seen)

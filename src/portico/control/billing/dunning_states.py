@@ -74,7 +74,7 @@ class Schedule:
         """The stage of what is owed at a moment; ``None``: still in grace."""
         elapsed = (now - owed.since).total_seconds() / 86_400 - owed.paused_days
         due = [stage for stage in self.stages if stage.days <= elapsed]
-        if self._waits(owed, now):
+        if self.waits(owed, now):
             soft = [stage for stage in self.stages if LADDER.index(stage.state) < LADDER.index("restricted")]
             return soft[min(max(owed.attempts, 1), len(soft)) - 1] if soft else None
         return due[-1] if due else None
@@ -86,7 +86,8 @@ class Schedule:
             times.append(owed.next_attempt_at + _LATE)
         return min((at for at in times if at > now), default=None)
 
-    def _waits(self, owed: Owed, now: datetime) -> bool:
+    def waits(self, owed: Owed, now: datetime) -> bool:
+        """Whether the provider is still to try by itself, and is waited for."""
         if owed.is_final or owed.next_attempt_at is None or owed.next_attempt_at + _LATE <= now:
             return False
         return now - owed.since < timedelta(days=self.patience_days)

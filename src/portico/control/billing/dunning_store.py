@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any, Final
 
@@ -80,11 +80,12 @@ async def put(tx: Tx, case: str, **values: Any) -> Any:
     return (await tx.execute(change.returning(cases))).one()
 
 
-async def due(reader: Reader, now: datetime, limit: int) -> list[tuple[str, str]]:
-    """Organization and subscription of cases that the clock has something for, the longest due first."""
+async def due(reader: Reader, now: datetime, limit: int, without: Collection[str] = ()) -> list[tuple[str, str]]:
+    """Organization and subscription of cases that the clock has something for, the longest due first; ``without``: but for those
+    of these subscriptions."""
     c = cases.c
     query = sa.select(c.organization_id, c.subscription_id).where(
-        c.closed_at.is_(None), c.due_at <= now, c.state != "paused"
+        c.closed_at.is_(None), c.due_at <= now, c.state != "paused", c.subscription_id.not_in(without)
     )
     rows = await reader.fetch_all(query.order_by(c.due_at, c.id).limit(limit))
     return list(dict.fromkeys((row.organization_id, row.subscription_id) for row in rows))

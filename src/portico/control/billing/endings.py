@@ -1,4 +1,7 @@
-"""Subscriptions that we end: their organization goes, or nobody pays. Written down here, made by the worker (``calls.py``)."""
+"""What billing asks of providers by itself. Written down here, made by the worker (``calls.py``).
+
+Subscriptions that end because their organization goes or nobody pays; payments that are tried again; use that is charged.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,12 @@ async def end(tx: Tx, row: Any, key: str, reason: str) -> None:
         return
     await checkout_store.unschedule(tx, row.id)
     await ask(tx, row, "cancel", row.id, key, {"ref": row.ref, "at_period_end": False, "reason": reason})
+
+
+async def collect(tx: Tx, row: Any, case: str, key: str, debt: Mapping[str, Any]) -> None:
+    """Have a payment that failed tried again, once for each ``key``. A provider that cannot is left alone."""
+    wanted = {"invoice": debt["invoice_ref"] or None, "amount_minor": debt["amount"], "currency": debt["currency"]}
+    await ask(tx, row, "collect", case, key, {"ref": row.ref, **wanted})
 
 
 async def ask(tx: Tx, row: Any, act: str, subject: str, key: str, arguments: Mapping[str, Any]) -> None:

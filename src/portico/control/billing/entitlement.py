@@ -59,8 +59,11 @@ class Entitlement:
 
     def plan(self, subscription: Any) -> tuple[str | None, int | None]:
         """Plan and version that a subscription is for: by the provider's price, else by what was chosen at the checkout."""
+        return self.plan_by(subscription, subscription.plan_ref)
+
+    def plan_by(self, subscription: Any, ref: str | None) -> tuple[str | None, int | None]:
+        """The same, were its price ``ref``."""
         chosen, version = subscription.checkout_plan, subscription.checkout_plan_version
-        ref = subscription.plan_ref
         known = self._plan_of.get((subscription.provider, ref)) if ref is not None else None
         if known is None or known == chosen:
             return chosen, version

@@ -285,6 +285,16 @@ async def listing(
     return await reader.fetch_all(query.order_by(_I.id.desc()).limit(limit))
 
 
+async def id_of(reader: Reader, event: Any) -> str | None:
+    """Our invoice that an event is about, by its provider, account, mode and reference."""
+    query = sa.select(_I.id).where(
+        _I.provider == event.provider, _I.account == event.account, _I.livemode.is_(event.livemode),
+        _I.provider_ref == event.invoice_ref,
+    )  # fmt: skip
+    found: str | None = await reader.scalar(query)
+    return found
+
+
 async def held_by_id(tx: Tx, invoice: str) -> sa.Row[Any] | None:
     """One, locked."""
     return await tx.fetch_one(sa.select(invoices).where(_I.id == invoice).with_for_update())

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, Final
 
-from portico.control.billing.foreign import currency, part, ref, rows, seconds, whole, word
+from portico.control.billing.foreign import REF_CHARS, currency, part, ref, rows, seconds, whole, word
 from portico.control.billing.normalize_event import Head, unreadable
 from portico.control.billing.provider import Fetched, Origin
 from portico.control.finance.events import FinanceEvent, Line
@@ -176,11 +176,7 @@ def _invoice(view: _View, links: Mapping[str, Any], amount: int, code: str) -> F
     gross = whole(invoice.get("amount"))
     gross = amount if gross is None else gross
     period, plan = _period(view), ref(view.now("subscription").get("plan_id"))
-    items = rows(invoice, "line_items")
-    name = word(items[0].get("name")) if len(items) == 1 else ""
-    line = Line(
-        name or "Subscription", 1, gross - tax, gross - tax, tax, None, period["period_start"], period["period_end"]
-    )
+    lines = _lines(rows(invoice, "line_items"), gross, tax, period)
     return view.head.event(
         "invoice.issued",
         f"invoice.issued:razorpay:{number}",
@@ -192,8 +188,24 @@ def _invoice(view: _View, links: Mapping[str, Any], amount: int, code: str) -> F
         net_minor=gross - tax,
         currency=code,
         invoice_number=word(invoice.get("invoice_number")) or None,
-        lines=(line,),
+        lines=lines,
     )
+
+
+def _lines(items: list[Any], gross: int, tax: int, period: Mapping[str, datetime | None]) -> tuple[Line, ...]:
+    """The plan, and what was charged beside it: add-ons with their own tax, the plan with what is left."""
+    start, end = period["period_start"], period["period_end"]
+    added = []
+    for one in items if len(items) > 1 else []:
+        cost, own = whole(one.get("amount")), whole(one.get("tax_amount")) or 0
+        if word(one.get("type")) == "addon" and cost is not None:
+            about = str(one.get("name") or "Add-on")[:REF_CHARS]
+            added.append(Line(about, 1, cost - own, cost - own, own, None, start, end, kind="overage"))
+    plans = [one for one in items if word(one.get("type")) != "addon"]
+    name = word(plans[0].get("name")) if len(plans) == 1 else ""
+    tax -= sum(line.tax_minor for line in added)
+    net = gross - tax - sum(line.net_minor + line.tax_minor for line in added)
+    return Line(name or "Subscription", 1, net, net, tax, None, start, end), *added
 
 
 def _failed(view: _View) -> list[FinanceEvent]:

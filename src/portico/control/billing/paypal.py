@@ -5,6 +5,7 @@
     POST /v1/billing/subscriptions/{id}/revise        another plan from the next period on: links `approve`
     POST /v1/billing/subscriptions/{id}/cancel        at once; there is no end with the period
     POST /v1/billing/subscriptions/{id}/activate      a suspended one goes on
+    POST /v1/billing/subscriptions/{id}/capture       the outstanding balance, once more
     POST /v1/payments/sale/{id}/refund
     GET  /v1/billing/subscriptions/{id}, /v1/payments/sale/{id}, /v1/payments/refund/{id}, /v1/customer/disputes/{id}
     GET  /v1/customer/disputes?disputed_transaction_id
@@ -30,7 +31,9 @@ from portico.control.billing import refund_words
 from portico.control.billing.provider import (
     Ability,
     Change,
+    Charge,
     Checkout,
+    Collected,
     Fetched,
     Kind,
     Name,
@@ -46,7 +49,7 @@ from portico.kit.clock import utcnow
 from portico.settings import ApiSettings
 
 _CAN: Final[frozenset[Ability]] = frozenset(
-    {"change_at_period_end", "change_needs_consent", "resume", "events", "retries", "returns"}
+    {"change_at_period_end", "change_needs_consent", "resume", "events", "retries", "returns", "collect"}
 )
 _SUBSCRIPTION: Final = "/v1/billing/subscriptions"
 #: Currencies that PayPal takes without decimals, whatever ISO 4217 says.
@@ -185,6 +188,33 @@ class PayPal:
 
     async def refund_made(self, payment_ref: str, *, key: str) -> Refund | None:
         return None  # it knows a PayPal-Request-Id for longer than a job is tried
+
+    async def collect(
+        self, subscription_ref: str, invoice_ref: str | None, *, amount_minor: int, currency: str, key: str
+    ) -> Collected:
+        info = (await self.fetch(subscription_ref, "subscription")).get("billing_info")
+        balance = info.get("outstanding_balance") if isinstance(info, dict) else None
+        try:
+            open_minor, code = _amount(balance) if isinstance(balance, dict) else (0, currency)
+        except (money.MoneyError, KeyError):
+            raise errors.unreadable(self.name, "an outstanding balance without an amount") from None
+        if open_minor <= 0 or code != currency:
+            return "nothing"
+        value = money.decimal_text(open_minor, code, 0 if code in NO_DECIMALS else None)
+        body = {
+            "note": "A payment that failed", "capture_type": "OUTSTANDING_BALANCE",
+            "amount": {"currency_code": code, "value": value},
+        }  # fmt: skip
+        try:
+            await self._ask("POST", f"{_where(subscription_ref, 'subscription')}/capture", body, key=key)
+        except Problem as problem:
+            if problem.code != "billing.payment_declined":
+                raise
+            return "declined"
+        return "paid"
+
+    async def charge(self, charge: Charge, *, key: str) -> str:
+        raise errors.unsupported(self.name, "charge anything beside the plan")
 
     async def portal(self, customer_ref: str, return_url: str, *, key: str) -> str:
         raise errors.unsupported(self.name, "show a page of ours; customers look after payments in their account")

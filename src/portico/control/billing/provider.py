@@ -44,6 +44,9 @@ Ability = Literal[
     "close_page",  # close_page(): a page that is open can be paid no longer
     "returns",  # its page leads back to success_url or cancel_url
     "retries",  # the provider tries failed payments again by itself
+    "collect",  # it tries one when it is asked to
+    "charge",  # something beside the plan can be put on the next invoice
+    "charge_now",  # … or on an invoice of its own
 ]
 
 When = Literal["now", "period_end"]
@@ -100,6 +103,24 @@ class State:
     cancel_at_period_end: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """Something to be paid beside the plan. ``reference``: our charge (``ovc_…``), of which there is one at the provider, however
+    often it is asked for; ``since``: when it was first asked for. ``at_once``: on an invoice of its own (``charge_now``)."""
+
+    reference: str
+    subscription_ref: str
+    customer_ref: str | None
+    description: str
+    amount_minor: int
+    currency: str
+    period_start: datetime
+    period_end: datetime
+    since: datetime
+    at_once: bool = False
+
+
+Collected = Literal["paid", "declined", "nothing"]
 RefundStatus = Literal["pending", "succeeded", "failed"]
 
 
@@ -170,6 +191,14 @@ class Provider(Protocol):
     async def refund_made(self, payment_ref: str, *, key: str) -> Refund | None:
         """The refund that :meth:`refund` made under ``key``, when that is so long ago that the provider may have forgotten the
         key; ``None``: there is none, or the provider never forgets."""
+
+    async def collect(
+        self, subscription_ref: str, invoice_ref: str | None, *, amount_minor: int, currency: str, key: str
+    ) -> Collected:
+        """Try to be paid what is open of an invoice, or of the subscription; ``nothing``: nothing is."""
+
+    async def charge(self, charge: Charge, *, key: str) -> str:
+        """Have something paid beside the plan; what the provider calls it."""
 
     async def fetch(self, ref: str, kind: Kind | None = None) -> Mapping[str, Any]:
         """One object by its id. ``kind`` is needed where ids do not tell what they name (PayPal's sales and refunds).

@@ -6,11 +6,13 @@
     GET   /v1/subscriptions/{id}/retrieve_scheduled_changes
     POST  /v1/subscriptions/{id}/cancel           `cancel_at_cycle_end` 0 | 1
     POST  /v1/subscriptions/{id}/resume           `resume_at` now
+    POST  /v1/subscriptions/{id}/addons           what is charged beside the plan, with the next period
+    GET   /v1/addons?from&count&skip              one that was made before (its description ends with our reference)
     POST  /v1/payments/{id}/refund                with X-Refund-Idempotency
     GET   /v1/{subscriptions|payments|invoices|refunds|disputes|settlements|customers|plans}/{id}
     GET   /v1/{subscriptions|payments|refunds|settlements}?from&to&count&skip
 
-Only refunds have idempotency keys there. So a checkout looks for what its key made before, and changes look at the
+Only refunds have idempotency keys there. So a checkout and a charge look for what was made before, and changes look at the
 subscription first: what is so already is not asked for again.
 """
 
@@ -30,7 +32,9 @@ from portico.control.billing import refund_words
 from portico.control.billing.provider import (
     Ability,
     Change,
+    Charge,
     Checkout,
+    Collected,
     Fetched,
     Kind,
     Name,
@@ -45,7 +49,7 @@ from portico.kit.clock import utcnow
 from portico.settings import ApiSettings
 
 _CAN: Final[frozenset[Ability]] = frozenset(
-    {"change_now", "change_at_period_end", "cancel_at_period_end", "resume", "retries", "close_page"}
+    {"change_now", "change_at_period_end", "cancel_at_period_end", "resume", "retries", "close_page", "charge"}
 )
 _FOLDERS: Final = {
     "sub": "subscriptions", "pay": "payments", "inv": "invoices", "rfnd": "refunds", "disp": "disputes",
@@ -54,6 +58,8 @@ _FOLDERS: Final = {
 _ENDED: Final = frozenset({"cancelled", "completed", "expired"})
 #: What X-Refund-Idempotency may hold.
 _KEY: Final = re.compile(r"[A-Za-z0-9_-]{10,64}")
+#: Characters of an item's name.
+_ITEM_CHARS: Final = 80
 #: Seconds that a checkout is looked for which the same key may have made.
 _LOOK_BACK: Final = timedelta(days=2)
 
@@ -188,6 +194,30 @@ class Razorpay:
         if not isinstance(amount, int) or not isinstance(code, str):
             raise errors.unreadable(self.name, "a refund without an amount")
         return Refund(_text(found, "id"), status, amount, code.upper())
+
+    async def collect(
+        self, subscription_ref: str, invoice_ref: str | None, *, amount_minor: int, currency: str, key: str
+    ) -> Collected:
+        raise errors.unsupported(self.name, "try a payment again when it is asked to; it does so by itself")
+
+    async def charge(self, charge: Charge, *, key: str) -> str:
+        if charge.at_once:
+            raise errors.unsupported(self.name, "make an invoice beside those of a subscription")
+        async for one in self._list("addons", {"from": int((charge.since - _LOOK_BACK).timestamp())}):
+            item = one.get("item")
+            about = _text(item, "description") if isinstance(item, dict) else ""
+            if one.get("subscription_id") == charge.subscription_ref and about.endswith(f"({charge.reference})"):
+                return _text(one, "id")
+        item = {
+            "name": charge.description[:_ITEM_CHARS], "amount": charge.amount_minor, "currency": charge.currency,
+            "description": f"{charge.description} ({charge.reference})",
+        }  # fmt: skip
+        made = _text(
+            await self._ask("POST", f"{_path(charge.subscription_ref)}/addons", {"item": item, "quantity": 1}), "id"
+        )
+        if not made:
+            raise errors.unreadable(self.name, "an add-on without an id")
+        return made
 
     async def portal(self, customer_ref: str, return_url: str, *, key: str) -> str:
         raise errors.unsupported(self.name, "show a page on which customers look after how they pay")

@@ -10,6 +10,7 @@ from portico.control.billing.apply import Applier
 from portico.control.billing.calls import Calls
 from portico.control.billing.checkout import Checkouts
 from portico.control.billing.overage import Overage
+from portico.control.billing.overage_billing import OverageBilling
 from portico.control.billing.provider import Providers
 from portico.control.identity.plan_service import Plans
 from portico.control.identity.quotas import Quotas
@@ -36,6 +37,7 @@ class Billing:
         self.applier = Applier(settings, clock, sealer, service)
         self.calls = Calls(settings, db, clock, providers, self.applier)
         self.checkouts = Checkouts(settings, clock, providers, self.calls, self.applier.entitlement)
+        self.overage_billing = OverageBilling(settings, clock, self.overage, self.applier.entitlement, providers)
 
     @staticmethod
     async def dunning_cases(reader: Reader, subscription_id: str) -> Sequence[Any]:

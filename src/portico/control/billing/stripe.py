@@ -5,9 +5,12 @@
     POST   /v1/subscription_schedules[/{id}[/release]]   another price from the next period on
     DELETE /v1/subscriptions/{id}                        an end at once
     POST   /v1/subscriptions/{id}/resume, /v1/refunds, /v1/billing_portal/sessions, /v1/checkout/sessions/{id}/expire
+    POST   /v1/invoices/{id}/pay                         a payment that failed, once more
+    POST   /v1/invoiceitems, /v1/invoices[/{id}/finalize]    what is charged beside the plan
     GET    /v1/{subscriptions|invoices|payment_intents|charges|refunds|disputes|payouts|checkout/sessions|…}/{id}
     GET    /v1/invoice_payments?payment[type]&payment[payment_intent]     which invoice a payment was for
-    GET    /v1/refunds?charge, /v1/events?created[gte]&created[lte], /v1/invoices/{id}/lines
+    GET    /v1/refunds?charge, /v1/events?created[gte]&created[lte], /v1/invoices/{id}/lines,
+           /v1/invoiceitems?customer&created[gte]
 
 The SDK makes requests, signs them with our key and reads errors; it sends them through our own :class:`Wire`, which decides about
 time, retries and the breaker. Answers come in the shapes of the SDK's own API version; webhooks in that of their endpoint.
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncIterator, Callable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from portico.control.billing import provider_errors as errors
@@ -26,7 +29,9 @@ from portico.control.billing.foreign import part, ref, rows, seconds, word
 from portico.control.billing.provider import (
     Ability,
     Change,
+    Charge,
     Checkout,
+    Collected,
     Fetched,
     Kind,
     Name,
@@ -45,7 +50,7 @@ from portico.settings import ApiSettings
 _CAN: Final[frozenset[Ability]] = frozenset(
     {
         "change_now", "change_at_period_end", "cancel_at_period_end", "undo_cancel", "resume", "events", "portal", "retries",
-        "close_page", "returns",
+        "close_page", "returns", "collect", "charge", "charge_now",
     }
 )  # fmt: skip
 _FOLDERS: Final[Mapping[str, str]] = {
@@ -59,6 +64,8 @@ _EXPANDED: Final[Mapping[str, list[str]]] = {
     "payment_intents": ["latest_charge.balance_transaction"],
     "charges": ["balance_transaction"],
 }
+#: By what Stripe's clock may be behind ours.
+_LOOK_BACK: Final = timedelta(hours=1)
 _ENDED: Final = frozenset({"canceled", "incomplete_expired"})
 #: Refusals that another attempt under the same key mends.
 _LATER: Final = frozenset({"lock_timeout", "idempotency_key_in_use"})
@@ -229,6 +236,69 @@ class Stripe:
             raise errors.unreadable(self.name, "a refund without an amount")
         status = refund_words.status_of(self.name, refund_words.STRIPE, word(found.get("status")))
         return Refund(made, status, iso(amount, code), code)
+
+    async def collect(
+        self, subscription_ref: str, invoice_ref: str | None, *, amount_minor: int, currency: str, key: str
+    ) -> Collected:
+        if invoice_ref is None or (await self.fetch(invoice_ref)).get("status") != "open":
+            return "nothing"
+        try:
+            await self._ask("post", f"/v1/invoices/{invoice_ref}/pay", {}, key=key)
+        except Problem as problem:
+            if problem.code != "billing.payment_declined":
+                raise
+            return "declined"
+        return "paid"
+
+    async def charge(self, charge: Charge, *, key: str) -> str:
+        found = await self._charged_before(charge)
+        if found is not None and not charge.at_once:
+            return found
+        if charge.customer_ref is None:
+            raise errors.unsupported(self.name, "charge a customer that it did not name")
+        try:
+            amount = stripe_integer(charge.amount_minor, charge.currency)
+        except money.MoneyError as err:
+            raise Problem("billing.amount_invalid", f"Stripe cannot charge that: {err}") from None
+        period = {"start": int(charge.period_start.timestamp()), "end": int(charge.period_end.timestamp())}
+        item = {
+            "customer": charge.customer_ref, "amount": amount, "currency": charge.currency.lower(), "period": period,
+            "description": charge.description, "metadata": {"reference": charge.reference},
+        }  # fmt: skip
+        if charge.at_once:
+            return await self._invoiced(charge, item, key, found)
+        item["subscription"] = charge.subscription_ref
+        return self._made(await self._ask("post", "/v1/invoiceitems", item, key=f"{key}:item"))
+
+    async def _invoiced(self, charge: Charge, item: Mapping[str, Any], key: str, found: str | None) -> str:
+        """An invoice with this alone, paid by Stripe as it pays others. Wherever it was left, it goes on."""
+        if found is None:
+            draft = {
+                "customer": charge.customer_ref, "currency": item["currency"], "auto_advance": False,
+                "pending_invoice_items_behavior": "exclude", "metadata": {"reference": charge.reference},
+            }  # fmt: skip
+            invoice = self._made(await self._ask("post", "/v1/invoices", draft, key=f"{key}:invoice"))
+            found = self._made(
+                await self._ask("post", "/v1/invoiceitems", {**item, "invoice": invoice}, key=f"{key}:item")
+            )
+        else:
+            invoice = ref((await self._ask("get", f"/v1/invoiceitems/{found}", {}, ref=found)).get("invoice")) or ""
+        if invoice and (await self.fetch(invoice)).get("status") == "draft":
+            await self._ask("post", f"/v1/invoices/{invoice}/finalize", {"auto_advance": True}, key=f"{key}:finalize")
+        return found
+
+    async def _charged_before(self, charge: Charge) -> str | None:
+        """The item of a charge: idempotency keys are kept for a day, and a worker may be away for longer."""
+        since = {"gte": int((charge.since - _LOOK_BACK).timestamp())}
+        async for one in self._all("/v1/invoiceitems", {"customer": charge.customer_ref, "created": since}):
+            if part(one, "metadata").get("reference") == charge.reference:
+                return ref(one)
+        return None
+
+    def _made(self, found: Mapping[str, Any]) -> str:
+        if (made := ref(found)) is None:
+            raise errors.unreadable(self.name, "an object without an id")
+        return made
 
     async def portal(self, customer_ref: str, return_url: str, *, key: str) -> str:
         found = await self._ask(

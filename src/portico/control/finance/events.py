@@ -209,6 +209,11 @@ async def invoiced(
     return [(row["currency"], [_line(line) for line in json.loads(row["lines"])]) for row in reversed(rows)]
 
 
+async def disputes(reader: Reader, subscription: Any) -> Sequence[Any]:
+    """``kind``, ``status``, ``dispute_ref`` and ``occurred_at`` of every event about a dispute of a subscription's payments."""
+    return await store.dispute_events(reader, subscription)
+
+
 async def listing(
     reader: Reader, organization: str | None, page: pages.PageRequest, filters: Mapping[str, Any]
 ) -> tuple[Sequence[dict[str, Any]], str | None]:

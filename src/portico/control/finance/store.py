@@ -375,6 +375,20 @@ async def event_lines(
     return rows
 
 
+async def dispute_events(reader: Reader, subscription: Any) -> Sequence[sa.Row[Any]]:
+    """What was told of disputes of a subscription (``organization_id``, ``provider``, ``account``, ``livemode``, ``ref``)."""
+    columns = events.c
+    query = sa.select(columns.kind, columns.status, columns.dispute_ref, columns.occurred_at).where(
+        columns.organization_id == subscription.organization_id,
+        columns.dispute_ref.is_not(None),
+        columns.provider == subscription.provider,
+        columns.account == subscription.account,
+        columns.livemode == subscription.livemode,
+        columns.subscription_ref == subscription.ref,
+    )
+    return await reader.fetch_all(query)
+
+
 async def events_listing(
     reader: Reader, organization: str | None, filters: Mapping[str, Any], limit: int, before: str | None
 ) -> Sequence[sa.Row[Any]]:

@@ -194,6 +194,10 @@ _CURRENT = """
 SELECT DISTINCT ON (id) id, version, name, position, listed, hard_cap, limits::text, features, created_at
 FROM plans ORDER BY id, version DESC
 """
+_ONE = """
+SELECT id, version, name, position, listed, hard_cap, limits::text, features, created_at FROM plans
+WHERE id = $1 AND ($2::int IS NULL OR version = $2) ORDER BY version DESC LIMIT 1
+"""
 _VERSIONS = """
 SELECT p.id, p.version, p.name, p.position, p.listed, p.hard_cap, p.limits::text, p.features, p.created_at,
        (SELECT count(*) FROM organizations o WHERE o.plan = p.id AND o.plan_version = p.version) AS organizations
@@ -222,6 +226,12 @@ def plan_in(row: Any) -> Plan:
 async def current(reader: Reader) -> list[Plan]:
     """The newest version of every plan, cheapest first."""
     return sorted(map(plan_in, await reader.raw.fetch(_CURRENT)), key=lambda plan: (plan.position, plan.id))
+
+
+async def one(reader: Reader, plan: str, version: int | None) -> Plan | None:
+    """A version of a plan, the newest if ``None``."""
+    row = await reader.raw.fetchrow(_ONE, plan, version)
+    return None if row is None else plan_in(row)
 
 
 async def versions(reader: Reader) -> list[tuple[Plan, datetime, int]]:

@@ -63,6 +63,12 @@ async def used(reader: Reader, organization: str, month: date) -> dict[str, int]
     return used_of(await usage_store.month(reader, organization, month))
 
 
+async def used_from(reader: Reader, organization: str, since: datetime, until: datetime) -> dict[str, int]:
+    """The same of the hours that begin from ``since`` on, within one month, and before ``until``."""
+    rows = await store.usage(reader, organization, None, "month", since, until)
+    return used_of(rows[0] if rows else None)
+
+
 class Standing:
     """The verbs on what relays hold of organizations. ``notify`` is called for each share of a quota that was passed."""
 
