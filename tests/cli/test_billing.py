@@ -76,6 +76,8 @@ async def test_overview_without_a_subscription(cli: Cli, api: TestApi) -> None:
     done = await cli.run("billing")
     assert done.out.splitlines()[0] == "Plan free. No subscription."
     assert "portico billing checkout PLAN" in done.err
+    serve(api, held(status="canceled"), month(plan="free"))
+    assert (await cli.run("billing")).out.startswith("Plan free. No subscription. The one for pro is canceled.\n")
 
 
 async def test_an_agent_key_sees_no_bills(cli: Cli, api: TestApi) -> None:

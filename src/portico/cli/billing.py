@@ -25,6 +25,8 @@ group = typer.Typer(
 )
 _PAGE = 100
 _PROVIDERS = ("stripe", "razorpay", "paypal")
+#: Statuses of a subscription that is over.
+_OVER = ("canceled", "completed", "expired")
 #: Why one provider does not sell what another may.
 _NOT_HERE = frozenset({"billing.provider_unconfigured", "billing.plan_not_sold"})
 
@@ -43,8 +45,12 @@ def overview(context: typer.Context, server: ServerOption = None, json: JsonOpti
         output.print_json({**held, "overage": month})
         return
     row = held["subscription"]
-    if row is None:
-        output.echo(f"Plan {output.printable(month['plan'])}. No subscription.")
+    gone = row is None or row["status"] in _OVER
+    if gone:
+        last = (
+            "" if row is None else f" The one for {output.printable(row['plan'] or 'another plan')} is {row['status']}."
+        )
+        output.echo(f"Plan {output.printable(month['plan'])}. No subscription.{last}")
     else:
         _subscription(row)
     output.echo(f"\nUse of {month['month']}")
@@ -64,7 +70,7 @@ def overview(context: typer.Context, server: ServerOption = None, json: JsonOpti
         output.echo(f"{output.printable(line['description'])}: {_money(line['amount_minor'], month['currency'])}")
     if month["lines"]:
         output.echo(f"So far beyond the plan: {_money(month['total_minor'], month['currency'])}, without tax.")
-    if row is None:
+    if gone:
         output.note("\nBuy a plan with: portico billing checkout PLAN")
 
 
@@ -74,8 +80,7 @@ def _subscription(row: dict[str, Any]) -> None:
     )
     if row["period_start"] and row["period_end"]:
         then = "then it ends" if row["cancel_at_period_end"] else "then it renews"
-        over = row["status"] in ("canceled", "completed", "expired")
-        output.echo(f"Period {row['period_start'][:10]} to {row['period_end'][:10]}{'' if over else f', {then}'}")
+        output.echo(f"Period {row['period_start'][:10]} to {row['period_end'][:10]}, {then}")
     for case in row["owing"]:
         output.echo(f"Owed {_money(case['amount_minor'], case['currency'])} ({case['state']})")
 
