@@ -65,7 +65,7 @@ async def used(reader: Reader, organization: str, month: date) -> dict[str, int]
 
 async def used_from(reader: Reader, organization: str, since: datetime, until: datetime) -> dict[str, int]:
     """The same of the hours that begin from ``since`` on, within one month, and before ``until``."""
-    rows = await store.usage(reader, organization, None, "month", since, until)
+    rows = await usage_store.usage(reader, organization, None, "month", since, until)
     return used_of(rows[0] if rows else None)
 
 
