@@ -130,6 +130,9 @@ async def test_the_board_shows_what_there_is_and_moves_time(shop: Up) -> None:
         assert "sub_1" in await page.text("table") and "invoice.paid" in await page.text("h2 ~ .scroll:last-child")
         await page.press("One day on")
         assert await page.text(".now") > before and page.errors == []
+        await page.open(buyer.simulators["stripe"], width=380, height=800)
+        wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert await page.js(wide) == 0, "tables scroll, the page does not"
     await buyer.http.aclose()
 
 

@@ -18,7 +18,8 @@ _STYLE: Final = """
 @media (prefers-color-scheme: dark) { :root { --back: #101216; --card: #1a1d23; --text: #eceef2; --soft: #a3aab8;
   --line: #333842; --warn-back: #3a2d0c; --warn: #ffd98a; --bad-back: #431a1a; --bad: #ffb4b4 } }
 * { box-sizing: border-box }
-body { margin: 0; min-height: 100vh; display: grid; place-items: center; padding: 24px 16px; background: var(--back);
+body { margin: 0; min-height: 100vh; display: grid; grid-template-columns: minmax(0, 1fr); place-items: center;
+  padding: 24px 16px; background: var(--back);
   color: var(--text); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
 main { width: 100%; max-width: 440px; background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 28px }
 .sim { margin: 0 0 20px; padding: 8px 12px; border-radius: 8px; background: var(--warn-back); color: var(--warn);
