@@ -105,7 +105,7 @@ async def test_objects_are_known_by_their_ids(stripe: Provider, ref: str, kind: 
         ("refund.created", shapes.refund(), {"charge"}),
         ("charge.refunded", shapes.charge("new"), {"charge", "refunds"}),
         ("charge.refunded", shapes.charge("old"), {"charge"}),
-        ("charge.dispute.created", shapes.dispute(), {"charge"}),
+        ("charge.dispute.created", shapes.dispute(), {"charge", "dispute"}),
         ("payout.paid", shapes.payout(), set()),
     ],
 )
