@@ -16,15 +16,18 @@ from typing import Any, Final
 from portico.control.domains import acme_schedule, acme_store, lifecycle
 from portico.control.domains.acme_accounts import Accounts
 from portico.control.domains.acme_client import Client, Window
-from portico.control.domains.acme_errors import AcmeError
+from portico.control.domains.acme_errors import BUSY, UNREACHABLE, AcmeError
 from portico.control.domains.lifecycle import NewEvent
 from portico.kit.db import Database, Tx
 from portico.settings import ApiSettings
 
 log = logging.getLogger(__name__)
 
-#: Questions on their way to one CA at once.
+#: Questions on their way to one CA at once, each over a connection that is kept.
 _AT_ONCE: Final = 8
+#: Seconds until a CA is asked again that could not answer, and did not say when it can.
+_AFTER_TROUBLE: Final = 3600.0
+_PASSING: Final = (UNREACHABLE, BUSY, "server_internal")
 #: Seconds between two questions at least and at most, whatever a CA asks for (RFC 9773, 4.3.2 leaves it to us to bound them).
 _SHORTEST: Final = 60.0
 _LONGEST: Final = 86_400.0
@@ -61,17 +64,28 @@ async def _ask(db: Database, settings: ApiSettings, accounts: Accounts, director
         wait = await acme_store.paused(reader, directory)
     if wait > 0:
         return  # it is asked again a quarter of an hour later
-    places = asyncio.Semaphore(_AT_ONCE)
+    left, found = iter(rows), list[Found]()
+    busy: list[AcmeError] = []
 
-    async def one(client: Client, row: Any) -> Found:
-        async with places:
+    async def some(client: Client) -> None:
+        for row in left:
             try:
-                return row, await client.window(row["certificate"]), None
+                found.append((row, await client.window(row["certificate"]), None))
             except AcmeError as err:
-                return row, None, err
+                found.append((row, None, err))
+                if err.status in (429, 503):
+                    busy.append(err)
+            if busy:
+                return
 
     async with accounts.anonymous(directory) as client:
-        found = await asyncio.gather(*(one(client, row) for row in rows))
+        try:
+            await client.directory()  # once, for all of them
+        except AcmeError as err:
+            busy.append(err)
+        else:
+            await asyncio.gather(*(some(client) for _ in range(_AT_ONCE)))
+    found += [(row, None, busy[0]) for row in left]  # a CA that cannot answer now is asked nothing more
     failed = [err for _, _, err in found if err is not None]
     if failed:
         log.warning(
@@ -87,7 +101,9 @@ async def _ask(db: Database, settings: ApiSettings, accounts: Accounts, director
 
 def _pause(settings: ApiSettings, window: Window | None, err: AcmeError | None) -> float:
     """Seconds until the next question: what the CA asks for, within bounds; never longer than ours after an answer."""
-    wanted = window.wait if window is not None else err.retry_after if err is not None else None
+    wanted = window.wait if window is not None else None
+    if err is not None:
+        wanted = err.retry_after or (_AFTER_TROUBLE if err.code in _PASSING else None)
     seconds = min(max(_SHORTEST, wanted), _LONGEST) if wanted else settings.acme_ari_seconds
     return acme_schedule.spread(min(seconds, settings.acme_ari_seconds) if window is not None else seconds)
 

@@ -1,14 +1,13 @@
 """Speaks ACME (RFC 8555) with one certificate authority, as one account. No database, no clock of its own.
 
 The `acme` package's own client blocks a thread for each request, follows what servers name wherever it leads, and reads answers
-of any size. So its signatures (``acme.jws`` over josepy) are used, and the transport is ours: httpx on the loop, bounded in
-time and size, one retry loop for nonces. Every call is one step of an order: it is made once, and whoever calls decides about
+of any size. So its signatures (``acme.jws`` over josepy) are used, and the transport is ours: ``kit/kept.py``, bounded in time
+and size, with one retry loop for nonces. Every call is one step of an order: it is made once, and whoever calls decides about
 another attempt. Raises :class:`AcmeError` alone.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import ssl
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,6 @@ from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import urljoin, urlsplit
 
-import httpx
 from acme import jws, messages
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -27,6 +25,7 @@ from josepy.jwa import ES256
 from josepy.jwk import JWKEC
 
 from portico.control.domains.acme_errors import UNREACHABLE, UNREADABLE, AcmeError, of_problem, retry_after
+from portico.kit import kept
 
 _JOSE: Final = "application/jose+json"
 _USER_AGENT: Final = "portico (ACME; RFC 8555)"
@@ -49,10 +48,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back: JSON as parsed, or text. ``retry_after`` in seconds."""
+    """What came back; names of headers are lower-case. ``retry_after`` in seconds."""
 
     status: int
-    headers: httpx.Headers
+    headers: Mapping[str, str]
     body: bytes
     retry_after: float | None
 
@@ -153,17 +152,15 @@ class Client:
         self._key = JWKEC(key=key)
         self._session = _Session()
         self._plain = urlsplit(directory).scheme == "http"
-        self._http = httpx.AsyncClient(
-            verify=context or ssl.create_default_context(),
-            timeout=httpx.Timeout(self.limits.timeout_seconds),
-            headers={"User-Agent": _USER_AGENT, "Accept-Encoding": "identity"},
-            follow_redirects=False,
-            trust_env=False,
+        self._http = kept.Client(
+            context or ssl.create_default_context(),
+            kept.Limits(self.limits.timeout_seconds, self.limits.answer_max_bytes),
+            {"User-Agent": _USER_AGENT},
         )
 
     async def close(self) -> None:
         """Close its connections."""
-        await self._http.aclose()
+        await self._http.close()
 
     # -- what is there
 
@@ -196,7 +193,7 @@ class Client:
         if binding is not None:
             payload["externalAccountBinding"] = self._binding(directory, binding)
         answer = await self._post(directory.urls["newAccount"], payload, anonymous=True)
-        self.account = self._url(answer.headers.get("Location"))
+        self.account = self._url(answer.headers.get("location"))
         orders = answer.document().get("orders")
         return self.account, self._url(orders) if isinstance(orders, str) else None
 
@@ -218,7 +215,7 @@ class Client:
         if replaces is not None:
             payload["replaces"] = replaces
         answer = await self._post((await self.directory()).urls["newOrder"], payload)
-        return self._order(self._url(answer.headers.get("Location")), answer)
+        return self._order(self._url(answer.headers.get("location")), answer)
 
     async def order(self, url: str) -> Order:
         """An order as it is now."""
@@ -318,33 +315,20 @@ class Client:
         self, method: str, url: str, body: bytes = b"", headers: Mapping[str, str] | None = None
     ) -> Answer:
         where = self._url(url)
-        most = self.limits.answer_max_bytes
         try:
-            # Of the whole exchange: httpx counts from one byte to the next, and a byte now and then has no end.
-            async with asyncio.timeout(self.limits.timeout_seconds):
-                request = self._http.build_request(method, where, content=body or None, headers=dict(headers or {}))
-                response = await self._http.send(request, stream=True)
-                try:
-                    read = bytearray()
-                    async for chunk in response.aiter_raw():
-                        read += chunk
-                        if len(read) > most:
-                            raise AcmeError(
-                                UNREADABLE, f"the CA's answer has more than {most} bytes (acme_answer_max_bytes)"
-                            )
-                finally:
-                    await response.aclose()
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ssl.SSLError) as err:
-            why = str(err) or type(err).__name__
+            got = await self._http.request(method, where, body, headers)
+        except kept.TooLong:
+            most = self.limits.answer_max_bytes
+            detail = f"the CA's answer has more than {most} bytes (acme_answer_max_bytes)"
+            raise AcmeError(UNREADABLE, detail) from None
+        except OSError as err:
+            why = "no whole answer in time" if isinstance(err, TimeoutError) else str(err) or type(err).__name__
             raise AcmeError(UNREACHABLE, f"{urlsplit(where).hostname} cannot be asked: {why}"[:300]) from None
-        if (nonce := response.headers.get("Replay-Nonce")) is not None and len(nonce) < 256:
+        if (nonce := got.headers.get("replay-nonce")) is not None and len(nonce) < 256:
             self._session.nonces = [*self._session.nonces[-_NONCES:], nonce]
-        answer = Answer(
-            response.status_code,
-            response.headers,
-            bytes(read),
-            retry_after(response.headers.get("Retry-After"), datetime.now(UTC)),
-        )
+        asked = got.headers.get("retry-after")
+        wait = retry_after(asked, datetime.now(UTC)) if asked is not None else None
+        answer = Answer(got.status, got.headers, got.body, wait)
         if not 200 <= answer.status < 300:
             raise _refusal(answer)
         return answer
@@ -359,11 +343,12 @@ class Client:
         return found
 
     def _next(self, answer: Answer) -> str | None:
-        link = answer.headers.get("Link")
-        if link is None:
-            return None
-        found = httpx.Response(200, headers={"Link": link}).links.get("next")
-        return self._url(found["url"]) if found is not None and "url" in found else None
+        for link in answer.headers.get("link", "").split(","):
+            where, _, facts = link.partition(">")
+            relations = {fact.strip().lower().replace('"', "") for fact in facts.split(";")}
+            if where.strip().startswith("<") and "rel=next" in relations:
+                return self._url(where.strip()[1:])
+        return None
 
     # -- reading
 
@@ -453,12 +438,13 @@ def _directory(found: Mapping[str, Any]) -> Directory:
 
 def _window(answer: Answer) -> Window:
     """Raises ``ca_unreadable`` for what is none: a start that is not before its end is none (RFC 9773, 4.2)."""
-    found = answer.document().get("suggestedWindow")
+    document = answer.document()
+    found = document.get("suggestedWindow")
     found = found if isinstance(found, dict) else {}
     start, end = _moment(found.get("start")), _moment(found.get("end"))
     if start is None or end is None or end <= start:
         raise AcmeError(UNREADABLE, "the CA's renewal window is none", retry_after=answer.retry_after)
-    explanation = answer.document().get("explanationURL")
+    explanation = document.get("explanationURL")
     shown = explanation if isinstance(explanation, str) and explanation.startswith("https://") else None
     return Window(start, end, shown[:_URL_CHARS] if shown else None, answer.retry_after)
 
