@@ -34,6 +34,8 @@ class DomainSettings:
     dns_concurrency: int = 128
     # Seconds between two looks at the DNS of a domain with which everything is right.
     domain_recheck_seconds: float = 21_600.0
+    # Seconds to the next look at a domain about which resolvers did not answer, or do not agree yet; doubled each time.
+    domain_unsure_seconds: float = 5.0
     # Seconds within which a second `verify` of a domain gets the answer of the first.
     domain_verify_pause_seconds: float = 5.0
     # Days of failing looks after which a domain is given up: a claim is looked at no longer, a domain in use has `moved`.
@@ -87,6 +89,8 @@ class DomainSettings:
     acme_challenge_seconds: float = 3600.0
     # Seconds of one look, before an order, whether a challenge can be reached.
     acme_reach_seconds: float = 10.0
+    # Pauses in seconds before such a look is made again, which found something wrong, until that counts.
+    acme_reach_again_seconds: tuple[float, ...] = (1, 5)
     # Certificates that are being ordered at once, by all workers; organizations take turns.
     acme_open_orders: int = 200
     # Names of one look for what is due.
@@ -109,6 +113,8 @@ class DomainSettings:
     acme_retry_pause_seconds: float = 60.0
     # Failures of a CA in a row after which the next one is asked.
     acme_fallback_after: int = 2
+    # Seconds for which an order waits for a CA that wants to be left alone (Retry-After), when there is another one to ask.
+    acme_wait_seconds: float = 900.0
     # Orders of an account that a CA allows in 3 hours: a bucket that fills evenly, as the next three; all are Let's Encrypt's.
     acme_budget_orders: int = 300
     # Certificates of a registered domain that a CA allows in 7 days.

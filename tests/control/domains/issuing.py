@@ -216,7 +216,8 @@ async def desk(db: Database, ca: Pebble, made: Relay, folder: Path, **settings: 
         database_url=Secret(db.url), master_key=Secret(_MASTER_KEY), acme_agree_terms=True, acme_directory=ca.directory,
         acme_ca_file=ca.trust, acme_http_port=port(made, 1), acme_tls_port=port(made, 2), dns_resolvers=(ca.dns,),
         outbound_allow=("127.0.0.0/8",), acme_poll_seconds=0.05, acme_poll_max_seconds=0.2, acme_nonce_retries=40,
-        acme_relays_seconds=5.0, dns_timeout_seconds=10.0, acme_profiles=("127.0.0.1=default",), **settings,
+        acme_relays_seconds=5.0, dns_timeout_seconds=10.0, acme_profiles=("127.0.0.1=default",),
+        acme_reach_again_seconds=(0.1, 0.1), **settings,
     )  # fmt: skip
     worker = WorkerSettings(database_url=Secret(db.url), certificate_key_file=path)
     edge = Edge(db, made)

@@ -179,6 +179,33 @@ class TestRefused:
         assert schedule["failures"] == 1 and schedule["next_at"] > order["created_at"]
         assert await at.sweep() == 0
 
+    async def test_a_look_that_fails_once_costs_no_order(self, at: Desk) -> None:
+        domain = await at.domain()
+        asked: list[str] = []
+
+        async def at_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            asked.append("once")
+            at.ca.say("clear-a", host=domain["name"])
+            at.ca.say("add-a", host=domain["name"], addresses=["127.0.0.1"])
+            await _nobody(reader, writer)
+
+        with contextlib.closing(await asyncio.start_server(at_first, "127.0.0.3", at.control.acme_http_port)):
+            at.ca.say("add-a", host=domain["name"], addresses=["127.0.0.3"])
+            await at.issue(acme_challenges=("http-01",))
+        assert [order["state"] for order in await at.orders(domain)] == ["issued"] and asked
+
+    async def test_a_name_that_does_not_lead_here_yet_is_not_ordered_in_vain(self, at: Desk) -> None:
+        """Only DNS-01 could prove it: where the name delegates, or its zone is written here."""
+        await at.domain(hostname_status="verified")
+        assert await at.sweep() == 0
+        assert await at.sweep(acme_dns="exec", acme_challenges=("http-01", "tls-alpn-01")) == 0
+        assert await at.sweep(acme_dns="exec", acme_dns_zones=("xample.com",)) == 0
+        assert await at.sweep(acme_dns="exec", acme_dns_zones=("Example.com.",)) == 1
+        await at.domain(hostname_status="verified", dns_findings='{"delegation": {"state": "missing"}}')
+        assert await at.sweep(acme_dns="exec") == 0
+        await at.sql("""UPDATE custom_domains SET dns_findings = '{"delegation": {"state": "ok"}}'""")
+        assert await at.sweep(acme_dns="exec") == 1
+
     async def test_an_address_that_nobody_but_us_can_reach_is_not_called(self, at: Desk) -> None:
         domain = await at.domain()
         at.ca.say("add-a", host=domain["name"], addresses=["10.255.255.1", "127.0.0.1"])

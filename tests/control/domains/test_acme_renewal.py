@@ -60,10 +60,11 @@ class TestSuggestions:
         assert (order["state"], order["replaces"]) == ("issued", schedule["certificate"])
         assert {row["bucket"] for row in before} == {"orders", "domain", "names"}
         assert await rows(at.db, "SELECT * FROM acme_budget") == before
-        events = await at.events(domain)
-        assert events[4:] == [
-            "renewal.ari_window_changed", "renewal.started", "validation.started", "validation.succeeded",
-            "renewal.succeeded",
+        events = (await at.events(domain))[4:]
+        proved = [event for event in events if event.startswith("validation.")]
+        assert proved in (["validation.started", "validation.succeeded"], []), "Pebble may take the proof of before"
+        assert [event for event in events if event not in proved] == [
+            "renewal.ari_window_changed", "renewal.started", "renewal.succeeded",
         ]  # fmt: skip
         # What was replaced already is ordered like anything else, at its price.
         await at.sql(

@@ -101,6 +101,96 @@ async def test_a_limit_of_the_ca_ends_the_order_and_its_time_is_kept(at: Desk) -
         assert await at.sweep(**settings) == 0
 
 
+async def test_a_long_wait_for_one_ca_is_spent_at_another(at: Desk) -> None:
+    """Whether the order was placed or not, and whoever finds out; names that come later begin there."""
+    busy = True
+
+    def script(method: str, path: str) -> bytes | None:
+        return answer(503, "", "Retry-After: 7200") if busy and "authZ" in path else None
+
+    async with behind(at, script) as (proxy, url):
+        settings: dict[str, Any] = {"acme_directory": f"{url}/dir", "acme_fallback_directories": (at.ca.directory,)}
+        domains = [await at.domain(), await at.domain()]
+        await at.issue(**settings)
+        for domain in domains:
+            (order,) = await at.orders(domain)
+            assert (order["state"], order["error_code"], order["directory"]) == ("failed", "ca_paused", f"{url}/dir")
+            assert set(await at.events(domain)) <= {"issuance.requested"}, "nobody is told of a failure"
+            schedule = await at.schedule(domain)
+            assert (schedule["failures"], schedule["ca"]) == (0, 0) and schedule["next_at"] <= datetime.now(UTC)
+        domains.append(await at.domain())
+        asked = proxy.asked
+        assert await at.sweep(**settings) == 3
+        await at.run(**settings)
+        for domain in domains:
+            order = (await at.orders(domain))[-1]
+            assert (order["state"], order["directory"]) == ("issued", at.ca.directory)
+        assert proxy.asked == asked, "the other one was left alone"
+        # It is asked again when its time is over; until then nobody does, not even by hand.
+        busy = False
+        await at.sql("UPDATE acme_accounts SET paused_until = now()")
+        order = await at.again(domains[0], **settings)
+        assert (order["state"], order["directory"]) == ("issued", f"{url}/dir")
+
+
+async def test_a_short_wait_is_waited_for_and_so_is_any_without_another_ca(at: Desk) -> None:
+    for fallback, seconds in (((at.ca.directory,), 600), ((), 7200)):
+
+        def script(method: str, path: str, seconds: int = seconds) -> bytes:
+            return answer(503, "", f"Retry-After: {seconds}")
+
+        async with behind(at, script) as (_, url):
+            control = dataclasses.replace(
+                at.control, acme_directory=f"{url}/dir", acme_fallback_directories=fallback, acme_wait_seconds=900.0
+            )
+            domain = await at.domain()
+            await at.sweep(acme_directory=control.acme_directory, acme_fallback_directories=fallback)
+            with pytest.raises(Retry) as refused:
+                await acme_orders.run(at.parts(control), await at.claim())
+            assert refused.value.seconds >= seconds
+            (order,) = await at.orders(domain)
+            assert order["state"] == "new"
+            await at.sql("DELETE FROM custom_domains")
+
+
+async def test_both_want_to_be_left_alone_and_both_are(at: Desk) -> None:
+    async with behind(at, lambda method, path: answer(503, "", "Retry-After: 7200")) as (proxy, url):
+        other = f"{url.replace('127.0.0.1', 'localhost')}/dir"
+        control = dataclasses.replace(at.control, acme_directory=f"{url}/dir", acme_fallback_directories=(other,))
+        settings: dict[str, Any] = {"acme_directory": f"{url}/dir", "acme_fallback_directories": (other,)}
+        domain = await at.domain()
+        await at.sweep(**settings)
+        await acme_orders.run(at.parts(control), await at.claim())
+        assert await at.sweep(**settings) == 1
+        with pytest.raises(Retry):
+            await acme_orders.run(at.parts(control), await at.claim())
+        assert proxy.asked == 2
+        assert [order["error_code"] for order in await at.orders(domain)] == ["ca_paused", None]
+
+
+async def test_a_long_limit_of_one_name_is_answered_elsewhere_and_holds_nobody_else(at: Desk) -> None:
+    limited: list[str] = []
+
+    def script(method: str, path: str) -> bytes | None:
+        if "order-plz" not in path or limited:
+            return None
+        limited.append(path)
+        return answer(429, LIMITED, "Retry-After: 7200")
+
+    async with behind(at, script) as (_, url):
+        settings: dict[str, Any] = {"acme_directory": f"{url}/dir", "acme_fallback_directories": (at.ca.directory,)}
+        domain = await at.domain()
+        await at.issue(**settings)
+        assert (await at.orders(domain))[0]["error_code"] == "rate_limited"
+        assert await at.schedule(domain) is not None and (await at.schedule(domain))["ca"] == 1
+        other = await at.domain()
+        await at.issue(**settings)
+        (order,) = await at.orders(other)
+        assert (order["state"], order["directory"]) == ("issued", f"{url}/dir")
+        order = await at.again(domain, **settings)
+        assert (order["state"], order["directory"]) == ("issued", at.ca.directory)
+
+
 async def test_an_account_that_the_ca_forgot_is_made_again(at: Desk) -> None:
     gone = json.dumps({"type": "urn:ietf:params:acme:error:accountDoesNotExist", "detail": "who?"})
     before: list[int] = []  # what had reached the CA when it had forgotten the account

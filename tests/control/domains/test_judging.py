@@ -91,6 +91,20 @@ class TestStates:
         assert (found["failing_since"], found["check_attempts"]) == (None, 0)
         assert found["next_check_at"] == NOW + timedelta(seconds=SETTINGS.domain_recheck_seconds)
 
+    def test_a_look_that_learned_nothing_is_made_again_soon(self) -> None:
+        """Resolvers that were silent for a moment delay a name by seconds; where they stay so, the ladder is what it was."""
+        waits = []
+        attempts = 0
+        for _ in range(8):
+            found = (
+                after("pending", "yes", "unknown")
+                if not waits
+                else after("verified", "yes", "unknown", check_attempts=attempts)
+            )
+            waits.append((found["next_check_at"] - NOW).total_seconds())
+            attempts = found["check_attempts"]
+        assert waits == [5, 10, 20, 40, *(judging.pause(attempts) for attempts in (4, 5, 6, 7))]
+
     def test_a_claim_that_nobody_proves_is_looked_at_for_a_week(self) -> None:
         first = after("pending", "no", "no")
         assert first["failing_since"] == NOW

@@ -90,6 +90,38 @@ class TestItsOwner:
         assert set(states(seen).values()) == {"ok"}
         assert all(record["fix"] is None for record in seen["records"])
 
+    async def test_a_name_that_leads_here_now_waits_for_no_pause_of_when_it_did_not(
+        self, app: Any, owner: Account, three: Three
+    ) -> None:
+        """Its last order ended before an authority was asked; another reason to wait stays one."""
+
+        async def waits(code: str) -> bool:
+            async with app.state.db.transaction() as tx:
+                await tx.raw.execute(
+                    "INSERT INTO certificate_schedules (domain_id, organization_id) SELECT id, organization_id"
+                    " FROM custom_domains WHERE id = $1 ON CONFLICT DO NOTHING",
+                    made["id"],
+                )
+                await tx.raw.execute(
+                    "UPDATE certificate_schedules SET next_at = now() + interval '1 hour', error_code = $2 WHERE domain_id = $1",
+                    made["id"], code,
+                )  # fmt: skip
+            await verify(owner, made)
+            async with app.state.db.read() as reader:
+                query = "SELECT next_at > now() FROM certificate_schedules WHERE domain_id = $1"
+                return bool(await reader.raw.fetchval(query, made["id"]))
+
+        made = await add(owner, fresh())
+        publish(three, made, "ownership")
+        assert await waits("not_delegated")
+        publish(three, made, "delegation")
+        assert not await waits("not_delegated")
+        assert await waits("not_reached"), "nothing has changed since"
+        publish(three, made, "routing")
+        assert not await waits("not_reached")
+        await set_status(app, made["id"], "verified")
+        assert await waits("rate_limited")
+
     async def test_an_apex_by_addresses_and_a_wildcard(self, owner: Account, three: Three) -> None:
         base = fresh("")
         apex, wild = await add(owner, base), await add(owner, f"*.{base}")

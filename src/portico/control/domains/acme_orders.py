@@ -116,6 +116,8 @@ class _Run:
         }
         while await self._load():
             await self._heed()
+            if self._work.finished:
+                return
             try:
                 await steps[self._row.state]()
             except AcmeError as err:
@@ -142,11 +144,28 @@ class _Run:
         return True
 
     async def _heed(self) -> None:
-        """A CA that wants to be left alone is, by every order."""
-        async with self._parts.db.read() as reader:
-            seconds = await acme_store.paused(reader, self._row.directory)
-        if seconds > 0:
+        """A CA that wants to be left alone is, by every order: it waits, or ends for one elsewhere when that takes long."""
+        seconds = await self._left_alone()
+        if seconds > 0 and not self._work.finished:
             raise Retry(seconds, f"{self._row.directory} wants to be left alone for {seconds:.0f} s")
+
+    async def _left_alone(self) -> float:
+        """Seconds for which the CA is to be left alone; the order is over when that is long, and another CA can be asked."""
+        async with self._parts.db.read() as reader:
+            pauses = await acme_store.pauses(reader)
+        seconds = pauses.get(self._row.directory, 0.0)
+        if seconds > 0 and self._elsewhere(pauses):
+            why = f"{self._row.directory} wants to be left alone for {seconds:.0f} s, and another authority is asked"
+            await self._fail(AcmeError(acme_schedule.PAUSED, why))
+        return seconds
+
+    def _elsewhere(self, pauses: Mapping[str, float]) -> bool:
+        """Whether another CA is to be asked than that of this order, which is left alone for long."""
+        row, cas = self._row, self._parts.cas
+        if not cas:
+            return False
+        found = acme_schedule.place(self._settings, cas, row.ca, pauses, staging_first=row.staging)
+        return found.directory != row.directory and pauses.get(row.directory, 0.0) > self._settings.acme_wait_seconds
 
     # -- before the CA is asked
 
@@ -202,10 +221,18 @@ class _Run:
             raise _Failed(AcmeError(CAA_FORBIDS, detail))
 
     async def _probe(self) -> None:
-        """Ask for our own token as a CA would, at every address of the name."""
+        """Ask for our own token as a CA would, at every address of the name. One look that finds something wrong decides nothing:
+        the name led here a moment ago, and what ails may be a resolver, or this machine."""
         await self._everywhere()
         (row,) = await self._told()
-        await self._parts.preflight.reached(row["type"], row["host"], row["token"], row["key_authorization"])
+        for pause in (*self._settings.acme_reach_again_seconds, None):
+            try:
+                await self._parts.preflight.reached(row["type"], row["host"], row["token"], row["key_authorization"])
+                break
+            except AcmeError:
+                if pause is None:
+                    raise
+            await asyncio.sleep(pause)
         await self._spend(self._row.challenge)
 
     async def _told(self) -> Sequence[Any]:
@@ -527,21 +554,26 @@ class _Run:
 
     async def _trouble(self, err: AcmeError) -> None:
         """Give the order back, or end it."""
-        row = self._row
-        if err.retry_after and err.status in (429, 503):
+        row, wait = self._row, err.retry_after or 0.0
+        # A limit (`rate_limited`) is one of this name as likely as of the account: it holds nobody else's order.
+        if wait and err.status in (429, 503) and err.code != "rate_limited":
             async with self._work.step() as tx:
-                await acme_store.pause(tx, row.directory, err.retry_after)
+                await acme_store.pause(tx, row.directory, wait)
+            await self._left_alone()
+            if self._work.finished:
+                return
         if err.code == "account_unknown":
             async with self._parts.db.transaction() as tx:
                 await acme_store.forget_account(tx, row.directory)
         patient = err.transient or err.code in ("relays_behind", "account_unknown", "dns_provider")
-        patient = patient or (
+        if (
             err.code == "rate_limited" and row.order_url is not None
-        )  # what is placed is worth waiting for
+        ):  # what is placed is worth waiting for, but not for long
+            patient = not self._elsewhere({row.directory: wait})
         if not patient or self._work.attempt >= self._work.limits.max_attempts:
             await self._fail(err)
             return
-        raise Retry(max(err.retry_after or 0.0, self._work.limits.pause(self._work.attempt)), str(err)[:300])
+        raise Retry(max(wait, self._work.limits.pause(self._work.attempt)), str(err)[:300])
 
     async def _fail(self, err: AcmeError, *, validated: bool = False) -> None:
         """The end of this order; when there is another one is the schedule's to say."""
@@ -554,8 +586,9 @@ class _Run:
                 await acme_budget.note(tx, row.directory, claim)
             retry_at = await acme_schedule.failed(tx, self._settings, self._parts.cas, row, err)
             await acme_store.end(tx, row.id, "failed", error_code=err.code, error_detail=err.detail)
-            kind, action = _as_event(row, err, validated=validated)
-            await self._tell(tx, kind, action, error_code=err.code, error_detail=err.detail, retry_at=retry_at)
+            if err.code != acme_schedule.PAUSED:  # another CA is asked at once: nothing has happened to the domain
+                kind, action = _as_event(row, err, validated=validated)
+                await self._tell(tx, kind, action, error_code=err.code, error_detail=err.detail, retry_at=retry_at)
         facts = {"domain": row.domain_id, "name": row.name, "ca": row.directory, "code": err.code, "why": err.detail}
         log.warning("no certificate", extra={"f": facts})
 

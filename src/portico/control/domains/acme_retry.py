@@ -7,6 +7,7 @@ is refused here, with the time after which it would not be.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -42,7 +43,7 @@ async def retry(tx: Tx, settings: ApiSettings, rules: NameRules, caller: Caller,
     await acme_schedule.ensure(tx, domain)
     row = await acme_store.schedule(tx, domain.id, lock=True)
     assert row is not None
-    await _within_limits(tx, settings, rules, cas[row.ca if row.ca < len(cas) else 0], domain, row)
+    await _within_limits(tx, settings, rules, cas, domain, row)
     now = datetime.now(UTC)
     await acme_store.set_schedule(tx, domain.id, next_at=now, forced=True)
     await audit.record(tx, caller, "certificate.retry", domain.id, details={"name": domain.name})
@@ -51,16 +52,17 @@ async def retry(tx: Tx, settings: ApiSettings, rules: NameRules, caller: Caller,
 
 
 async def _within_limits(
-    tx: Tx, settings: ApiSettings, rules: NameRules, ca: acme_cas.Ca, domain: Any, row: Any
+    tx: Tx, settings: ApiSettings, rules: NameRules, cas: Sequence[acme_cas.Ca], domain: Any, row: Any
 ) -> None:
-    staging = bool(row.staging_first and ca.staging)
-    directory = ca.staging if staging and ca.staging else ca.directory
+    pauses = await acme_store.pauses(tx)
+    at = acme_schedule.place(settings, cas, row.ca, pauses, staging_first=row.staging_first)
+    directory, staging = at.directory, at.staging
     claims = acme_budget.of_order(settings, [domain.name], rules.known(domain.name).registrable, staging=staging)
     claims.append(acme_budget.of_failure(settings, domain.name, staging=staging))
     seconds = await acme_budget.wait(tx, directory, claims)
     if seconds > 0:
         raise _throttled(seconds, "the authority's limits would be exceeded")
-    if (seconds := await acme_store.paused(tx, directory)) > 0:
+    if (seconds := pauses.get(directory, 0.0)) > 0:
         raise _throttled(seconds, "the authority wants to be left alone")
     if row.ordered_at is not None:
         seconds = settings.acme_retry_pause_seconds - (datetime.now(UTC) - row.ordered_at).total_seconds()

@@ -7,20 +7,23 @@ finds what is due and no more than that. The sweep turns due moments into orders
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
+import sqlalchemy as sa
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from portico.control import changes
 from portico.control.domains import acme_store, lifecycle
-from portico.control.domains.acme_cas import Ca
+from portico.control.domains.acme_cas import DNS, Ca
 from portico.control.domains.acme_client import Window, certificate_id
 from portico.control.domains.acme_errors import OF_THE_CA, AcmeError
 from portico.control.domains.acme_preflight import UNREADY
 from portico.control.domains.lifecycle import NewEvent
+from portico.control.domains.store import custom_domains
 from portico.kit import queue
 from portico.kit.db import Database, Tx
 from portico.kit.ids import new_id
@@ -39,6 +42,39 @@ _ABANDONED: Final = AcmeError("abandoned", "every attempt at the order ended wit
 def spread(seconds: float) -> float:
     """About so many seconds."""
     return seconds * random.uniform(1 - _SPREAD, 1 + _SPREAD)  # noqa: S311 - jitter, no secret
+
+
+# -- with whom -----------------------------------------------------------------------------------------------------------
+
+#: A CA wants to be left alone for longer than is waited for, and another one may be asked.
+PAUSED: Final = "ca_paused"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a certificate is ordered: the position of a CA among those of the settings, and the directory that is asked."""
+
+    position: int
+    directory: str
+    staging: bool
+
+
+def place(
+    settings: ApiSettings, cas: Sequence[Ca], wanted: int, pauses: Mapping[str, float], *, staging_first: bool
+) -> Place:
+    """Who is asked: the wanted CA, or the next one in turn that is not to be left alone for long (`acme_wait_seconds`); when all
+    of them are, the wanted one."""
+    first = wanted if wanted < len(cas) else 0
+    places = [_place(cas, (first + step) % len(cas), staging_first) for step in range(len(cas))]
+    soon = (each for each in places if pauses.get(each.directory, 0.0) <= settings.acme_wait_seconds)
+    return next(soon, places[0])
+
+
+def _place(cas: Sequence[Ca], position: int, staging_first: bool) -> Place:
+    ca = cas[position]
+    if staging_first and ca.staging:
+        return Place(position, ca.staging, staging=True)
+    return Place(position, ca.directory, staging=False)
 
 
 # -- what follows from orders --------------------------------------------------------------------------------------------
@@ -86,6 +122,11 @@ async def ensure(tx: Tx, domain: Any) -> None:
     )  # fmt: skip
 
 
+async def ready(tx: Tx, domain_id: str) -> None:
+    """The name leads here, or delegates, since now: it need not wait for the pause of when it did not."""
+    await acme_store.hasten(tx, domain_id, tuple(UNREADY))
+
+
 async def rehearsed(tx: Tx, order: Any) -> None:
     """A staging issued: now in earnest."""
     await acme_store.set_schedule(tx, order.domain_id, next_at=datetime.now(UTC), staging_first=False)
@@ -100,21 +141,31 @@ async def failed(tx: Tx, settings: ApiSettings, cas: Sequence[Ca], order: Any, e
     """An order ended without a certificate; when there may be another one, and with whom."""
     row = await acme_store.schedule(tx, order.domain_id, lock=True)
     now = datetime.now(UTC)
+    values: dict[str, Any]
     if row is None:
         return now
     if err.code == "budget_spent":
         at = now + timedelta(seconds=max(_SHORTEST, err.retry_after or 0.0) * random.uniform(1, 1 + _SPREAD))  # noqa: S311
         await acme_store.set_schedule(tx, order.domain_id, next_at=at, error_code=err.code)
         return at
+    if (
+        err.code == PAUSED
+    ):  # nobody failed: it goes on at once, with whom `place` finds, also where a person has asked for it
+        held = sa.select(custom_domains.c.cert_held_at.is_not(None)).where(custom_domains.c.id == order.domain_id)
+        values = {"next_at": now, "error_code": err.code, "forced": held.scalar_subquery()}
+        await acme_store.set_schedule(tx, order.domain_id, **values)
+        return now
     unready = err.code in UNREADY
     ladder = settings.acme_unready_seconds if unready else settings.acme_retry_seconds
     seconds = spread(ladder[min(row.failures, len(ladder) - 1)])
     if row.not_after is not None:  # what is about to end is tried more often
         seconds = min(seconds, max(_SHORTEST, (row.not_after - now).total_seconds() / 8))
-    values: dict[str, Any] = {"failures": row.failures + 1, "error_code": err.code}
+    values = {"failures": row.failures + 1, "error_code": err.code}
     of_ca = err.code in OF_THE_CA or err.code == "caa_forbids"
     values["ca_failures"] = row.ca_failures + 1 if of_ca else 0
-    enough = 1 if err.code in ("caa_forbids", "rejected_identifier") else settings.acme_fallback_after
+    for_long = err.code == "rate_limited" and (err.retry_after or 0.0) > settings.acme_wait_seconds
+    once = for_long or err.code in ("caa_forbids", "rejected_identifier")
+    enough = 1 if once else settings.acme_fallback_after
     if of_ca and len(cas) > 1 and values["ca_failures"] >= enough:
         values |= {"ca": (order.ca + 1) % len(cas), "ca_failures": 0, "staging_first": False}
         seconds = spread(_SHORTEST) if values["ca"] else seconds
@@ -149,10 +200,10 @@ UPDATE certificate_schedules AS s SET next_at = now() FROM custom_domains AS d
 WHERE d.id = s.domain_id AND d.cert_status = 'revoked' AND s.fingerprint = d.cert_fingerprint AND s.failures = 0
     AND s.next_at > now()
 """
-# A name that begins to lead here need not wait for the pause of when it did not.
 _ROOM: Final = """
 SELECT $1 - count(*) FROM certificate_orders WHERE state NOT IN ('issued', 'failed', 'canceled')
 """
+# A name that does not lead here yet can be proved by DNS-01 alone; it waits for what makes one of the ways possible.
 _DUE: Final = """
 WITH due AS (
     SELECT s.domain_id, s.organization_id, d.name, s.ca, s.staging_first, s.fingerprint, s.directory, s.certificate,
@@ -162,7 +213,10 @@ WITH due AS (
     LEFT JOIN certificate_heads AS h ON h.domain_id = s.domain_id
     WHERE s.next_at <= now() AND d.hostname_status IN ('verified', 'active') AND d.tls_mode = 'terminate'
         AND d.frozen IS NULL AND (d.cert_held_at IS NULL OR s.forced)
-        AND (d.hostname_status = 'active' OR d.name LIKE '*.%' OR $2)
+        AND (d.hostname_status = 'active' OR d.name LIKE '*.%' OR ($2 AND (
+            d.dns_findings #>> '{delegation,state}' = 'ok'
+            OR EXISTS (SELECT FROM unnest($3::text[]) AS zone
+                WHERE d.name = zone OR right(d.name, length(zone) + 1) = '.' || zone))))
 )
 SELECT * FROM due ORDER BY turn, next_at LIMIT $1
 """
@@ -194,24 +248,23 @@ async def sweep(db: Database, settings: ApiSettings, cas: Sequence[Ca]) -> int:
         room = min(await tx.raw.fetchval(_ROOM, settings.acme_open_orders), settings.acme_sweep_names)
         if room <= 0:
             return 0
-        rows = await tx.raw.fetch(_DUE, room, bool(settings.acme_dns))
+        by_dns = bool(settings.acme_dns) and DNS in settings.acme_challenges
+        rows = await tx.raw.fetch(_DUE, room, by_dns, [zone.lower().strip(".") for zone in settings.acme_dns_zones])
         if not rows:
             return 0
-        opened = [_opened(row, cas) for row in rows]
+        pauses = await acme_store.pauses(tx)
+        opened = [_opened(settings, row, cas, pauses) for row in rows]
         status: str = await tx.raw.execute(_OPEN, *(list(column) for column in zip(*opened, strict=True)))
         await queue.wake(tx, acme_store.ORDER)
     return int(status.rpartition(" ")[2])
 
 
-def _opened(row: Any, cas: Sequence[Ca]) -> tuple[Any, ...]:
-    position = row["ca"] if row["ca"] < len(cas) else 0
-    ca = cas[position]
-    staging = bool(row["staging_first"] and ca.staging)
-    directory = ca.staging if staging else ca.directory
-    replaces = row["certificate"] if row["suggested"] and row["directory"] == directory else None
+def _opened(settings: ApiSettings, row: Any, cas: Sequence[Ca], pauses: Mapping[str, float]) -> tuple[Any, ...]:
+    found = place(settings, cas, row["ca"], pauses, staging_first=row["staging_first"])
+    replaces = row["certificate"] if row["suggested"] and row["directory"] == found.directory else None
     return (
-        new_id("ord"), row["domain_id"], row["organization_id"], row["name"], row["revision"], position, directory, staging,
-        row["fingerprint"] is not None, replaces,
+        new_id("ord"), row["domain_id"], row["organization_id"], row["name"], row["revision"], found.position,
+        found.directory, found.staging, row["fingerprint"] is not None, replaces,
     )  # fmt: skip
 
 

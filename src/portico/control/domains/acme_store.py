@@ -200,6 +200,14 @@ async def paused(reader: HasConnection, directory: str) -> float:
     return max(0.0, await reader.raw.fetchval(text, directory) or 0.0)
 
 
+async def pauses(reader: HasConnection) -> dict[str, float]:
+    """Seconds for which CAs are left alone, by directory; those that are not are not there."""
+    text = """
+    SELECT directory, extract(epoch FROM paused_until - now())::float8 AS seconds FROM acme_accounts WHERE paused_until > now()
+    """
+    return {row["directory"]: row["seconds"] for row in await reader.raw.fetch(text)}
+
+
 # -- orders --------------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +281,14 @@ async def schedule(reader: Reader, domain_id: str, *, lock: bool = False) -> sa.
 async def set_schedule(tx: Tx, domain_id: str, **values: Any) -> None:
     """Change what is due for a domain."""
     await tx.execute(sa.update(schedules).where(schedules.c.domain_id == domain_id).values(**values))
+
+
+async def hasten(tx: Tx, domain_id: str, codes: Sequence[str]) -> None:
+    """Let a domain's next order be due now, if it waits since its last one ended with one of these codes."""
+    statement = """
+    UPDATE certificate_schedules SET next_at = now() WHERE domain_id = $1 AND next_at > now() AND error_code = ANY($2)
+    """
+    await tx.raw.execute(statement, domain_id, list(codes))
 
 
 _MOVE: Final = """

@@ -8,7 +8,7 @@
     moved comes back when both are right again, or by `verify` when the name is still its owner's
 
 The ladder of looks is Cloudflare's for custom hostnames: pauses of floor(60·1.05ⁿ) s for the first ten, then of
-floor(60·1.15ⁿ) s, at most 4 h.
+floor(60·1.15ⁿ) s, at most 4 h. A look that learned nothing, since resolvers were silent or disagree, is made again sooner.
 """
 
 from __future__ import annotations
@@ -216,7 +216,9 @@ def settle(settings: ApiSettings, row: Any, judged: Judged, now: datetime, *, ma
         after, since = "moved", now
     right = after == "active" and judged.owner == judged.points == "yes"
     attempts = 0 if manual or after != status or right else row.check_attempts
-    wait = settings.domain_recheck_seconds if right else pause(attempts)
+    wait: float = settings.domain_recheck_seconds if right else pause(attempts)
+    if "unknown" in (judged.owner, judged.points):
+        wait = min(wait, settings.domain_unsure_seconds * 2 ** min(attempts, _EARLY))
     values = {
         "hostname_status": after,
         "check_attempts": 0 if right else attempts + 1,

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from portico.control.access import Caller
 from portico.control.audit import service as audit
-from portico.control.domains import caa, edge, judging, names, records, store, vault
+from portico.control.domains import acme_schedule, caa, edge, judging, names, records, store, vault
 from portico.control.domains.dns import Looks
 from portico.control.domains.judging import Judged, Looked
 from portico.control.domains.names import NameRules
@@ -108,6 +108,8 @@ class Verification:
                 await vault.remove(tx, row.id)
             facts = {"name": row.name, "from": row.hostname_status, "to": after.hostname_status, "why": after.dns_error}
             await audit.record(tx, caller, "domain.status", row.id, details=facts, organization=row.organization_id)
+        if _provable(after) - _provable(row):
+            await acme_schedule.ready(tx, row.id)
         await self._notify(tx, row, after)
         return after
 
@@ -136,6 +138,13 @@ class Verification:
         looked = await self.look(row)
         async with db.transaction() as tx:
             return await self.apply(tx, caller, row, looked, manual=manual)
+
+
+def _provable(row: Any) -> set[str]:
+    """What makes it possible to prove the name to an authority: that it leads here, and that it delegates."""
+    delegation = (row.dns_findings or {}).get("delegation", {})
+    ways = {"address": row.hostname_status == "active", "delegation": delegation.get("state") == "ok"}
+    return {way for way, open_ in ways.items() if open_}
 
 
 def _holds(row: Any) -> bool:
