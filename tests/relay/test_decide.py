@@ -100,6 +100,18 @@ def offline(facts: Facts) -> None:
     facts.tunnel, facts.standing = None, "active"
 
 
+def closed(code: str) -> Callable[[Facts], None]:
+    """A domain that is served to nobody."""
+
+    def fault(facts: Facts) -> None:
+        facts.tunnel, facts.standing = None, code
+
+    return fault
+
+
+BLOCKED, FROZEN = closed("edge.domain_blocked"), closed("edge.domain_frozen")
+
+
 def suspended(facts: Facts) -> None:
     facts.tunnel, facts.standing = None, "suspended"
 
@@ -174,6 +186,8 @@ HEADS = ("http", "https", "websocket")
 FAULTS = [
     Fault("host", "edge.host_unassigned", unassigned),
     Fault("host", "edge.tunnel_offline", offline),
+    Fault("host", "edge.domain_blocked", BLOCKED),
+    Fault("host", "edge.domain_frozen", FROZEN),
     Fault("tls_mode", "edge.tls_mode_mismatch", misdirected, *HEADS),
     Fault("tls_mode", "edge.https_redirect", redirected, "http"),
     Fault("certificate", "edge.tls_mode_mismatch", strictly(60), "http"),
@@ -197,7 +211,7 @@ def cases() -> list[Any]:
 
     A tunnel that is not there has nothing to be at fault, and a suspended one is not there: those pairs cannot be made.
     """
-    absent = (unassigned, offline, suspended)
+    absent = (unassigned, offline, BLOCKED, FROZEN, suspended)
     made = []
     for kind, (first, second) in itertools.product(DOORS, itertools.combinations(FAULTS, 2)):
         without_tunnel = first.make in absent or second.make in absent

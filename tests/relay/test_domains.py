@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -45,6 +46,12 @@ async def ask(client: Client, host: str) -> tuple[int, bytes | None]:
     return status, next(iter(fields.get(b"portico-error", [])), None)
 
 
+def closed(host: str, code: str = "edge.domain_blocked", id: str | None = None) -> dict[str, Any]:
+    return {"kind": "domain_closed", "domain": {"id": id or f"dom_{host}", "host": host, "code": code}}
+
+
+BLOCKED = (403, b"edge.domain_blocked")
+FROZEN = (403, b"edge.domain_frozen")
 UNASSIGNED = (404, b"edge.host_unassigned")
 OFFLINE = (404, b"edge.tunnel_offline")
 
@@ -62,6 +69,57 @@ class TestLeading:
         assert await ask(client, "www.example.com") == UNASSIGNED
         assert await ask(client, "web.localhost") == (200, None)
         assert not agent.unbound
+
+    async def test_what_is_served_to_nobody_says_so(self, relay: Relay, agent: ScriptedAgent, visit: Visit) -> None:
+        """On a connection that was served a moment ago, too; and until it leads somewhere, or is gone."""
+        client = await visit()
+        tell(relay, domain("www.example.com"), closed("shop.example.com", "edge.domain_frozen"))
+        assert await ask(client, "www.example.com") == (200, None)
+        assert await ask(client, "shop.example.com") == FROZEN
+        tell(relay, removed("www.example.com"), closed("www.example.com"))
+        assert await ask(client, "www.example.com") == BLOCKED
+        assert await ask(client, "other.example.com") == UNASSIGNED
+        assert await ask(client, "web.localhost") == (200, None)
+        tell(relay, domain("www.example.com"), removed("shop.example.com"))
+        assert await ask(client, "www.example.com") == (200, None)
+        assert await ask(client, "shop.example.com") == UNASSIGNED
+        tell(relay, closed("new.example.com", "edge.of_tomorrow"))
+        assert await ask(client, "new.example.com") == BLOCKED
+
+    async def test_a_wildcard_does_not_serve_what_is_blocked_below_it(
+        self, relay: Relay, agent: ScriptedAgent, visit: Visit
+    ) -> None:
+        tell(
+            relay, domain("*.example.com"), closed("bad.example.com"), closed("*.example.org"), domain("ok.example.org")
+        )
+        client = await visit()
+        for host, wanted in (
+            ("bad.example.com", BLOCKED),
+            ("good.example.com", (200, None)),
+            ("any.example.org", BLOCKED),
+            ("ok.example.org", (200, None)),
+            ("a.any.example.org", UNASSIGNED),
+            ("example.org", UNASSIGNED),
+        ):
+            assert await ask(client, host) == wanted, host
+        # Whoever takes a blocked name's place by another claim is not ended by the end of the old one.
+        tell(relay, domain("bad.example.com", id="dom_new"), removed("bad.example.com"))
+        assert await ask(client, "bad.example.com") == (200, None)
+
+    def test_the_copy_on_disk_knows_them(self, tmp_path: Path) -> None:
+        held = Snapshot()
+        state = {"keys": [], "tunnels": [], "ended": [], "organizations": [], "domains": []}
+        shut = closed("www.example.com")["domain"]
+        held.apply({"type": "snapshot", "version": 7, "state": {**state, "closed_domains": [shut]}})
+        frozen = held.frozen()
+        assert frozen is not None
+        again = Snapshot()
+        again.apply(json.loads(frozen.encode()))
+        assert again.closed("www.example.com") == "edge.domain_blocked"
+        # One that tells of none, and one of before, know none.
+        for without in ({**state, "closed_domains": []}, state):
+            again.apply({"type": "snapshot", "version": 8, "state": without})
+            assert again.closed("www.example.com") is None
 
     async def test_what_is_known_before_the_tunnel_is_live(self, relay: Relay, visit: Visit) -> None:
         tell(relay, {"kind": "tunnel", "tunnel": row("web")}, domain("www.example.com"), domain("*.example.org"))

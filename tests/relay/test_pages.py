@@ -124,6 +124,8 @@ STATUSES = {
     "edge.tunnel_offline": 404,
     "edge.tls_mode_mismatch": 421,
     "edge.https_redirect": 308,
+    "edge.domain_blocked": 403,
+    "edge.domain_frozen": 403,
     "edge.account_suspended": 403,
     "edge.auth_required": 401,
     "edge.auth_invalid": 401,

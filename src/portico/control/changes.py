@@ -95,6 +95,11 @@ def domain_removed(domain_id: str) -> Change:
     return {"kind": "domain_removed", "id": domain_id}
 
 
+def domain_closed(row: Mapping[str, Any]) -> Change:
+    """A domain is served to nobody; ``row`` says which, and what its visitors are told."""
+    return {"kind": "domain_closed", "domain": dict(row)}
+
+
 def keys(jwks: Sequence[Mapping[str, Any]]) -> Change:
     """The whole set of public keys that tokens may be signed with."""
     return {"kind": "keys", "keys": [dict(key) for key in jwks]}

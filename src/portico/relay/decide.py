@@ -2,7 +2,8 @@
 
     | # | step        | question                                      | refusal                                             |
     |---|-------------|-----------------------------------------------|-----------------------------------------------------|
-    | 1 | host        | is the host mapped to an active tunnel?       | 404 edge.host_unassigned, edge.tunnel_offline       |
+    | 1 | host        | is the host mapped to an active tunnel?       | 404 edge.host_unassigned, edge.tunnel_offline,      |
+    |   |             |                                               | 403 edge.domain_blocked, edge.domain_frozen         |
     | 2 | tls_mode    | is the connection's TLS mode valid for it?    | 421 edge.tls_mode_mismatch, 308 edge.https_redirect |
     |   | certificate | does its owner want HTTPS with a good         | 421 edge.tls_mode_mismatch, 308 edge.https_redirect |
     |   |             | certificate alone (a domain under `strict`)?  | 503 edge.certificate_unavailable                    |
@@ -32,6 +33,8 @@ import time
 from collections.abc import Callable
 from typing import Final, Literal, NamedTuple, Protocol
 
+#: What is said of a domain that is somebody's and is served to nobody; its ``standing`` is that code.
+CLOSED: Final = ("edge.domain_blocked", "edge.domain_frozen")
 #: What a step may need: the verdict on the password of this request.
 PASSWORD: Final = "need.password"  # noqa: S105 - no password
 
@@ -117,9 +120,10 @@ class Facts(Protocol):
     """What a decision may look at.
 
     ``tunnel``: the live tunnel of ``host``. ``standing``: the state of the tunnel that the platform has for the host (active,
-    stopped, suspended), ``None`` when it knows none. ``secure``: whether the visitor's side is encrypted. ``address``: the
-    client's. ``certified``: whether a client certificate was presented and verified against ``door.client_ca``. ``password()``:
-    the verdict on the password (missing, valid, invalid, throttled, or need). ``wait()``: seconds until the rates have room.
+    stopped, suspended) or one of :data:`CLOSED`, ``None`` when it knows none. ``secure``: whether the visitor's side is
+    encrypted. ``address``: the client's. ``certified``: whether a client certificate was presented and verified against
+    ``door.client_ca``. ``password()``: the verdict on the password (missing, valid, invalid, throttled, or need). ``wait()``:
+    seconds until the rates have room.
     ``valid_until``: of a host that is served by HTTPS with a good certificate alone, until when (unix seconds) it is good.
     """
 
@@ -174,6 +178,8 @@ def host_assigned(facts: Facts) -> str | None:
     standing = facts.standing
     if standing == "suspended":
         return None
+    if standing in CLOSED:
+        return standing
     return "edge.host_unassigned" if standing is None else "edge.tunnel_offline"
 
 

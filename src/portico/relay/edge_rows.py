@@ -23,6 +23,7 @@ MAX_NUMBER = 2**53 - 1  # what JSON carries exactly everywhere; also beyond any 
 ENDED_FALLBACK = "session.revoked"  # for a code that this relay's catalogue does not know yet
 REMOVED_FALLBACK = "tunnel.deleted"
 REFUSED_FALLBACK = "edge.account_suspended"
+CLOSED_FALLBACK = "edge.domain_blocked"
 JWK_MEMBERS = ("kid", "kty", "crv", "x", "alg", "use")  # all that is kept of a key
 
 
@@ -62,6 +63,15 @@ class Domain:
     host: str
     tunnel: str
     valid_until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A customer's name that is served to nobody, not by a wildcard above it either; ``code`` is what its visitors are told."""
+
+    id: str
+    host: str
+    code: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +284,15 @@ def told_domain(row: Domain) -> dict[str, Any]:
     """The row as the stream has it, for the copy on disk."""
     found: dict[str, Any] = {"id": row.id, "host": row.host, "tunnel": row.tunnel}
     return found if row.valid_until is None else {**found, "valid_until": row.valid_until}
+
+
+def closed(value: Any) -> Closed:
+    row = members(value, "a closed domain")
+    return Closed(
+        id=text(row.get("id"), "id of a closed domain"),
+        host=text(row.get("host"), "host of a closed domain", MAX_HOST_CHARS),
+        code=known(text(row.get("code"), "code of a closed domain"), CLOSED_FALLBACK),
+    )
 
 
 def known(code: str, fallback: str) -> str:

@@ -262,9 +262,11 @@ class PublicServer:
         return tunnel.policy.client_ca, tunnel.policy.client_ca_pem
 
     def standing(self, host: bytes) -> str | None:
-        """The state of the tunnel that the platform has for a normalised host, live or not; ``None`` when it has none."""
-        row = self.snapshot.tunnel_for_host(host.decode("ascii", "replace"))
-        return row.state if row is not None else None
+        """The state of the tunnel that the platform has for a normalised host, live or not; the code of its refusal when it is a
+        domain that is served to nobody; ``None`` when it is nobody's."""
+        text = host.decode("ascii", "replace")
+        row = self.snapshot.tunnel_for_host(text)
+        return row.state if row is not None else self.snapshot.closed(text)
 
     def password(self, tunnel: LiveTunnel | RemoteTunnel, fields: list[bytes], address: str) -> str:
         """What is known of a request's password: missing, valid, invalid, throttled, or need (see :meth:`judge`)."""

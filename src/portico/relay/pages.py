@@ -172,6 +172,16 @@ _ADVICE = {
         "Try again later, or tell the owner.",
         "`portico domains ls` says what keeps its certificate from being renewed; the policy `standard` serves without one.",
     ),
+    "edge.domain_blocked": Advice(
+        "the operator of this platform has blocked this domain.",
+        "There is nothing that you can do here. If you know the owner, tell them.",
+        "The log of your organization says why (`domain.block`). Only the operator ends the block: ask them.",
+    ),
+    "edge.domain_frozen": Advice(
+        "its owner’s plan has no room for this domain, so it is not served at the moment.",
+        "Try again later, or tell the owner.",
+        "`portico domains ls` shows which domains are frozen. With a larger plan, or a domain less, it is served again at once.",
+    ),
     "edge.account_suspended": Advice(
         "the account behind this address is suspended.",
         "Tell the owner, if you know them.",

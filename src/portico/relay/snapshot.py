@@ -21,6 +21,7 @@ from portico.relay.edge_rows import (
     REMOVED_FALLBACK,
     CertificateRow,
     Challenge,
+    Closed,
     Domain,
     Ended,
     Organization,
@@ -76,6 +77,7 @@ class FrozenState:
     domains: Mapping[str, Domain] = field(default_factory=dict)
     #: Whether the control plane told of organizations and domains at all: an earlier one, or an earlier relay's copy, does not.
     complete: bool = False
+    closed: Mapping[str, Closed] = field(default_factory=dict)
 
     def digest(self, at: float = 0.0) -> str:
         """The hash of the interface (``edge-stream.schema.json``); ``at`` leaves out what ended before that time.
@@ -107,6 +109,7 @@ class FrozenState:
             told = canonical([edge_rows.told_organization(row) for row in self.organizations.values()])
             more = b'"certificates":[%b],"organizations":%b,' % (certificates, told)
             more += b'"domains":%b,' % canonical([edge_rows.told_domain(row) for row in self.domains.values()])
+            more += b'"closed_domains":%b,' % canonical([asdict(row) for row in self.closed.values()])
         if self.challenges:
             more += b'"challenges":%b,' % canonical([asdict(row) for row in self.challenges.values()])
         return b'{"state":{"ended":%b,"keys":%b,%b"tunnels":[%b]},"type":"snapshot","version":%d}' % (
@@ -132,6 +135,8 @@ class Snapshot:
         self._domains: dict[str, Domain] = {}
         self._domain_hosts: dict[str, Domain] = {}
         self._routed: dict[str, dict[str, Domain]] = {}
+        self._closed: dict[str, Closed] = {}
+        self._closed_hosts: dict[str, Closed] = {}
         #: How many of the domains are wildcards; none, almost everywhere.
         self.wildcards = 0
         #: By id; see ``challenges.py`` for who answers them.
@@ -154,9 +159,16 @@ class Snapshot:
     def domain_for_host(self, host: str) -> Domain | None:
         """The domain of this name, else the wildcard right above it."""
         found = self._domain_hosts.get(host)
-        if found is None and self.wildcards:
+        if found is None and self.wildcards and host not in self._closed_hosts:
             found = self._domain_hosts.get(f"*.{host.partition('.')[2]}")
         return found
+
+    def closed(self, host: str) -> str | None:
+        """What visitors of a host are told that no tunnel has, when it is a domain that is served to nobody."""
+        if not self._closed_hosts:
+            return None
+        found = self._closed_hosts.get(host) or self._closed_hosts.get(f"*.{host.partition('.')[2]}")
+        return None if found is None else found.code
 
     def above(self, host: bytes) -> bytes | None:
         """The wildcard by which a host is somebody's that is nobody's by its own name."""
@@ -250,6 +262,7 @@ class Snapshot:
             dict(self.certificates),
             dict(self._domains),
             self.complete,
+            dict(self._closed),
         )
 
     def digest(self, at: float = 0.0) -> str | None:
@@ -272,6 +285,7 @@ class Snapshot:
             for row in map(edge_rows.certificate, edge_rows.items(state.get("certificates", []), "certificates"))
         }
         domains = {row.id: row for row in map(edge_rows.domain, edge_rows.items(state.get("domains", []), "domains"))}
+        closed = list(map(edge_rows.closed, edge_rows.items(state.get("closed_domains", []), "closed domains")))
         changes = self._difference(rows, ended, jwks)
         before, self._organizations = self._organizations, organizations
         self.complete = "organizations" in state and "domains" in state
@@ -285,7 +299,10 @@ class Snapshot:
         self._tunnels, self._ended = rows, ended
         for id in self._domains.keys() - domains.keys():
             changes.append(self._unroute(id))
+        self._closed, self._closed_hosts = {}, {}
         changes += [self._route(row) for row in domains.values() if self._domains.get(row.id) != row]
+        for shut in closed:
+            self._close(shut)
         self._hosts = {host: row for row in rows.values() for host in row.hosts}
         self._jwks, self.keys = jwks, keys
         self.prune()
@@ -342,6 +359,9 @@ class Snapshot:
             case "domain":
                 leads = edge_rows.domain(change.get("domain"))
                 return lambda: self._route(leads)
+            case "domain_closed":
+                shut = edge_rows.closed(change.get("domain"))
+                return lambda: self._close(shut)
             case "domain_removed":
                 over = edge_rows.text(change.get("id"), "id of a removed domain")
                 return lambda: self._unroute(over)
@@ -405,7 +425,14 @@ class Snapshot:
         self.wildcards += row.host.startswith("*.")
         return Change("domain", row.id, tunnels=tuple(dict.fromkeys((*before, row.tunnel))))
 
+    def _close(self, row: Closed) -> Change:
+        before = self._unroute(row.id)
+        self._closed[row.id] = self._closed_hosts[row.host] = row
+        return before
+
     def _unroute(self, id: str) -> Change:
+        if (shut := self._closed.pop(id, None)) is not None and self._closed_hosts.get(shut.host) is shut:
+            del self._closed_hosts[shut.host]
         row = self._domains.pop(id, None)
         if row is None:
             return Change("domain", id)

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from portico.control.billing import endings
 from portico.control.billing import exports as reports
+from portico.control.domains import departure as domain_departure
 from portico.control.domains import vault
 from portico.control.identity import departure, exports
 from portico.control.tunnels import departure as tunnel_departure
@@ -86,6 +87,7 @@ def steps(context: Context, organization: str) -> Iterator[Step]:
     yield lambda tx: billing_tools.billing(context).overage_billing.leave(tx, organization)
     yield lambda tx: endings.leave(tx, organization)
     yield lambda tx: vault.leave(tx, organization, ROWS)
+    yield lambda tx: domain_departure.open_up(tx, organization, ROWS)
     yield from _below("tunnels", organization)
     yield lambda tx: tunnel_departure.delete_tunnels(tx, organization, ROWS)
     yield lambda tx: exports.drop_all(tx, context.control, organization, ROWS)

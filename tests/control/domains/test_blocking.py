@@ -76,6 +76,7 @@ class TestByAnOperator:
         domain, made = await right(app, owner), await tunnel(owner.client)
         await route(owner, domain, made["id"])
         since = await now(app)
+        closed = {"id": domain["id"], "host": domain["name"], "code": "edge.domain_blocked"}
         path = f"/v1/admin/domains/{domain['id']}"
         (found,) = (await operator.get("/v1/admin/domains", params={"name": domain["name"].upper()})).json()["data"]
         assert (found["id"], found["hostname_status"]) == (domain["id"], "active")
@@ -84,6 +85,7 @@ class TestByAnOperator:
             assert (answer.status_code, answer.json()["hostname_status"]) == (200, "blocked"), answer.text
         listed = (await operator.get("/v1/admin/domains", params={"status": "blocked"})).json()["data"]
         assert domain["id"] in [row["id"] for row in listed]
+        assert closed in (await app.state.edge_states.read()).closed_domains
         await settle(app)
         (incident,) = (await owner.client.get(f"/v1/domains/{domain['id']}/incidents")).json()["data"]
         assert (incident["incident_class"], incident["status"], incident["tier"]) == ("ownership", "open", 2)
@@ -93,8 +95,10 @@ class TestByAnOperator:
             assert answer.json()["hostname_status"] == "active"
         row = {"id": domain["id"], "host": domain["name"], "tls": "terminate", "tunnel": made["id"]}
         assert await told(app, since) == [
-            {"kind": "domain_removed", "id": domain["id"]}, {"kind": "domain", "domain": row},
+            {"kind": "domain_removed", "id": domain["id"]}, {"kind": "domain_closed", "domain": closed},
+            {"kind": "domain", "domain": row},
         ]  # fmt: skip
+        assert closed not in (await app.state.edge_states.read()).closed_domains
         await settle(app)
         (incident,) = (await owner.client.get(f"/v1/domains/{domain['id']}/incidents")).json()["data"]
         assert incident["status"] == "resolved"

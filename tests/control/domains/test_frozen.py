@@ -37,8 +37,14 @@ async def test_the_newest_are_frozen_and_thaw_in_order(app: Any, owner: Account,
     assert await standing(owner) == [None, None, "custom_domains", "custom_domains"]
     await fit(operator, owner, 2)  # decided again, the same follows
     found = await told(app, since)
-    assert found == [{"kind": "domain_removed", "id": each["id"]} for each in domains[2:]]
+    closed = [{"id": each["id"], "host": each["name"], "code": "edge.domain_frozen"} for each in domains[2:]]
+    assert found == [
+        change
+        for each in closed
+        for change in ({"kind": "domain_removed", "id": each["id"]}, {"kind": "domain_closed", "domain": each})
+    ]
     state = await app.state.edge_states.read()
+    assert [row for row in state.closed_domains if row["id"] in {each["id"] for each in domains}] == closed
     assert {row["id"] for row in state.domains} & {each["id"] for each in domains} == {domains[1]["id"]}
     assert (await owner.client.get(f"/v1/tunnels/{made['id']}")).json()["domains"] == [domains[1]["name"]]
     problem(await route(owner, domains[3], made["id"]), 403, "domain.frozen")

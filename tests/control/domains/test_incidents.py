@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from portico.control.access import Caller
 from portico.control.audit.store import audit_events
 from portico.control.domains import incident_store, lifecycle
+from portico.control.domains import store as domain_store
 from portico.control.domains.incidents import RUNBOOK, Condition, Incidents
 from portico.control.domains.lifecycle import NewEvent
 from portico.control.domains.runbooks import RunbookDriver, check
@@ -101,6 +102,38 @@ async def case(app: Any, clock: MovableClock, owner: Account) -> Case:
     await apply_all(app.state.db)
     made.domain = await hold(app.state.db, owner.organization, next(_names))
     return made
+
+
+@pytest.mark.parametrize(
+    ("columns", "cause"),
+    [({"hostname_status": "blocked"}, "domain.blocked"), ({"frozen": "custom_domains"}, "domain.frozen")],
+)
+async def test_nobody_is_woken_by_the_age_of_what_serves_nobody(
+    case: Case, columns: dict[str, str], cause: str
+) -> None:
+    """What is open about its age ends, and says why; it is back, worse by then, with the name. Other trouble stays."""
+    await case.live()
+    case.clock.advance(70 * DAY)
+    await case.happens("renewal.failed", 2, error_code="dns")
+    await case.happens("revocation.requested", 1)
+    await case.watch()
+    assert {row[:2] for row in await case.seen()} == {("renewal", "open"), ("expiry", "open"), ("revocation", "open")}
+
+    async def put(**values: str | None) -> None:
+        async with case.app.state.db.transaction() as tx:
+            await domain_store.update(tx, case.domain, **values)
+        await case.watch()
+
+    await put(**columns)
+    assert {row[:2] for row in await case.seen()} == {
+        ("renewal", "resolved"), ("expiry", "resolved"), ("revocation", "open"),
+    }  # fmt: skip
+    assert {row.resolved_by for row in await case.all() if row.status == "resolved"} == {cause}
+    case.clock.advance(19 * DAY + 3600)
+    await case.watch()
+    assert ("expiry", "open") not in {row[:2] for row in await case.seen()}
+    await put(hostname_status="active", frozen=None)
+    assert ("expiry", "open", 1) in await case.seen()
 
 
 async def test_the_whole_life(case: Case, operator: httpx.AsyncClient) -> None:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
+from portico.control import changes
 from portico.control.billing import departure as billing_departure
 from portico.control.identity import departure, exports
 from portico.control.identity.tables import organization_exports, organizations
@@ -25,6 +26,7 @@ from portico.settings import ApiSettings, WorkerSettings
 from portico.worker import departures, maintenance
 from portico.worker.jobs import Context
 from tests.control.conftest import Account
+from tests.control.domains.sending import hold
 from tests.control.identity.conftest import Join
 from tests.control.identity.test_invitations import invited
 from tests.control.identity.test_organizations import BODY, delete
@@ -230,9 +232,17 @@ class TestDeletion:
         db: Database,
         connect: Any,
     ) -> None:
+        blocked = await hold(db, owner.organization, "blocked-and-gone.example.com", hostname_status="blocked")
         subdomain = await full(owner, agent, context, db)
         assert owner.organization in await departure.due(db, 100)
+        async with db.read() as reader:
+            since = await changes.newest(reader)
         await departures.depart(context, owner.organization)
+        async with db.read() as reader:
+            told = [
+                each for entry in await changes.after(reader, since, 500) or () for each in json.loads(entry.changes)
+            ]
+        assert {"kind": "domain_removed", "id": blocked} in told
         assert (await left(db, owner.organization)).keys() <= departures.KEPT.keys()
         assert context.control.objects_dir is not None
         assert list(context.control.objects_dir.glob("exports/*")) == []

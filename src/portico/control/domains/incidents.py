@@ -49,6 +49,17 @@ _SLA_TIERS: Final = {"warning": 3, "breach": 2}
 _BATCH: Final = 500
 
 
+#: Classes that tell of a certificate's age.
+_OF_AGE: Final = ("expiry", "renewal")
+
+
+def closed_by(domain: Any) -> str | None:
+    """What keeps a name that is somebody's from being served; ``None``: nothing does."""
+    if domain.hostname_status == "blocked":
+        return "domain.blocked"
+    return "domain.frozen" if domain.frozen is not None else None
+
+
 @dataclass(frozen=True, slots=True)
 class Condition:
     """Something wrong. ``mark``: the same as long as it is the same failure that is told of."""
@@ -87,13 +98,18 @@ class Incidents:
             known[name] = row
 
     def wanted(self, domain: Any, registers: Registers) -> dict[tuple[str, Origin], Condition]:
-        """The conditions that there should be, by class and origin: none of a name that was lost."""
+        """The conditions that there should be, by class and origin: none of a name that was lost. Of one that is served to nobody
+        it is nobody's concern that its certificate grows old: none is ordered."""
         if domain.hostname_status == "deleted":
             return {}
-        now = self._clock.wall()
+        now, closed = self._clock.wall(), closed_by(domain) is not None
         found: dict[tuple[str, Origin], Condition] = {
-            (name, "state"): _condition(registers, name, each) for name, each in trouble(registers, now).items()
+            (name, "state"): _condition(registers, name, each)
+            for name, each in trouble(registers, now).items()
+            if not (closed and name in _OF_AGE)
         }
+        if closed:
+            return found
         state = derive(registers)
         late = sla(state, now, self._settings.cert_sla_warning_share, self._settings.cert_sla_breach_share)
         if late is not None and registers.live is not None:
@@ -233,7 +249,7 @@ class Incidents:
             if row is None:
                 return 0
             registers = Registers.read(row.cert_applied)
-            await self.assess(tx, row, registers, "clock")
+            await self.assess(tx, row, registers, closed_by(row) or "clock")
             live = registers.live
             if self._is_over(row, registers) and live is not None:
                 key = f"expiry:{row.id}:{row.cert_serial or live.event}"

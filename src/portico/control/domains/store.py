@@ -200,6 +200,19 @@ async def routed(reader: Reader) -> Sequence[sa.Row[Any]]:
     )
 
 
+async def closed(reader: Reader) -> Sequence[sa.Row[Any]]:
+    """What relays know to be served to nobody: blocked names, and frozen ones that lead to a tunnel."""
+    frozen = _C.frozen.is_not(None) & _C.tunnel_id.is_not(None) & _C.hostname_status.in_(SERVED)
+    query = sa.select(custom_domains).where((_C.hostname_status == "blocked") | frozen)
+    return await reader.fetch_all(query.order_by(_C.id))
+
+
+async def blocked_of(tx: Tx, organization: str, limit: int) -> Sequence[sa.Row[Any]]:
+    """Blocked domains of an organization, locked."""
+    query = sa.select(custom_domains).where(_C.organization_id == organization, _C.hostname_status == "blocked")
+    return await tx.fetch_all(query.order_by(_C.id).limit(limit).with_for_update())
+
+
 # Organizations take turns: who brings a thousand names at once holds nobody up.
 _DUE = """
 WITH due AS (

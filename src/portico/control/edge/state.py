@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from portico.control import changes
 from portico.control.domains import acme_store, vault
+from portico.control.domains.edge import closed_rows
 from portico.control.domains.edge import rows as domain_rows
 from portico.control.identity import plans
 from portico.control.identity.signing_keys import SigningKeys
@@ -40,6 +41,7 @@ class EdgeState:
     challenges: list[dict[str, Any]] = field(default_factory=list)
     certificates: list[dict[str, Any]] = field(default_factory=list)
     domains: list[dict[str, Any]] = field(default_factory=list)
+    closed_domains: list[dict[str, Any]] = field(default_factory=list)
 
     async def digest(self) -> str:
         """The hash of ``contracts/edge-stream.schema.json``: SHA-256 of the canonical JSON of what is compared."""
@@ -64,7 +66,7 @@ class EdgeState:
         """The ``snapshot`` line of the stream."""
         parts = [
             b'{"type":"snapshot","version":%d,"time":%b,"hash":"%b","organizations_hash":"%b","state":{"keys":%b,"ended":%b,'
-            b'"organizations":%b,"challenges":%b,"domains":%b,"certificates":['
+            b'"organizations":%b,"challenges":%b,"domains":%b,"closed_domains":%b,"certificates":['
             % (
                 self.version,
                 _canonical(self.time),
@@ -75,6 +77,7 @@ class EdgeState:
                 _canonical(self.organizations),
                 _canonical(self.challenges),
                 _canonical(self.domains),
+                _canonical(self.closed_domains),
             )
         ]
         parts.extend([part async for part in _joined(_canonical(row) for row in self.certificates)])
@@ -126,6 +129,7 @@ class StateReader:
                 challenges=await acme_store.open_challenges(reader),
                 certificates=await vault.edge_rows(reader),
                 domains=await domain_rows(reader),
+                closed_domains=await closed_rows(reader),
             )
 
     async def line(self) -> tuple[int, bytes]:
