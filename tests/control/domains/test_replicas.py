@@ -136,6 +136,31 @@ class TestSwitch:
         await say(db, "us-2", second, "active")
         assert (await events(db, second))[1:] == [("replica.activated", 2, 2, None)]
 
+    async def test_that_nobody_was_heard_for_a_while_is_no_news(
+        self, db: Database, fleet: Fleet, sealer: Vault
+    ) -> None:
+        """After an outage of the database each relay of each region is back with all its certificates. Trouble is news, and so is
+        its end."""
+        version = await switched(db, sealer, "back.example.com")
+        before = await events(db, version)
+        for _ in range(2):
+            for relay in RELAYS:
+                await fleet.alive(relay, relay[:2], seconds_ago=60)
+            await replicas.sweep(db, RULES)
+            assert set((await states(db, version)).values()) == {"pending"}
+            for relay in RELAYS:
+                await fleet.alive(relay, relay[:2])
+            await replicas.sweep(db, RULES)
+            assert set((await states(db, version)).values()) == {"active"}
+        assert await events(db, version) == before
+        for _ in range(2):
+            await say(db, "us-2", version, "failed", reason="its disk is full")
+            await say(db, "us-2", version, "active")
+        assert [kind for kind, *_ in await events(db, version)][len(before) :] == [
+            "replica.failed",
+            "replica.activated",
+        ] * 2
+
     async def test_without_any_relay_nothing_switches(self, db: Database, fleet: Fleet, sealer: Vault) -> None:
         for relay in RELAYS:
             await fleet.alive(relay, relay[:2], seconds_ago=60)

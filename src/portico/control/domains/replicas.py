@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from portico.control.domains import lifecycle, vault
+from portico.control.domains import event_store, lifecycle, vault
 from portico.control.domains import vault_store as store
 from portico.control.domains.lifecycle import NewEvent
 from portico.kit import pages
@@ -177,30 +177,40 @@ _EVENTS: Final = {
 
 
 async def _replicated(tx: Tx, changed: Sequence[Any], rows: Sequence[tuple[Any, ...]]) -> None:
-    """One event for each version of which a region's state changed: the worst of its regions counts."""
+    """One event for each version of which a region's state changed: the worst of its regions counts. That it is active everywhere
+    is told once, and again after trouble: relays that were out of sight for a moment, such as all of them after an outage of the
+    database, are no news of a thousand domains."""
     regions: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         regions[row[0]].append(row[4])
-    for id, change in {change["certificate_id"]: change for change in changed}.items():
+    latest = {change["certificate_id"]: change for change in changed}
+    troubles = await event_store.troubles(tx, sorted({change["domain_id"] for change in latest.values()}))
+    events = []
+    for id, change in latest.items():
         states = regions[id]
         worst = next((state for state in ("failed", "stale") if state in states), None)
         if worst is None and any(state != "active" for state in states):
             continue
         action, code = _EVENTS[worst or "active"]
-        event = NewEvent(
-            change["domain_id"],
-            "replication",
-            action,
-            revision=change["version"],
-            error_code=code,
-            error_detail=next(
-                (one["reason"] for one in changed if one["certificate_id"] == id and one["reason"]), None
-            ),
-            regions_active=states.count("active"),
-            regions_total=len(states),
-            object=id,
+        before = troubles.get((change["domain_id"], change["version"]), 0)
+        events.append(
+            NewEvent(
+                change["domain_id"],
+                "replication",
+                action,
+                revision=change["version"],
+                error_code=code,
+                error_detail=next(
+                    (one["reason"] for one in changed if one["certificate_id"] == id and one["reason"]), None
+                ),
+                regions_active=states.count("active"),
+                regions_total=len(states),
+                object=id,
+                key=f"{id}/activated/{before}" if worst is None else None,
+            )
         )
-        await lifecycle.record(tx, event)
+    if events:
+        await lifecycle.record_all(tx, events)
 
 
 async def acknowledge(tx: Tx, relay: str, said: Sequence[Said], rules: Rules) -> list[str]:
