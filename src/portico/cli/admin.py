@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from portico import settings
-from portico.cli import admin_domains, ledger, operators, output, queues, regions, settlements
+from portico.cli import admin_cert_events, admin_domains, ledger, operators, output, queues, regions, settlements
 from portico.cli.processes import ConfigOption, require_server_parts
 from portico.errors import Problem
 
@@ -116,6 +116,7 @@ def register(app: typer.Typer) -> None:
     group.add_typer(queues.group, name="queues")
     group.add_typer(regions.group, name="regions")
     group.add_typer(admin_domains.group, name="domains")
+    group.add_typer(admin_cert_events.group, name="cert-events")
     group.add_typer(settlements.group, name="settlements")
     group.add_typer(ledger.group, name="ledger")
     operators.register(group)

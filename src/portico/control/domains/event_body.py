@@ -17,7 +17,7 @@ from portico.kit import scrub
 _LABEL: Final = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9])?"
 _HOST: Final = re.compile(rf"(?:\*\.)?(?:{_LABEL}\.)+{_LABEL}")
 #: The greatest number that every JSON parser reads as it was written (RFC 8259, section 6).
-_WHOLE: Final = 2**53 - 1
+WHOLE: Final = 2**53 - 1
 _MAX_RETRY_SECONDS: Final = 30 * 86_400
 
 
@@ -58,7 +58,7 @@ Word = Annotated[str, _word(128)]
 Text = Annotated[str, StringConstraints(max_length=500), AfterValidator(_said)]
 Host = Annotated[str, StringConstraints(min_length=1, max_length=254), AfterValidator(_host)]
 Time = Annotated[AwareDatetime, AfterValidator(_utc)]
-Whole = Annotated[int, Field(ge=0, le=_WHOLE, strict=True)]
+Whole = Annotated[int, Field(ge=0, le=WHOLE, strict=True)]
 Hex = Annotated[str, StringConstraints(min_length=1, max_length=191, pattern=r"^[0-9A-Fa-f:]+$"), AfterValidator(_hex)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z_]{0,31}$")]
 

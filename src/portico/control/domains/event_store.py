@@ -22,8 +22,9 @@ from portico.kit.queue import Kind
 
 #: The source of what this installation does itself.
 PLATFORM: Final = "platform"
-#: status: what has become of an event. Beside it, its row in the queue may be dead, or be tried again.
-STATUSES: Final = ("queued", "applied", "superseded", "unmapped", "unmatched")
+#: status: what has become of an event. Beside it, its row in the queue may be dead, or be tried again. What is forgotten
+#: (``forgetting.py``) is not replayed.
+STATUSES: Final = ("queued", "applied", "superseded", "unmapped", "unmatched", "forgotten")
 
 
 def _time(name: str) -> sa.Column[Any]:
@@ -307,7 +308,7 @@ async def replay(
 ) -> list[str]:
     """Put events that fit, and are not on their way, into the queue again, the oldest first; their ids."""
     chosen = (
-        sa.select(_E.id).where(_E.queue_state != "pending", *conditions).order_by(_E.id).limit(limit)
+        sa.select(_E.id).where(_E.queue_state != "pending", _E.status != "forgotten", *conditions).order_by(_E.id).limit(limit)
         .with_for_update(skip_locked=True).scalar_subquery()
     )  # fmt: skip
     values = {
@@ -322,6 +323,75 @@ async def replay(
     if ids:
         await queue.wake(tx, KIND)
     return ids
+
+
+_TROUBLES: Final = """
+SELECT domain_id, revision, count(*) AS times FROM certificate_lifecycle_events
+WHERE source_id = 'platform' AND domain_id = ANY($1) AND callback_class = 'replication'
+    AND callback_action IN ('lagging', 'failed')
+GROUP BY domain_id, revision
+"""
+
+
+async def troubles(reader: Reader, domains: Sequence[str]) -> dict[tuple[str, int], int]:
+    """How often we told of trouble with the distribution of a certificate, by domain and revision."""
+    rows = await reader.raw.fetch(_TROUBLES, list(domains)) if domains else []
+    return {(row["domain_id"], row["revision"]): row["times"] for row in rows}
+
+
+# -- forgetting them -----------------------------------------------------------------------------------------------------
+
+_TOLD_OF: Final = """
+SELECT id FROM custom_domains WHERE strpos(cert_applied::text, '"' || $1::text || '"') > 0 AND ($2::text IS NULL OR id = $2)
+ORDER BY id LIMIT $3
+"""
+_OF_STATE: Final = """
+SELECT * FROM certificate_lifecycle_events WHERE domain_id = $1 AND status IN ('applied', 'superseded') ORDER BY id
+"""
+_LAST_OF: Final = """
+SELECT max(id) AS id FROM certificate_lifecycle_events WHERE domain_id = ANY($1) AND status IN ('applied', 'superseded')
+GROUP BY domain_id
+"""
+
+
+async def heard_of(reader: Reader, source_id: str) -> bool:
+    """Whether there is an event of a source."""
+    return bool(await reader.scalar(sa.select(sa.exists().where(_E.source_id == source_id))))
+
+
+async def told_of(reader: Reader, source_id: str, domain: str | None, limit: int) -> list[str]:
+    """Ids of domains whose state knows something of a source."""
+    return [row["id"] for row in await reader.raw.fetch(_TOLD_OF, source_id, domain, limit)]
+
+
+async def of_state(reader: Reader, domain: str) -> Sequence[Any]:
+    """Every stored event that the state of a domain is a function of."""
+    rows: Sequence[Any] = await reader.raw.fetch(_OF_STATE, domain)
+    return rows
+
+
+async def last_of(reader: Reader, domains: Sequence[str]) -> list[str]:
+    """The id of one such event of each domain that has any."""
+    return [row["id"] for row in await reader.raw.fetch(_LAST_OF, list(domains))]
+
+
+def chosen(source_id: str, domain: tuple[str, str] | None, from_revision: int) -> list[sa.ColumnElement[bool]]:
+    """The conditions for events of a source, of one domain alone (id and name), from a revision on, that are not forgotten."""
+    found = [_E.source_id == source_id, _E.revision >= from_revision, _E.status != "forgotten"]
+    if domain is None:
+        return found
+    waits = _E.domain_id.is_(None) & (_E.hostname == domain[1])
+    return [*found, (_E.domain_id == domain[0]) | waits]
+
+
+async def forget(tx: Tx, conditions: Sequence[sa.ColumnElement[bool]]) -> int:
+    """Mark events as forgotten, those that wait among them; how many. A worker that has one of them in hand loses it."""
+    values = {
+        "status": "forgotten", "queue_state": "done", "finished_at": sa.func.coalesce(_E.finished_at, sa.func.now()),
+        "lease_token": None,
+    }  # fmt: skip
+    found = await tx.execute(sa.update(events).where(*conditions).values(**values).returning(_E.id))
+    return len(found.all())
 
 
 # -- sources -------------------------------------------------------------------------------------------------------------

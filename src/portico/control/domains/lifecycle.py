@@ -150,20 +150,24 @@ async def apply(work: Work, now: datetime, follow: Follow | None = None) -> None
         event = as_event(row)
         before = Registers.read(domain.cert_applied)
         after = before.with_event(event)
-        written = after.written()
-        changed = written != domain.cert_applied
+        changed = after.written() != domain.cert_applied
         if changed:
-            state = derive(after)
-            held = failure_policy.recorded(domain, state.failures, now)
-            standing = ownership.decided(domain, before, after, now)
-            now_is = await domain_store.update(
-                tx, domain.id, cert_applied=written, **state.columns(), **held, **standing
-            )
+            now_is = await write(tx, domain, after, now, ownership.decided(domain, before, after, now))
             await ownership.record(tx, domain, now_is, event)
-            edge.tell(tx, domain, now_is)  # relays know until when a `strict` domain may be served
         if follow is not None:
             await follow(tx, domain, after, event)
         await event_store.settled(tx, work.id, "applied" if changed else "superseded", domain.id, event_type)
+
+
+async def write(tx: Tx, domain: Any, registers: Registers, now: datetime, standing: Mapping[str, Any]) -> Any:
+    """The state that registers add up to, into the row of a domain; the row after it. ``standing``: what follows for the name."""
+    state = derive(registers)
+    held = failure_policy.recorded(domain, state.failures, now)
+    now_is = await domain_store.update(
+        tx, domain.id, cert_applied=registers.written(), **state.columns(), **held, **standing
+    )
+    edge.tell(tx, domain, now_is)  # relays know until when a `strict` domain may be served
+    return now_is
 
 
 def as_event(row: Mapping[str, Any]) -> Event:

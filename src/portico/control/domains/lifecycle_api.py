@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from portico.control.access import Caller, Instant, InTx, Paging, Reading, require, require_operator
 from portico.control.domains import event_store, lifecycle, replay
+from portico.control.domains.event_body import WHOLE
+from portico.control.domains.forgetting import Which, forget
 from portico.control.domains.service import Domains
 from portico.control.domains.source_api import Reason, dangerous
 from portico.control.requests import UnitOfWork
@@ -23,7 +25,7 @@ of_domains = APIRouter(prefix="/domains", tags=["domains"], route_class=UnitOfWo
 Operator = Annotated[Caller, Depends(require_operator())]
 Id = Annotated[str, Path(max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 Word = Annotated[str, StringConstraints(min_length=1, max_length=254, pattern=r"^[\x21-\x7e]+$")]
-State = Literal["queued", "failed", "dead", "applied", "superseded", "unmapped", "unmatched"]
+State = Literal["queued", "failed", "dead", "applied", "superseded", "unmapped", "unmatched", "forgotten"]
 
 
 class CertFacts(BaseModel):
@@ -119,6 +121,37 @@ class Replayed(BaseModel):
     dry_run: bool
 
 
+class ForgetBody(_Body):
+    """Take events of `source` out of the state of their domains: of one domain, or from a revision on; with `dry_run` nothing is
+    changed, only told."""
+
+    source: Word
+    domain: Word | None = None
+    from_revision: Annotated[int, Field(ge=0, le=WHOLE)] = 0
+    reason: Reason
+    dry_run: bool = True
+
+
+class Rebuilt(BaseModel):
+    """A domain whose state is another without these events; `revision` is the newest that it knows of."""
+
+    id: str
+    name: str
+    status: str
+    revision: int | None
+    status_after: str
+    revision_after: int | None
+
+
+class Forgotten(BaseModel):
+    """What was forgotten, or would be. `changed` names the first of the domains."""
+
+    events: int
+    domains: int
+    changed: list[Rebuilt]
+    dry_run: bool
+
+
 def state_of(row: Any) -> str:
     """How an event is, as people see it."""
     if row.queue_state == "dead":
@@ -197,6 +230,15 @@ async def replay_events(
     """Apply events again that fit a filter, or (`dry_run`, the default) say how many they are."""
     limit = min(body.limit, request.app.state.settings.cert_replay_max)
     return await replay.REPLAYS.many(tx, who, body.filter.model_dump(), body.reason, limit, dry_run=body.dry_run)
+
+
+@router.post("/forget", response_model=Forgotten)
+async def forget_events(
+    body: ForgetBody, request: Request, tx: InTx, who: Annotated[Caller, dangerous("cert_event.forget")]
+) -> Any:
+    """Forget what a source told, so that what it hid counts again, or (`dry_run`, the default) say what that would change."""
+    which = Which(body.source, body.domain, body.from_revision)
+    return await forget(tx, who, which, body.reason, request.app.state.clock.wall(), dry_run=body.dry_run)
 
 
 @router.get("/{cert_event}", response_model=CertEventRow)

@@ -36,6 +36,13 @@ def decided(row: Any, before: Registers, after: Registers, now: datetime) -> dic
     return _columns(row, last, now)
 
 
+def unsaid(row: Any, before: Registers, after: Registers, now: datetime) -> dict[str, Any]:
+    """The same, where ``after`` knows less than ``before``: what nobody has said any more is taken back."""
+    if after.last(*_DECIDING) is None and row.dns_error in (BLOCKED_UPSTREAM, MOVED_UPSTREAM):
+        return released(row, now)
+    return decided(row, before, after, now)
+
+
 def _columns(row: Any, last: Event, now: datetime) -> dict[str, Any]:
     status = row.hostname_status
     if last.action == "blocked" and status in store.SERVED:

@@ -21,15 +21,17 @@ from portico.settings import WorkerSettings
 
 #: Who an audit row names for what the platform does by itself.
 PLATFORM: Final = Caller("operator", "installation", None)
-REPLAYS: Final = Replays(
-    "cert_event", store.events, store.events.c.queue_state != "pending", store.matching, store.replay
-)
+_REPLAYABLE: Final = (store.events.c.queue_state != "pending") & (store.events.c.status != "forgotten")
+REPLAYS: Final = Replays("cert_event", store.events, _REPLAYABLE, store.matching, store.replay)
 
 
 async def one(tx: Tx, caller: Caller, event: str, reason: str) -> dict[str, Any]:
-    """Apply one event again. Raises ``cert.event_not_found`` and ``cert.event_pending``."""
-    if await store.one(tx, event) is None:
+    """Apply one event again. Raises ``cert.event_not_found``, ``cert.event_forgotten`` and ``cert.event_pending``."""
+    row = await store.one(tx, event)
+    if row is None:
         raise Problem("cert.event_not_found")
+    if row.status == "forgotten":
+        raise Problem("cert.event_forgotten")
     if (made := await REPLAYS.one(tx, caller, event, reason, {})) is None:
         raise Problem("cert.event_pending")
     return made
