@@ -97,7 +97,7 @@ class World:
         return self.prove(self.account.call("POST", "/domains", {"name": name}))
 
     def prove(self, domain: dict[str, Any]) -> dict[str, Any]:
-        """Set what the answer about a domain says, and verify it."""
+        """Set what the answer about a domain says, and verify it: at once, or by a look soon if there was one a moment ago."""
         for record in domain["records"]:
             if record["purpose"] == "ownership":
                 self.ca.say("set-txt", host=f"{record['name']}.", value=record["value"])
@@ -203,7 +203,7 @@ def test_by_a_handshake(world: World) -> None:
         " SELECT id, organization_id, now(), 1 FROM custom_domains WHERE id = $1",
         domain["id"],
     )
-    assert world.prove(domain)["hostname_status"] == "active"
+    world.prove(domain)
     assert _names(world.everywhere(name)) == [name]
     assert _orders(world, domain) == [("tls-alpn-01", "issued")]
     world.until(lambda: _active(world, domain), "an active certificate")

@@ -158,6 +158,22 @@ class TestItsOwner:
         assert (await verify(owner, made))["hostname_status"] == "pending"
         assert sum(three[0].asked.values()) == asked
 
+    async def test_records_that_were_set_right_after_a_look_are_seen_by_the_next_soon(
+        self, app: Any, owner: Account, clock: MovableClock, three: Three
+    ) -> None:
+        """The worker looks at once when a domain is added: whoever sets the records then, and verifies, waits for no minute."""
+        app.state.domains._settings = dataclasses.replace(app.state.settings, domain_verify_pause_seconds=5.0)
+        made = await add(owner, fresh())
+        await run_worker(app)
+        publish(three, made)
+        assert (await verify(owner, made))["hostname_status"] == "pending", "another look at once would see the same"
+        clock.advance(6)
+        await run_worker(app)
+        seen = await get(owner, made)
+        assert seen["hostname_status"] == "active"
+        later = (await verify(owner, made))["hostname_status"], await run_worker(app)
+        assert later == ("active", 0), "nothing is wrong with it: it is looked at when it would be"
+
     async def test_nobody_elses(self, stranger: Account, owner: Account) -> None:
         made = await add(owner, fresh())
         problem(await stranger.client.post(f"/v1/domains/{made['id']}/verify"), 404, "domain.not_found")

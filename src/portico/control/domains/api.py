@@ -148,11 +148,14 @@ async def change_domain(tx: InTx, who: Writes, domains: Service, domain: Id, bod
 
 @looking.post("/{domain}/verify", response_model=Domain)
 async def verify_domain(request: Request, who: Writes, domains: Service, db: Db, domain: Id) -> Response:
-    """Look at the domain's records now. The answer says of each what was found, and what to do about it."""
+    """Look at the domain's records now. The answer says of each what was found, and what to do about it. Where they were looked
+    at a moment ago it says what was found then, and the next look follows within seconds."""
     async with db.read() as reader:
         seen = await domains.row(reader, who, domain)
     domains.check_open(seen)
     if domains.recently_checked(seen):
+        async with db.transaction() as tx:
+            await domains.look_soon(tx, seen)
         return _json(domains.rendering.document(seen))
     looked = await domains.verification.look(seen)
     request.state.caller = None  # it took its time: the credential may be revoked by now

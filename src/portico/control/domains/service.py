@@ -169,6 +169,12 @@ class Domains:
         pause = timedelta(seconds=self._settings.domain_verify_pause_seconds)
         return row.checked_at is not None and self._clock.wall() - row.checked_at < pause
 
+    async def look_soon(self, tx: Tx, seen: Any) -> None:
+        """Let the next look follow when another one would be worth something: who asks has changed something since the last one,
+        which the worker made when the domain was added."""
+        pause = timedelta(seconds=self._settings.domain_verify_pause_seconds)
+        await store.look_by(tx, seen.id, seen.checked_at + pause)
+
     async def verified(self, tx: Tx, caller: Caller, seen: Any, looked: Looked) -> dict[str, Any]:
         """The domain after a look at ``seen`` that its owner asked for.
 

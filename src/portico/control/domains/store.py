@@ -182,6 +182,16 @@ async def update(tx: Tx, domain: str, **values: Any) -> sa.Row[Any]:
     return (await tx.execute(statement.returning(custom_domains))).one()
 
 
+async def look_by(tx: Tx, domain: str, at: datetime) -> None:
+    """Let a domain with which something is wrong be looked at by then, and often for a while."""
+    query = """
+        UPDATE custom_domains SET next_check_at = $2, check_attempts = 0
+        WHERE id = $1 AND next_check_at > $2 AND dns_error IS NOT NULL
+            AND hostname_status IN ('pending', 'verified', 'active', 'moved')
+    """
+    await tx.raw.execute(query, domain, at)
+
+
 async def delete(tx: Tx, domain: str) -> None:
     """Delete a domain."""
     await tx.execute(sa.delete(custom_domains).where(_C.id == domain))
