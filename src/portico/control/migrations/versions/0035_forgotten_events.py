@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from alembic import op
 
-revision = "0034"
-down_revision = "0033"
+revision = "0035"
+down_revision = "0034"
 
 _STATEMENTS = (
     "ALTER TABLE certificate_lifecycle_events DROP CONSTRAINT certificate_lifecycle_events_status_check",
