@@ -373,7 +373,7 @@ def _retry(world: World, domain: dict[str, Any]) -> None:
     """Ask for another order, in which the name is to be proved anew: Pebble takes the proof of before once in a hundred times,
     although it is told never to."""
     proofs = world.sql("SELECT proofs FROM certificate_orders WHERE domain_id = $1", domain["id"])
-    used = [proof["authorization_url"] for row in proofs for proof in json.loads(row["proofs"])]
+    used = [proof["authorization_url"] for row in proofs for proof in row["proofs"]]
 
     async def act(client: Client) -> None:
         for url in used:
