@@ -384,6 +384,11 @@ def chosen(source_id: str, domain: tuple[str, str] | None, from_revision: int) -
     return [*found, (_E.domain_id == domain[0]) | waits]
 
 
+async def count(reader: Reader, conditions: Sequence[sa.ColumnElement[bool]]) -> int:
+    """How many events fit."""
+    return int(await reader.scalar(sa.select(sa.func.count()).select_from(events).where(*conditions)))
+
+
 async def forget(tx: Tx, conditions: Sequence[sa.ColumnElement[bool]]) -> int:
     """Mark events as forgotten, those that wait among them; how many. A worker that has one of them in hand loses it."""
     values = {
