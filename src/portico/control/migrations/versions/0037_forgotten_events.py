@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from alembic import op
 
-revision = "0036"
-down_revision = "0035"
+revision = "0037"
+down_revision = "0036"
 
 _STATEMENTS = (
     "ALTER TABLE certificate_lifecycle_events DROP CONSTRAINT certificate_lifecycle_events_status_check",
