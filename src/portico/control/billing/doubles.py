@@ -65,9 +65,12 @@ class Doubles:
 
     @staticmethod
     async def _close_pages(tx: Tx, organization: str, first: str, kept: set[tuple[Source, str]]) -> None:
-        """Have every open page closed but those that led to what is ``kept``."""
+        """Have every open page closed but those that led to what is ``kept``: these are completed, whether or not the provider
+        says so (Razorpay's list of what it has tells of no page)."""
         for page in await checkout_store.open_pages(tx, organization):
-            if (Source.of(page), page.subscription_ref) not in kept:
+            if (Source.of(page), page.subscription_ref) in kept:
+                await checkout_store.ended(tx, page.id, "completed", {})
+            else:
                 arguments = {"ref": page.ref, "first": first}
                 await endings.ask(tx, page, "close", page.id, f"close:{page.id}", arguments)
 
