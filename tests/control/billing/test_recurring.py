@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -108,3 +109,16 @@ async def test_any_order_comes_to_the_same(db: Database, applier: Applier) -> No
         await story.apply(*steps)
         found = await movements(db, story)
         assert found[-1][2] == 3000 == sum(delta for _, delta, _ in found)
+
+
+@pytest.mark.parametrize("refs", [("in_1", "in_2"), ("in_2", "in_1")])
+async def test_a_purchase_and_a_change_in_one_second(db: Database, applier: Applier, refs: tuple[str, str]) -> None:  # noqa: F811
+    """Providers tell seconds: what the invoices are about says which was the first, not how they are called."""
+    story = await Story(db, applier).found()
+    await story.page(subscription="sub_1")
+    change = [line(-500, 15, "proration", 1000), line(1500, 15, "proration", 3000)]
+    later = timedelta(days=15)
+    change = [replace(each, period_start=START + later, period_end=START + 2 * later) for each in change]
+    steps = [story.state(0, "active"), invoiced(story, 1, refs[0], line(1000)), invoiced(story, 1, refs[1], *change)]
+    assert set(await story.apply(*steps)) == {"applied"}
+    assert await movements(db, story) == [("new", 1000, 1000), ("expansion", 2000, 3000)]

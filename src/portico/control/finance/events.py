@@ -204,9 +204,15 @@ async def kinds(reader: Reader, event: FinanceEvent, **references: str) -> list[
 async def invoiced(
     reader: HasConnection, provider: str, account: str, livemode: bool, subscription: str
 ) -> list[tuple[str, list[Line]]]:
-    """Currency and lines of the newest invoices of a subscription that are not void, the oldest of them first."""
+    """Currency and lines of the newest invoices of a subscription that are not void, the oldest of them first.
+
+    Providers tell times in seconds: of two in one second, the one that is about an earlier time comes first.
+    """
     rows = await store.event_lines(reader, provider, account, livemode, subscription)
-    return [(row["currency"], [_line(line) for line in json.loads(row["lines"])]) for row in reversed(rows)]
+    found = [(row["occurred_at"], row["currency"], [_line(line) for line in json.loads(row["lines"])]) for row in rows]
+    found.reverse()
+    found.sort(key=lambda each: (each[0], max((line.period_start or each[0] for line in each[2]), default=each[0])))
+    return [(currency, lines) for _, currency, lines in found]
 
 
 async def disputes(reader: Reader, subscription: Any) -> Sequence[Any]:

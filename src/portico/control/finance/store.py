@@ -357,7 +357,7 @@ async def event_kinds(
 
 # Of several of one moment the provider's own reference decides: whatever order they were heard of in.
 _LINES: Final = """
-SELECT e.currency, e.lines::text AS lines FROM billing_finance_events e
+SELECT e.currency, e.lines::text AS lines, e.occurred_at FROM billing_finance_events e
 WHERE e.subscription_ref = $4 AND e.kind IN ('invoice.issued', 'invoice.credited') AND e.currency IS NOT NULL
     AND e.provider = $1 AND e.account = $2 AND e.livemode = $3
     AND NOT EXISTS (
@@ -370,7 +370,7 @@ ORDER BY e.occurred_at DESC, e.invoice_ref DESC LIMIT 24
 async def event_lines(
     reader: HasConnection, provider: str, account: str, livemode: bool, subscription: str
 ) -> Sequence[Any]:
-    """``currency, lines`` (JSON) of the newest invoices of a subscription that are not void, the newest first."""
+    """``currency, lines`` (JSON), ``occurred_at`` of the newest invoices of a subscription that are not void, newest first."""
     rows: Sequence[Any] = await reader.raw.fetch(_LINES, provider, account, livemode, subscription)
     return rows
 
