@@ -66,7 +66,7 @@ def test_a_rule_asks_about_what_there_is(rule: dict[str, Any]) -> None:
 
 #: What no rule about money may be missing for: each is a way in which money is wrong, or nobody knows whether it is.
 WATCHED = {
-    "portico_billing_webhooks_failed", "portico_billing_webhooks_stale", "portico_billing_webhooks_p95_seconds",
+    "portico_billing_webhooks_failed", "portico_billing_webhooks_stale", "portico_billing_webhooks_lag_seconds",
     "portico_billing_webhooks_dead", "portico_billing_waiting_oldest_seconds", "portico_billing_objective_age_seconds",
     "portico_billing_objective_broken_seconds", "portico_billing_count_age_seconds", "portico_report_exports",
     "portico_report_ack_mismatches", "portico_settlement_receipts",

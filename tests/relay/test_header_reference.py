@@ -112,5 +112,7 @@ def test_the_page_on_decisions_has_the_chain() -> None:
         codes = set(re.findall(r'"(edge\.\w+)"', inspect.getsource(step.check)))
         if "_PASSWORD_CODES" in inspect.getsource(step.check):
             codes |= {code for code in decide._PASSWORD_CODES.values() if code and code.startswith("edge.")}
+        if "CLOSED" in inspect.getsource(step.check):
+            codes |= set(decide.CLOSED)
         said = {code: int(status) for status, code in re.findall(r"(\d{3}) `(edge\.\w+)`", refusals)}
         assert said == {code: catalogue()[code].status for code in codes}, name

@@ -78,7 +78,8 @@ class World:
         }  # fmt: skip
         self.workers: list[Child] = []
         self.buyers: list[Buyer] = []
-        self._http = httpx.Client(trust_env=False, timeout=300)
+        # Simulators close what is idle for five seconds; what they are about to close is not used again.
+        self._http = httpx.Client(trust_env=False, timeout=300, limits=httpx.Limits(keepalive_expiry=2))
         stack.callback(self._http.close)
 
     # -- workers

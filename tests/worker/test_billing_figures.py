@@ -88,7 +88,7 @@ async def test_a_worker_shows_what_is_wrong_with_money(db: Database) -> None:
     wanted = {
         'billing_webhooks_failed{provider="stripe"}': 2, 'billing_webhooks_dead{provider="stripe"}': 2,
         'billing_webhooks_dead{provider="paypal"}': 0, 'billing_webhooks_stale{provider="paypal"}': 1,
-        'billing_objective_broken_seconds{provider="razorpay"}': 0, 'billing_webhooks_p95_seconds{provider="stripe"}': None,
+        'billing_objective_broken_seconds{provider="razorpay"}': 0, 'billing_webhooks_lag_seconds{provider="stripe"}': None,
         'report_exports{state="failed"}': 1, 'report_exports{state="delivering"}': 1,
         'report_exports{state="queued"}': 0, "report_ack_mismatches": 2, 'settlement_receipts{state="delta"}': 3,
         'settlement_receipts{state="failed"}': 1, 'settlement_receipts{state="matched"}': 0,

@@ -22,7 +22,7 @@ STALE = Metric(
     ("provider",),
 )  # fmt: skip
 P95 = Metric(
-    "portico_billing_webhooks_p95_seconds", "gauge",
+    "portico_billing_webhooks_lag_seconds", "gauge",
     "From receipt to effect, of 95 in 100 events in that window; no value when it has none.", ("provider",),
 )  # fmt: skip
 BROKEN = Metric(
