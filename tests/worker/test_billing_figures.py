@@ -57,6 +57,8 @@ async def test_a_worker_shows_what_is_wrong_with_money(db: Database) -> None:
     for _ in range(2):
         await webhook(db, "stripe", queue_state="dead", finished_at=NOW, last_error="x")
     await webhook(db, "paypal", queued_at=NOW - timedelta(hours=1), available_at=NOW + timedelta(hours=1))
+    done = {"status": "applied", "queue_state": "done", "queued_at": NOW - timedelta(seconds=4), "finished_at": NOW}
+    await webhook(db, "razorpay", **done)
     await report(db, "failed")
     await report(db, "failed", created_at=NOW - timedelta(days=8))
     await report(db, "delivering", file="f", ack_mismatches=2)
@@ -89,6 +91,7 @@ async def test_a_worker_shows_what_is_wrong_with_money(db: Database) -> None:
         'billing_webhooks_failed{provider="stripe"}': 2, 'billing_webhooks_dead{provider="stripe"}': 2,
         'billing_webhooks_dead{provider="paypal"}': 0, 'billing_webhooks_stale{provider="paypal"}': 1,
         'billing_objective_broken_seconds{provider="razorpay"}': 0, 'billing_webhooks_lag_seconds{provider="stripe"}': None,
+        'billing_webhooks_lag_seconds{provider="razorpay"}': 4,
         'report_exports{state="failed"}': 1, 'report_exports{state="delivering"}': 1,
         'report_exports{state="queued"}': 0, "report_ack_mismatches": 2, 'settlement_receipts{state="delta"}': 3,
         'settlement_receipts{state="failed"}': 1, 'settlement_receipts{state="matched"}': 0,

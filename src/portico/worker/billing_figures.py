@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from portico.control.billing import figures
 from portico.control.billing.figures import Figures, Provider
+from portico.control.billing.provider import NAMES
 from portico.control.billing.report_states import EXPORT, SETTLEMENT
 from portico.control.billing.settlement_match import CLASSES
 from portico.kit.db import Database
@@ -38,6 +39,16 @@ DEAD = Metric(
     "Events that nobody tries any more, until they are replayed.",
     ("provider",),
 )
+WAITING = Metric(
+    "portico_billing_waiting_events", "gauge",
+    "Effects of providers' events that wait for their base: whose they are, or the payment that they change.", ("provider",),
+)  # fmt: skip
+OLDEST = Metric(
+    "portico_billing_waiting_oldest_seconds",
+    "gauge",
+    "For how long the oldest of them has waited; 0 for none.",
+    ("provider",),
+)
 REPORTS = Metric(
     "portico_report_exports",
     "gauge",
@@ -65,7 +76,7 @@ COUNTED = Metric(
     "portico_billing_count_age_seconds", "gauge", "How old these counts are; they stay when the database is away."
 )
 DECLARED: tuple[Metric, ...] = (
-    FAILED, STALE, P95, BROKEN, LOOKED, DEAD, REPORTS, MISMATCHES, RECEIPTS, DELTA, BPS, FINDINGS, COUNTED,
+    FAILED, STALE, P95, BROKEN, LOOKED, DEAD, WAITING, OLDEST, REPORTS, MISMATCHES, RECEIPTS, DELTA, BPS, FINDINGS, COUNTED,
 )  # fmt: skip
 #: Reports that are over are no figure.
 REPORT_STATES = tuple(state for state in EXPORT.states if state not in ("delivered", "acked", "expired"))
@@ -85,8 +96,12 @@ class BillingFigures(Counted):
 
     def samples(self, age_seconds: float) -> Iterator[Sample]:
         found = self._found
-        for provider, fares in found.providers.items():
-            yield from _provider(provider, fares, age_seconds)
+        for name, fares in found.providers.items():
+            yield from _provider(name, fares, age_seconds)
+        for provider in NAMES:
+            count, seconds = found.waiting.get(provider, (0, 0.0))
+            yield WAITING, (provider,), count
+            yield OLDEST, (provider,), seconds
         for state in REPORT_STATES:
             yield REPORTS, (state,), found.reports.get(state, 0)
         yield MISMATCHES, (), found.ack_mismatches
@@ -95,8 +110,8 @@ class BillingFigures(Counted):
         for currency, delta, bps in found.deltas:
             yield DELTA, (currency,), delta
             yield BPS, (currency,), bps
-        for name in CLASSES:
-            yield FINDINGS, (name,), found.findings.get(name, 0)
+        for wrong in CLASSES:
+            yield FINDINGS, (wrong,), found.findings.get(wrong, 0)
         yield COUNTED, (), age_seconds
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from portico.control.billing import objectives, reconcile, waiting_figures, webhook_jobs
+from portico.control.billing import objectives, reconcile, webhook_jobs
 from portico.control.billing.apply import Ignored
 from portico.control.billing.webhook_certificates import Certificates
 from portico.control.finance.events import FinanceEvent
@@ -68,9 +68,8 @@ async def reconcile_due(context: Context, work: Work) -> None:
 
 
 async def watch(context: Context, work: Work) -> None:
-    """How fast and how surely events become effects, and how many wait for what they are about."""
+    """How fast and how surely events become effects."""
     await objectives.watch(context.db, context.settings, context.clock.wall())
-    await waiting_figures.FIGURES.refresh(context.db, context.clock)
 
 
 async def clear(context: Context, work: Work) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from portico.control.billing import waiting_figures
 from portico.control.finance import ledger_figures
 from portico.kit.metrics import Metric, Sample
 from portico.kit.queue_runner import KindRunner
@@ -25,7 +24,6 @@ OLDEST = Metric("portico_queue_oldest_seconds", "gauge", "How late the oldest du
 
 DECLARED: tuple[Metric, ...] = (
     JOBS, SECONDS, DEPTH, OLDEST, *certificate_figures.DECLARED, *billing_figures.DECLARED, *ledger_figures.DECLARED,
-    *waiting_figures.DECLARED,
 )  # fmt: skip
 
 
@@ -43,4 +41,3 @@ def read(runners: Sequence[KindRunner], counted: Sequence[Counted] = ()) -> Iter
                 yield DEPTH, (kind, state), getattr(counts, state)
             yield OLDEST, (kind,), counts.oldest_seconds
     yield from ledger_figures.FIGURES.samples()
-    yield from waiting_figures.FIGURES.samples()

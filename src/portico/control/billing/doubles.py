@@ -17,9 +17,8 @@ from portico.control.billing import billing_store, checkout_store, endings
 from portico.control.billing.billing_store import Source
 from portico.control.billing.subscription_states import TERMINAL
 from portico.control.billing.subscriptions import WORKER
-from portico.control.identity import facts as identity_facts
-from portico.control.notifications import channels, mail
-from portico.control.notifications.mail import Mail
+from portico.control.identity import payer_mail
+from portico.control.notifications import channels
 from portico.kit.db import Tx
 from portico.kit.ids import new_id
 from portico.kit.sealing import Sealer
@@ -28,8 +27,6 @@ from portico.settings import ApiSettings
 #: What channels, and whoever pays, hear.
 TOPIC: Final = "subscription.double"
 REASON: Final = "the organization has another subscription"
-#: People of one organization that are mailed.
-_MAX_MAILS: Final = 50
 
 
 def alive(row: Any) -> bool:
@@ -84,14 +81,8 @@ class Doubles:
         await audit.record(tx, WORKER, "subscription.double", row.id, details=facts, organization=row.organization_id)
         key = f"double:{row.id}"
         await channels.notify(tx, self._sealer, row.organization_id, TOPIC, facts, key)
-        for person in await identity_facts.payers(tx, row.organization_id, _MAX_MAILS):
-            about = {**facts, "organization": person["organization"], "console": self._settings.api_url}
-            try:
-                await mail.send(
-                    tx, self._sealer, Mail(f"{key}:{person['id']}", person["email"], TOPIC, about, row.organization_id)
-                )
-            except ValueError:
-                continue  # an address that takes no mail
+        about = {**facts, "console": self._settings.api_url}
+        await payer_mail.send(tx, self._sealer, row.organization_id, TOPIC, about, key)
 
     @staticmethod
     async def _give_back(tx: Tx, row: Any) -> None:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Final
 
-from portico.control.identity import facts as identity_facts
-from portico.control.notifications import channels, mail
-from portico.control.notifications.mail import Mail
+from portico.control.identity import payer_mail
+from portico.control.notifications import channels
 from portico.kit.db import Tx
 from portico.kit.money import decimal_text
 from portico.kit.sealing import Sealer
 from portico.settings import ApiSettings
 
-log = logging.getLogger(__name__)
-
 ADVANCED: Final = "dunning.advanced"
 RECOVERED: Final = "dunning.recovered"
-#: People of one organization that are mailed.
-_MAX_MAILS: Final = 50
 
 
 class Notices:
@@ -51,10 +45,5 @@ class Notices:
         }
         key = f"dunning:{case.id}:{stage}"
         await channels.notify(tx, self._sealer, case.organization_id, topic, facts, key)
-        for person in await identity_facts.payers(tx, case.organization_id, _MAX_MAILS):
-            about = {**facts, "organization": person["organization"], "console": self._settings.api_url}
-            letter = Mail(f"{key}:{person['id']}", person["email"], topic, about, case.organization_id)
-            try:
-                await mail.send(tx, self._sealer, letter)
-            except ValueError:
-                log.warning("an owner's address takes no mail", extra={"f": {"user": person["id"]}})
+        about = {**facts, "console": self._settings.api_url}
+        await payer_mail.send(tx, self._sealer, case.organization_id, topic, about, key)

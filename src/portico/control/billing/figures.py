@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from portico.control.billing import export_store, settlement_store, webhook_store
+from portico.control.billing import billing_store, export_store, settlement_store, webhook_store
 from portico.kit.db import Database
 
 
@@ -26,7 +26,7 @@ class Provider:
 @dataclass(frozen=True, slots=True)
 class Figures:
     """``reports``: state → how many of the last days; ``ack_mismatches``: of reports that are kept; ``deltas``: (currency, minor
-    units, basis points)."""
+    units, basis points); ``waiting``: provider → how many effects wait for their base, and for how many seconds the oldest."""
 
     providers: Mapping[str, Provider] = field(default_factory=dict)
     reports: Mapping[str, int] = field(default_factory=dict)
@@ -34,6 +34,7 @@ class Figures:
     receipts: Mapping[str, int] = field(default_factory=dict)
     deltas: Sequence[tuple[str, float, float]] = ()
     findings: Mapping[str, int] = field(default_factory=dict)
+    waiting: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
 
 async def count(db: Database) -> Figures:
@@ -42,7 +43,8 @@ async def count(db: Database) -> Figures:
         providers = {row["provider"]: _provider(row) for row in await webhook_store.standing(reader)}
         reports, mismatches = await export_store.figures(reader)
         receipts, deltas, findings = await settlement_store.figures(reader)
-    return Figures(providers, reports, mismatches, receipts, deltas, findings)
+        waiting = {row["provider"]: (row["count"], row["seconds"]) for row in await billing_store.waiting_count(reader)}
+    return Figures(providers, reports, mismatches, receipts, deltas, findings, waiting)
 
 
 def _provider(row: Mapping[str, Any]) -> Provider:

@@ -38,7 +38,7 @@ from portico.control.billing import overage_store as store
 from portico.control.billing.dunning import WORKER
 from portico.control.billing.entitlement import Entitlement
 from portico.control.billing.overage import Overage
-from portico.control.billing.provider import Ability, Providers
+from portico.control.billing.provider import Ability, Name, Providers
 from portico.control.billing.subscription_states import ENTITLED, TERMINAL
 from portico.control.finance import events, postings
 from portico.control.finance.events import FinanceEvent, Line
@@ -250,9 +250,9 @@ class OverageBilling:
             "since": row.created_at.isoformat(), "at_once": alone,
         })  # fmt: skip
 
-    def _can(self, provider: str) -> frozenset[Ability] | None:
+    def _can(self, provider: Name) -> frozenset[Ability] | None:
         try:
-            return self._providers.of(provider).can  # type: ignore[arg-type]
+            return self._providers.of(provider).can
         except Problem:
             return None
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Final
 
-from portico.control.identity import facts as identity_facts
+from portico.control.identity import payer_mail
 from portico.control.identity.plans import GIB, LIMIT_TABLE
-from portico.control.notifications import channels, mail
-from portico.control.notifications.mail import Mail
+from portico.control.notifications import channels
 from portico.kit.db import Tx
 from portico.kit.sealing import Sealer
 from portico.settings import ApiSettings
 
-log = logging.getLogger(__name__)
-
 TOPIC: Final = "usage.threshold"
-#: People of one organization that are mailed.
-_MAX_MAILS: Final = 50
 
 
 class UsageNotices:
@@ -41,13 +35,7 @@ class UsageNotices:
             "stops": facts["hard_cap"],
             "console": self._settings.api_url,
         }
-        for person in await identity_facts.payers(tx, organization, _MAX_MAILS):
-            about = {**told, "organization": person["organization"]}
-            letter = Mail(f"{TOPIC}:{key}:{person['id']}", person["email"], TOPIC, about, organization)
-            try:
-                await mail.send(tx, self._sealer, letter)
-            except ValueError:
-                log.warning("an owner's address takes no mail", extra={"f": {"user": person["id"]}})
+        await payer_mail.send(tx, self._sealer, organization, TOPIC, told, f"{TOPIC}:{key}")
 
 
 def amount(name: str, count: int) -> str:
